@@ -1,0 +1,62 @@
+# `make` alone explains itself. Everything happens inside .venv; nothing is installed outside it.
+
+PYTHON ?= python3
+WORKERS ?= 2
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# Quiet libraries, one thread a process, and no look-up of a model on the network.
+QUIET := TRANSFORMERS_VERBOSITY=error TOKENIZERS_PARALLELISM=false
+TEST_ENV := $(QUIET) OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install demo test test-gpu bench lint format clean
+
+help: ## explain the targets
+	@echo "nanovllm: a small LLM inference engine that anyone can read, and a test suite that proves it"
+	@echo
+	@echo "  make TARGET [PYTHON=python3.12] [ARGS='more arguments']"
+	@echo
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1|\2/' | awk -F'|' '{ printf "%-12s %s\n", $$1, $$2 }'
+	@echo
+	@echo "The first of them makes .venv and installs (minutes, most of it torch); later ones start at once."
+
+install: $(STAMP) ## make .venv and install everything that the other targets need
+
+$(STAMP): pyproject.toml constraints.txt
+	@command -v "$(PYTHON)" >/dev/null || { echo "error: no '$(PYTHON)' here; name a Python of at least 3.10: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: nanovllm needs Python 3.10 or newer and '$(PYTHON)' is $$("$(PYTHON)" -V 2>&1); name another: make PYTHON=python3.12" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { echo "error: '$(PYTHON)' cannot make virtual environments; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	@test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
+	@echo "installing into $(VENV) (once; a few minutes)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,lint]'
+	@touch $@
+
+demo: $(STAMP) ## generate text from the bundled model and compare it with transformers (no GPU, no download)
+	@$(QUIET) $(BIN)/nanovllm demo $(ARGS)
+
+test: $(STAMP) ## run every test that needs no GPU, on WORKERS=2 cores
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --benchmark-disable $(ARGS)
+
+test-gpu: ## run the tests that need a GPU, with the machine's own python (PYTHON=...)
+	$(TEST_ENV) "$(PYTHON)" -m pytest -m gpu $(ARGS)
+
+bench: $(STAMP) ## measure throughput (ARGS='--model DIR --num-seqs 256'; see nanovllm bench --help)
+	@$(QUIET) $(BIN)/nanovllm bench $(ARGS)
+
+lint: $(STAMP) ## check format, style and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+format: $(STAMP) ## format the code and mend what ruff can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean: ## remove .venv and everything that was built
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,228 @@
+"""The `nanovllm` command: generate, demo, bench.
+
+What a user can get wrong ends in one line on stderr and exit code 2; Ctrl-C in 130. torch and transformers are imported
+only by the commands that run a model, so that `--help` is quick.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from nanovllm import __version__
+from nanovllm.config import ATTENTION_BACKENDS, DEVICES, DTYPES, Config
+from nanovllm.sampling_params import SamplingParams
+
+USER_ERROR = 2
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+READER_GONE = 141  # 128 + SIGPIPE
+
+_EXAMPLES = """\
+examples:
+  nanovllm demo                                      what the engine does, in a minute, without a GPU or a download
+  nanovllm generate "In the beginning"               one prompt, streamed, from the bundled model
+  nanovllm generate --model Qwen/Qwen3-0.6B --chat "Why is the sky blue?"
+  nanovllm generate --model ./my-model -             one prompt a line from standard input
+  nanovllm bench --model ./my-model --num-seqs 256   throughput
+"""
+
+# name of the option -> what it says in --help. Type, choices and default come from Config and SamplingParams.
+_CONFIG_HELP = {
+    "dtype": "of weights and KV cache; auto is what the checkpoint says",
+    "device": "auto is cuda if there is one, else cpu",
+    "attention_backend": "auto takes the fastest that is installed and fits",
+    "max_model_len": "longest sequence, prompt and output together, in tokens",
+    "max_num_seqs": "most sequences that run at a time",
+    "max_num_batched_tokens": "most tokens one step computes",
+    "kv_cache_block_size": "tokens a KV block",
+    "num_kv_cache_blocks": "blocks of the KV cache; without it, as many as memory holds",
+    "gpu_memory_utilization": "share of the GPU's memory to use",
+    "tensor_parallel_size": "GPUs that share the model",
+    "enforce_eager": "never use CUDA graphs",
+}
+_SAMPLING_HELP = {
+    "max_tokens": "most tokens to generate for each prompt",
+    "temperature": "below 1 is more predictable, above 1 more surprising",
+    "top_k": "sample from the k most likely tokens only",
+    "top_p": "sample from the smallest set of tokens with this probability",
+    "min_p": "drop tokens less likely than this share of the most likely one",
+    "seed": "same seed, same text, whatever runs beside it",
+}
+_CHOICES = {"dtype": DTYPES, "device": DEVICES, "attention_backend": ATTENTION_BACKENDS}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (sys.argv[1:] if None) and return its exit code; argparse's errors exit with 2."""
+    arguments = _parser().parse_args(argv)
+    try:
+        code = arguments.run(arguments)
+        sys.stdout.flush()  # a reader that has gone is noticed here, not at interpreter exit
+        return code
+    except KeyboardInterrupt:
+        print("\nnanovllm: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit must not fail again
+        return READER_GONE
+    except (ValueError, OSError) as error:
+        if arguments.debug:
+            raise
+        print("nanovllm: error:", " ".join(str(error).split()), file=sys.stderr)  # some libraries send several lines
+        return USER_ERROR
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    params = _sampling_params(arguments)
+    prompts = _read_prompts(arguments.prompts)
+    with _open_llm(arguments) as llm:
+        inputs = [_as_chat(llm, prompt) for prompt in prompts] if arguments.chat else prompts
+        if len(prompts) == 1 and not arguments.json:
+            for item in llm.generate_stream(inputs, params):
+                print(item["text"], end="", flush=True)
+            print()
+            return 0
+        outputs = llm.generate(inputs, params, use_tqdm=not arguments.json)
+    for prompt, output in zip(prompts, outputs, strict=True):
+        if arguments.json:
+            print(json.dumps({"prompt": prompt, **output}, ensure_ascii=False))
+        else:
+            print(f"\n>>> {prompt}\n{output['text']}")
+    return 0
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from nanovllm.demo import run_demo
+
+    return run_demo()
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from nanovllm.bench import run_bench
+
+    with _open_llm(arguments) as llm:
+        run_bench(llm, arguments.num_seqs, tuple(arguments.input_len), tuple(arguments.output_len), arguments.seed)
+    return 0
+
+
+def _open_llm(arguments: argparse.Namespace) -> Any:
+    """The LLM that the options ask for; says so when it is the bundled model."""
+    from nanovllm import LLM, bundled_model_path
+
+    model = arguments.model
+    if model is None:
+        model = str(bundled_model_path())
+        print("no --model given: using the bundled one, which knows passages of the King James Bible", file=sys.stderr)
+    return LLM(model, **_given(arguments, _CONFIG_HELP))
+
+
+def _sampling_params(arguments: argparse.Namespace) -> SamplingParams:
+    options = _given(arguments, _SAMPLING_HELP)
+    if arguments.greedy:
+        clash = sorted(options.keys() - {"max_tokens"})
+        if clash:
+            raise ValueError(f"--greedy takes the most likely token at every step: leave out --{clash[0]}")
+        return SamplingParams.greedy(**options, stop=arguments.stop, ignore_eos=arguments.ignore_eos)
+    return SamplingParams(**options, stop=arguments.stop, ignore_eos=arguments.ignore_eos)
+
+
+def _read_prompts(prompts: list[str]) -> list[str]:
+    """The prompts of the command line; "-" stands for the lines of standard input, blank ones left out."""
+    read = []
+    for prompt in prompts:
+        if prompt != "-":
+            read.append(prompt)
+            continue
+        lines = [line.rstrip("\r\n") for line in sys.stdin]
+        lines = [line for line in lines if line.strip()]
+        if not lines:
+            raise ValueError("'-' reads one prompt a line from standard input, and there was none")
+        read.extend(lines)
+    return read
+
+
+def _as_chat(llm: Any, prompt: str) -> list[int]:
+    """Token ids of a conversation that consists of the user's `prompt`, up to where the answer begins."""
+    if not llm.tokenizer.chat_template:
+        raise ValueError("--chat needs a model with a chat template, and this one has none: leave out --chat")
+    messages = [{"role": "user", "content": prompt}]
+    text = llm.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return llm.tokenizer.encode(text, add_special_tokens=False)  # the template has written them already
+
+
+def _given(arguments: argparse.Namespace, names: Any) -> dict[str, Any]:
+    """The options that the user gave; Config's and SamplingParams' own defaults do for the others."""
+    return {name: value for name in names if (value := getattr(arguments, name, None)) is not None}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="nanovllm",
+        description="A small LLM inference engine: generate text from a local model.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"nanovllm {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    generate = _command(commands, "generate", _generate, "continue one prompt or many", " PROMPT [PROMPT ...]")
+    generate.add_argument(
+        "prompts", nargs="+", metavar="PROMPT", help='text to continue; "-" reads one a line from stdin'
+    )
+    _add_model_options(generate)
+    sampling = generate.add_argument_group("sampling")
+    sampling.add_argument("--greedy", action="store_true", help="take the most likely token at every step")
+    _add_options(sampling, SamplingParams, _SAMPLING_HELP)
+    sampling.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times"
+    )
+    sampling.add_argument("--ignore-eos", action="store_true", help="go on after the model's end-of-sequence token")
+    generate.add_argument("--chat", action="store_true", help="apply the model's chat template to each prompt")
+    generate.add_argument("--json", action="store_true", help="print one JSON object a line for each prompt")
+
+    _command(commands, "demo", _demo, "what the engine does, in a minute, without a GPU or a download")
+
+    bench = _command(commands, "bench", _bench, "measure throughput on random prompts")
+    _add_model_options(bench)
+    bench.add_argument("--num-seqs", type=int, default=32, metavar="N", help="requests (default: %(default)s)")
+    for name, what in (("--input-len", "prompt"), ("--output-len", "output")):
+        text = f"{what} tokens of each request, drawn from this range (default: 16 128)"
+        bench.add_argument(name, type=int, nargs=2, default=(16, 128), metavar=("MIN", "MAX"), help=text)
+    bench.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws (default: %(default)s)")
+    return parser
+
+
+def _command(commands: Any, name: str, run: Any, summary: str, operands: str = "") -> argparse.ArgumentParser:
+    description = summary[0].upper() + summary[1:] + "."
+    usage = f"nanovllm {name} [options]{operands}"
+    command = commands.add_parser(name, usage=usage, help=summary, description=description)
+    command.set_defaults(run=run)
+    command.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
+    return command
+
+
+def _add_model_options(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("model and engine")
+    group.add_argument(
+        "--model",
+        metavar="DIR_OR_ID",
+        help="a directory in Hugging Face's format, or a hub id such as Qwen/Qwen3-0.6B (default: the bundled model)",
+    )
+    _add_options(group, Config, _CONFIG_HELP)
+
+
+def _add_options(group: Any, owner: Any, helps: dict[str, str]) -> None:
+    """One option for each field of the dataclass `owner` that `helps` names; not given means None."""
+    fields = {field.name: field for field in dataclasses.fields(owner)}
+    for name, text in helps.items():
+        flag, default = "--" + name.replace("_", "-"), fields[name].default
+        if isinstance(default, bool):
+            group.add_argument(flag, action="store_true", default=None, help=text)
+            continue
+        text += "" if default is None else f" (default: {default})"
+        if name in _CHOICES:
+            group.add_argument(flag, choices=_CHOICES[name], help=text)
+        else:
+            group.add_argument(flag, type=float if isinstance(default, float) else int, metavar="N", help=text)

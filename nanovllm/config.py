@@ -1,0 +1,100 @@
+"""Config: what the user chose for an engine. What is learned later (model, memory, device) lives elsewhere."""
+
+import os
+from dataclasses import dataclass
+
+from nanovllm.validation import (
+    make_integers_plain,
+    reject_unknown_options,
+    require_bool,
+    require_choice,
+    require_int,
+    require_number,
+)
+
+ATTENTION_BACKENDS = ("auto", "torch", "triton", "flash_attn")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEVICES = ("auto", "cpu", "cuda")
+FLASH_ATTENTION_BLOCK_SIZE = 256  # flash_attn's paged cache takes multiples of this
+MIN_TRITON_BLOCK_SIZE = 16
+MAX_TENSOR_PARALLEL_SIZE = 8
+
+
+@reject_unknown_options
+@dataclass(frozen=True)
+class Config:
+    """Frozen and validated; every violation is a ValueError, an unknown name a TypeError that offers the nearest.
+
+    model: a local directory, or a model id of the Hugging Face hub.
+    max_num_batched_tokens: the most tokens one step computes; longer prompts are prefilled in chunks.
+    max_num_seqs: the most sequences that hold KV cache at a time.
+    max_model_len: the longest sequence, prompt and output together; lowered to what the model supports.
+    gpu_memory_utilization: share of the GPU's memory that weights, activations and KV cache may take, in (0, 1].
+    tensor_parallel_size: number of GPUs (or CPU processes) that share the model, 1 to 8.
+    enforce_eager: True never captures CUDA graphs.
+    kv_cache_block_size: tokens a KV block. A multiple of 256 for "auto" and "flash_attn"; "triton" also takes powers
+        of two from 16, "torch" powers of two from 1.
+    num_kv_cache_blocks: None sizes the cache from free memory.
+    attention_backend: "auto" takes the fastest that is installed and fits.
+    dtype: of weights, activations and KV cache; "auto" is what the checkpoint says.
+    seed: of the requests that bring none, 0 .. 2**64-1.
+    device: "auto" is cuda if there is one, else cpu.
+    """
+
+    model: str
+    max_num_batched_tokens: int = 16384
+    max_num_seqs: int = 512
+    max_model_len: int = 4096
+    gpu_memory_utilization: float = 0.9
+    tensor_parallel_size: int = 1
+    enforce_eager: bool = False
+    kv_cache_block_size: int = 256
+    num_kv_cache_blocks: int | None = None
+    attention_backend: str = "auto"
+    dtype: str = "auto"
+    seed: int = 0
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.model, (str, os.PathLike)) or not str(self.model):
+            raise ValueError(f"model must be a directory or a hub id such as 'Qwen/Qwen3-0.6B', got {self.model!r}")
+        object.__setattr__(self, "model", str(self.model))
+        require_int("max_num_seqs", self.max_num_seqs, 1)
+        require_int(
+            "max_num_batched_tokens",
+            self.max_num_batched_tokens,
+            self.max_num_seqs,
+            remedy=f"a decode step computes one token for each of max_num_seqs={self.max_num_seqs} sequences: "
+            "raise this or lower max_num_seqs",
+        )
+        require_int("max_model_len", self.max_model_len, 2, remedy="one prompt token and one generated token")
+        require_number(
+            "gpu_memory_utilization",
+            self.gpu_memory_utilization,
+            "a number in (0, 1]",
+            lambda value: 0 < value <= 1,
+        )
+        require_int("tensor_parallel_size", self.tensor_parallel_size, 1, MAX_TENSOR_PARALLEL_SIZE)
+        require_bool("enforce_eager", self.enforce_eager)
+        require_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
+        require_choice("dtype", self.dtype, DTYPES)
+        require_choice("device", self.device, DEVICES)
+        require_int("seed", self.seed, 0, 2**64 - 1)
+        if self.num_kv_cache_blocks is not None:
+            require_int("num_kv_cache_blocks", self.num_kv_cache_blocks, 1, remedy="use None to size it from memory")
+        _check_block_size(self.kv_cache_block_size, self.attention_backend)
+        make_integers_plain(self)
+
+
+def _check_block_size(block_size: int, backend: str) -> None:
+    require_int("kv_cache_block_size", block_size, 1)
+    if block_size % FLASH_ATTENTION_BLOCK_SIZE == 0:
+        return
+    is_power_of_two = block_size & (block_size - 1) == 0
+    if is_power_of_two and (backend == "torch" or (backend == "triton" and block_size >= MIN_TRITON_BLOCK_SIZE)):
+        return
+    raise ValueError(
+        f"kv_cache_block_size must be a multiple of {FLASH_ATTENTION_BLOCK_SIZE} with attention_backend={backend!r}, "
+        f"got {block_size}; attention_backend='triton' also takes powers of two from {MIN_TRITON_BLOCK_SIZE}, "
+        "attention_backend='torch' powers of two from 1"
+    )

@@ -1,0 +1,59 @@
+"""Context: the attention metadata of the running forward pass, the one global of the engine.
+
+The model's layers call each other with hidden states only; what attention alone needs to know travels here. It is set for one
+forward pass with `with set_context(context):` and read in layers/attention.py, nowhere else.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Context:
+    """Device tensors beside ModelInput's integers; num_seqs sequences, num_tokens packed tokens.
+
+    is_prefill: several query tokens a sequence (prefill), or one (decode).
+    slot_mapping: [num_tokens] int64, where each token's key and value go; PADDING_SLOT (-1) is not stored.
+    cu_seqlens_q, cu_seqlens_k: [num_seqs + 1] int32, running sums of query and key lengths.
+    max_seqlen_q, max_seqlen_k: the longest of each.
+    context_lens: [num_seqs] int32, key lengths, this step's tokens included.
+    block_tables: [num_seqs, max_blocks] int32, padded with -1. None in a prefill in which no sequence has cached
+        keys: then the keys are exactly this step's.
+    """
+
+    is_prefill: bool
+    slot_mapping: "torch.Tensor"
+    cu_seqlens_q: "torch.Tensor"
+    cu_seqlens_k: "torch.Tensor"
+    max_seqlen_q: int
+    max_seqlen_k: int
+    context_lens: "torch.Tensor"
+    block_tables: "torch.Tensor | None"
+
+
+_current: Context | None = None
+
+
+def get_context() -> Context:
+    """The running forward pass's Context. Raises RuntimeError outside `with set_context(...)`."""
+    if _current is None:
+        raise RuntimeError("get_context() was called outside `with set_context(...)`: attention needs a Context")
+    return _current
+
+
+@contextmanager
+def set_context(context: Context) -> Iterator[None]:
+    """Make `context` the one that get_context returns, for one forward pass. Raises RuntimeError when nested."""
+    global _current
+    if _current is not None:
+        raise RuntimeError("set_context() is already active: forward passes do not nest")
+    _current = context
+    try:
+        yield
+    finally:
+        _current = None

@@ -1,0 +1,1 @@
+"""Decides: pure Python and numpy, no torch."""

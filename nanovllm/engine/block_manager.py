@@ -1,0 +1,255 @@
+"""BlockManager: who owns which KV block, and which blocks hold a prefix that another sequence may share.
+
+A block is free when no sequence owns it. A full block whose keys and values have been computed is cached: a later sequence that
+begins with the same tokens shares it. Freed blocks stay cached until they are reused, the tail of a prefix before its head.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import xxhash
+
+from nanovllm.engine.sequence import Sequence
+
+BlockHash = Callable[[list[int], int | None], int]
+
+
+def block_hash(token_ids: list[int], parent: int | None) -> int:
+    """XXH64 of the parent block's hash (8 bytes, little endian; nothing for a first block) and the tokens as int64."""
+    state = xxhash.xxh64()
+    if parent is not None:
+        state.update(parent.to_bytes(8, "little"))
+    state.update(np.array(token_ids, dtype="<i8").tobytes())
+    return state.intdigest()
+
+
+@dataclass(slots=True)
+class Block:
+    """One KV block.
+
+    ref_count: sequences that own it. hash, token_ids: of a cached block.
+    prefix_id: names a cached block's content and everything before it: equal ids, equal prefixes. Hashes may collide,
+        ids never do. parent_prefix_id is the id of the block before it, None for a first block.
+    """
+
+    block_id: int
+    ref_count: int = 0
+    hash: int | None = None
+    token_ids: list[int] = field(default_factory=list)
+    prefix_id: int | None = None
+    parent_prefix_id: int | None = None
+
+    @property
+    def is_cached(self) -> bool:
+        return self.prefix_id is not None
+
+
+class BlockManager:
+    """Owns num_blocks blocks of block_size tokens. `hash_function` may be a weaker one: it costs hits, never rightness.
+
+    num_hit_blocks and num_evictions count since construction.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, hash_function: BlockHash = block_hash) -> None:
+        if num_blocks < 1 or block_size < 1:
+            raise ValueError(f"num_blocks and block_size must be at least 1, got {num_blocks} and {block_size}")
+        self.block_size = block_size
+        self.blocks = [Block(block_id) for block_id in range(num_blocks)]
+        self.hash_to_block_id: dict[int, int] = {}
+        self.num_hit_blocks = 0
+        self.num_evictions = 0
+        self._hash = hash_function
+        # Further cached blocks with a hash that hash_to_block_id already maps: twins (equal prompts computed in the
+        # same step) and collisions. They take over when the mapped one is evicted.
+        self._same_hash: dict[int, list[int]] = {}
+        self._free_block_ids: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))  # next to reuse first
+        self._num_prefix_ids = 0
+
+    @property
+    def num_free_blocks(self) -> int:
+        return len(self._free_block_ids)
+
+    # --- admission ---
+
+    def find_cached_blocks(self, seq: Sequence) -> list[int]:
+        """Ids of the cached blocks that hold the longest prefix of `seq`, in order."""
+        self._hash_full_blocks(seq)
+        found: list[int] = []
+        parent: int | None = None
+        for index, hash_value in enumerate(seq.block_hashes):
+            block = self._find(hash_value, seq.block_token_ids(index), parent)
+            if block is None:
+                break
+            found.append(block.block_id)
+            parent = block.prefix_id
+        return found
+
+    def can_allocate(self, seq: Sequence, num_reserved_blocks: int = 0) -> bool:
+        """Whether all of the sequence's tokens find a block and num_reserved_blocks stay free."""
+        shared = [block_id for block_id in self.find_cached_blocks(seq) if self.blocks[block_id].ref_count > 0]
+        return self.num_free_blocks >= seq.num_blocks - len(shared) + num_reserved_blocks
+
+    def allocate(self, seq: Sequence) -> None:
+        """Give `seq` blocks for all of its tokens, cached ones first, and set what need not be computed.
+
+        At least one token is left to compute, since its logits are needed. Requires can_allocate(seq).
+        """
+        hits = self.find_cached_blocks(seq)
+        for block_id in hits:
+            block = self.blocks[block_id]
+            if block.ref_count == 0:
+                del self._free_block_ids[block_id]
+            block.ref_count += 1
+        seq.block_table = hits + [self._take_free_block() for _ in range(seq.num_blocks - len(hits))]
+        seq.num_stored_tokens = len(hits) * self.block_size
+        seq.num_cached_tokens = min(seq.num_stored_tokens, len(seq) - 1)
+        if seq.num_cached_prompt_tokens is None:
+            seq.num_cached_prompt_tokens = seq.num_cached_tokens
+        self.num_hit_blocks += len(hits)
+
+    def deallocate(self, seq: Sequence) -> None:
+        """Take all blocks from `seq`; its cached blocks stay hittable until they are reused."""
+        for block_id in reversed(seq.block_table):  # the tail is freed first, so it is reused first
+            block = self.blocks[block_id]
+            block.ref_count -= 1
+            if block.ref_count == 0:
+                self._free_block_ids[block_id] = None
+                if not block.is_cached:  # nothing to lose: reuse it before any cached block
+                    self._free_block_ids.move_to_end(block_id, last=False)
+        seq.block_table = []
+        seq.num_cached_tokens = 0
+        seq.num_stored_tokens = 0
+
+    # --- growth ---
+
+    def can_append(self, seq: Sequence) -> bool:
+        """Whether the token appended last has a block, or can get one.
+
+        A new block is needed when the token opened it: len(seq) % block_size == 1 after appending, for block_size > 1.
+        """
+        return self.num_free_blocks >= seq.num_blocks - len(seq.block_table)
+
+    def append(self, seq: Sequence) -> None:
+        """Open the block of the token appended last, if it needs one. Requires can_append(seq)."""
+        while len(seq.block_table) < seq.num_blocks:
+            seq.block_table.append(self._take_free_block())
+
+    # --- prefix cache ---
+
+    def cache_full_blocks(self, seq: Sequence) -> None:
+        """Make the sequence's full blocks hittable, as far as their keys and values are stored."""
+        num_full = seq.num_stored_tokens // self.block_size
+        first = num_full
+        while first > 0 and not self.blocks[seq.block_table[first - 1]].is_cached:
+            first -= 1
+        if first == num_full:
+            return
+        self._hash_full_blocks(seq)
+        parent = self.blocks[seq.block_table[first - 1]].prefix_id if first else None
+        for index in range(first, num_full):
+            block = self.blocks[seq.block_table[index]]
+            self._cache(block, seq.block_hashes[index], seq.block_token_ids(index), parent)
+            parent = block.prefix_id
+
+    def _hash_full_blocks(self, seq: Sequence) -> None:
+        hashes = seq.block_hashes
+        for index in range(len(hashes), len(seq) // self.block_size):
+            hashes.append(self._hash(seq.block_token_ids(index), hashes[-1] if hashes else None))
+
+    def _candidates(self, hash_value: int) -> Iterator[Block]:
+        if hash_value in self.hash_to_block_id:
+            yield self.blocks[self.hash_to_block_id[hash_value]]
+            for block_id in self._same_hash.get(hash_value, ()):
+                yield self.blocks[block_id]
+
+    def _find(self, hash_value: int, token_ids: list[int], parent: int | None) -> Block | None:
+        free: Block | None = None
+        for block in self._candidates(hash_value):
+            if block.parent_prefix_id == parent and block.token_ids == token_ids:
+                if block.ref_count > 0:  # sharing it takes nothing from the free blocks
+                    return block
+                free = free or block
+        return free
+
+    def _cache(self, block: Block, hash_value: int, token_ids: list[int], parent: int | None) -> None:
+        twin = self._find(hash_value, token_ids, parent)
+        if twin is None:
+            self._num_prefix_ids += 1
+        block.prefix_id = self._num_prefix_ids if twin is None else twin.prefix_id
+        block.parent_prefix_id = parent
+        block.hash = hash_value
+        block.token_ids = token_ids
+        if self.hash_to_block_id.setdefault(hash_value, block.block_id) != block.block_id:
+            self._same_hash.setdefault(hash_value, []).append(block.block_id)
+
+    def _evict(self, block: Block) -> None:
+        assert block.hash is not None
+        others = self._same_hash.get(block.hash, [])
+        if self.hash_to_block_id[block.hash] != block.block_id:
+            others.remove(block.block_id)
+        elif others:
+            self.hash_to_block_id[block.hash] = others.pop(0)
+        else:
+            del self.hash_to_block_id[block.hash]
+        if not others:
+            self._same_hash.pop(block.hash, None)
+        block.hash = block.prefix_id = block.parent_prefix_id = None
+        block.token_ids = []
+        self.num_evictions += 1
+
+    def _take_free_block(self) -> int:
+        if not self._free_block_ids:
+            raise RuntimeError("no free KV block: call can_allocate or can_append first")
+        block_id, _ = self._free_block_ids.popitem(last=False)
+        block = self.blocks[block_id]
+        if block.is_cached:
+            self._evict(block)
+        block.ref_count = 1
+        return block_id
+
+    # --- self-test ---
+
+    def check_invariants(self, sequences: Iterable[Sequence] | None = None) -> None:
+        """Raise RuntimeError that names the first broken invariant. `sequences`: all that own blocks, if known."""
+        for problem in self._broken_invariants(sequences):
+            raise RuntimeError(f"BlockManager invariant broken: {problem}")
+
+    def _broken_invariants(self, sequences: Iterable[Sequence] | None) -> Iterator[str]:
+        unowned = {block.block_id for block in self.blocks if block.ref_count == 0}
+        if unowned != set(self._free_block_ids):
+            yield f"free list {sorted(self._free_block_ids)} is not the set of unowned blocks {sorted(unowned)}"
+        if sequences is not None:
+            yield from self._broken_ownership(list(sequences))
+        mapped = [block_id for hash_value in self.hash_to_block_id for block_id in self._ids_with_hash(hash_value)]
+        cached = [block.block_id for block in self.blocks if block.is_cached]
+        if sorted(mapped) != cached:
+            yield f"blocks found by hash {sorted(mapped)} are not the cached blocks {cached}"
+        if not set(self._same_hash) <= set(self.hash_to_block_id) or [] in self._same_hash.values():
+            yield "a hash has further blocks but no first one, or an empty list of them"
+        prefix_of: dict[tuple[int | None, tuple[int, ...]], int | None] = {}
+        for block in (self.blocks[block_id] for block_id in cached):
+            if block.hash is None or block.block_id not in self._ids_with_hash(block.hash):
+                yield f"cached block {block.block_id} is not found by its hash"
+            if len(block.token_ids) != self.block_size:
+                yield f"cached block {block.block_id} holds {len(block.token_ids)} tokens, not {self.block_size}"
+            content = (block.parent_prefix_id, tuple(block.token_ids))
+            if prefix_of.setdefault(content, block.prefix_id) != block.prefix_id:
+                yield f"cached block {block.block_id} has the content of another but not its prefix_id"
+        if len(set(prefix_of.values())) != len(prefix_of):
+            yield "one prefix_id names two contents"
+
+    def _broken_ownership(self, sequences: list[Sequence]) -> Iterator[str]:
+        owners = [0] * len(self.blocks)
+        for seq in sequences:
+            if len(set(seq.block_table)) != len(seq.block_table):
+                yield f"{seq!r} owns a block twice"
+            for block_id in seq.block_table:
+                owners[block_id] += 1
+        for block in self.blocks:
+            if block.ref_count != owners[block.block_id]:
+                yield f"block {block.block_id} has ref_count {block.ref_count} and {owners[block.block_id]} owners"
+
+    def _ids_with_hash(self, hash_value: int) -> list[int]:
+        return [block.block_id for block in self._candidates(hash_value)]

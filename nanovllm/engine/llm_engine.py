@@ -1,0 +1,223 @@
+"""LLMEngine: requests in, outputs out; the one place where engine (decides) and worker (computes) meet."""
+
+from collections.abc import Generator, Iterator
+from contextlib import closing
+from dataclasses import replace
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from nanovllm.config import Config
+from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.inputs import as_params_list, as_prompt_list, as_token_ids, request_seed
+from nanovllm.engine.request import Request
+from nanovllm.engine.scheduler import ScheduledBatch, Scheduler
+from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.throughput import Throughput
+from nanovllm.engine.tokenizer import load_tokenizer
+from nanovllm.model_config import load_model_config
+from nanovllm.model_path import local_model_dir
+from nanovllm.outputs import RequestOutput, StepOutput, StreamOutput
+from nanovllm.sampling_params import SamplingParams
+
+
+class LLMEngine:
+    """An engine for one model. Use it in a `with` statement, or call close().
+
+    model: a directory or a hub id; options: Config's fields. Raises TypeError for an unknown option, ValueError for a
+    value, a model or a checkpoint that will not do; nothing is left behind then.
+    """
+
+    def __init__(self, model: str, **options: Any) -> None:
+        self._executor: Any = None
+        config = Config(model, **options)
+        model_dir = local_model_dir(config.model)
+        model_config = load_model_config(model_dir)
+        self.config = replace(config, max_model_len=min(config.max_model_len, model_config.max_supported_len))
+        self.tokenizer = load_tokenizer(model_dir)
+        self.vocab_size = model_config.vocab_size
+
+        from nanovllm.worker.executor import Executor  # imports torch, which `import nanovllm` must not
+
+        self._executor = Executor(self.config, model_config, model_dir)
+        tokenizer_eos = getattr(self.tokenizer, "eos_token_id", None)
+        self.scheduler = Scheduler(
+            BlockManager(self._executor.num_kv_cache_blocks, config.kv_cache_block_size),
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_model_len=self.config.max_model_len,
+            eos_token_ids=model_config.eos_token_ids | ({tokenizer_eos} if tokenizer_eos is not None else set()),
+        )
+        self._requests: dict[int, Request] = {}
+        self._num_arrivals = 0
+
+    # --- whole prompts ---
+
+    def generate(
+        self,
+        prompts: str | list[str] | list[list[int]],
+        sampling_params: SamplingParams | list[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Generate from all prompts; outputs are in the order of the prompts.
+
+        A str, or one list of token ids, is one prompt. sampling_params is one for all, or a list with one for each.
+        Raises ValueError, naming the prompt's index, before anything is computed. An exception on the way (Ctrl-C
+        too) aborts these prompts; the engine stays usable.
+        """
+        requests = self._make_requests(as_prompt_list(prompts), sampling_params, is_streamed=False)
+        progress = tqdm(total=len(requests), desc="Generating", unit="prompt", disable=not use_tqdm)
+        throughput = Throughput()
+        with progress, closing(self._run(requests)) as batches:
+            for batch in batches:
+                throughput.add(batch)
+                progress.set_postfix_str(str(throughput), refresh=False)
+                progress.update(sum(request.sequence.is_finished for request in requests) - progress.n)
+        return [request.output() for request in requests]
+
+    def generate_stream(
+        self,
+        prompts: str | list[str] | list[list[int]],
+        sampling_params: SamplingParams | list[SamplingParams] | None = None,
+    ) -> Iterator[StreamOutput]:
+        """As generate, but yields each prompt's text and tokens as they are produced.
+
+        Prompts are checked at the call, and queued when the first item is asked for. Closing the iterator early
+        aborts what is left.
+        """
+        return self._stream(self._make_requests(as_prompt_list(prompts), sampling_params, is_streamed=True))
+
+    def _stream(self, requests: list[Request]) -> Iterator[StreamOutput]:
+        with closing(self._run(requests)) as batches:
+            for _ in batches:
+                for request in requests:
+                    output = request.take_stream_output()
+                    if output is not None:
+                        yield output
+
+    def _run(self, requests: list[Request]) -> Generator[ScheduledBatch, None, None]:
+        """Step until `requests` are finished; they leave the engine then, or aborted when this stops early."""
+        try:
+            for request in requests:
+                self._enqueue(request)
+            while not all(request.sequence.is_finished for request in requests):
+                yield self._advance()
+            # What was aborted since the last step has been finished without one.
+            yield ScheduledBatch(is_prefill=False, sequences=(), num_scheduled_tokens=(), sampled_sequences=())
+        finally:
+            for request in requests:
+                self.abort(request.sequence.seq_id)
+                self._requests.pop(request.sequence.seq_id, None)
+
+    # --- step by step ---
+
+    def add_request(self, prompt: str | list[int], sampling_params: SamplingParams | None = None) -> int:
+        """Queue one prompt and return its seq_id; step() computes it. Raises ValueError as generate."""
+        (request,) = self._make_requests([prompt], sampling_params, is_streamed=False)
+        request.index = None
+        self._enqueue(request)
+        return request.sequence.seq_id
+
+    def step(self) -> StepOutput:
+        """Compute one step. Outputs of requests from add_request are handed out here, once.
+
+        When computing fails, the exception passes through, the requests of that step end with finish_reason "abort",
+        and the others go on.
+        """
+        batch = self._advance()
+        finished = [r for r in self._requests.values() if r.index is None and r.sequence.is_finished]
+        for request in finished:
+            del self._requests[request.sequence.seq_id]
+        num_tokens = batch.num_tokens
+        return StepOutput(
+            finished=tuple(request.output() for request in finished),
+            num_prefill_tokens=num_tokens if batch.is_prefill else 0,
+            num_decode_tokens=0 if batch.is_prefill else num_tokens,
+        )
+
+    def abort(self, seq_id: int) -> bool:
+        """End a request; its output, with finish_reason "abort", comes as any other. False if it is not under way."""
+        return self.scheduler.abort(seq_id)
+
+    def is_finished(self) -> bool:
+        """Whether no request is waiting, running, or finished with its output still to be handed out."""
+        return not self._requests
+
+    def _advance(self) -> ScheduledBatch:
+        """Schedule, compute and take in one step."""
+        self._check_open()
+        batch = self.scheduler.schedule()
+        if batch.is_empty:
+            if not self.scheduler.is_finished:
+                raise RuntimeError("nothing can be scheduled although requests wait: please report this as a bug")
+            return batch
+        try:
+            token_ids = self._executor.run(batch)
+        except BaseException:
+            for seq in batch.sequences:  # their keys and values are in doubt; nothing of them was cached
+                self.abort(seq.seq_id)
+            raise
+        self.scheduler.postprocess(batch, token_ids)
+        for seq in batch.sampled_sequences:
+            is_stopped = self._requests[seq.seq_id].take_in_token()
+            if is_stopped and not seq.is_finished:
+                self.scheduler.finish(seq, "stop")
+            elif is_stopped:
+                seq.finish_reason = "stop"  # the stop string goes before max_tokens
+        return batch
+
+    # --- requests ---
+
+    def _make_requests(self, prompts: list[Any], sampling_params: Any, is_streamed: bool) -> list[Request]:
+        """Checked requests, not queued yet. Raises ValueError that names the prompt's index."""
+        self._check_open()
+        params_list = as_params_list(sampling_params, len(prompts))
+        requests = []
+        for index, (prompt, params) in enumerate(zip(prompts, params_list, strict=True)):
+            try:
+                seq = self._make_sequence(prompt, params, arrival=self._num_arrivals + index)
+            except ValueError as error:
+                raise ValueError(f"prompt {index}: {error}") from error
+            requests.append(Request(seq, self.tokenizer, index, is_streamed))
+        self._num_arrivals += len(requests)
+        return requests
+
+    def _make_sequence(self, prompt: Any, params: SamplingParams, arrival: int) -> Sequence:
+        token_ids = as_token_ids(prompt, self.tokenizer, self.vocab_size)
+        if params.stop and self.tokenizer is None:
+            raise ValueError(f"stop strings need a tokenizer and the model has none, got stop={params.stop!r}")
+        seq = Sequence(
+            token_ids,
+            params,
+            seq_id=arrival,
+            block_size=self.config.kv_cache_block_size,
+            seed=request_seed(self.config.seed, arrival) if params.seed is None else params.seed,
+        )
+        self.scheduler.check_fits(seq)
+        return seq
+
+    def _enqueue(self, request: Request) -> None:
+        self.scheduler.add(request.sequence)
+        self._requests[request.sequence.seq_id] = request
+
+    # --- the end ---
+
+    def close(self) -> None:
+        """Abort what is under way and give memory and processes back. May be called twice, and after a failure."""
+        if self._executor is None:
+            return
+        for seq_id in list(self._requests):
+            self.abort(seq_id)
+        self._requests.clear()
+        executor, self._executor = self._executor, None
+        executor.close()
+
+    def _check_open(self) -> None:
+        if self._executor is None:
+            raise RuntimeError("this engine is closed: make a new one")
+
+    def __enter__(self) -> "LLMEngine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

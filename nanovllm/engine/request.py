@@ -1,0 +1,81 @@
+"""Request: what the engine keeps of one request beside its Sequence: its text, and who collects its output."""
+
+from typing import Any
+
+from nanovllm.engine.detokenizer import Detokenizer, decode
+from nanovllm.engine.sequence import Sequence
+from nanovllm.outputs import RequestOutput, StreamOutput
+
+
+class Request:
+    """One request from add_request to its output.
+
+    index: of its prompt in the list given to generate or generate_stream; None when it came through add_request, and
+        step() hands out its output.
+    tokenizer: None when the checkpoint has none; then the text is empty.
+    is_streamed: whether take_stream_output will be called; the text then grows with each token. Otherwise only stop
+        strings need it to.
+    """
+
+    def __init__(self, sequence: Sequence, tokenizer: Any, index: int | None, is_streamed: bool) -> None:
+        self.sequence = sequence
+        self.index = index
+        self._tokenizer = tokenizer
+        self._detokenizer: Detokenizer | None = None
+        self._num_taken_tokens = 0
+        self._is_taken = False  # the last item of the stream too
+        stop = sequence.sampling_params.stop
+        if tokenizer is not None and (is_streamed or stop):
+            self._detokenizer = Detokenizer(tokenizer, stop)
+
+    def take_in_token(self) -> bool:
+        """Take in the sequence's last token. True if it completed a stop string."""
+        if self._detokenizer is None or self._is_last_token_hidden():
+            return False
+        self._detokenizer.append(self.sequence.last_token)
+        return self._detokenizer.is_stopped
+
+    def output(self) -> RequestOutput:
+        """The result of a finished request."""
+        seq = self.sequence
+        assert seq.finish_reason is not None
+        return RequestOutput(
+            text=self._text(),
+            token_ids=seq.completion_token_ids,
+            finish_reason=seq.finish_reason,
+            num_cached_tokens=seq.num_cached_prompt_tokens or 0,
+            seq_id=seq.seq_id,
+        )
+
+    def take_stream_output(self) -> StreamOutput | None:
+        """What has come since the last call; None if nothing has. The item that says how the request ended is the last."""
+        seq = self.sequence
+        token_ids = seq.completion_token_ids[self._num_taken_tokens :]
+        if self._is_taken or not (token_ids or seq.is_finished):
+            return None
+        self._is_taken = seq.is_finished
+        self._num_taken_tokens += len(token_ids)
+        text = ""
+        if self._detokenizer is not None:
+            if seq.is_finished:
+                self._detokenizer.close()
+            text = self._detokenizer.take(is_last=seq.is_finished)
+        assert self.index is not None
+        return StreamOutput(
+            index=self.index, text=text, token_ids=token_ids, finish_reason=seq.finish_reason, seq_id=seq.seq_id
+        )
+
+    def _text(self) -> str:
+        if self._detokenizer is not None:
+            self._detokenizer.close()
+            return self._detokenizer.text
+        if self._tokenizer is None:
+            return ""
+        token_ids = self.sequence.completion_token_ids
+        return decode(self._tokenizer, token_ids[:-1] if self._is_last_token_hidden() else token_ids)
+
+    def _is_last_token_hidden(self) -> bool:
+        """A token that ended the request (end of sequence, stop token) is no part of the text."""
+        seq = self.sequence
+        is_stop_string = self._detokenizer is not None and self._detokenizer.is_stopped
+        return seq.finish_reason == "stop" and not is_stop_string

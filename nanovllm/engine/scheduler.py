@@ -1,0 +1,225 @@
+"""Scheduler: which sequences the next step computes, and what becomes of its tokens.
+
+Prefill first: a step computes prompts as long as some fit, else one token of each running sequence. First come, first served: the
+running queue and the waiting queue, joined, are always in order of arrival, and what was admitted last is preempted first.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+
+from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.sequence import Sequence, SequenceStatus
+from nanovllm.outputs import FinishReason
+
+MAX_CONSECUTIVE_PREFILLS = 8
+
+
+@dataclass(frozen=True)
+class ScheduledBatch:
+    """What one step computes: num_scheduled_tokens[i] tokens of sequences[i]; nothing when there are no sequences.
+
+    sampled_sequences: those that get a new token; the others are prompts whose last chunk is still to come.
+    """
+
+    is_prefill: bool
+    sequences: tuple[Sequence, ...]
+    num_scheduled_tokens: tuple[int, ...]
+    sampled_sequences: tuple[Sequence, ...]
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.sequences
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.num_scheduled_tokens)
+
+
+class Scheduler:
+    """Queues, budgets and preemption.
+
+    A running sequence that could decode waits for at most MAX_CONSECUTIVE_PREFILLS prefill steps in a row.
+    Admission leaves one free block for each running sequence that can still outgrow its last block, so at least
+    block_size decode steps lie between the admission of a sequence and its preemption.
+    num_preemptions and num_prefill_chunks (steps that left a prompt unfinished) count since construction.
+    """
+
+    def __init__(
+        self,
+        block_manager: BlockManager,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        eos_token_ids: frozenset[int] = frozenset(),
+    ) -> None:
+        self.block_manager = block_manager
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_model_len = max_model_len
+        self.eos_token_ids = eos_token_ids
+        self.waiting: deque[Sequence] = deque()
+        self.running: deque[Sequence] = deque()
+        self.num_preemptions = 0
+        self.num_prefill_chunks = 0
+        self._num_prefills_in_a_row = 0
+
+    @property
+    def is_finished(self) -> bool:
+        return not self.waiting and not self.running
+
+    # --- the door ---
+
+    def check_fits(self, seq: Sequence) -> None:
+        """Raise ValueError when `seq` could never finish: longer than max_model_len, or than the whole KV cache."""
+        num_prompt_tokens, max_tokens = seq.num_prompt_tokens, seq.sampling_params.max_tokens
+        if num_prompt_tokens >= self.max_model_len:
+            raise ValueError(
+                f"a prompt must be shorter than max_model_len={self.max_model_len} tokens to leave room for one more, "
+                f"got {num_prompt_tokens}; shorten it or raise max_model_len"
+            )
+        num_blocks, block_size = len(self.block_manager.blocks), self.block_manager.block_size
+        if self._max_num_blocks(seq) > num_blocks:
+            raise ValueError(
+                f"prompt and output must fit in the KV cache of {num_blocks} blocks of {block_size} tokens, got "
+                f"{num_prompt_tokens} prompt tokens and max_tokens={max_tokens} (max_model_len={self.max_model_len}), "
+                f"which take {self._max_num_blocks(seq)} blocks; shorten the prompt, lower max_tokens or enlarge the "
+                "cache (num_kv_cache_blocks, gpu_memory_utilization)"
+            )
+
+    def add(self, seq: Sequence) -> None:
+        """Queue `seq`. Raises ValueError as check_fits."""
+        self.check_fits(seq)
+        self.waiting.append(seq)
+
+    def _max_num_blocks(self, seq: Sequence) -> int:
+        """Blocks that `seq` holds at its longest; the last token's key and value are never stored."""
+        num_tokens = min(seq.num_prompt_tokens + seq.sampling_params.max_tokens, self.max_model_len) - 1
+        return -(-num_tokens // self.block_manager.block_size)
+
+    # --- one step ---
+
+    def schedule(self) -> ScheduledBatch:
+        """Choose the next step, allocate its blocks, set num_scheduled_tokens. Empty when there is nothing to do."""
+        is_decode_due = self._num_prefills_in_a_row >= MAX_CONSECUTIVE_PREFILLS
+        if not (is_decode_due and any(seq.is_decodable for seq in self.running)):
+            sequences = self._schedule_prefill()
+            if sequences:
+                self._num_prefills_in_a_row += 1
+                return self._batch(sequences, is_prefill=True)
+        self._num_prefills_in_a_row = 0
+        return self._batch(self._schedule_decode(), is_prefill=False)
+
+    def _batch(self, sequences: list[Sequence], is_prefill: bool) -> ScheduledBatch:
+        return ScheduledBatch(
+            is_prefill,
+            tuple(sequences),
+            tuple(seq.num_scheduled_tokens for seq in sequences),
+            tuple(seq for seq in sequences if seq.is_sampled),
+        )
+
+    def _schedule_prefill(self) -> list[Sequence]:
+        budget = self.max_num_batched_tokens
+        scheduled: list[Sequence] = []
+
+        def schedule_chunk(seq: Sequence) -> None:
+            nonlocal budget
+            seq.num_scheduled_tokens = min(seq.num_uncached_tokens, budget)
+            budget -= seq.num_scheduled_tokens
+            self.num_prefill_chunks += not seq.is_sampled
+            scheduled.append(seq)
+
+        for seq in self.running:
+            if budget and not seq.is_decodable:
+                schedule_chunk(seq)
+        while budget and self.waiting and len(self.running) < self.max_num_seqs:
+            seq = self.waiting[0]
+            if not self.block_manager.can_allocate(seq, self._num_reserved_blocks(seq)):
+                break
+            self.waiting.popleft()
+            self.block_manager.allocate(seq)
+            seq.status = SequenceStatus.RUNNING
+            self.running.append(seq)
+            schedule_chunk(seq)
+        return scheduled
+
+    def _num_reserved_blocks(self, candidate: Sequence) -> int:
+        """Blocks that stay free when `candidate` is admitted: one for each sequence that can outgrow its last block.
+
+        None when nothing runs: a lone sequence always fits, or it would not have passed the door.
+        """
+        if not self.running:
+            return 0
+        return sum(self._max_num_blocks(seq) > seq.num_blocks for seq in (*self.running, candidate))
+
+    def _schedule_decode(self) -> list[Sequence]:
+        scheduled: list[Sequence] = []
+        for seq in tuple(self.running):
+            if seq.status is not SequenceStatus.RUNNING or not seq.is_decodable:
+                continue
+            while not self.block_manager.can_append(seq):
+                lowest = self.running[-1]
+                self.preempt(lowest)
+                if lowest is seq:
+                    break
+            else:
+                self.block_manager.append(seq)
+                seq.num_scheduled_tokens = 1
+                scheduled.append(seq)
+        return scheduled
+
+    def preempt(self, seq: Sequence) -> None:
+        """Take the blocks of a running sequence and put it back to the front of waiting; its tokens stay."""
+        self.running.remove(seq)
+        self.block_manager.deallocate(seq)
+        seq.num_scheduled_tokens = 0
+        seq.status = SequenceStatus.WAITING
+        self.waiting.appendleft(seq)
+        self.num_preemptions += 1
+
+    def postprocess(self, batch: ScheduledBatch, token_ids: list[int]) -> None:
+        """Take in a computed batch: token_ids[i] is the new token of batch.sampled_sequences[i].
+
+        Caches the blocks that became full, appends the tokens, finishes the sequences that ended. Sequences that were
+        aborted since schedule() are passed over.
+        """
+        new_tokens = dict(zip(batch.sampled_sequences, token_ids, strict=True))
+        for seq in batch.sequences:
+            if seq.is_finished:
+                continue
+            seq.num_cached_tokens += seq.num_scheduled_tokens
+            seq.num_stored_tokens = max(seq.num_stored_tokens, seq.num_cached_tokens)
+            seq.num_scheduled_tokens = 0
+            self.block_manager.cache_full_blocks(seq)
+            if seq in new_tokens:
+                seq.append_token(new_tokens[seq])
+                reason = self._finish_reason(seq)
+                if reason:
+                    self.finish(seq, reason)
+
+    def _finish_reason(self, seq: Sequence) -> FinishReason | None:
+        params = seq.sampling_params
+        is_eos = not params.ignore_eos and seq.last_token in self.eos_token_ids
+        if is_eos or seq.last_token in params.stop_token_ids:
+            return "stop"
+        if seq.num_completion_tokens >= params.max_tokens or seq.num_tokens >= self.max_model_len:
+            return "length"
+        return None
+
+    # --- the end ---
+
+    def finish(self, seq: Sequence, reason: FinishReason) -> None:
+        """End a waiting or running sequence and free its blocks."""
+        (self.running if seq.status is SequenceStatus.RUNNING else self.waiting).remove(seq)
+        self.block_manager.deallocate(seq)
+        seq.num_scheduled_tokens = 0
+        seq.status = SequenceStatus.FINISHED
+        seq.finish_reason = reason
+
+    def abort(self, seq_id: int) -> bool:
+        """End the sequence with reason "abort". False if no waiting or running sequence has that id."""
+        for seq in (*self.running, *self.waiting):
+            if seq.seq_id == seq_id:
+                self.finish(seq, "abort")
+                return True
+        return False

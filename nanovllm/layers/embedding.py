@@ -1,0 +1,55 @@
+"""Token embedding and output projection, their vocabulary shared among the ranks."""
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from nanovllm.layers.parameter import load_share, make_parameter
+from nanovllm.layers.tensor_parallel import SINGLE_RANK, TensorParallel
+
+
+class VocabParallelEmbedding(nn.Module):
+    """Rank r holds rows r * V/size .. (r + 1) * V/size - 1 of the [V, E] table."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, tp: TensorParallel = SINGLE_RANK) -> None:
+        super().__init__()
+        self.tp = tp
+        self.num_rows = tp.share("vocab_size", vocab_size)
+        self.weight = make_parameter((self.num_rows, hidden_size), self.weight_loader)
+
+    def weight_loader(self, param: nn.Parameter, loaded_weight: torch.Tensor) -> None:
+        load_share(param, loaded_weight, 0, self.tp.rank, self.tp.size)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """[T] ids -> [T, E]. A token outside this rank's rows counts as zero in the sum over ranks."""
+        if self.tp.size == 1:
+            return functional.embedding(input_ids, self.weight)
+        local_ids = input_ids - self.tp.rank * self.num_rows
+        is_elsewhere = (local_ids < 0) | (local_ids >= self.num_rows)
+        rows = functional.embedding(local_ids.masked_fill(is_elsewhere, 0), self.weight)
+        return self.tp.all_reduce(rows.masked_fill(is_elsewhere[:, None], 0))
+
+
+class ParallelLMHead(nn.Module):
+    """Hidden states to logits. With tied weights it holds the embedding's Parameter itself, not a copy."""
+
+    def __init__(
+        self,
+        vocab_size: int,
+        hidden_size: int,
+        tp: TensorParallel = SINGLE_RANK,
+        tied_to: VocabParallelEmbedding | None = None,
+    ) -> None:
+        super().__init__()
+        self.tp = tp
+        if tied_to is not None:
+            self.weight = tied_to.weight
+        else:
+            self.weight = make_parameter((tp.share("vocab_size", vocab_size), hidden_size), self.weight_loader)
+
+    def weight_loader(self, param: nn.Parameter, loaded_weight: torch.Tensor) -> None:
+        load_share(param, loaded_weight, 0, self.tp.rank, self.tp.size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """[T, E] -> logits [T, V] on rank 0, None on the others."""
+        return self.tp.gather(functional.linear(hidden_states, self.weight))

@@ -1,0 +1,130 @@
+"""Linear layers, y = x W' + b, whole or shared among the ranks of a TensorParallel.
+
+Weights are [output features, input features] as in torch. Column-parallel layers hold some of the outputs (rows of W),
+row-parallel layers some of the inputs (columns of W) and sum over ranks. Packed layers (merged, qkv) are several
+matrices of the checkpoint on top of each other; their shard_id says which one a tensor is.
+Paper: Shoeybi et al. 2019 (arXiv 1909.08053).
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from nanovllm.layers.parameter import load_share, load_whole, make_parameter
+from nanovllm.layers.tensor_parallel import SINGLE_RANK, TensorParallel
+
+
+class ReplicatedLinear(nn.Module):
+    """Every rank holds and computes all of it."""
+
+    def __init__(self, input_size: int, output_size: int, bias: bool = False) -> None:
+        super().__init__()
+        self.weight = make_parameter((output_size, input_size), load_whole)
+        self.bias = make_parameter((output_size,), load_whole) if bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [T, input_size] -> [T, output_size]
+        return functional.linear(x, self.weight, self.bias)
+
+
+class ColumnParallelLinear(nn.Module):
+    """Each rank computes and keeps its share of the outputs: [T, input_size] -> [T, output_size / size]."""
+
+    def __init__(self, input_size: int, output_size: int, bias: bool = False, tp: TensorParallel = SINGLE_RANK) -> None:
+        super().__init__()
+        self.tp = tp
+        share = tp.share("output_size", output_size)
+        self.weight = make_parameter((share, input_size), self.weight_loader)
+        self.bias = make_parameter((share,), self.weight_loader) if bias else None
+
+    def weight_loader(self, param: nn.Parameter, loaded_weight: torch.Tensor) -> None:
+        """Serves weight and bias alike: both are cut along the outputs, dimension 0."""
+        load_share(param, loaded_weight, 0, self.tp.rank, self.tp.size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.linear(x, self.weight, self.bias)
+
+
+class MergedColumnParallelLinear(nn.Module):
+    """Column-parallel matrices of one input, packed: rank r computes its share of each, in order.
+
+    shard_id: index into output_sizes.
+    """
+
+    def __init__(
+        self, input_size: int, output_sizes: list[int], bias: bool = False, tp: TensorParallel = SINGLE_RANK
+    ) -> None:
+        super().__init__()
+        self.tp = tp
+        self.shares = [tp.share(f"output_sizes[{i}]", output_size) for i, output_size in enumerate(output_sizes)]
+        shard_ids = tuple(range(len(output_sizes)))
+        self.weight = make_parameter((sum(self.shares), input_size), self.weight_loader, shard_ids)
+        self.bias = make_parameter((sum(self.shares),), self.weight_loader, shard_ids) if bias else None
+
+    def weight_loader(self, param: nn.Parameter, loaded_weight: torch.Tensor, shard_id: int) -> None:
+        target = param.narrow(0, sum(self.shares[:shard_id]), self.shares[shard_id])
+        load_share(target, loaded_weight, 0, self.tp.rank, self.tp.size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [T, input_size] -> [T, sum(output_sizes) / size]
+        return functional.linear(x, self.weight, self.bias)
+
+
+class QKVParallelLinear(nn.Module):
+    """Query, key and value projections, packed: [T, hidden_size] -> [T, (num_heads + 2 * num_kv_heads) * head_dim].
+
+    Query heads are divided among the ranks. So are key/value heads, if there are enough of them; if there are more
+    ranks than key/value heads, each rank holds the one head that its query heads read, and several ranks hold the same.
+    num_heads, num_kv_heads: this rank's, after construction. shard_id: "q", "k" or "v".
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        head_dim: int,
+        total_num_heads: int,
+        total_num_kv_heads: int,
+        bias: bool = False,
+        tp: TensorParallel = SINGLE_RANK,
+    ) -> None:
+        super().__init__()
+        self.tp = tp
+        self.head_dim = head_dim
+        self.num_heads = tp.share("num_attention_heads", total_num_heads)
+        if tp.size > total_num_kv_heads and tp.size % total_num_kv_heads == 0:
+            self.num_kv_heads, self.kv_replicas = 1, tp.size // total_num_kv_heads
+        else:
+            self.num_kv_heads, self.kv_replicas = tp.share("num_key_value_heads", total_num_kv_heads), 1
+        num_rows = (self.num_heads + 2 * self.num_kv_heads) * head_dim
+        self.weight = make_parameter((num_rows, hidden_size), self.weight_loader, ("q", "k", "v"))
+        self.bias = make_parameter((num_rows,), self.weight_loader, ("q", "k", "v")) if bias else None
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Features of query, key and value in this rank's output."""
+        return self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim, self.num_kv_heads * self.head_dim
+
+    def weight_loader(self, param: nn.Parameter, loaded_weight: torch.Tensor, shard_id: str) -> None:
+        target = param.split(self.sizes)["qkv".index(shard_id)]
+        replicas = 1 if shard_id == "q" else self.kv_replicas
+        load_share(target, loaded_weight, 0, self.tp.rank // replicas, self.tp.size // replicas)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.linear(x, self.weight, self.bias)
+
+
+class RowParallelLinear(nn.Module):
+    """Each rank multiplies its share of the features; sum over ranks: [T, input_size / size] -> [T, output_size].
+
+    Every rank holds the whole bias, but only rank 0 adds it: the sum has it once.
+    """
+
+    def __init__(self, input_size: int, output_size: int, bias: bool = False, tp: TensorParallel = SINGLE_RANK) -> None:
+        super().__init__()
+        self.tp = tp
+        self.weight = make_parameter((output_size, tp.share("input_size", input_size)), self.weight_loader)
+        self.bias = make_parameter((output_size,), load_whole) if bias else None
+
+    def weight_loader(self, param: nn.Parameter, loaded_weight: torch.Tensor) -> None:
+        load_share(param, loaded_weight, 1, self.tp.rank, self.tp.size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.tp.all_reduce(functional.linear(x, self.weight, self.bias if self.tp.rank == 0 else None))

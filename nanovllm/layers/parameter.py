@@ -1,0 +1,47 @@
+"""Weights that know how to load themselves: the loader looks names up, the parameter knows its shape and its share."""
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import nn
+
+WeightLoader = Callable[..., None]
+WHOLE = (None,)  # shard ids of a parameter that is one tensor in the checkpoint
+
+
+class ShapeError(ValueError):
+    """A checkpoint's tensor has another shape than the model expects."""
+
+
+def make_parameter(
+    shape: tuple[int, ...], weight_loader: WeightLoader, shard_ids: tuple[Hashable, ...] = WHOLE
+) -> nn.Parameter:
+    """An uninitialised parameter of torch's default dtype and device, without gradient.
+
+    weight_loader(param, loaded_weight[, shard_id]) copies this rank's share of a checkpoint's tensor, cast to the
+    parameter's dtype. shard_ids: every value of shard_id with which it must be called before the parameter is complete;
+    (None,) means one call without shard_id.
+    """
+    param: Any = nn.Parameter(torch.empty(shape), requires_grad=False)
+    param.weight_loader = weight_loader
+    param.shard_ids = shard_ids
+    return param
+
+
+def load_share(target: torch.Tensor, loaded_weight: torch.Tensor, dim: int = 0, index: int = 0, count: int = 1) -> None:
+    """Copy part `index` of `count` equal parts of loaded_weight, cut along dim, into target.
+
+    Raises ShapeError unless loaded_weight has target's shape with dimension dim `count` times as long: nothing is
+    broadcast, cut off or padded.
+    """
+    expected = list(target.shape)
+    expected[dim] *= count
+    if list(loaded_weight.shape) != expected:
+        raise ShapeError(f"expected shape {expected}, got {list(loaded_weight.shape)}")
+    target.copy_(loaded_weight.narrow(dim, index * target.shape[dim], target.shape[dim]))
+
+
+def load_whole(param: nn.Parameter, loaded_weight: torch.Tensor) -> None:
+    """The weight_loader of a parameter that every rank holds in full."""
+    load_share(param, loaded_weight)

@@ -1,0 +1,156 @@
+"""Sampler: logits -> token ids, each row a function of its own logits and request alone.
+
+    z = logits / temperature, after top_k, top_p and min_p;  token = argmax(z - log e),  e exponential noise
+
+which is argmax(p / e), the race of exponentials with rates p (Gumbel-max), and so draws from p. The noise is
+counter-based (see philox), so neither the batch, its order nor the device's generator has a say.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from nanovllm.layers.philox import exponential_from_words, token_words
+
+# Rows are sampled in slices of at most this many logits (or one row), whatever the batch. A slice needs at most 64
+# bytes of temporaries a logit: 16 MiB on the CPU, which is five times as fast on what stays in its cache, and 256 MiB on
+# a GPU, where launches are what costs.
+MAX_LOGITS_PER_SLICE = {"cpu": 2**18, "cuda": 2**22}
+MAX_BYTES_PER_LOGIT = 64
+
+
+class SamplingRowsLike(Protocol):
+    """numpy arrays of shape [num_rows], as engine.model_input.SamplingRows documents them."""
+
+    @property
+    def temperature(self) -> np.ndarray: ...
+    @property
+    def top_k(self) -> np.ndarray: ...
+    @property
+    def top_p(self) -> np.ndarray: ...
+    @property
+    def min_p(self) -> np.ndarray: ...
+    @property
+    def seed(self) -> np.ndarray: ...
+    @property
+    def position(self) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class SamplingTensors:
+    """SamplingRows on a device, and which rows need which work (decided on the host, so that no step waits for it).
+
+    temperature, top_p, min_p: [num_rows] float32. top_k: [num_rows] int64, 0 for no limit.
+    seed_low, seed_high: [num_rows] int64, the halves of the 64-bit seed. position: [num_rows] int64.
+    greedy_rows, plain_rows, filtered_rows: int64 row numbers, which together are all rows: argmax; drawn from the
+        whole vocabulary; drawn after top_k, top_p or min_p.
+    """
+
+    temperature: torch.Tensor
+    top_k: torch.Tensor
+    top_p: torch.Tensor
+    min_p: torch.Tensor
+    seed_low: torch.Tensor
+    seed_high: torch.Tensor
+    position: torch.Tensor
+    greedy_rows: torch.Tensor
+    plain_rows: torch.Tensor
+    filtered_rows: torch.Tensor
+
+    @classmethod
+    def from_rows(cls, rows: SamplingRowsLike, device: torch.device | str) -> "SamplingTensors":
+        """Move rows to device. top_k of 1 is greedy; top_k 0, top_p 1 and min_p 0 filter nothing."""
+        is_greedy = rows.top_k == 1
+        is_filtered = ~is_greedy & ((rows.top_k > 0) | (rows.top_p < 1) | (rows.min_p > 0))
+
+        def to_device(array: np.ndarray, dtype: Any) -> torch.Tensor:
+            return torch.from_numpy(array.astype(dtype)).to(device)
+
+        return cls(
+            temperature=to_device(rows.temperature, np.float32),
+            top_k=to_device(rows.top_k, np.int64),
+            top_p=to_device(rows.top_p, np.float32),
+            min_p=to_device(rows.min_p, np.float32),
+            seed_low=to_device(rows.seed & np.uint64(0xFFFFFFFF), np.int64),
+            seed_high=to_device(rows.seed >> np.uint64(32), np.int64),
+            position=to_device(rows.position, np.int64),
+            greedy_rows=to_device(np.flatnonzero(is_greedy), np.int64),
+            plain_rows=to_device(np.flatnonzero(~is_greedy & ~is_filtered), np.int64),
+            filtered_rows=to_device(np.flatnonzero(is_filtered), np.int64),
+        )
+
+
+class Sampler(nn.Module):
+    """One token id a row.
+
+    A logit of -inf is drawn only if all of the row's are; NaN counts as -inf; a row without any other logit gives 0.
+    """
+
+    def forward(self, logits: torch.Tensor, rows: SamplingTensors) -> torch.Tensor:
+        """[num_rows] int64 token ids of logits [num_rows, vocab_size], any float dtype, which are not changed."""
+        token_ids = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+        for row_ids in _slices(rows.greedy_rows, logits):
+            token_ids[row_ids] = argmax(_without_nan(logits[row_ids]))
+        for row_ids in _slices(rows.plain_rows, logits):
+            token_ids[row_ids] = _race(_scaled(logits, rows, row_ids), rows, row_ids)
+        for row_ids in _slices(rows.filtered_rows, logits):
+            scaled = _scaled(logits, rows, row_ids)
+            allowed = kept(scaled, rows.top_k[row_ids], rows.top_p[row_ids], rows.min_p[row_ids])
+            token_ids[row_ids] = _race(scaled.masked_fill_(~allowed, -torch.inf), rows, row_ids)
+        return token_ids
+
+
+def argmax(scores: torch.Tensor) -> torch.Tensor:
+    """[num_rows] index of the largest score of each row, the lowest on a tie (torch.argmax promises none)."""
+    columns = torch.arange(scores.shape[1], device=scores.device)
+    is_largest = scores == scores.amax(dim=1, keepdim=True)
+    return torch.where(is_largest, columns, scores.shape[1]).amin(dim=1)
+
+
+def kept(scaled: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
+    """[num_rows, vocab_size] bool, the tokens that may be drawn. scaled: [num_rows, vocab_size] float32.
+
+    top_k: keeps the k largest and what ties with the k-th; 0 keeps all. top_p: of what is left, keeps a token when the
+    tokens before it (by probability, then by id) have less than top_p; 1 keeps all; the first token stays. min_p: of
+    what is left, keeps a token whose probability is at least min_p times the largest.
+    """
+    vocab_size = scaled.shape[1]
+    descending, order = scaled.sort(dim=1, descending=True, stable=True)
+    last = torch.where(top_k > 0, top_k, vocab_size).clamp(max=vocab_size) - 1
+    keep = scaled >= descending.gather(1, last[:, None])
+    del descending
+
+    probs = scaled.masked_fill(~keep, -torch.inf).softmax(dim=1).gather(1, order)
+    # Summed in float64, so that a GPU's order of summation cannot decide; compared in float32, as top_p is given.
+    mass_before = probs.cumsum(dim=1, dtype=torch.float64).roll(1, dims=1).to(torch.float32)
+    mass_before[:, 0] = -torch.inf
+    in_nucleus = (mass_before < top_p[:, None]) | (top_p[:, None] >= 1)
+    keep &= torch.empty_like(keep).scatter_(1, order, in_nucleus)
+    del order, mass_before
+
+    probs = scaled.masked_fill(~keep, -torch.inf).softmax(dim=1)
+    return keep & (probs >= min_p[:, None] * probs.amax(dim=1, keepdim=True))
+
+
+def _slices(row_ids: torch.Tensor, logits: torch.Tensor) -> Iterator[torch.Tensor]:
+    if len(row_ids):
+        yield from row_ids.split(max(1, MAX_LOGITS_PER_SLICE[logits.device.type] // logits.shape[1]))
+
+
+def _without_nan(scores: torch.Tensor) -> torch.Tensor:
+    """NaN becomes -inf, +inf the largest finite number, with which softmax can compute."""
+    return scores.nan_to_num(nan=-torch.inf, neginf=-torch.inf)
+
+
+def _scaled(logits: torch.Tensor, rows: SamplingTensors, row_ids: torch.Tensor) -> torch.Tensor:
+    return _without_nan(logits[row_ids].to(torch.float32) / rows.temperature[row_ids, None])
+
+
+def _race(scaled: torch.Tensor, rows: SamplingTensors, row_ids: torch.Tensor) -> torch.Tensor:
+    seed_low, seed_high, position = rows.seed_low[row_ids], rows.seed_high[row_ids], rows.position[row_ids]
+    noise = exponential_from_words(token_words(seed_low, seed_high, position, scaled.shape[1]))
+    return argmax(noise.log_().neg_().add_(scaled))

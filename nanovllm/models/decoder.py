@@ -1,0 +1,152 @@
+"""The decoder that all supported models share; a model's own file says only what differs.
+
+Letters: T packed tokens, E hidden size, H query heads, K key/value heads, D head_dim, V vocabulary.
+"""
+
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from nanovllm.layers.activation import SiluAndMul
+from nanovllm.layers.attention import Attention
+from nanovllm.layers.attention_backend import AttentionBackend
+from nanovllm.layers.embedding import ParallelLMHead, VocabParallelEmbedding
+from nanovllm.layers.layernorm import RMSNorm
+from nanovllm.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from nanovllm.layers.rotary_embedding import RotaryEmbedding, apply_rotary_embedding
+from nanovllm.layers.tensor_parallel import SINGLE_RANK, TensorParallel
+from nanovllm.model_config import ModelConfig
+
+
+class SelfAttention(nn.Module):
+    """Projections, rotary embedding and attention of one layer: [T, E] -> [T, E]."""
+
+    def __init__(self, config: ModelConfig, backend: AttentionBackend, tp: TensorParallel) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.qkv_proj = QKVParallelLinear(
+            config.hidden_size,
+            config.head_dim,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            bias=config.qkv_bias,
+            tp=tp,
+        )
+        self.o_proj = RowParallelLinear(
+            config.num_attention_heads * config.head_dim, config.hidden_size, bias=config.o_bias, tp=tp
+        )
+        self.attn = Attention(
+            self.qkv_proj.num_heads, config.head_dim, config.head_dim**-0.5, self.qkv_proj.num_kv_heads, backend
+        )
+
+    def normalize(self, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is done to query [T, H, D] and key [T, K, D] before the rotation: nothing, unless a model says so."""
+        return query, key
+
+    def forward(self, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        query, key, value = self.qkv_proj(hidden_states).split(self.qkv_proj.sizes, dim=-1)
+        query = query.unflatten(-1, (-1, self.head_dim))  # [T, H, D]
+        key = key.unflatten(-1, (-1, self.head_dim))  # [T, K, D]
+        value = value.unflatten(-1, (-1, self.head_dim))
+        query, key = self.normalize(query, key)
+        query, key = apply_rotary_embedding(query, cos, sin), apply_rotary_embedding(key, cos, sin)
+        return self.o_proj(self.attn(query, key, value).flatten(1))
+
+
+class MLP(nn.Module):
+    """Gated feed-forward network: [T, E] -> [T, E]."""
+
+    def __init__(self, config: ModelConfig, tp: TensorParallel) -> None:
+        super().__init__()
+        sizes = [config.intermediate_size] * 2
+        self.gate_up_proj = MergedColumnParallelLinear(config.hidden_size, sizes, bias=config.mlp_bias, tp=tp)
+        self.act_fn = SiluAndMul()
+        self.down_proj = RowParallelLinear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias, tp=tp)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_up_proj(hidden_states)))
+
+
+class DecoderLayer(nn.Module):
+    """Attention and MLP, each after a norm; what they compute is added to the residual stream by the next norm."""
+
+    def __init__(self, config: ModelConfig, self_attn: SelfAttention, mlp: nn.Module) -> None:
+        super().__init__()
+        self.self_attn = self_attn
+        self.mlp = mlp
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self, hidden_states: torch.Tensor, residual: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(last output, stream without it) -> the same, one layer on. The first layer has no stream yet: None."""
+        if residual is None:
+            stream, hidden_states = hidden_states, self.input_layernorm(hidden_states)
+        else:
+            hidden_states, stream = self.input_layernorm(hidden_states, residual)
+        hidden_states = self.self_attn(hidden_states, cos, sin)
+        hidden_states, stream = self.post_attention_layernorm(hidden_states, stream)
+        return self.mlp(hidden_states), stream
+
+
+class Decoder(nn.Module):
+    """Embedding, layers and last norm: the part of a checkpoint whose names begin with `model.`."""
+
+    def __init__(self, config: ModelConfig, layers: list[DecoderLayer], tp: TensorParallel) -> None:
+        super().__init__()
+        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, tp)
+        self.rotary_emb = RotaryEmbedding(config.head_dim, config.rope)
+        self.layers = nn.ModuleList(layers)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.embed_tokens(input_ids)
+        cos, sin = self.rotary_emb(positions)
+        residual = None
+        for layer in self.layers:
+            hidden_states, residual = layer(hidden_states, residual, cos, sin)
+        return self.norm(hidden_states, residual)[0]
+
+
+class DecoderForCausalLM(nn.Module):
+    """Base of all models. Parameters have torch's default dtype and device and must be loaded before use.
+
+    packed_modules_mapping: module of the checkpoint -> (module that holds it here, shard_id), for all that are packed.
+    """
+
+    packed_modules_mapping: ClassVar[dict[str, tuple[str, str | int]]] = {
+        "q_proj": ("qkv_proj", "q"),
+        "k_proj": ("qkv_proj", "k"),
+        "v_proj": ("qkv_proj", "v"),
+        "gate_proj": ("gate_up_proj", 0),
+        "up_proj": ("gate_up_proj", 1),
+    }
+
+    def __init__(self, config: ModelConfig, backend: AttentionBackend, tp: TensorParallel = SINGLE_RANK) -> None:
+        super().__init__()
+        self.config = config
+        layers = [
+            DecoderLayer(config, self.build_self_attn(config, backend, tp), self.build_mlp(config, index, tp))
+            for index in range(config.num_hidden_layers)
+        ]
+        self.model = Decoder(config, layers, tp)
+        tied_to = self.model.embed_tokens if config.tie_word_embeddings else None
+        self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, tp, tied_to)
+
+    def build_self_attn(self, config: ModelConfig, backend: AttentionBackend, tp: TensorParallel) -> SelfAttention:
+        """The attention block of every layer."""
+        return SelfAttention(config, backend, tp)
+
+    def build_mlp(self, config: ModelConfig, layer_index: int, tp: TensorParallel) -> nn.Module:
+        """The feed-forward block of layer `layer_index`."""
+        return MLP(config, tp)
+
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """input_ids [T], positions [T] -> hidden states [T, E], under a Context."""
+        return self.model(input_ids, positions)
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """[T, E] -> [T, V] on rank 0; None on the other ranks, which only contribute."""
+        return self.lm_head(hidden_states)

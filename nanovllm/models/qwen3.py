@@ -1,0 +1,24 @@
+"""Qwen3 (arXiv 2505.09388): queries and keys are normalised head by head before they are rotated."""
+
+import torch
+
+from nanovllm.layers.attention_backend import AttentionBackend
+from nanovllm.layers.layernorm import RMSNorm
+from nanovllm.layers.tensor_parallel import TensorParallel
+from nanovllm.model_config import ModelConfig
+from nanovllm.models.decoder import DecoderForCausalLM, SelfAttention
+
+
+class Qwen3SelfAttention(SelfAttention):
+    def __init__(self, config: ModelConfig, backend: AttentionBackend, tp: TensorParallel) -> None:
+        super().__init__(config, backend, tp)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+
+    def normalize(self, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.q_norm(query), self.k_norm(key)
+
+
+class Qwen3ForCausalLM(DecoderForCausalLM):
+    def build_self_attn(self, config: ModelConfig, backend: AttentionBackend, tp: TensorParallel) -> SelfAttention:
+        return Qwen3SelfAttention(config, backend, tp)

@@ -1,0 +1,86 @@
+"""Checks on what the user gave. Each failure is a ValueError (or TypeError) with the name, the rule, the value and the remedy."""
+
+import dataclasses
+import difflib
+import functools
+import math
+import numbers
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+_Class = TypeVar("_Class", bound=type)
+
+
+def reject_unknown_options(cls: _Class) -> _Class:
+    """Class decorator for dataclasses: an unknown keyword is a TypeError that offers the nearest field."""
+    original = cls.__init__
+
+    @functools.wraps(original)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        check_option_names(cls.__name__, kwargs, cls.__dataclass_fields__)  # type: ignore[attr-defined]
+        original(self, *args, **kwargs)
+
+    cls.__init__ = checked  # type: ignore[misc]
+    return cls
+
+
+def check_option_names(owner: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Raise TypeError for the first name in `given` that is not in `known`."""
+    known = list(known)
+    for name in given:
+        if name in known:
+            continue
+        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; known options: {', '.join(known)}"
+        raise TypeError(f"{owner} has no option {name!r}{hint}")
+
+
+def is_int(value: Any) -> bool:
+    """True for an int or a numpy integer, False for a bool."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def make_integers_plain(instance: Any) -> None:
+    """Turn numpy integers in the fields of a frozen dataclass into ints: arithmetic on small ones overflows."""
+    for field in dataclasses.fields(instance):
+        value = getattr(instance, field.name)
+        if is_int(value):
+            object.__setattr__(instance, field.name, int(value))
+
+
+def require_int(name: str, value: Any, minimum: int, maximum: int | None = None, remedy: str = "") -> None:
+    """Raise ValueError unless `value` is an integer (not a bool) in [minimum, maximum]."""
+    if is_int(value) and value >= minimum and (maximum is None or value <= maximum):
+        return
+    rule = f"an integer of at least {minimum}" if maximum is None else f"an integer from {minimum} to {maximum}"
+    raise ValueError(f"{name} must be {rule}, got {value!r}{'; ' + remedy if remedy else ''}")
+
+
+def require_bool(name: str, value: Any) -> None:
+    """Raise ValueError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+
+
+def require_number(name: str, value: Any, rule: str, is_allowed: Callable[[float], bool], remedy: str = "") -> None:
+    """Raise ValueError unless `value` is a finite number for which `is_allowed` holds; `rule` says so in words."""
+    if not _is_finite(value) or not is_allowed(value):
+        raise ValueError(f"{name} must be {rule}, got {value!r}{'; ' + remedy if remedy else ''}")
+
+
+def require_choice(name: str, value: Any, choices: Iterable[str], remedy: str = "") -> None:
+    """Raise ValueError unless `value` is one of `choices`."""
+    choices = list(choices)
+    if not isinstance(value, str) or value not in choices:
+        allowed = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"{name} must be one of {allowed}, got {value!r}{'; ' + remedy if remedy else ''}")
+
+
+def _is_finite(value: Any) -> bool:
+    """True for a Python or numpy number that a float can hold, False for a bool."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an int beyond the floats
+        return False

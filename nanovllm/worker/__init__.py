@@ -1,0 +1,1 @@
+"""Computes: everything that touches a device."""

@@ -1,0 +1,46 @@
+"""The ideas of an inference engine, each as one short file of plain PyTorch that can be read, run and checked by hand.
+
+Read them in the order of READING_ORDER. Each begins with the idea in a sentence, its formula and the reason why it is
+true; the function that follows says the same in code, slowly and without tricks, and its examples are tests. The engine
+computes the same things fast, and its tests hold it against these files. Nothing in the engine imports them.
+
+Every function takes float64, leaves its inputs as they were, and has the parameter names of the engine's fast version.
+Integers (slots, hashes, decisions, random words) must agree exactly, floats up to rounding.
+
+DIMENSION_LETTERS says what the letters in a shape like Float[Tensor, "T H D"] stand for.
+"""
+
+READING_ORDER = (
+    ("attention", "each token reads the values of the tokens before it"),
+    ("packing", "sequences of different lengths lie end to end in one tensor"),
+    ("slot_mapping", "where in the KV cache the token at a given position lives"),
+    ("store_kvcache", "new keys and values go to their slots"),
+    ("paged_attention", "attention whose keys are looked up block by block"),
+    ("block_hash", "a number that names a full block together with everything before it"),
+    ("block_manager", "who owns which block, and which blocks can be shared"),
+    ("scheduler", "which sequences compute how many tokens in the next step"),
+    ("rms_norm", "bring every token's vector to one length"),
+    ("rotary_embedding", "turn queries and keys by an angle that grows with the position"),
+    ("silu_and_mul", "one half of a vector decides how much of the other half passes"),
+    ("moe", "many feed-forward networks, of which a router picks a few for each token"),
+    ("tensor_parallel", "every rank holds a slice of each matrix, and the slices add up"),
+    ("philox", "random numbers by counting"),
+    ("sampling", "drop improbable tokens, then let the others race"),
+    ("checkpoint", "numbers by name, and a few settings"),
+    ("transformer", "from token ids to logits, for all four architectures"),
+    ("generate", "read, sample, append, start again: the oracle of the whole engine"),
+)
+
+DIMENSION_LETTERS = {
+    "T": "tokens of all sequences of a step, packed",
+    "B": "sequences",
+    "H": "query heads",
+    "K": "key/value heads",
+    "D": "head_dim, the size of one head",
+    "E": "hidden size",
+    "F": "intermediate size",
+    "V": "vocabulary",
+    "N": "experts",
+    "L": "layers",
+    "S": "slots of the KV cache, num_blocks * block_size",
+}

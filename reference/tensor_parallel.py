@@ -1,0 +1,62 @@
+"""Tensor parallelism: every rank holds a slice of each matrix, and what the slices compute adds up to the whole layer.
+
+    column parallel   y = [x W_0' + b_0 | x W_1' + b_1 | ...]        rank r has some of the outputs: rows W_r, b_r
+    row parallel      y = x_0 W_0' + x_1 W_1' + ... + b              rank r has some of the inputs: columns W_r
+    vocabulary        y = row of the one rank whose range holds the token, 0 from all others, summed
+
+Why it is right: a matrix product is a list of dot products (cut the list: column) and each is a sum (cut the sum: row).
+Why in this order: a column-parallel layer leaves its output cut exactly as a row-parallel layer wants its input. In
+between stand only functions of single heads or features (attention, silu_and_mul), which cut heads and features pass
+unharmed. So attention (qkv_proj, o_proj) and the feed-forward (gate_up_proj, down_proj) cost one all-reduce each.
+Why the bias of a row-parallel layer is added by one rank: the ranks' outputs are summed, and it would count n times.
+
+With more ranks than key/value heads, whole heads are held by several ranks: rank r has kv head r * K // tp_size.
+
+Letters: T tokens, I input features, O output features, V vocabulary, E hidden size. W' is W transposed.
+Paper: Shoeybi et al. 2019 (arXiv 1909.08053).
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def column_parallel_linear(
+    x: Float[Tensor, "T I"], weight: Float[Tensor, "O I"], bias: Float[Tensor, "O"] | None, tp_size: int
+) -> list[Float[Tensor, "T O/n"]]:
+    """What each rank holds afterwards; side by side they are x W' + b. No rank needs another.
+
+    >>> column_parallel_linear(torch.tensor([[2.0]]), torch.tensor([[1.0], [10.0]]), torch.tensor([5.0, 6.0]), 2)
+    [tensor([[7.]]), tensor([[26.]])]
+    """
+    weights = weight.chunk(tp_size, dim=0)
+    biases = [torch.zeros(())] * tp_size if bias is None else bias.chunk(tp_size)
+    return [x @ weights[rank].T + biases[rank] for rank in range(tp_size)]
+
+
+def row_parallel_linear(
+    xs: list[Float[Tensor, "T I/n"]], weight: Float[Tensor, "O I"], bias: Float[Tensor, "O"] | None
+) -> Float[Tensor, "T O"]:
+    """The sum over ranks (all-reduce), of which rank r has the input xs[r]: equal to [xs side by side] W' + b.
+
+    >>> row_parallel_linear([torch.tensor([[2.0]]), torch.tensor([[3.0]])], torch.tensor([[1.0, 10.0]]), None)
+    tensor([[32.]])
+    """
+    weights = weight.chunk(len(xs), dim=1)
+    partial = [x @ weights[rank].T for rank, x in enumerate(xs)]
+    return sum(partial[1:], partial[0]) + (0 if bias is None else bias)
+
+
+def vocab_parallel_embedding(token_ids: Int[Tensor, "T"], weight: Float[Tensor, "V E"], tp_size: int) -> Tensor:
+    """The sum over ranks, [T, E], of which rank r has the rows r * V/n .. (r + 1) * V/n - 1.
+
+    >>> vocab_parallel_embedding(torch.tensor([3, 0]), torch.tensor([[10.0], [11.0], [12.0], [13.0]]), tp_size=2)
+    tensor([[13.],
+            [10.]])
+    """
+    output = torch.zeros(len(token_ids), weight.shape[1], dtype=weight.dtype)
+    for rank, rows in enumerate(weight.chunk(tp_size, dim=0)):
+        local = token_ids - rank * len(rows)
+        mine = (local >= 0) & (local < len(rows))
+        output = output + torch.where(mine[:, None], rows[local.where(mine, 0)], 0)
+    return output

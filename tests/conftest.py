@@ -1,0 +1,96 @@
+"""What holds for every test: no network, one thread a process, a known seed, Hypothesis' profiles.
+
+HYPOTHESIS_PROFILE=dev|ci|nightly says how many examples are drawn (dev by default); NANOVLLM_TEST_SEED seeds Python's,
+numpy's and torch's global generators before each test. A failure prints both.
+"""
+
+import os
+
+# Before torch, transformers and huggingface_hub read them; processes that tests start inherit them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import ipaddress
+import random
+import socket
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+
+PROFILES = {"dev": 30, "ci": 100, "nightly": 3000}
+PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "dev")
+SEED = int(os.environ.get("NANOVLLM_TEST_SEED", "0"))
+
+for _name, _max_examples in PROFILES.items():
+    settings.register_profile(
+        _name,
+        max_examples=_max_examples,
+        deadline=None,  # a first call may import or compile, and two cores are shared: time says nothing here
+        derandomize=False,
+        print_blob=True,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
+settings.load_profile(PROFILE)
+
+_connect, _connect_ex = socket.socket.connect, socket.socket.connect_ex
+
+
+def _refuse_other_hosts(address: Any) -> None:
+    """Raise unless `address` is a path (unix socket) or on this machine."""
+    host = address[0] if isinstance(address, tuple) else "localhost"
+    try:
+        is_local = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        is_local = host == "localhost"
+    if not is_local:
+        raise RuntimeError(f"tests use no network, and this one connects to {address!r}")
+
+
+def _guarded_connect(self: socket.socket, address: Any) -> None:
+    _refuse_other_hosts(address)
+    return _connect(self, address)
+
+
+def _guarded_connect_ex(self: socket.socket, address: Any) -> int:
+    _refuse_other_hosts(address)
+    return _connect_ex(self, address)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    socket.socket.connect = _guarded_connect  # type: ignore[method-assign]
+    socket.socket.connect_ex = _guarded_connect_ex  # type: ignore[method-assign]
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    socket.socket.connect, socket.socket.connect_ex = _connect, _connect_ex  # type: ignore[method-assign]
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"nanovllm: {_how_to_repeat()}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
+    report = yield
+    if report.failed:
+        report.sections.append(("repeat with", f"{_how_to_repeat()} python -m pytest '{item.nodeid}'"))
+    return report
+
+
+def _how_to_repeat() -> str:
+    return f"HYPOTHESIS_PROFILE={PROFILE} NANOVLLM_TEST_SEED={SEED}"
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """The global generators start alike in every test, whatever ran before it."""
+    random.seed(SEED)
+    np.random.seed(SEED)
+    torch = sys.modules.get("torch")  # a test without torch does not pay for its import
+    if torch is not None:
+        torch.manual_seed(SEED)

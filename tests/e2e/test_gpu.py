@@ -1,0 +1,184 @@
+"""The engine on a GPU, eager, with each attention backend, against reference/ on the CPU in float64.
+
+float32 on the torch backend: the same tokens. bfloat16: logits no further from float64 than twice what plain PyTorch (the
+reference itself, run in bfloat16) is, plus one unit in the last place of the largest logit. The factor is FlashAttention's own
+criterion: same dtype, another order of summation.
+"""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nanovllm import LLM, SamplingParams, bundled_model_path
+from nanovllm.demo_prompts import DEMO_PROMPTS
+from reference.checkpoint import Checkpoint, load_checkpoint
+from reference.transformer import transformer
+from tests.model_probe import make_runner, teacher_forced_logits
+from tests.oracle import ERROR_RATIO, Oracle
+from tests.tiny_models import VOCAB_SIZE, tiny_model
+
+pytestmark = pytest.mark.gpu
+
+ARCHITECTURES = ["llama", "qwen2", "qwen3", "qwen3_moe"]
+BACKENDS = ["torch", "flash_attn"]
+EAGER: dict[str, Any] = {"device": "cuda", "enforce_eager": True}
+
+
+@functools.cache
+def checkpoint(model_dir: Path, dtype: torch.dtype) -> Checkpoint:
+    return load_checkpoint(model_dir, dtype)
+
+
+def random_tokens(count: int, seed: int) -> list[int]:
+    return torch.randint(VOCAB_SIZE, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def model_for_flash_attention(architecture: str) -> Path:
+    """head_dim 32: FlashAttention takes no smaller one. Weights as trained models have them, not made for float32."""
+    return tiny_model(architecture, head_dim=32, initializer_range=0.1)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_float32_logits_on_the_torch_backend(architecture: str) -> None:
+    """No TF32 anywhere: the bound is that of the CPU."""
+    model_dir = tiny_model(architecture)
+    token_ids = random_tokens(100, seed=1)
+    exact = transformer(token_ids, *checkpoint(model_dir, torch.float64))
+    rounding = (transformer(token_ids, *checkpoint(model_dir, torch.float32)) - exact).abs().max()
+    runner = make_runner(
+        model_dir, dtype="float32", attention_backend="torch", kv_cache_block_size=16, num_kv_cache_blocks=9,
+        max_num_seqs=8, max_num_batched_tokens=256, **EAGER,
+    )  # fmt: skip
+    ours = teacher_forced_logits(runner, token_ids, chunks=[33, 27], block_table=[5, 0, 8, 3, 1, 7, 2])
+    assert (ours - exact).abs().max() <= ERROR_RATIO * rounding
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_bfloat16_logits(architecture: str, backend: str) -> None:
+    """Chunked prefill over a cached prefix, then decode, across a block border, in permuted blocks."""
+    model_dir = model_for_flash_attention(architecture)
+    token_ids = random_tokens(300, seed=2)
+    exact = transformer(token_ids, *checkpoint(model_dir, torch.float64))
+    plain = transformer(token_ids, *checkpoint(model_dir, torch.bfloat16)).double()
+    runner = make_runner(
+        model_dir, dtype="bfloat16", attention_backend=backend, num_kv_cache_blocks=4, max_num_seqs=8,
+        max_num_batched_tokens=512, **EAGER,
+    )  # fmt: skip
+    runner.kv_cache.fill_(torch.nan)  # D53: what was never written must not be read
+    ours = teacher_forced_logits(runner, token_ids, chunks=[150, 90], block_table=[3, 1]).double()
+    ulp = torch.finfo(torch.bfloat16).eps * exact.abs().max()
+    is_moe = architecture == "qwen3_moe"
+    error, plain_error = (ours - exact).norm(dim=1), (plain - exact).norm(dim=1)
+    if is_moe:  # a near tie of the router sends a token to another expert: compare where both took the same way
+        same = plain_error < 0.1 * exact.norm(dim=1)
+        assert same.float().mean() > 0.5
+        same &= error < 0.5 * exact.norm(dim=1)
+        assert same.float().mean() > 0.5
+        error, plain_error = error[same], plain_error[same]
+    assert error.pow(2).mean().sqrt() <= 2 * plain_error.pow(2).mean().sqrt() + ulp
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_float32_tokens_equal_the_reference(architecture: str) -> None:
+    """Greedy and sampled, with chunks, prefix hits and preemptions forced by a small pool."""
+    oracle = Oracle(tiny_model(architecture), max_model_len=80)
+    prefix = random_tokens(24, seed=3)
+    prompts = [[*prefix, *random_tokens(length, seed=length)] for length in (1, 3, 9, 17, 2, 5)] * 2
+    params = [SamplingParams.greedy(max_tokens=30, ignore_eos=True)] * 6
+    params += [SamplingParams(seed=7, top_p=0.9, temperature=0.8, max_tokens=30, ignore_eos=True)] * 6
+    with LLM(
+        str(oracle.model_dir), dtype="float32", attention_backend="torch", kv_cache_block_size=4,
+        num_kv_cache_blocks=48, max_num_seqs=8, max_num_batched_tokens=32, max_model_len=80, **EAGER,
+    ) as llm:  # fmt: skip
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        assert llm.scheduler.num_preemptions > 0
+        assert llm.scheduler.num_prefill_chunks > 0
+        assert llm.scheduler.block_manager.num_hit_blocks > 0
+    for prompt, param, output in zip(prompts, params, outputs, strict=True):
+        oracle.check(prompt, param, param.seed or 0, output["token_ids"], output["finish_reason"])
+    assert oracle.num_excused <= 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bfloat16_through_preemption_and_prefix_hits(backend: str) -> None:
+    """The bundled model's margins are wide: in bfloat16, under pressure, it says what it says alone."""
+    params = SamplingParams.greedy(max_tokens=40)
+    prefix = "The LORD is my shepherd; I shall not want. " * 8
+    prompts = [prefix + prompt for prompt in DEMO_PROMPTS]
+    options: dict[str, Any] = {**EAGER, "dtype": "bfloat16", "attention_backend": backend, "max_model_len": 1024}
+    with LLM(str(bundled_model_path()), num_kv_cache_blocks=512, max_num_seqs=1, **options) as llm:
+        alone = llm.generate(prompts, params, use_tqdm=False)
+        assert llm.scheduler.num_preemptions == 0
+    with LLM(
+        str(bundled_model_path()), num_kv_cache_blocks=6, max_num_seqs=8, max_num_batched_tokens=300, **options
+    ) as llm:
+        crowded = llm.generate(prompts, params, use_tqdm=False)
+        assert llm.scheduler.num_prefill_chunks > 0
+        assert llm.scheduler.block_manager.num_hit_blocks > 0
+    num_tokens = sum(len(output["token_ids"]) for output in alone)
+    num_equal = sum(
+        ours == theirs
+        for one, other in zip(alone, crowded, strict=True)
+        for ours, theirs in zip(one["token_ids"], other["token_ids"], strict=False)
+    )
+    assert num_equal >= 0.95 * num_tokens  # prompts that are no text of its own leave near ties here and there
+
+
+@pytest.mark.parametrize(
+    ("dtype", "backend"), [("float32", "torch"), ("bfloat16", "torch"), ("bfloat16", "flash_attn")]
+)
+def test_the_bundled_model_says_on_a_gpu_what_it_says_on_a_cpu(dtype: str, backend: str) -> None:
+    params = SamplingParams.greedy(max_tokens=48)
+    with LLM(str(bundled_model_path()), device="cpu", attention_backend="torch", max_model_len=512) as llm:
+        expected = llm.generate(list(DEMO_PROMPTS), params, use_tqdm=False)
+    with LLM(str(bundled_model_path()), dtype=dtype, attention_backend=backend, max_model_len=512, **EAGER) as llm:
+        assert llm.config.num_kv_cache_blocks is None  # sized from the GPU's memory
+        outputs = llm.generate(list(DEMO_PROMPTS), params, use_tqdm=False)
+    assert [output["token_ids"] for output in outputs] == [output["token_ids"] for output in expected]
+
+
+def test_sampled_tokens_on_a_gpu_are_those_of_the_cpu() -> None:
+    """D58: the noise is counter-based, so the device does not decide."""
+    params = SamplingParams(seed=5, temperature=1.0, max_tokens=48)
+
+    def tokens(device: str) -> list[list[int]]:
+        with LLM(str(bundled_model_path()), device=device, dtype="float32", attention_backend="torch") as llm:
+            return [output["token_ids"] for output in llm.generate(list(DEMO_PROMPTS), params, use_tqdm=False)]
+
+    assert tokens("cuda") == tokens("cpu")
+
+
+def test_close_gives_gpu_memory_back() -> None:
+    """D34."""
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    llm = LLM(str(bundled_model_path()), num_kv_cache_blocks=64, max_model_len=512, **EAGER)
+    llm.generate("In the beginning", use_tqdm=False)
+    assert torch.cuda.memory_allocated() > before
+    llm.close()
+    assert torch.cuda.memory_allocated() == before
+
+
+def test_the_cache_fills_the_memory_it_may_and_no_more() -> None:
+    """D42: after warm-up, the largest step fits beside the cache."""
+    with LLM(
+        str(bundled_model_path()), gpu_memory_utilization=0.05, max_num_seqs=256, max_model_len=2048, **EAGER
+    ) as llm:
+        free, total = torch.cuda.mem_get_info()
+        assert total - free <= 0.06 * total
+        prompts = [[5 + index % 400] * 60 for index in range(256)]
+        outputs = llm.generate(
+            prompts, SamplingParams(top_p=0.9, seed=1, max_tokens=4, ignore_eos=True), use_tqdm=False
+        )
+        assert len(outputs) == 256
+        assert torch.cuda.mem_get_info()[0] >= 0.93 * total
+
+
+def test_too_little_memory_is_said_with_figures() -> None:
+    """D43."""
+    with pytest.raises(ValueError, match=r"gpu_memory_utilization must leave room .* GiB"):
+        LLM(str(bundled_model_path()), gpu_memory_utilization=1e-6, **EAGER)

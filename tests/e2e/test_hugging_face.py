@@ -1,0 +1,69 @@
+"""The engine against transformers, on every variant of every architecture, in float32 on the CPU.
+
+The bound: transformers is run in float64 and in float32. The two differ by what float32 rounding does to this model and these
+tokens; our float32 logits may differ from float64 by ERROR_RATIO times that (see tests/oracle.py).
+"""
+
+from typing import Any
+
+import pytest
+import torch
+
+from nanovllm import LLM, SamplingParams, bundled_model_path
+from nanovllm.demo_prompts import DEMO_PROMPTS
+from tests.hugging_face import hugging_face_logits, load_hugging_face
+from tests.model_probe import make_runner, teacher_forced_logits
+from tests.oracle import ERROR_RATIO
+from tests.tiny_models import VARIANTS, VOCAB_SIZE, tiny_model
+
+OPTIONS: dict[str, Any] = {"device": "cpu", "dtype": "float32", "attention_backend": "torch"}
+variants = pytest.mark.parametrize("variant", [variant for _, variant in VARIANTS], ids=[name for name, _ in VARIANTS])
+
+
+def random_tokens(count: int, seed: int) -> list[int]:
+    return torch.randint(VOCAB_SIZE, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@variants
+def test_teacher_forced_logits(variant: dict[str, Any]) -> None:
+    """D01 D07 D64 D65: every position of a prompt in two chunks and a continuation decoded token by token."""
+    model_dir = tiny_model(**variant)
+    token_ids = random_tokens(100, seed=1)
+    exact = hugging_face_logits(model_dir, token_ids, torch.float64)
+    rounding = (hugging_face_logits(model_dir, token_ids, torch.float32) - exact).abs().max()
+    runner = make_runner(model_dir, kv_cache_block_size=16, num_kv_cache_blocks=9, **OPTIONS)
+    ours = teacher_forced_logits(runner, token_ids, chunks=[33, 27], block_table=[5, 0, 8, 3, 1, 7, 2])
+    assert (ours - exact).abs().max() <= ERROR_RATIO * rounding
+
+
+@variants
+def test_greedy_continuations(variant: dict[str, Any]) -> None:
+    """transformers, given our tokens, would have chosen each of them, but where its own two best are within rounding."""
+    model_dir = tiny_model(**variant)
+    prompts = [random_tokens(length, seed=length) for length in (1, 16, 37, 64)]
+    with LLM(str(model_dir), kv_cache_block_size=16, num_kv_cache_blocks=40, max_num_batched_tokens=40, max_num_seqs=3,
+             max_model_len=128, **OPTIONS) as llm:  # fmt: skip
+        outputs = llm.generate(prompts, SamplingParams.greedy(max_tokens=24, ignore_eos=True), use_tqdm=False)
+    num_excused = 0
+    for prompt, output in zip(prompts, outputs, strict=True):
+        token_ids = [*prompt, *output["token_ids"]]
+        exact = hugging_face_logits(model_dir, token_ids, torch.float64)
+        logits = hugging_face_logits(model_dir, token_ids, torch.float32)
+        bound = ERROR_RATIO * (logits - exact).abs().max()
+        for position in range(len(prompt) - 1, len(token_ids) - 1):
+            chosen = logits[position, token_ids[position + 1]]
+            best = logits[position].max()
+            assert best - chosen <= 2 * bound  # each of the two may be off by the bound
+            num_excused += int(chosen < best)
+    assert num_excused <= 1
+
+
+def test_the_bundled_model_generates_what_transformers_generates() -> None:
+    """Token for token: its margins are far above rounding, so nothing is excused."""
+    model = load_hugging_face(bundled_model_path(), torch.float32)
+    with LLM(str(bundled_model_path()), max_model_len=512, **OPTIONS) as llm:
+        outputs = llm.generate(list(DEMO_PROMPTS), SamplingParams.greedy(max_tokens=48), use_tqdm=False)
+        for prompt, output in zip(DEMO_PROMPTS, outputs, strict=True):
+            inputs = torch.tensor([llm.tokenizer.encode(prompt)])
+            generated = model.generate(inputs, max_new_tokens=48, do_sample=False)[0, inputs.shape[1] :]
+            assert output["token_ids"] == generated.tolist()

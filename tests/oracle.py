@@ -1,0 +1,96 @@
+"""Oracle: what reference.generate says a request's tokens must be, and whether a difference is rounding or a bug."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from nanovllm import SamplingParams
+from reference.checkpoint import Checkpoint, load_checkpoint
+from reference.generate import Generation, generate
+from reference.sampling import sampling
+from reference.transformer import transformer
+
+# Two float32 evaluations of one function differ from float64 by errors of the same size; the largest of some thousand
+# such errors is rarely over twice another such largest, so four times the reference's own is not reached by rounding.
+ERROR_RATIO = 4.0
+NOISE_BOUND = 1e-5  # float32's error of temperature scaling and of the Gumbel noise where it can win
+
+
+@dataclass
+class Oracle:
+    """reference.generate on one checkpoint in float64, each request computed once.
+
+    num_compared and num_excused count tokens: an excused one differs where the two best are closer than rounding.
+    """
+
+    model_dir: Path
+    max_model_len: int | None = None
+    num_compared: int = 0
+    num_excused: int = 0
+
+    def __post_init__(self) -> None:
+        self._generations: dict[object, Generation] = {}
+
+    @cached_property
+    def exact(self) -> Checkpoint:
+        return load_checkpoint(self.model_dir, torch.float64)
+
+    @cached_property
+    def single(self) -> Checkpoint:
+        return load_checkpoint(self.model_dir, torch.float32)
+
+    def generate(self, prompt: list[int], params: SamplingParams, seed: int) -> Generation:
+        """The reference's tokens; `seed` is the request's resolved one."""
+        key = (tuple(prompt), params, seed)
+        if key not in self._generations:
+            self._generations[key] = generate(
+                self.exact,
+                prompt,
+                max_tokens=params.max_tokens,
+                temperature=params.temperature,
+                top_k=params.top_k,
+                top_p=params.top_p,
+                min_p=params.min_p,
+                seed=seed,
+                ignore_eos=params.ignore_eos,
+                stop_token_ids=params.stop_token_ids,
+                max_model_len=self.max_model_len,
+            )
+        return self._generations[key]
+
+    def check(self, prompt: list[int], params: SamplingParams, seed: int, token_ids: list[int], reason: str) -> None:
+        """Fail unless a finished (or aborted) request's tokens and finish_reason are the reference's."""
+        expected = self.generate(prompt, params, seed)
+        for step, (ours, theirs) in enumerate(zip(token_ids, expected.token_ids, strict=False)):
+            self.num_compared += 1
+            if ours != theirs:
+                prefix = [*prompt, *token_ids[:step]]
+                assert self.is_rounding(prefix, params, seed, ours), (
+                    f"token {step} is {ours}, the reference's {theirs}; prompt {prompt}, {params}, seed {seed}, "
+                    f"tokens {token_ids}, reference {expected.token_ids}"
+                )
+                self.num_excused += 1
+                return  # from here on the two continue different texts
+        if reason == "abort":
+            assert len(token_ids) <= len(expected.token_ids)
+        else:
+            assert (token_ids, reason) == (expected.token_ids, expected.finish_reason), f"prompt {prompt}, {params}"
+
+    def is_rounding(self, prefix: list[int], params: SamplingParams, seed: int, ours: int) -> bool:
+        """Whether float32 rounding of the logits can make `ours` the choice after `prefix`."""
+        exact = transformer(prefix, *self.exact)[-1]
+        single = transformer(prefix, *self.single)[-1].double()
+        bound = ERROR_RATIO * float((exact - single).abs().max()) + NOISE_BOUND * params.temperature
+
+        def choice(logits: torch.Tensor) -> int:
+            return sampling(
+                logits, params.temperature, params.top_k, params.top_p, params.min_p, seed, position=len(prefix)
+            )
+
+        up = torch.full_like(exact, -bound)
+        up[ours] = bound
+        down = torch.zeros_like(exact)
+        down[choice(exact)] = -bound
+        return ours in {choice(exact + up), choice(exact + down), choice(exact + up + down)}

@@ -1,0 +1,194 @@
+"""Tiny random checkpoints of every supported architecture, written by transformers and cached for the process.
+
+They have hidden size 64, a vocabulary of 320 and a byte-level tokenizer, so that an LLM can be built on them. Weights
+are large enough (biases and norm weights random too) that attention is sharp, logits spread, and nothing can be left
+out unnoticed.
+"""
+
+import atexit
+import functools
+import itertools
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+VOCAB_SIZE = 320
+EOS_TOKEN_ID = 256  # the tokenizer has the 256 bytes and this; the other ids of the model are never in a prompt
+MAX_POSITION_EMBEDDINGS = 512
+TRAINED_LEN = 64  # original_max_position_embeddings: short, so that tests reach beyond it
+ROPE: dict[str, dict[str, Any]] = {
+    "default": {"rope_type": "default"},
+    "linear": {"rope_type": "linear", "factor": 2.0},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": TRAINED_LEN,
+    },
+    "yarn": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": TRAINED_LEN},
+}
+CONFIG_CLASSES = {
+    "llama": "LlamaConfig",
+    "qwen2": "Qwen2Config",
+    "qwen3": "Qwen3Config",
+    "qwen3_moe": "Qwen3MoeConfig",
+}
+
+
+def tiny_model(architecture: str, **variant: Any) -> Path:
+    """A directory with the checkpoint of `variant`: the keywords and defaults of _build. Made once, never changed."""
+    return _cached(architecture, tuple(sorted(variant.items())))
+
+
+@functools.cache
+def _cached(architecture: str, variant: tuple[tuple[str, Any], ...]) -> Path:
+    directory = _root() / f"{architecture}-{next(_counter)}"
+    _build(directory, architecture, **dict(variant))
+    return directory
+
+
+_counter = itertools.count()
+
+
+@functools.cache
+def _root() -> Path:
+    root = Path(tempfile.mkdtemp(prefix="nanovllm-tiny-models-"))
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    return root
+
+
+def _build(
+    directory: Path,
+    architecture: str,
+    *,
+    num_layers: int = 2,
+    num_heads: int = 4,
+    num_kv_heads: int = 2,
+    head_dim: int = 16,
+    tied: bool = False,
+    rope: str = "default",
+    rope_theta: float = 10000.0,
+    attention_bias: bool = False,  # llama, qwen3, qwen3_moe; qwen2 always has it
+    mlp_bias: bool = False,  # llama
+    norm_topk_prob: bool = True,  # this and the next two: qwen3_moe
+    mlp_only_layers: tuple[int, ...] = (),
+    decoder_sparse_step: int = 1,
+    sharded: bool = False,
+    old_layout: bool = False,  # config.json as transformers 4.5x wrote it
+    dtype: str = "float32",
+    initializer_range: float = 0.2,
+    seed: int = 0,
+) -> None:
+    import transformers
+
+    options: dict[str, Any] = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": num_kv_heads,
+        "head_dim": head_dim,
+        "max_position_embeddings": MAX_POSITION_EMBEDDINGS,
+        "rope_parameters": {**ROPE[rope], "rope_theta": rope_theta},
+        "tie_word_embeddings": tied,
+        "eos_token_id": EOS_TOKEN_ID,
+        "bos_token_id": None,
+        "pad_token_id": None,
+        "attention_bias": attention_bias,
+        "mlp_bias": mlp_bias,
+    }
+    if architecture == "qwen2":
+        del options["attention_bias"]
+    if architecture != "llama":
+        del options["mlp_bias"]
+    if architecture == "qwen3_moe":
+        options |= {
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "norm_topk_prob": norm_topk_prob,
+            "mlp_only_layers": list(mlp_only_layers),
+            "decoder_sparse_step": decoder_sparse_step,
+        }
+    config = getattr(transformers, CONFIG_CLASSES[architecture])(**options)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = initializer_range * torch.randn(parameter.shape, generator=generator)
+            is_norm_weight = parameter.ndim == 1 and bool((parameter == 1).all())
+            parameter.copy_(1 + noise if is_norm_weight else noise)
+    model.save_pretrained(directory, max_shard_size="100KB" if sharded else "5GB")
+    _write_tokenizer(directory)
+    if old_layout:
+        _rewrite_config_in_old_layout(directory / "config.json")
+
+
+def _rewrite_config_in_old_layout(path: Path) -> None:
+    config = json.loads(path.read_text())
+    rope = config.pop("rope_parameters")
+    config["rope_theta"] = rope.pop("rope_theta")
+    config["rope_scaling"] = None if rope["rope_type"] == "default" else {**rope, "type": rope.pop("rope_type")}
+    config["torch_dtype"] = config.pop("dtype")
+    config.pop("layer_types", None)
+    if "num_local_experts" in config:
+        config["num_experts"] = config.pop("num_local_experts")
+    config["transformers_version"] = "4.51.0"
+    path.write_text(json.dumps(config, indent=2))
+
+
+def _write_tokenizer(directory: Path) -> None:
+    """One token a byte, and <eos>."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken("<eos>", special=True)])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def _variants() -> list[tuple[str, dict[str, Any]]]:
+    variants: list[dict[str, Any]] = []
+    for architecture in CONFIG_CLASSES:
+        variants += [{"architecture": architecture, "tied": tied} for tied in (False, True)]
+        variants += [{"architecture": architecture, "rope": rope} for rope in ROPE if rope != "default"]
+        variants += [{"architecture": architecture, "num_kv_heads": num_kv_heads} for num_kv_heads in (4, 1)]
+        variants += [{"architecture": architecture, "head_dim": 32, "sharded": True}]
+        variants += [{"architecture": architecture, "rope": rope, "old_layout": True} for rope in ("default", "yarn")]
+    variants += [
+        {"architecture": "llama", "attention_bias": True, "mlp_bias": True, "num_layers": 3},
+        {"architecture": "llama", "rope": "linear", "old_layout": True, "tied": True},
+        {"architecture": "llama", "rope": "llama3", "old_layout": True},
+        {"architecture": "qwen2", "num_layers": 3, "rope_theta": 1e6},
+        {"architecture": "qwen3", "attention_bias": True, "num_layers": 3},
+        {"architecture": "qwen3_moe", "attention_bias": True},
+        {"architecture": "qwen3_moe", "norm_topk_prob": False},
+        {"architecture": "qwen3_moe", "norm_topk_prob": False, "old_layout": True, "sharded": True},
+        {"architecture": "qwen3_moe", "mlp_only_layers": (1,), "num_layers": 3},
+        {"architecture": "qwen3_moe", "decoder_sparse_step": 2, "num_layers": 3},
+    ]
+    return [(_variant_id(variant), variant) for variant in variants]
+
+
+def _variant_id(variant: dict[str, Any]) -> str:
+    def word(name: str, value: Any) -> str:
+        if name == "architecture" or name == "rope":
+            return str(value)
+        return name if value is True else f"{name}={value}".replace(" ", "")
+
+    return "-".join(word(name, value) for name, value in variant.items())
+
+
+# (id, keywords of tiny_model): each architecture tied and untied, with every rope type, GQA ratios 1, 2 and 4, head_dim
+# not hidden / heads, biases, both config layouts, sharded and whole, and MoE's options.
+VARIANTS = _variants()

@@ -1,0 +1,84 @@
+"""What the engine's unit tests share: short ways to make sequences and schedulers, and a step without a model."""
+
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+from nanovllm.engine.block_manager import BlockManager, block_hash
+from nanovllm.engine.model_input import ModelInput, prepare_decode, prepare_prefill
+from nanovllm.engine.scheduler import ScheduledBatch, Scheduler
+from nanovllm.engine.sequence import Sequence
+from nanovllm.sampling_params import SamplingParams
+
+
+def make_sequence(
+    token_ids: list[int], block_size: int = 4, *, seq_id: int = 0, seed: int = 0, **params: Any
+) -> Sequence:
+    return Sequence(token_ids, SamplingParams(**params), seq_id=seq_id, block_size=block_size, seed=seed)
+
+
+def make_scheduler(
+    num_blocks: int = 64,
+    block_size: int = 4,
+    *,
+    max_num_seqs: int = 8,
+    max_num_batched_tokens: int = 64,
+    max_model_len: int = 64,
+    eos_token_ids: frozenset[int] = frozenset(),
+    hash_function: Callable[[list[int], int | None], int] = block_hash,
+) -> Scheduler:
+    return Scheduler(
+        BlockManager(num_blocks, block_size, hash_function),
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_model_len=max_model_len,
+        eos_token_ids=eos_token_ids,
+    )
+
+
+def allocated(manager: BlockManager, token_ids: list[int]) -> Sequence:
+    """A sequence that owns blocks for its tokens, none of them computed but what the cache held."""
+    seq = make_sequence(token_ids, manager.block_size)
+    manager.allocate(seq)
+    return seq
+
+
+def compute(manager: BlockManager, seq: Sequence) -> Sequence:
+    """All of its tokens are computed and stored: what postprocess does after the step of the last one."""
+    seq.num_cached_tokens = seq.num_stored_tokens = len(seq)
+    manager.cache_full_blocks(seq)
+    return seq
+
+
+def computed(manager: BlockManager, token_ids: list[int]) -> Sequence:
+    return compute(manager, allocated(manager, token_ids))
+
+
+def next_token(seq: Sequence) -> int:
+    """What stands for the model: a token that depends on the sequence's tokens and nothing else."""
+    return sum(seq.token_ids) % 3 + 1
+
+
+def step(scheduler: Scheduler, token: Callable[[Sequence], int] = next_token) -> ScheduledBatch:
+    batch = scheduler.schedule()
+    scheduler.postprocess(batch, [token(seq) for seq in batch.sampled_sequences])
+    scheduler.block_manager.check_invariants(scheduler.running)
+    return batch
+
+
+def run(
+    scheduler: Scheduler, token: Callable[[Sequence], int] = next_token, max_steps: int = 1000
+) -> list[ScheduledBatch]:
+    """Steps until nothing is left."""
+    batches = []
+    for _ in range(max_steps):
+        if scheduler.is_finished:
+            return batches
+        batches.append(step(scheduler, token))
+    raise AssertionError(f"not finished after {max_steps} steps: {scheduler.running}, {scheduler.waiting}")
+
+
+def as_worker_sees(batch: ScheduledBatch) -> ModelInput:
+    """The batch's ModelInput as a rank computes it that received pickled sequences."""
+    copies = pickle.loads(pickle.dumps(batch.sequences))
+    return prepare_prefill(copies) if batch.is_prefill else prepare_decode(copies)

@@ -1,0 +1,198 @@
+"""prepare_prefill and prepare_decode: by hand, against reference/, and against the definition for drawn sequences."""
+
+import dataclasses
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanovllm.engine.model_input import ModelInput, SamplingRows, prepare_decode, prepare_prefill, sampling_rows
+from nanovllm.engine.sequence import Sequence
+from reference.packing import packing
+from reference.slot_mapping import slot_mapping
+from tests.unit.engine.harness import make_sequence
+
+
+def scheduled(
+    num_tokens: int, cached: int, chunk: int, blocks: list[int], block_size: int = 4, stored: int | None = None
+) -> Sequence:
+    """Tokens 100, 101, ...: token 100 + p stands at position p."""
+    seq = make_sequence(list(range(100, 100 + num_tokens)), block_size)
+    seq.block_table, seq.num_cached_tokens, seq.num_scheduled_tokens = blocks, cached, chunk
+    seq.num_stored_tokens = cached if stored is None else stored
+    return seq
+
+
+def as_lists(value: ModelInput) -> dict[str, Any]:
+    return {
+        name: item.tolist() if isinstance(item, np.ndarray) else item
+        for name, item in vars(value).items()
+        if name != "sampling"
+    }
+
+
+def test_prefill_of_whole_prompts_by_hand() -> None:
+    model_input = prepare_prefill([scheduled(3, 0, 3, [5]), scheduled(5, 0, 5, [2, 0])])
+    assert as_lists(model_input) == {
+        "is_prefill": True,
+        "input_ids": [100, 101, 102, 100, 101, 102, 103, 104],
+        "positions": [0, 1, 2, 0, 1, 2, 3, 4],
+        "slot_mapping": [20, 21, 22, 8, 9, 10, 11, 0],
+        "cu_seqlens_q": [0, 3, 8],
+        "cu_seqlens_k": [0, 3, 8],
+        "max_seqlen_q": 5,
+        "max_seqlen_k": 5,
+        "context_lens": [3, 5],
+        "block_tables": None,
+        "sample_indices": [2, 7],
+    }
+    assert model_input.sampling.position.tolist() == [3, 5]
+
+
+def test_keys_of_a_chunk_end_where_the_chunk_ends() -> None:
+    """D07: 7 tokens, 2 computed before, 3 now: 5 keys, and nothing is sampled."""
+    model_input = prepare_prefill([scheduled(7, 2, 3, [3, 1])])
+    assert model_input.positions.tolist() == [2, 3, 4]
+    assert model_input.context_lens.tolist() == [5]
+    assert model_input.cu_seqlens_k.tolist() == [0, 5]
+    assert model_input.block_tables is not None
+    assert model_input.block_tables.tolist() == [[3, 1]]
+    assert model_input.sample_indices.tolist() == []
+    assert len(model_input.sampling.seed) == 0
+
+
+def test_only_sequences_that_end_in_this_step_are_sampled() -> None:
+    model_input = prepare_prefill([scheduled(4, 2, 2, [0]), scheduled(9, 0, 3, [1, 2, 3]), scheduled(2, 0, 2, [4])])
+    assert model_input.sample_indices.tolist() == [1, 6]
+    assert model_input.sampling.position.tolist() == [4, 2]
+    assert model_input.block_tables is not None
+    assert model_input.block_tables.tolist() == [[0, -1, -1], [1, 2, 3], [4, -1, -1]]
+
+
+def test_a_fully_cached_prompt_computes_its_last_token_and_stores_nothing() -> None:
+    """D05: the slot is PADDING_SLOT, since the block may be another sequence's too."""
+    model_input = prepare_prefill([scheduled(8, 7, 1, [6, 2], stored=8)])
+    assert model_input.input_ids.tolist() == [107]
+    assert model_input.slot_mapping.tolist() == [-1]
+    assert model_input.context_lens.tolist() == [8]
+    assert model_input.sample_indices.tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "block_size", "slot"), [(1, 4, 28), (4, 4, 31), (5, 4, 12), (8, 4, 15), (1, 1, 7), (2, 1, 3)]
+)
+def test_decode_computes_the_last_position_in_its_slot(num_tokens: int, block_size: int, slot: int) -> None:
+    """D01: position len-1; slot block * block_size + (len-1) % block_size, in blocks 7 and 3."""
+    blocks = [7, 3][: -(-num_tokens // block_size)]
+    model_input = prepare_decode([scheduled(num_tokens, num_tokens - 1, 1, blocks, block_size)])
+    assert model_input.input_ids.tolist() == [100 + num_tokens - 1]
+    assert model_input.positions.tolist() == [num_tokens - 1]
+    assert model_input.slot_mapping.tolist() == [slot]
+    assert model_input.context_lens.tolist() == [num_tokens]
+    assert model_input.block_tables is not None
+    assert model_input.sampling.position.tolist() == [num_tokens]
+
+
+def test_a_first_decode_has_block_tables_too() -> None:
+    model_input = prepare_decode([scheduled(1, 0, 1, [3])])
+    assert model_input.block_tables is not None
+
+
+def test_a_sequence_without_blocks_stores_nothing() -> None:
+    """Warm-up runs before there is a cache."""
+    assert prepare_prefill([scheduled(3, 0, 3, [])]).slot_mapping.tolist() == [-1, -1, -1]
+
+
+def test_sampling_rows_hold_each_sequences_parameters() -> None:
+    """D57."""
+    rows = sampling_rows(
+        [
+            make_sequence([1, 2], temperature=0.5, top_k=7, top_p=0.9, min_p=0.1, seed=2**64 - 1),
+            make_sequence([1], temperature=2.0, seed=3),
+        ]
+    )
+    assert rows.temperature.tolist() == [0.5, 2.0]
+    assert rows.top_k.tolist() == [7, 0]
+    assert rows.top_p.tolist() == [np.float32(0.9), 1.0]
+    assert rows.min_p.tolist() == [np.float32(0.1), 0.0]
+    assert rows.seed.tolist() == [2**64 - 1, 3]
+    assert rows.position.tolist() == [2, 1]
+
+
+def test_dtypes_are_those_that_are_documented() -> None:
+    model_input = prepare_prefill([scheduled(5, 2, 2, [0, 1]), scheduled(3, 0, 3, [2])])
+    int64, int32 = ["input_ids", "positions", "slot_mapping", "sample_indices"], ["context_lens", "block_tables"]
+    assert {getattr(model_input, name).dtype for name in int64} == {np.dtype("int64")}
+    assert {getattr(model_input, n).dtype for n in [*int32, "cu_seqlens_q", "cu_seqlens_k"]} == {np.dtype("int32")}
+    for empty in (model_input.sampling, prepare_prefill([scheduled(5, 0, 2, [0, 1])]).sampling):
+        dtypes = [getattr(empty, field.name).dtype.name for field in dataclasses.fields(SamplingRows)]
+        assert dtypes == ["float32", "int64", "float32", "float32", "uint64", "int64"]
+
+
+@st.composite
+def scheduled_sequences(draw: st.DrawFn, is_decode: bool) -> list[Sequence]:
+    block_size = draw(st.sampled_from([1, 2, 3, 4, 16]))
+    sequences = []
+    for _ in range(draw(st.integers(1, 5))):
+        num_tokens = draw(st.integers(1, 20))
+        cached = num_tokens - 1 if is_decode else draw(st.integers(0, num_tokens - 1))
+        chunk = draw(st.integers(1, num_tokens - cached))
+        blocks = draw(st.permutations(range(40)))[: -(-num_tokens // block_size)]
+        is_stored = not is_decode and num_tokens % block_size == 0 and cached == num_tokens - 1 and draw(st.booleans())
+        seq = scheduled(num_tokens, cached, chunk, blocks, block_size, stored=cached + is_stored)
+        seq.token_ids = draw(st.lists(st.integers(0, 999), min_size=num_tokens, max_size=num_tokens))
+        sequences.append(seq)
+    return sequences
+
+
+def check_definition(model_input: ModelInput, sequences: list[Sequence]) -> None:
+    """Token by token: which sequence, position and slot each packed token has."""
+    expected = []
+    for row, seq in enumerate(sequences):
+        for position in range(seq.num_cached_tokens, seq.num_cached_tokens + seq.num_scheduled_tokens):
+            table = torch.tensor(seq.block_table)
+            slot = int(slot_mapping(torch.tensor([position]), table, seq.block_size)[0])
+            slot = -1 if position < seq.num_stored_tokens else slot
+            expected.append((row, seq.token_ids[position], position, slot))
+    rows = np.repeat(np.arange(len(sequences)), np.diff(model_input.cu_seqlens_q))
+    actual = zip(rows, model_input.input_ids, model_input.positions, model_input.slot_mapping, strict=True)
+    assert [tuple(int(item) for item in token) for token in actual] == expected
+
+    keys = [seq.token_ids[: seq.num_cached_tokens + seq.num_scheduled_tokens] for seq in sequences]
+    assert model_input.cu_seqlens_k.tolist() == packing([torch.tensor(item) for item in keys])[1].tolist()
+    assert model_input.context_lens.tolist() == [len(item) for item in keys]
+    assert model_input.max_seqlen_k == max(map(len, keys))
+    assert model_input.max_seqlen_q == max(seq.num_scheduled_tokens for seq in sequences)
+    ends = [row for row, (seq, item) in enumerate(zip(sequences, keys, strict=True)) if len(item) == len(seq)]
+    assert model_input.sample_indices.tolist() == [model_input.cu_seqlens_q[row + 1] - 1 for row in ends]
+    assert model_input.sampling.position.tolist() == [len(sequences[row]) for row in ends]
+    if model_input.block_tables is None:
+        assert not any(seq.num_cached_tokens for seq in sequences)
+    else:
+        tables = [[int(block) for block in row if block != -1] for row in model_input.block_tables]
+        assert tables == [seq.block_table for seq in sequences]
+
+
+@given(sequences=scheduled_sequences(is_decode=False))
+def test_prefill_is_the_definition(sequences: list[Sequence]) -> None:
+    check_definition(prepare_prefill(sequences), sequences)
+
+
+@given(sequences=scheduled_sequences(is_decode=True))
+def test_decode_is_the_definition(sequences: list[Sequence]) -> None:
+    """D01."""
+    check_definition(prepare_decode(sequences), sequences)
+
+
+@given(sequences=scheduled_sequences(is_decode=False))
+def test_pickled_copies_give_the_same_input(sequences: list[Sequence]) -> None:
+    """D03, D04: every rank computes the same, whether it holds the sequences or was sent them."""
+    for prepare in (prepare_prefill, prepare_decode):
+        here, there = prepare(sequences), prepare(pickle.loads(pickle.dumps(sequences)))
+        assert as_lists(here) == as_lists(there)
+        for field in dataclasses.fields(SamplingRows):
+            assert getattr(here.sampling, field.name).tolist() == getattr(there.sampling, field.name).tolist()

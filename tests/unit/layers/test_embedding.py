@@ -1,0 +1,72 @@
+"""Embedding and output projection: the ranks' shares against the whole table. Rows are copied, so sums are exact."""
+
+import pytest
+import torch
+
+from nanovllm.layers.embedding import ParallelLMHead, VocabParallelEmbedding
+from nanovllm.layers.parameter import ShapeError
+from nanovllm.layers.tensor_parallel import TensorParallel
+from reference.tensor_parallel import vocab_parallel_embedding
+from tests.parallel_ranks import partial_ranks
+
+V, E = 12, 3
+SIZES = pytest.mark.parametrize("size", [1, 2, 4])
+
+
+def embedding(rank, table):
+    layer = VocabParallelEmbedding(V, E, rank)
+    layer.weight.weight_loader(layer.weight, table)
+    return layer
+
+
+@SIZES
+def test_embeddings_of_all_ranks_sum_to_the_rows_of_the_table(size):
+    table, token_ids = torch.randn(V, E), torch.arange(V).flip(0).repeat(2)
+    outputs = [embedding(rank, table)(token_ids) for rank in partial_ranks(size)]
+    assert torch.equal(torch.stack(outputs).sum(0), vocab_parallel_embedding(token_ids, table, size))
+    assert torch.equal(torch.stack(outputs).sum(0), table[token_ids])
+
+
+@pytest.mark.parametrize("rank", range(4))
+def test_every_rank_gives_zero_for_tokens_of_other_ranks(rank):
+    """D39: also the first and the last rank."""
+    output = embedding(partial_ranks(4)[rank], torch.ones(V, E))(torch.arange(V))
+    mine = torch.arange(V) // (V // 4) == rank
+    assert torch.equal(output, mine[:, None].expand(V, E).float())
+
+
+@SIZES
+def test_logits_of_all_ranks_side_by_side_are_the_dense_projection(size):
+    weight, hidden_states = torch.randn(V, E).double(), torch.randn(5, E).double()
+    logits = []
+    for rank in partial_ranks(size):
+        layer = ParallelLMHead(V, E, rank).double()
+        layer.weight.weight_loader(layer.weight, weight)
+        logits.append(layer(hidden_states))
+    torch.testing.assert_close(torch.cat(logits, dim=-1), hidden_states @ weight.T, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("move", [lambda m: m.to(torch.float64), lambda m: m.half(), lambda m: m.to("cpu")])
+def test_tied_weight_is_one_parameter_and_stays_one(move):
+    """D67"""
+    embed_tokens = embedding(TensorParallel(), torch.randn(V, E))
+    lm_head = ParallelLMHead(V, E, tied_to=embed_tokens)
+    model = move(torch.nn.ModuleList([embed_tokens, lm_head]))
+    assert lm_head.weight is embed_tokens.weight
+    assert len(list(model.parameters())) == 1
+
+
+@pytest.mark.parametrize("build", [VocabParallelEmbedding, ParallelLMHead])
+def test_vocabulary_that_the_ranks_cannot_share_is_refused(build):
+    """D36"""
+    with pytest.raises(ValueError, match="vocab_size must be divisible by the tensor-parallel size 4, got 10"):
+        build(10, E, TensorParallel(3, 4))
+
+
+@pytest.mark.parametrize("build", [VocabParallelEmbedding, ParallelLMHead])
+@pytest.mark.parametrize("given", [(V - 1, E), (1, E), (V, 1), (V // 2, E)])
+def test_table_of_another_shape_is_refused(build, given):
+    """D62, and D36's shifted rows: a table of one row less is not cut anew."""
+    weight = build(V, E, TensorParallel(1, 2)).weight
+    with pytest.raises(ShapeError, match=rf"expected shape \[{V}, {E}\]"):
+        weight.weight_loader(weight, torch.zeros(given))

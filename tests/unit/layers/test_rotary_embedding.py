@@ -1,0 +1,102 @@
+"""Rotary embedding against reference.rotary_embedding, which computes in float64.
+
+Ours takes angles in float32: an angle of p radians is off by p times a few units of 2**-24 (frequency, product), and
+so are cos and sin, which x then scales.
+"""
+
+import pytest
+import torch
+
+from nanovllm.layers.rotary_embedding import RotaryEmbedding, apply_rotary_embedding, inverse_frequencies
+from nanovllm.model_config import RopeConfig
+from reference.rotary_embedding import rotary_embedding
+
+D = 32
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+YARN = {"factor": 4.0, "original_max_position_embeddings": 64}
+YARN_FACTOR = 1.1386294361119891  # 0.1 ln 4 + 1
+CASES = {
+    "default": (RopeConfig(), None),
+    "theta": (RopeConfig(theta=1e6), None),
+    "linear": (RopeConfig("linear", factor=2.5), {"factor": 2.5}),
+    "llama3": (RopeConfig("llama3", **LLAMA3), LLAMA3),
+    "yarn": (RopeConfig("yarn", **YARN, attention_factor=YARN_FACTOR), YARN),
+    "yarn-betas": (
+        RopeConfig("yarn", **YARN, beta_fast=8.0, beta_slow=2.0, truncate=False, attention_factor=0.5),
+        YARN | {"beta_fast": 8.0, "beta_slow": 2.0, "truncate": False, "attention_factor": 0.5},
+    ),
+    "yarn-one-pair": (  # both ends of the ramp fall on one index
+        RopeConfig("yarn", **YARN, beta_fast=2.0, beta_slow=2.0, truncate=False, attention_factor=YARN_FACTOR),
+        YARN | {"beta_fast": 2.0, "beta_slow": 2.0, "truncate": False},
+    ),
+}
+ROPES = pytest.mark.parametrize(("rope", "scaling"), CASES.values(), ids=CASES)
+
+
+def rotate(module, positions, x):
+    return apply_rotary_embedding(x, *module(positions))
+
+
+@ROPES
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_rotation_equals_the_reference(rope, scaling, dtype):
+    """D65: every rope type"""
+    positions = torch.tensor([0, 1, 2, 63, 64, 500, 3])
+    x = torch.randn(7, 3, D).to(dtype)
+    scaling = None if scaling is None else {"rope_type": rope.rope_type, **scaling}
+    expected = rotary_embedding(positions, x.double(), rope.theta, scaling)
+    actual = rotate(RotaryEmbedding(D, rope), positions, x)
+    assert actual.dtype == dtype
+    angle_error = 4 * 2.0**-24 * (positions + 1)[:, None, None]
+    bound = angle_error * x.abs().max() * 2 + torch.finfo(dtype).eps * expected.abs()
+    assert bool(((actual.double() - expected).abs() <= bound).all())
+
+
+@ROPES
+def test_frequencies_are_those_of_transformers(rope, scaling):
+    """The models were trained with these float32 values: within one unit in the last place, two where scaled."""
+    transformers = pytest.importorskip("transformers")
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    parameters = {"rope_type": rope.rope_type, "rope_theta": rope.theta, **(scaling or {})}
+    config = transformers.LlamaConfig(head_dim=D, max_position_embeddings=512, rope_parameters=parameters)
+    if rope.rope_type == "default":
+        from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+        inv_freq, attention_factor = LlamaRotaryEmbedding.compute_default_rope_parameters(config)
+    else:
+        inv_freq, attention_factor = ROPE_INIT_FUNCTIONS[rope.rope_type](config)
+    torch.testing.assert_close(inverse_frequencies(D, rope), inv_freq, rtol=2 * 2.0**-23, atol=0)
+    assert rope.attention_factor == pytest.approx(attention_factor, rel=1e-12)
+
+
+def test_input_stays_as_it_was():
+    x = torch.randn(4, 2, D)
+    before = x.clone()
+    rotate(RotaryEmbedding(D, RopeConfig()), torch.arange(4), x)
+    assert torch.equal(x, before)
+
+
+def test_two_models_do_not_share_anything():
+    """D54: another theta or head_dim beside it changes nothing."""
+    positions, x = torch.arange(50), torch.randn(50, 2, D)
+    first = RotaryEmbedding(D, RopeConfig())
+    alone = rotate(first, positions, x)
+    second = RotaryEmbedding(D, RopeConfig(theta=5e5)).double()
+    third = RotaryEmbedding(2 * D, RopeConfig())
+    rotate(second, positions, x)
+    rotate(third, positions, torch.randn(50, 2, 2 * D))
+    assert torch.equal(rotate(first, positions, x), alone)
+    assert second.inv_freq.data_ptr() != first.inv_freq.data_ptr()
+
+
+@pytest.mark.parametrize("cast", [lambda m: m.half(), lambda m: m.bfloat16(), lambda m: m.double()])
+def test_frequencies_stay_float32_when_the_model_is_cast(cast):
+    module = RotaryEmbedding(D, RopeConfig())
+    before = module.inv_freq.clone()
+    assert torch.equal(cast(module).inv_freq, before)
+    assert module.inv_freq.dtype == torch.float32
+
+
+def test_frequencies_are_no_weight_of_the_checkpoint():
+    assert not RotaryEmbedding(D, RopeConfig()).state_dict()

@@ -1,0 +1,197 @@
+"""attention, packing, slot_mapping, store_kvcache, paged_attention against loops, torch and laws.
+
+Everything runs in float64. Two orders of summing n terms of size 1 differ by at most about n * 2**-53; with n below 100
+and a softmax in between, 1e-12 is a safe bound and ten orders of magnitude below any mistake.
+"""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from reference.attention import attention
+from reference.packing import packing, unpacking, varlen_attention
+from reference.paged_attention import paged_attention
+from reference.slot_mapping import slot_mapping
+from reference.store_kvcache import store_kvcache
+
+TOLERANCE = 1e-12
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=TOLERANCE)
+
+
+# q_len, k_len, H, K, D: one token; whole prompt; a chunk after a prefix; decode; GQA 1, 2, 4 and multi-query
+SHAPES = [(1, 1, 1, 1, 1), (5, 5, 2, 2, 4), (3, 8, 4, 2, 4), (1, 9, 8, 2, 6), (4, 6, 4, 1, 3)]
+
+
+def inputs(q_len: int, k_len: int, num_heads: int, num_kv_heads: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        random(q_len, num_heads, head_dim, seed=1),
+        random(k_len, num_kv_heads, head_dim, seed=2),
+        random(k_len, num_kv_heads, head_dim, seed=3),
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_attention_equals_a_loop_over_single_numbers(shape: tuple[int, ...]) -> None:
+    query, key, value = inputs(*shape)
+    q_len, k_len, num_heads, num_kv_heads, head_dim = shape
+    expected = torch.zeros_like(query)
+    for h in range(num_heads):
+        kv = h * num_kv_heads // num_heads
+        for i in range(q_len):
+            total, mix = 0.0, [0.0] * head_dim
+            for j in range(k_len - q_len + i + 1):
+                dot = sum(float(query[i, h, d]) * float(key[j, kv, d]) for d in range(head_dim))
+                e = math.exp(dot / math.sqrt(head_dim))
+                total += e
+                mix = [m + e * float(value[j, kv, d]) for d, m in enumerate(mix)]
+            expected[i, h] = torch.tensor(mix, dtype=torch.float64) / total
+    close(attention(query, key, value), expected)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_attention_equals_torch(shape: tuple[int, ...], scale: float | None) -> None:
+    query, key, value = inputs(*shape)
+    q_len, k_len = shape[:2]
+    mask = torch.ones(q_len, k_len, dtype=torch.bool).tril(k_len - q_len)
+    q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
+    close(attention(query, key, value, scale), expected[0].transpose(0, 1))
+
+
+def test_constant_values_give_constant_outputs() -> None:
+    query, key, _ = inputs(3, 8, 4, 2, 4)
+    close(attention(query, key, torch.full_like(key, 2.5)), torch.full_like(query, 2.5))
+
+
+def test_shifting_all_keys_by_one_vector_changes_nothing() -> None:
+    """Every score of a query moves by the same amount, which the softmax does not see."""
+    query, key, value = inputs(3, 8, 4, 2, 4)
+    close(attention(query, key + random(4, seed=9), value), attention(query, key, value))
+
+
+def test_nothing_that_follows_changes_what_came_before() -> None:
+    query, key, value = inputs(8, 8, 4, 2, 4)
+    close(attention(query, key, value)[:5], attention(query[:5], key[:5], value[:5]))
+
+
+def test_queries_are_the_last_tokens() -> None:
+    query, key, value = inputs(8, 8, 4, 2, 4)
+    close(attention(query[5:], key, value), attention(query, key, value)[5:])
+
+
+@given(cut=st.integers(1, 8), seed=st.integers(0, 2**16))
+@settings(deadline=None, max_examples=30)
+def test_two_halves_merge_by_their_log_sum_exp(cut: int, seed: int) -> None:
+    """What flash attention and split-KV decoding rest on."""
+    query, key, value = random(1, 2, 4, seed=seed), random(9, 2, 4, seed=seed + 1), random(9, 2, 4, seed=seed + 2)
+    score = torch.einsum("hd,jhd->hj", query[0], key) / 2.0  # sqrt(D) = 2
+    lse = torch.stack([score[:, :cut].logsumexp(1), score[:, cut:].logsumexp(1)])  # [2, H]
+    halves = torch.stack([attention(query, key[:cut], value[:cut])[0], attention(query, key[cut:], value[cut:])[0]])
+    close((lse.softmax(0)[..., None] * halves).sum(0)[None], attention(query, key, value))
+
+
+@given(lengths=st.lists(st.integers(0, 5), min_size=1, max_size=6))
+@settings(deadline=None)
+def test_unpacking_inverts_packing(lengths: list[int]) -> None:
+    sequences = [torch.arange(n) + 100 * b for b, n in enumerate(lengths)]
+    packed, cu_seqlens = packing(sequences)
+    assert packed.tolist() == [token for sequence in sequences for token in sequence.tolist()]
+    assert (cu_seqlens[1:] - cu_seqlens[:-1]).tolist() == lengths
+    assert cu_seqlens.dtype == torch.int32
+    assert [s.tolist() for s in unpacking(packed, cu_seqlens)] == [s.tolist() for s in sequences]
+
+
+def test_varlen_attention_equals_one_masked_attention_over_the_whole_pack() -> None:
+    """The pack as one text in which a query sees a key if both are of one sequence and the key is not later."""
+    q_lens, k_lens = [3, 1, 2], [3, 4, 6]
+    query, key, value = random(6, 4, 4, seed=1), random(13, 2, 4, seed=2), random(13, 2, 4, seed=3)
+    q_seq, k_seq = (torch.arange(3).repeat_interleave(torch.tensor(lens)) for lens in (q_lens, k_lens))
+    q_pos = torch.cat([torch.arange(k - q, k) for q, k in zip(q_lens, k_lens, strict=True)])
+    k_pos = torch.cat([torch.arange(k) for k in k_lens])
+    mask = (q_seq[:, None] == k_seq) & (q_pos[:, None] >= k_pos)
+    q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)[0].transpose(0, 1)
+    cu_seqlens_q, cu_seqlens_k = torch.tensor([0, 3, 4, 6]), torch.tensor([0, 3, 7, 13])
+    close(varlen_attention(query, key, value, cu_seqlens_q, cu_seqlens_k), expected)
+
+
+@given(block_size=st.integers(1, 7), num_tokens=st.integers(1, 40), data=st.data())
+@settings(deadline=None)
+def test_slots_are_the_blocks_laid_end_to_end(block_size: int, num_tokens: int, data: st.DataObject) -> None:
+    """D01: the last of n tokens has position n - 1, so its slot is the n-th of the table's slots."""
+    num_blocks = -(-num_tokens // block_size)
+    block_table = data.draw(st.permutations(range(num_blocks + 3)))[:num_blocks]
+    all_slots = [slot for block in block_table for slot in range(block * block_size, (block + 1) * block_size)]
+    slots = slot_mapping(torch.arange(num_tokens), torch.tensor(block_table), block_size).tolist()
+    assert slots == all_slots[:num_tokens]
+
+
+def test_store_equals_an_index_copy_into_the_flat_cache() -> None:
+    key, value = random(4, 3, 5, seed=1), random(4, 3, 5, seed=2)
+    k_cache, v_cache = random(6, 4, 3, 5, seed=3), random(6, 4, 3, 5, seed=4)
+    slots, real = torch.tensor([9, -1, 0, 23]), [0, 2, 3]
+    expected_k = k_cache.flatten(0, 1).index_copy(0, slots[real], key[real]).view_as(k_cache)
+    expected_v = v_cache.flatten(0, 1).index_copy(0, slots[real], value[real]).view_as(v_cache)
+    stored_k, stored_v = store_kvcache(key, value, k_cache, v_cache, slots)
+    assert torch.equal(stored_k, expected_k)
+    assert torch.equal(stored_v, expected_v)
+
+
+@given(
+    block_size=st.integers(1, 5),
+    lengths=st.lists(st.tuples(st.integers(1, 4), st.integers(0, 9)), min_size=1, max_size=4),
+    seed=st.integers(0, 2**16),
+    data=st.data(),
+)
+@settings(deadline=None, max_examples=40)
+def test_paged_attention_does_not_depend_on_where_the_blocks_are(
+    block_size: int, lengths: list[tuple[int, int]], seed: int, data: st.DataObject
+) -> None:
+    """Store the keys of each sequence in blocks drawn at random, in a pool full of NaN: the result is that of keys in a
+    row. D53: what no sequence owns is never read, or it would be NaN. Lengths are (queries, cached before)."""
+    q_lens = [q for q, _ in lengths]
+    k_lens = [q + cached for q, cached in lengths]
+    keys = [random(n, 2, 4, seed=seed + b) for b, n in enumerate(k_lens)]
+    values = [random(n, 2, 4, seed=seed + 50 + b) for b, n in enumerate(k_lens)]
+    queries = [random(n, 4, 4, seed=seed + 90 + b) for b, n in enumerate(q_lens)]
+    blocks_of = [-(-n // block_size) for n in k_lens]
+    num_blocks, width = sum(blocks_of) + 2, max(blocks_of) + 1
+    order = list(data.draw(st.permutations(range(num_blocks))))
+    tables = torch.full((len(lengths), width), -1)
+    for b, n in enumerate(blocks_of):
+        tables[b, :n] = torch.tensor([order.pop() for _ in range(n)])
+
+    k_cache = v_cache = torch.full((num_blocks, block_size, 2, 4), torch.nan, dtype=torch.float64)
+    for b, n in enumerate(k_lens):
+        slots = slot_mapping(torch.arange(n), tables[b], block_size)
+        k_cache, v_cache = store_kvcache(keys[b], values[b], k_cache, v_cache, slots)
+
+    expected = torch.cat([attention(q, k, v) for q, k, v in zip(queries, keys, values, strict=True)])
+    query, cu_seqlens_q = packing(queries)
+    close(paged_attention(query, k_cache, v_cache, tables, torch.tensor(k_lens), cu_seqlens_q), expected)
+
+
+def test_without_cu_seqlens_each_sequence_has_one_query() -> None:
+    k_cache, v_cache, query = random(4, 2, 1, 4, seed=1), random(4, 2, 1, 4, seed=2), random(2, 2, 4, seed=3)
+    tables, context_lens = torch.tensor([[3, 1], [0, 2]]), torch.tensor([4, 1])
+    expected = paged_attention(query, k_cache, v_cache, tables, context_lens, torch.tensor([0, 1, 2]))
+    assert torch.equal(paged_attention(query, k_cache, v_cache, tables, context_lens), expected)
+
+
+def test_a_padded_row_yields_zeros() -> None:
+    cache = torch.full((2, 2, 1, 4), torch.nan, dtype=torch.float64)
+    output = paged_attention(random(1, 2, 4), cache, cache, torch.tensor([[-1]]), torch.tensor([0]))
+    assert torch.equal(output, torch.zeros(1, 2, 4, dtype=torch.float64))

@@ -1,0 +1,167 @@
+"""rms_norm, silu_and_mul, rotary_embedding, moe, tensor_parallel against torch, complex numbers, loops and laws.
+
+Everything runs in float64; sums of fewer than 100 terms of size 1 agree to 1e-12 in any order.
+"""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from reference.moe import moe
+from reference.rms_norm import rms_norm
+from reference.rotary_embedding import inverse_frequencies, rotary_embedding
+from reference.silu_and_mul import silu_and_mul
+from reference.tensor_parallel import column_parallel_linear, row_parallel_linear, vocab_parallel_embedding
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("eps", [1e-6, 1e-2])
+def test_rms_norm_equals_torch(eps: float) -> None:
+    x, weight = random(5, 7), random(7, seed=1)
+    close(torch.as_tensor(rms_norm(x, weight, eps)), F.rms_norm(x, (7,), weight, eps))
+
+
+def test_rms_norm_with_a_residual_is_the_norm_of_the_sum_and_the_sum() -> None:
+    x, residual, weight = random(5, 7), random(5, 7, seed=1), random(7, seed=2)
+    y, total = rms_norm(x, weight, 1e-6, residual)
+    close(y, F.rms_norm(x + residual, (7,), weight, 1e-6))
+    close(total, x + residual)
+
+
+def test_rms_norm_of_bfloat16_sums_its_squares_in_float32() -> None:
+    """4096 ones and a 100: summed in bfloat16 the ones would stop counting at 256."""
+    x = torch.ones(4096, dtype=torch.bfloat16)
+    y = torch.as_tensor(rms_norm(x, torch.ones_like(x), eps=0.0))
+    assert torch.equal(y, x)
+
+
+def test_silu_and_mul_equals_torch() -> None:
+    x = random(5, 14) * 10
+    close(silu_and_mul(x), F.silu(x[:, :7]) * x[:, 7:])
+
+
+ROPES = [
+    None,
+    {"rope_type": "linear", "factor": 4.0},
+    {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+]
+
+
+@pytest.mark.parametrize("scaling", ROPES)
+def test_rotation_is_multiplication_by_a_complex_number(scaling: dict | None) -> None:
+    x, positions = random(4, 3, 8), torch.tensor([0, 1, 17, 300])
+    inv_freq, a = inverse_frequencies(8, 10000.0, scaling or {})
+    turned = torch.complex(x[..., :4], x[..., 4:]) * torch.polar(
+        torch.full((4, 1, 4), a, dtype=torch.float64), (positions[:, None] * inv_freq)[:, None]
+    )
+    close(rotary_embedding(positions, x, 10000.0, scaling), torch.cat([turned.real, turned.imag], dim=-1))
+
+
+@pytest.mark.parametrize("scaling", ROPES)
+def test_scores_depend_on_distances_only(scaling: dict | None) -> None:
+    query, key = random(1, 1, 8, seed=1), random(1, 1, 8, seed=2)
+
+    def score(query_position: int, key_position: int) -> Tensor:
+        q = rotary_embedding(torch.tensor([query_position]), query, 10000.0, scaling)
+        k = rotary_embedding(torch.tensor([key_position]), key, 10000.0, scaling)
+        return (q * k).sum()
+
+    close(score(9, 2), score(107, 100))
+    assert abs(score(9, 2) - score(9, 3)) > 1e-3
+
+
+def test_rotation_keeps_lengths() -> None:
+    x = random(4, 3, 8)
+    close(rotary_embedding(torch.arange(4), x).norm(dim=-1), x.norm(dim=-1))
+
+
+def test_llama3_leaves_fast_pairs_divides_slow_ones_and_blends_between() -> None:
+    """theta = 16 and D = 8: frequencies 1, 1/2, 1/4, 1/8; trained on 16 pi tokens, they turn 8, 4, 2, 1 times."""
+    scaling = {
+        "rope_type": "llama3",
+        "factor": 10.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16 * math.pi,
+    }
+    inv_freq, a = inverse_frequencies(8, 16.0, scaling)
+    blend = 1 / 3 + (2 / 3) / 10  # 2 turns are a third of the way from 1 to 4
+    close(inv_freq, torch.tensor([1.0, 0.5, 0.25 * blend, 0.0125], dtype=torch.float64))
+    assert a == 1.0
+
+
+@pytest.mark.parametrize("norm_topk_prob", [True, False])
+@pytest.mark.parametrize("top_k", [1, 2, 5])
+def test_moe_equals_a_loop_over_tokens_and_their_experts(top_k: int, norm_topk_prob: bool) -> None:
+    x, router = random(6, 4, seed=1), random(5, 4, seed=2)
+    gate_up, down = random(5, 14, 4, seed=3), random(5, 4, 7, seed=4)
+    expected = []
+    for token in x:
+        exps = [math.exp(float(router[n] @ token)) for n in range(5)]
+        best = sorted(range(5), key=lambda n: -exps[n])[:top_k]
+        total = sum(exps[n] for n in best) if norm_topk_prob else sum(exps)
+        expert = [down[n] @ (F.silu(gate_up[n, :7] @ token) * (gate_up[n, 7:] @ token)) for n in best]
+        expected.append(sum((exps[n] / total * y for n, y in zip(best, expert, strict=True)), torch.zeros(4)))
+    close(moe(x, router, gate_up, down, top_k, norm_topk_prob), torch.stack(expected))
+
+
+def test_renumbering_the_experts_changes_nothing() -> None:
+    x, router = random(6, 4, seed=1), random(5, 4, seed=2)
+    gate_up, down, order = random(5, 14, 4, seed=3), random(5, 4, 7, seed=4), torch.tensor([3, 0, 4, 1, 2])
+    close(moe(x, router[order], gate_up[order], down[order], 2, True), moe(x, router, gate_up, down, 2, True))
+
+
+def test_equal_experts_are_one_expert() -> None:
+    x, router = random(6, 4, seed=1), random(5, 4, seed=2)
+    gate_up, down = random(14, 4, seed=3), random(4, 7, seed=4)
+    one = silu_and_mul(x @ gate_up.T) @ down.T
+    close(moe(x, router, gate_up.repeat(5, 1, 1), down.repeat(5, 1, 1), 2, norm_topk_prob=True), one)
+
+
+@pytest.mark.parametrize("tp_size", [1, 2, 4])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_column_parallel_outputs_side_by_side_are_the_whole(tp_size: int, with_bias: bool) -> None:
+    x, weight = random(3, 5), random(8, 5, seed=1)
+    bias = random(8, seed=2) if with_bias else None
+    ranks = column_parallel_linear(x, weight, bias, tp_size)
+    assert [rank.shape for rank in ranks] == [(3, 8 // tp_size)] * tp_size
+    close(torch.cat(ranks, dim=1), F.linear(x, weight, bias))
+
+
+@pytest.mark.parametrize("tp_size", [1, 2, 4])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_row_parallel_outputs_summed_are_the_whole(tp_size: int, with_bias: bool) -> None:
+    """D38: with a bias that is added once, whatever the number of ranks."""
+    x, weight = random(3, 8), random(5, 8, seed=1)
+    bias = random(5, seed=2) if with_bias else None
+    close(row_parallel_linear(list(x.chunk(tp_size, dim=1)), weight, bias), F.linear(x, weight, bias))
+
+
+def test_a_column_layer_feeds_a_row_layer_without_communication() -> None:
+    x, up, down = random(3, 5), random(8, 5, seed=1), random(5, 8, seed=2)
+    between = [F.silu(h) for h in column_parallel_linear(x, up, None, 4)]
+    close(row_parallel_linear(between, down, None), F.silu(x @ up.T) @ down.T)
+
+
+@pytest.mark.parametrize("tp_size", [1, 2, 4])
+def test_vocab_parallel_embedding_is_a_row_lookup(tp_size: int) -> None:
+    """D39: every rank masks what it does not hold, so each row is counted once."""
+    weight, token_ids = random(8, 3), torch.tensor([7, 0, 3, 4, 4])
+    assert torch.equal(vocab_parallel_embedding(token_ids, weight, tp_size), weight[token_ids])

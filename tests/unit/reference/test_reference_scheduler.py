@@ -1,0 +1,204 @@
+"""scheduler: its policy case by case, and what must hold of every run of it over drawn requests."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from reference.block_manager import BlockManager
+from reference.scheduler import MAX_CONSECUTIVE_PREFILLS, Decision, Sequence, schedule
+
+LIMITS = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "max_model_len": 64}
+
+
+def request(seq_id: int, num_tokens: int, max_tokens: int = 4) -> Sequence:
+    """A prompt that shares no token with that of any other seq_id."""
+    return Sequence(seq_id, tuple(100 * seq_id + i for i in range(num_tokens)), num_tokens, max_tokens)
+
+
+def computed(decision: Decision) -> Decision:
+    """The queues after the step: its tokens are in the cache, and who has no token left gets a new one or is done."""
+    pool, running = decision.block_manager, []
+    chunks = dict(decision.scheduled)
+    for seq in decision.running:
+        seq = replace(seq, num_cached_tokens=seq.num_cached_tokens + chunks.get(seq.seq_id, 0))
+        pool = pool.computed(seq.seq_id, seq.token_ids, seq.num_cached_tokens)
+        if seq.num_left == 0:
+            seq = replace(seq, token_ids=(*seq.token_ids, seq.token_ids[-1] % 2))
+        if len(seq.token_ids) - seq.num_prompt_tokens == seq.max_tokens:
+            pool = pool.deallocate(seq.seq_id)
+        else:
+            running.append(seq)
+    return replace(decision, running=tuple(running), block_manager=pool)
+
+
+def run(waiting: tuple[Sequence, ...], num_blocks: int, block_size: int = 2, **limits: int) -> Iterator[Decision]:
+    """Every decision until both queues are empty."""
+    step = Decision(False, (), waiting, (), BlockManager(num_blocks, block_size), 0)
+    for _ in range(3000):
+        if not step.waiting and not step.running:
+            return
+        step = schedule(
+            step.waiting,
+            step.running,
+            step.block_manager,
+            num_consecutive_prefills=step.num_consecutive_prefills,
+            **{**LIMITS, **limits},
+        )
+        yield step
+        step = computed(step)
+    raise AssertionError("the queues never emptied")
+
+
+def test_empty_queues_give_an_empty_decision() -> None:
+    """D19."""
+    decision = schedule((), (), BlockManager(4, 2), **LIMITS)
+    assert decision.scheduled == ()
+    assert decision.running == decision.waiting == ()
+
+
+def test_prompts_prefill_together_and_then_decode_together() -> None:
+    steps = list(run((request(0, 3, max_tokens=3), request(1, 5, max_tokens=2)), num_blocks=20))
+    assert [(step.is_prefill, step.scheduled) for step in steps] == [
+        (True, ((0, 3), (1, 5))),
+        (False, ((0, 1), (1, 1))),
+        (False, ((0, 1),)),
+    ]
+
+
+def test_a_long_prompt_is_cut_into_chunks_and_the_next_one_uses_what_is_left_of_the_budget() -> None:
+    steps = list(run((request(0, 10, 1), request(1, 3, 1)), num_blocks=20, max_num_batched_tokens=4))
+    assert [step.scheduled for step in steps] == [((0, 4),), ((0, 4),), ((0, 2), (1, 2)), ((1, 1),)]
+
+
+def test_a_chunk_is_counted_after_the_prefix_hit() -> None:
+    """D06: of 7 tokens 4 are cached, so 3 are scheduled."""
+    pool = BlockManager(8, 2)
+    prompt = tuple(range(7))
+    pool = pool.allocate("earlier", prompt)[0].computed("earlier", prompt, 5).deallocate("earlier")
+    decision = schedule((Sequence(0, prompt, 7, 4),), (), pool, **LIMITS)
+    assert decision.scheduled == ((0, 3),)
+    assert decision.running[0].num_cached_tokens == 4
+
+
+def test_max_num_seqs_bounds_the_running_set() -> None:
+    """D16."""
+    steps = list(run(tuple(request(i, 2) for i in range(7)), num_blocks=50, max_num_seqs=3))
+    assert max(len(step.running) for step in steps) == 3
+
+
+def test_the_head_of_the_line_is_not_overtaken() -> None:
+    steps = list(run((request(0, 6, 3), request(1, 8, 3), request(2, 1, 3)), num_blocks=5))
+    admitted = [seq.seq_id for seq in steps[0].running]
+    assert admitted == [0], "request 1 does not fit beside 0, and 2, which would, waits its turn"
+
+
+def test_a_reserve_is_kept_for_those_that_will_grow() -> None:
+    """D17: 0 holds 2 of 5 blocks and will open another, 1 needs 2 and will open another: 5 blocks are one too few."""
+    waiting = (request(0, 4, max_tokens=9), request(1, 4, max_tokens=9))
+    assert len(next(run(waiting, num_blocks=5)).running) == 1
+    assert len(next(run(waiting, num_blocks=6)).running) == 2
+
+
+def test_no_reserve_for_those_that_will_not_grow_nor_for_one_alone() -> None:
+    """max_tokens=1: the one token sampled is never stored, so the prompt's blocks suffice."""
+    assert len(next(run((request(0, 4, 1), request(1, 4, 1)), num_blocks=4)).running) == 2
+    assert len(next(run((request(0, 4, 5),), num_blocks=2)).running) == 1
+
+
+def test_max_model_len_caps_what_a_sequence_can_grow_to() -> None:
+    waiting = (request(0, 4, max_tokens=9), request(1, 4, max_tokens=9))
+    assert len(next(run(waiting, num_blocks=4, max_model_len=5)).running) == 2
+
+
+def growing(num_blocks: int) -> Decision:
+    """Two sequences of 4 tokens in 2 blocks of 2 each, about to decode their fifth."""
+    pool = BlockManager(num_blocks, 2)
+    running = []
+    for seq_id in (0, 1):
+        seq = request(seq_id, 4, max_tokens=6)
+        pool = pool.allocate(seq_id, seq.token_ids)[0].computed(seq_id, seq.token_ids, 4)
+        running.append(replace(seq, token_ids=(*seq.token_ids, 7), num_cached_tokens=4))
+    return schedule((request(2, 9),), tuple(running), pool, **LIMITS)
+
+
+def test_without_a_block_the_last_running_sequence_is_preempted_to_the_front_of_waiting() -> None:
+    """D08: it keeps all tokens it had, and starts again from none cached."""
+    decision = growing(num_blocks=5)
+    assert not decision.is_prefill
+    assert decision.scheduled == ((0, 1),)
+    assert decision.preempted == (1,)
+    assert [seq.seq_id for seq in decision.waiting] == [1, 2]
+    assert decision.waiting[0].token_ids == (100, 101, 102, 103, 7)
+    assert decision.waiting[0].num_cached_tokens == 0
+    assert set(decision.block_manager.tables) == {0}
+
+
+def test_with_a_block_for_each_nobody_is_preempted() -> None:
+    decision = growing(num_blocks=6)
+    assert decision.scheduled == ((0, 1), (1, 1))
+    assert decision.preempted == ()
+
+
+def test_a_pool_that_is_exactly_full_does_not_preempt() -> None:
+    """D02: the fourth token of each fits into the block of its third."""
+    steps = list(run((request(0, 3, 2), request(1, 3, 2)), num_blocks=4))
+    assert [step.preempted for step in steps] == [(), ()]
+
+
+def test_decoding_gets_its_turn_under_steady_arrivals() -> None:
+    """D15: a newcomer at every step, and still at most MAX_CONSECUTIVE_PREFILLS steps between two decodes."""
+    pool, waiting, running, count = BlockManager(200, 2), (request(0, 2, 50),), (), 0
+    kinds = []
+    for arrival in range(1, 40):
+        step = schedule(
+            waiting,
+            running,
+            pool,
+            max_num_seqs=64,
+            max_num_batched_tokens=8,
+            max_model_len=64,
+            num_consecutive_prefills=count,
+        )
+        kinds.append("p" if step.is_prefill else "d")
+        step = computed(step)
+        waiting, running, pool = (*step.waiting, request(arrival, 2, 50)), step.running, step.block_manager
+        count = step.num_consecutive_prefills
+    assert "".join(kinds) == (("p" * MAX_CONSECUTIVE_PREFILLS + "d") * 5)[:39]
+
+
+@given(
+    prompts=st.lists(
+        st.tuples(st.lists(st.integers(0, 1), min_size=1, max_size=12), st.integers(1, 8)), min_size=1, max_size=7
+    ),
+    spare_blocks=st.integers(0, 6),
+    block_size=st.integers(1, 4),
+    max_num_seqs=st.integers(1, 5),
+    budget=st.integers(5, 16),
+)
+@settings(deadline=None, max_examples=150)
+def test_every_run_keeps_its_limits_serves_everyone_and_nobody_starves(
+    prompts: list[tuple[list[int], int]], spare_blocks: int, block_size: int, max_num_seqs: int, budget: int
+) -> None:
+    requests = tuple(Sequence(i, tuple(tokens), len(tokens), n) for i, (tokens, n) in enumerate(prompts))
+    need = max(-(-(r.num_prompt_tokens + r.max_tokens - 1) // block_size) for r in requests)
+    steps = list(
+        run(requests, need + spare_blocks, block_size, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget)
+    )
+    since_decode = 0
+    for step in steps:
+        chunks = dict(step.scheduled)
+        left = {seq.seq_id: seq.num_left for seq in step.running}
+        assert step.scheduled, "every step computes something"
+        assert len(step.running) <= max_num_seqs
+        assert sum(chunks.values()) <= budget
+        assert all(1 <= chunk <= left[seq_id] for seq_id, chunk in chunks.items())
+        for seq in step.running:
+            held = len(step.block_manager.tables[seq.seq_id]) * block_size
+            assert held >= seq.num_cached_tokens + chunks.get(seq.seq_id, 0), "what is computed has a slot"
+        order = [seq.seq_id for seq in (*step.running, *step.waiting)]
+        assert order == sorted(order), "first come, first served, through every preemption"
+        since_decode = since_decode + 1 if step.is_prefill else 0
+        assert since_decode <= MAX_CONSECUTIVE_PREFILLS or not any(n == 1 and i not in chunks for i, n in left.items())
+    assert steps[-1].block_manager.tables.keys() == {i for i, _ in steps[-1].scheduled}

@@ -1,0 +1,33 @@
+"""tests/DEFECTS.md maps each id to its tests, and the tests are there."""
+
+import pytest
+
+from tests.defects import ROW, TABLE, tests_by_id, written
+
+TEXT = TABLE.read_text(encoding="utf-8")
+ROWS = [row for line in TEXT.splitlines() if (row := ROW.match(line))]
+IDS = [
+    f"D{number:02}"
+    for numbers in (range(1, 22), range(30, 40), range(40, 46), range(50, 59), range(60, 73))
+    for number in numbers
+]
+PARTS_TO_COME = {"", "tensor parallelism", "CUDA graphs", "kernels"}
+
+
+def test_each_id_has_one_row():
+    assert [row[1] for row in ROWS] == IDS
+
+
+def test_table_names_the_tests_that_name_the_id():
+    assert written(TEXT) == TEXT, "the table and the tests disagree: run `python -m tests.defects`"
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row[1])
+def test_id_is_covered_or_waits_for_a_named_part(row):
+    waits_for = row[4].strip()
+    assert waits_for in PARTS_TO_COME
+    assert row[3].strip() or waits_for, f"{row[1]} has no test: {row[2]}"
+
+
+def test_no_test_names_an_id_that_is_not_in_the_list():
+    assert tests_by_id().keys() <= set(IDS)

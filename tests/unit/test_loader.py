@@ -1,0 +1,334 @@
+"""The loader: every tensor in its place exactly once, or an error that names what is wrong.
+
+It is one file of over 300 lines because each kind of broken checkpoint has its test, and all write theirs alike.
+"""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from nanovllm.layers.tensor_parallel import SINGLE_RANK, TensorParallel
+from nanovllm.layers.torch_attention import TorchAttentionBackend
+from nanovllm.models.loader import INDEX_FILE, SINGLE_FILE, load_model
+from nanovllm.models.registry import build_model
+from tests.checkpoints import checkpoint_tensors, small_config
+
+CONFIG = small_config()
+MOE_CONFIG = small_config("qwen3_moe")
+V, E, F = CONFIG.vocab_size, CONFIG.hidden_size, CONFIG.intermediate_size
+Q = CONFIG.num_attention_heads * CONFIG.head_dim
+
+
+def checkpoint(config=CONFIG):
+    return checkpoint_tensors(config)
+
+
+def write(directory, *shards):
+    """One file, or shards with their index."""
+    if len(shards) == 1:
+        save_file(shards[0], directory / SINGLE_FILE)
+        return
+    weight_map = {}
+    for number, tensors in enumerate(shards):
+        file_name = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
+        save_file(tensors, directory / file_name)
+        weight_map |= dict.fromkeys(tensors, file_name)
+    write_index(directory, weight_map)
+
+
+def write_index(directory, weight_map):
+    (directory / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def halves(tensors):
+    names = sorted(tensors)
+    return {name: tensors[name] for name in names[::2]}, {name: tensors[name] for name in names[1::2]}
+
+
+def loaded(directory, config=CONFIG, tp=SINGLE_RANK):
+    model = build_model(config, TorchAttentionBackend(), tp)
+    for parameter in model.parameters():
+        parameter.fill_(torch.nan)  # what is not loaded shows
+    load_model(model, directory, use_tqdm=False)
+    return dict(model.named_parameters())
+
+
+def refused(directory, match, config=CONFIG):
+    with pytest.raises(ValueError, match=match) as caught:
+        loaded(directory, config)
+    return str(caught.value)
+
+
+def expected_parameters(tensors):
+    """The packed parameters, put together by hand."""
+    expected = {name: tensor for name, tensor in tensors.items() if "_proj" not in name or "o_proj" in name}
+    for layer in ("model.layers.0", "model.layers.1"):
+        attention, mlp = f"{layer}.self_attn", f"{layer}.mlp"
+        for kind in ("weight", "bias"):
+            parts = [tensors[f"{attention}.{name}_proj.{kind}"] for name in "qkv"]
+            expected[f"{attention}.qkv_proj.{kind}"] = torch.cat(parts)
+        if f"{mlp}.gate.weight" not in tensors:
+            parts = [tensors[f"{mlp}.{name}_proj.weight"] for name in ("gate", "up")]
+            expected[f"{mlp}.gate_up_proj.weight"] = torch.cat(parts)
+            expected[f"{mlp}.down_proj.weight"] = tensors[f"{mlp}.down_proj.weight"]
+            continue
+        experts = [f"{mlp}.experts.{expert}" for expert in range(3)]
+        gate_up = [torch.cat([tensors[f"{e}.gate_proj.weight"], tensors[f"{e}.up_proj.weight"]]) for e in experts]
+        expected[f"{mlp}.experts.gate_up_proj.weight"] = torch.stack(gate_up)
+        downs = [tensors[f"{expert}.down_proj.weight"] for expert in experts]
+        expected[f"{mlp}.experts.down_proj.weight"] = torch.stack(downs)
+    return expected
+
+
+def assert_same(parameters, expected):
+    assert parameters.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(parameters[name], expected[name])] == []
+
+
+@pytest.mark.parametrize("num_shards", [1, 2])
+def test_every_tensor_is_loaded_into_its_place(tmp_path, num_shards):
+    """D60"""
+    tensors = checkpoint()
+    write(tmp_path, *([tensors] if num_shards == 1 else halves(tensors)))
+    assert_same(loaded(tmp_path), expected_parameters(tensors))
+
+
+@pytest.mark.parametrize("num_shards", [1, 2])
+def test_experts_are_packed(tmp_path, num_shards):
+    """D60"""
+    tensors = checkpoint(MOE_CONFIG)
+    write(tmp_path, *([tensors] if num_shards == 1 else halves(tensors)))
+    assert_same(loaded(tmp_path, MOE_CONFIG), expected_parameters(tensors))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_each_rank_loads_its_share(tmp_path, rank):
+    tensors = checkpoint()
+    write(tmp_path, tensors)
+    parameters = loaded(tmp_path, tp=TensorParallel(rank, 2))
+    down = tensors["model.layers.0.mlp.down_proj.weight"]
+    assert torch.equal(parameters["model.layers.0.mlp.down_proj.weight"], down.chunk(2, dim=1)[rank])
+    assert torch.equal(parameters["lm_head.weight"], tensors["lm_head.weight"].chunk(2)[rank])
+    assert torch.equal(parameters["model.norm.weight"], tensors["model.norm.weight"])
+
+
+@pytest.mark.parametrize("stored", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_are_cast_to_the_models_dtype(tmp_path, stored, dtype):
+    tensors = {name: tensor.to(stored) for name, tensor in checkpoint().items()}
+    write(tmp_path, tensors)
+    weight = loaded(tmp_path, small_config(dtype=dtype))["model.norm.weight"]
+    assert torch.equal(weight, tensors["model.norm.weight"].to(getattr(torch, dtype)))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.norm.weight",
+        "lm_head.weight",
+        "model.layers.1.self_attn.k_proj.weight",  # one part of a packed parameter
+        "model.layers.0.self_attn.v_proj.bias",
+        "model.layers.1.mlp.up_proj.weight",
+    ],
+)
+def test_missing_tensor_is_named(tmp_path, name):
+    """D60"""
+    tensors = checkpoint()
+    del tensors[name]
+    write(tmp_path, tensors)
+    refused(tmp_path, rf"lacks weights of this model \(1\): {name}$")
+
+
+def test_missing_expert_is_named(tmp_path):
+    """D60"""
+    tensors = checkpoint(MOE_CONFIG)
+    del tensors["model.layers.1.mlp.experts.2.up_proj.weight"]
+    write(tmp_path, tensors)
+    match = r"lacks .* \(1\): model.layers.1.mlp.experts.2.up_proj.weight$"
+    refused(tmp_path, match, MOE_CONFIG)
+
+
+def test_long_list_of_missing_tensors_is_cut_with_its_length(tmp_path):
+    write(tmp_path, {"model.norm.weight": torch.ones(E)})
+    num_missing = len(checkpoint()) - 1
+    refused(tmp_path, rf"\({num_missing}\): lm_head.weight; .* and {num_missing - 10} more$")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.2.mlp.up_proj.weight",
+        "model.layers.0.mlp.gate_up_proj.weight",  # D61: contains "up_proj"
+        "model.layers.0.self_attn.xq_proj.weight",  # D61
+        "model.layers.0.mlp.up_proj.weight.extra",
+        "layers.0.mlp.up_proj.weight",
+        "model.layers.0.mlp.experts.0.up_proj.weight",
+        "model.layers.0.self_attn.o_proj.bias",
+    ],
+)
+def test_unexpected_tensor_is_named(tmp_path, name):
+    """D61: names match as a whole."""
+    write(tmp_path, checkpoint() | {name: torch.ones(1)})
+    refused(tmp_path, rf"has weights that this model does not \(1\): {name}$")
+
+
+def test_tensor_in_two_shards_is_named(tmp_path):
+    """D60"""
+    first, second = halves(checkpoint())
+    write(tmp_path, first, second | {"lm_head.weight": torch.ones(V, E)})
+    refused(tmp_path, r"several files hold the same weight \(1\): lm_head.weight \(model-00001-.*00002-of")
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("model.norm.weight", (1,)),
+        ("model.layers.0.self_attn.k_proj.bias", (1,)),
+        ("model.layers.0.self_attn.k_proj.weight", (Q, E)),
+        ("model.layers.0.mlp.up_proj.weight", (E, F)),
+        ("lm_head.weight", (V + 1, E)),
+    ],
+)
+def test_misshapen_tensor_is_named_with_both_shapes(tmp_path, name, shape):
+    """D62: nothing is broadcast."""
+    tensors = checkpoint()
+    right = list(tensors[name].shape)
+    tensors[name] = torch.ones(shape)
+    write(tmp_path, tensors)
+    message = refused(tmp_path, "other shapes than config.json implies")
+    assert f"{name}: expected shape {right}, got {list(shape)}" in message
+
+
+def test_all_misshapen_tensors_are_listed(tmp_path):
+    """D62"""
+    write(tmp_path, {name: tensor[..., None] for name, tensor in checkpoint().items()})
+    refused(tmp_path, rf"implies \({len(checkpoint())}\): ")
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "lm_head.weight"])
+def test_tied_checkpoint_needs_the_embedding_alone(tmp_path, name):
+    """D67"""
+    tensors = checkpoint()
+    del tensors[name]
+    write(tmp_path, tensors)
+    if name == "lm_head.weight":
+        parameters = loaded(tmp_path, small_config(tie_word_embeddings=True))
+        assert torch.equal(parameters["model.embed_tokens.weight"], tensors["model.embed_tokens.weight"])
+    else:
+        refused(tmp_path, "lacks .* model.embed_tokens.weight", small_config(tie_word_embeddings=True))
+
+
+def test_tied_checkpoint_may_hold_both_tensors(tmp_path):
+    """D67: the embedding counts."""
+    tensors = checkpoint()
+    write(tmp_path, tensors)
+    parameters = loaded(tmp_path, small_config(tie_word_embeddings=True))
+    assert "lm_head.weight" not in parameters
+    assert torch.equal(parameters["model.embed_tokens.weight"], tensors["model.embed_tokens.weight"])
+
+
+def test_stale_rotary_frequencies_are_ignored(tmp_path):
+    tensors = checkpoint()
+    stale = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(3), "model.rotary_emb.inv_freq": torch.ones(3)}
+    write(tmp_path, tensors | stale)
+    assert_same(loaded(tmp_path), expected_parameters(tensors))
+
+
+@pytest.mark.parametrize("suffix", ["qweight", "scales", "qzeros", "g_idx", "weight_scale_inv", "weight_packed"])
+def test_quantised_weights_are_refused_by_name(tmp_path, suffix):
+    """D63"""
+    name = f"model.layers.0.mlp.up_proj.{suffix}"
+    write(tmp_path, checkpoint() | {name: torch.ones(2, 2)})
+    refused(tmp_path, rf"quantised weights are not supported \(1\): {name}$")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.float8_e4m3fn], ids=str)
+def test_weight_that_is_no_plain_float_is_refused(tmp_path, dtype):
+    """D63"""
+    write(tmp_path, checkpoint() | {"model.norm.weight": torch.ones(E).to(dtype)})
+    refused(tmp_path, f"model.norm.weight in .*weights must be float64, .* got {str(dtype).removeprefix('torch.')}")
+
+
+def test_missing_shard_is_named(tmp_path):
+    """D60"""
+    write(tmp_path, *halves(checkpoint()))
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    refused(tmp_path, r"names shards that are missing \(1\): model-00002-of-00002.safetensors$")
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        "../outside.safetensors",
+        "/etc/outside.safetensors",
+        "..",
+        "",
+        "sub/outside.safetensors",
+        "..\\x.safetensors",
+        "C:\\x.safetensors",
+        "./x.safetensors",
+        "model.bin",
+    ],
+)
+def test_index_that_names_files_elsewhere_is_refused(tmp_path, entry):
+    directory = tmp_path / "model"
+    (directory / "sub").mkdir(parents=True)
+    write(directory, *halves(checkpoint()))
+    for reachable in ("../outside.safetensors", "sub/outside.safetensors"):
+        save_file(checkpoint(), directory / reachable)
+    write_index(directory, dict.fromkeys(checkpoint(), entry))
+    assert repr(entry).strip("'") in repr(refused(directory, "names files outside its directory"))
+
+
+def test_symbolic_links_are_followed(tmp_path):
+    """The hub's cache consists of links to files elsewhere: names are judged as text."""
+    blobs, directory = tmp_path / "blobs", tmp_path / "snapshot"
+    blobs.mkdir()
+    directory.mkdir()
+    tensors = checkpoint()
+    write(blobs, *halves(tensors))
+    for number, blob in enumerate(sorted(blobs.iterdir())):
+        hashed = blob.rename(blobs / f"{number}")
+        (directory / blob.name).symlink_to(hashed)
+    assert_same(loaded(directory), expected_parameters(tensors))
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 1}}'])
+def test_broken_index_is_named(tmp_path, content):
+    (tmp_path / INDEX_FILE).write_text(content)
+    refused(tmp_path, rf"{INDEX_FILE} must be JSON with a weight_map")
+
+
+def test_broken_file_is_named(tmp_path):
+    """D60: such as a download that was cut off."""
+    write(tmp_path, checkpoint())
+    whole = (tmp_path / SINGLE_FILE).read_bytes()
+    (tmp_path / SINGLE_FILE).write_bytes(whole[: len(whole) // 2])
+    refused(tmp_path, rf"{SINGLE_FILE} must be a safetensors file that can be read")
+
+
+def test_pickled_weights_are_refused_by_name(tmp_path):
+    """D60: nothing but safetensors is read."""
+    torch.save(checkpoint(), tmp_path / "pytorch_model.bin")
+    refused(tmp_path, "only pytorch_model.bin, which can run code when read; .* to safetensors")
+
+
+def test_directory_without_weights_says_what_it_must_hold(tmp_path):
+    """D60"""
+    refused(tmp_path, f"must hold {SINGLE_FILE} or {INDEX_FILE}, and there is neither")
+
+
+@pytest.mark.parametrize("use_tqdm", [False, True])
+def test_progress_is_shown_on_a_terminal_only(tmp_path, capsys, monkeypatch, use_tqdm):
+    import sys
+
+    write(tmp_path, checkpoint())
+    model = build_model(CONFIG, TorchAttentionBackend())
+    load_model(model, tmp_path, use_tqdm=use_tqdm)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    load_model(model, tmp_path, use_tqdm=use_tqdm)
+    shown = capsys.readouterr().err
+    assert (f"Loading weights: 100%|██████████| {len(checkpoint())}/{len(checkpoint())}" in shown) == use_tqdm
