@@ -22,7 +22,7 @@ DEMO_PROMPTS: tuple[str, ...] = (
     "Lay not up for yourselves treasures",
     "A certain man had two sons",
     "Ask, and it shall be given you",
-    "Comfort ye my people",
+    "Comfort ye, comfort ye my people",
     "Every valley shall be exalted",
     "Now the serpent was more subtil",
     "Blessed is the man that walketh not",

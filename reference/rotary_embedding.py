@@ -18,7 +18,7 @@ the length trained on, and turns[i] = L * theta ** (-2i / D) / (2 pi), how often
 yarn also lengthens queries and keys by a = 0.1 ln(factor) + 1: longer texts need sharper attention. Elsewhere a = 1.
 
 Letters: T tokens, heads H or K, D head_dim (even).
-Papers: Su et al. 2021 (arXiv 2104.09864); Peng et al. 2023 (arXiv 2309.00071, yarn), equations 22 to 25.
+Papers: Su et al. 2021 (arXiv 2104.09864); Peng et al. 2023 (yarn, arXiv 2309.00071), section 3.
 """
 
 from collections.abc import Mapping

@@ -7,11 +7,12 @@
     decode   3. every running sequence with exactly one token left computes it; if the pool has no block for it, the
                 last of running is preempted: it loses its blocks and goes back to the front of waiting
 
-Why prefill first: a prefilled sequence makes every later decode step more useful, for a step reads all weights whether
-it computes one token or many. Why not always: arrivals could starve the running, so after MAX_CONSECUTIVE_PREFILLS
-prefill steps in a row decoding takes its turn. Why the head of the line blocks: letting small requests overtake a big
-one would starve it. Why a reserve: without a spare block for each sequence that will still grow, the next decode step
-would preempt what was just admitted. Why the last is preempted: it has waited least, and so the first always finishes.
+Why prefill first: a step reads all weights whether it computes one token or many, so the more sequences decode
+together, the cheaper each token. Why not always: steady arrivals would starve those who run, so decoding takes its turn
+after MAX_CONSECUTIVE_PREFILLS prefill steps in a row.
+Why the head of the line blocks: if small requests could overtake a big one, it might never fit.
+Why a reserve, one block for each sequence that will still grow: without it, the next decode step would preempt what was
+just admitted. Why the last is preempted: it has waited least, and the first always finishes.
 Why a lone sequence never lacks a block: a request that could outgrow the whole pool is refused before it gets here.
 """
 
@@ -83,8 +84,9 @@ def prefill(
     max_num_seqs: int,
     max_num_batched_tokens: int,
     max_model_len: int,
-    num_consecutive_prefills: int = 0,
+    num_consecutive_prefills: int,
 ) -> Decision:
+    """Rules 1 and 2. Nothing scheduled: nothing can prefill."""
     scheduled, budget = (), max_num_batched_tokens
     for seq in running:
         if seq.num_left > 1 and budget > 0:
@@ -116,6 +118,7 @@ def num_that_can_grow(sequences: tuple[Sequence, ...], pool: BlockManager, max_m
 
 
 def decode(waiting: tuple[Sequence, ...], running: tuple[Sequence, ...], pool: BlockManager) -> Decision:
+    """Rule 3. Who is preempted last is next in line, so the order of arrival is kept."""
     scheduled, preempted = (), ()
     for seq in (seq for seq in running if seq.num_left == 1):
         while seq in running and not pool.can_append(seq.seq_id, len(seq.token_ids)):

@@ -50,7 +50,7 @@ def transformer(token_ids: Sequence[int], weights: Mapping[str, Tensor], config:
 
     def norm(x: Tensor, name: str) -> Tensor:
         y = rms_norm(x, weights[f"{name}.weight"], config.rms_norm_eps)
-        assert isinstance(y, Tensor)
+        assert isinstance(y, Tensor)  # a pair only with a residual
         return y
 
     def heads(x: Tensor, name: str) -> Tensor:

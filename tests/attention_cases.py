@@ -73,12 +73,13 @@ def make_step(case: Case, dtype: torch.dtype = torch.float64, device: str = "cpu
     query, key, value = row.split([heads, kv_heads, kv_heads], dim=1)
 
     num_blocks = [-(-k_len // case.block_size) for k_len in k_lens]
-    block_ids = torch.randperm(sum(num_blocks) + 3, generator=torch.Generator().manual_seed(block_seed))
+    # Nobody owns block 0 (nor two others): a masked read that is sent there meets NaN.
+    block_ids = 1 + torch.randperm(sum(num_blocks) + 2, generator=torch.Generator().manual_seed(block_seed))
     block_tables = torch.full((len(k_lens), max(num_blocks)), -1, dtype=torch.int32)
     for index, ids in enumerate(block_ids[: sum(num_blocks)].split(num_blocks)):
         block_tables[index, : len(ids)] = ids
 
-    shape = (len(block_ids), case.block_size, kv_heads, case.head_dim)
+    shape = (len(block_ids) + 1, case.block_size, kv_heads, case.head_dim)
     k_cache, v_cache = torch.full(shape, torch.nan), torch.full(shape, torch.nan)
     slots = []
     for table, (q_len, k_len) in zip(block_tables.long(), case.lengths, strict=True):

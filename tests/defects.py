@@ -11,7 +11,7 @@ ID = re.compile(r"\bD[0-7]\d\b")
 ROW = re.compile(r"^\| (D\d\d) \| (.*?) \|(.*?)\|(.*?)\|$")
 
 
-def tests_by_id() -> dict[str, list[str]]:
+def covering_tests() -> dict[str, list[str]]:
     """Defect id -> `folder/test_file.py::test_name` of each test whose text, or the comment above it, holds the id."""
     found: dict[str, list[str]] = {}
     for path in python_files("tests"):
@@ -48,7 +48,7 @@ def _first_line(node: ast.FunctionDef, lines: list[str]) -> int:
 
 def written(text: str) -> str:
     """The table's text with its third column made anew."""
-    covered = tests_by_id()
+    covered = covering_tests()
     lines = []
     for line in text.splitlines():
         row = ROW.match(line)

@@ -68,11 +68,12 @@ class LLMEngine:
         requests = self._make_requests(as_prompt_list(prompts), sampling_params, is_streamed=False)
         progress = tqdm(total=len(requests), desc="Generating", unit="prompt", disable=not use_tqdm)
         throughput = Throughput()
-        with progress, closing(self._run(requests)) as batches:
-            for batch in batches:
+        with progress, closing(self._run(requests)) as steps:
+            for batch, advanced in steps:
                 throughput.add(batch)
                 progress.set_postfix_str(str(throughput), refresh=False)
-                progress.update(sum(request.sequence.is_finished for request in requests) - progress.n)
+                progress.update(sum(request.sequence.is_finished for request in advanced))
+            progress.update(len(requests) - progress.n)  # those that were aborted between steps
         return [request.output() for request in requests]
 
     def generate_stream(
@@ -88,25 +89,35 @@ class LLMEngine:
         return self._stream(self._make_requests(as_prompt_list(prompts), sampling_params, is_streamed=True))
 
     def _stream(self, requests: list[Request]) -> Iterator[StreamOutput]:
-        with closing(self._run(requests)) as batches:
-            for _ in batches:
-                for request in requests:
-                    output = request.take_stream_output()
-                    if output is not None:
-                        yield output
+        with closing(self._run(requests)) as steps:
+            for _, advanced in steps:
+                for request in advanced:
+                    yield request.take_stream_output()
+        for request in requests:
+            if not request.is_stream_over:  # aborted between steps
+                yield request.take_stream_output()
 
-    def _run(self, requests: list[Request]) -> Generator[ScheduledBatch, None, None]:
-        """Step until `requests` are finished; they leave the engine then, or aborted when this stops early."""
+    def _run(self, requests: list[Request]) -> Generator[tuple[ScheduledBatch, list[Request]], None, None]:
+        """Step until `requests` are finished; yields each step and those of them that got a token in it.
+
+        They leave the engine at the end, or aborted when this stops early.
+        """
+        own = {request.sequence.seq_id for request in requests}
+        unfinished = requests[::-1]
         try:
             for request in requests:
                 self._enqueue(request)
-            while not all(request.sequence.is_finished for request in requests):
-                yield self._advance()
-            # What was aborted since the last step has been finished without one.
-            yield ScheduledBatch(is_prefill=False, sequences=(), num_scheduled_tokens=(), sampled_sequences=())
+            while unfinished:
+                if unfinished[-1].sequence.is_finished:
+                    unfinished.pop()
+                    continue
+                batch = self._advance()
+                advanced = [self._requests[seq.seq_id] for seq in batch.sampled_sequences if seq.seq_id in own]
+                yield batch, [request for request in advanced if request.sequence.finish_reason != "abort"]
         finally:
             for request in requests:
-                self.abort(request.sequence.seq_id)
+                if not request.sequence.is_finished:
+                    self.abort(request.sequence.seq_id)
                 self._requests.pop(request.sequence.seq_id, None)
 
     # --- step by step ---
@@ -159,6 +170,8 @@ class LLMEngine:
             raise
         self.scheduler.postprocess(batch, token_ids)
         for seq in batch.sampled_sequences:
+            if seq.finish_reason == "abort":  # while it was computed: it has no new token
+                continue
             is_stopped = self._requests[seq.seq_id].take_in_token()
             if is_stopped and not seq.is_finished:
                 self.scheduler.finish(seq, "stop")

@@ -4,11 +4,12 @@ Pure functions of the sequences, called by every rank, so that the ranks cannot 
 """
 
 from collections.abc import Sequence as Sequences
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from nanovllm.engine.sequence import Sequence
+from nanovllm.sampling_params import SamplingParams
 
 PADDING_SLOT = -1  # in slot_mapping: compute the token, do not store its key and value
 PADDING_BLOCK = -1  # in block_tables, after a row's last block
@@ -66,6 +67,34 @@ def prepare_prefill(sequences: Sequences[Sequence]) -> ModelInput:
 def prepare_decode(sequences: Sequences[Sequence]) -> ModelInput:
     """The last token of each sequence: position len-1, slot block * block_size + (len-1) % block_size."""
     return _prepare(sequences, is_prefill=False)
+
+
+def prepare_warmup(max_num_batched_tokens: int, max_model_len: int, max_num_seqs: int, block_size: int) -> ModelInput:
+    """The largest step that the limits allow: a prefill of the whole token budget that samples max_num_seqs rows.
+
+    Sequences of max_model_len tokens, and a shorter one for the rest. So large a prefill has fewer sequences than rows are
+    sampled: one pass bounds both the largest prefill and the sampler of the largest decode step. The sequences have no
+    blocks, so nothing is stored.
+    """
+    params = SamplingParams(top_k=1000, top_p=0.9, min_p=0.01)  # every filter on: the sampler's most expensive way
+    sequences = []
+    for length in warmup_lengths(max_num_batched_tokens, max_model_len, max_num_seqs):
+        seq = Sequence([0] * length, params, block_size=block_size)
+        seq.num_scheduled_tokens = length
+        sequences.append(seq)
+    model_input = prepare_prefill(sequences)
+    rows = np.arange(max_num_seqs)
+    return replace(
+        model_input,
+        sample_indices=rows % len(model_input.input_ids),
+        sampling=sampling_rows([sequences[row % len(sequences)] for row in rows]),
+    )
+
+
+def warmup_lengths(max_num_batched_tokens: int, max_model_len: int, max_num_seqs: int) -> list[int]:
+    """At most max_num_seqs lengths of at most max_model_len that add up to as much of the token budget as they can."""
+    num_whole, rest = divmod(max_num_batched_tokens, max_model_len)
+    return ([max_model_len] * num_whole + [rest] * (rest > 0))[:max_num_seqs]
 
 
 def _prepare(sequences: Sequences[Sequence], is_prefill: bool) -> ModelInput:

@@ -20,10 +20,10 @@ class Request:
     def __init__(self, sequence: Sequence, tokenizer: Any, index: int | None, is_streamed: bool) -> None:
         self.sequence = sequence
         self.index = index
+        self.is_stream_over = False  # whether take_stream_output has given the item that says how the request ended
         self._tokenizer = tokenizer
         self._detokenizer: Detokenizer | None = None
         self._num_taken_tokens = 0
-        self._is_taken = False  # the last item of the stream too
         stop = sequence.sampling_params.stop
         if tokenizer is not None and (is_streamed or stop):
             self._detokenizer = Detokenizer(tokenizer, stop)
@@ -47,14 +47,12 @@ class Request:
             seq_id=seq.seq_id,
         )
 
-    def take_stream_output(self) -> StreamOutput | None:
-        """What has come since the last call; None if nothing has. The item that says how the request ended is the last."""
+    def take_stream_output(self) -> StreamOutput:
+        """What has come since the last call."""
         seq = self.sequence
         token_ids = seq.completion_token_ids[self._num_taken_tokens :]
-        if self._is_taken or not (token_ids or seq.is_finished):
-            return None
-        self._is_taken = seq.is_finished
         self._num_taken_tokens += len(token_ids)
+        self.is_stream_over = seq.is_finished
         text = ""
         if self._detokenizer is not None:
             if seq.is_finished:

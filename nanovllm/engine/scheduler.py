@@ -144,13 +144,14 @@ class Scheduler:
         return scheduled
 
     def _num_reserved_blocks(self, candidate: Sequence) -> int:
-        """Blocks that stay free when `candidate` is admitted: one for each sequence that can outgrow its last block.
+        """Blocks that stay free when `candidate` is admitted: one for each sequence that can outgrow its blocks.
 
         None when nothing runs: a lone sequence always fits, or it would not have passed the door.
         """
         if not self.running:
             return 0
-        return sum(self._max_num_blocks(seq) > seq.num_blocks for seq in (*self.running, candidate))
+        num_growing = sum(self._max_num_blocks(seq) > len(seq.block_table) for seq in self.running)
+        return num_growing + (self._max_num_blocks(candidate) > candidate.num_blocks)
 
     def _schedule_decode(self) -> list[Sequence]:
         scheduled: list[Sequence] = []

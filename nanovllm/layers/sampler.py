@@ -17,8 +17,8 @@ from torch import nn
 from nanovllm.layers.philox import exponential_from_words, token_words
 
 # Rows are sampled in slices of at most this many logits (or one row), whatever the batch. A slice needs at most 64
-# bytes of temporaries a logit: 16 MiB on the CPU, which is five times as fast on what stays in its cache, and 256 MiB on
-# a GPU, where launches are what costs.
+# bytes of temporaries a logit: 16 MiB on the CPU, five times as fast on what stays in its cache, and 256 MiB on a GPU,
+# where launches are what costs.
 MAX_LOGITS_PER_SLICE = {"cpu": 2**18, "cuda": 2**22}
 MAX_BYTES_PER_LOGIT = 64
 

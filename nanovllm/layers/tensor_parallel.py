@@ -33,7 +33,7 @@ class TensorParallel:
         """The ranks' x side by side along the last dimension, in rank order, on rank 0; None on the others."""
         if self.size == 1:
             return x
-        x = x.contiguous()
+        x = x.contiguous()  # NCCL takes nothing else
         parts = [torch.empty_like(x) for _ in range(self.size)] if self.rank == 0 else None
         dist.gather(x, parts, dst=0)
         return torch.cat(parts, dim=-1) if parts is not None else None

@@ -2,8 +2,7 @@
 
 import gc
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 
 from nanovllm.config import Config
 from nanovllm.context import Context, set_context
-from nanovllm.engine.model_input import ModelInput, prepare_decode, prepare_prefill
+from nanovllm.engine.model_input import ModelInput, prepare_decode, prepare_prefill, prepare_warmup
 from nanovllm.engine.scheduler import ScheduledBatch
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.attention_backend import choose_attention_backend
@@ -21,7 +20,6 @@ from nanovllm.model_config import ModelConfig
 from nanovllm.models.loader import load_model
 from nanovllm.models.registry import build_model
 from nanovllm.worker.kv_cache import block_bytes, num_blocks_on_cpu, num_blocks_that_fit
-from nanovllm.worker.warmup import warmup_input
 
 
 class ModelRunner:
@@ -34,14 +32,14 @@ class ModelRunner:
 
     def __init__(self, config: Config, model_config: ModelConfig, model_dir: Path) -> None:
         self.config = config
-        self.model_config = model_config
+        self.model_config = model_config if config.dtype == "auto" else replace(model_config, dtype=config.dtype)
         self.device = _resolve_device(config.device)
-        self.dtype: torch.dtype = getattr(torch, model_config.dtype if config.dtype == "auto" else config.dtype)
+        self.dtype: torch.dtype = getattr(torch, self.model_config.dtype)
         backend = choose_attention_backend(
             config.attention_backend, self.device, self.dtype, model_config.head_dim, config.kv_cache_block_size
         )
-        with _torch_defaults(self.dtype, self.device):
-            self.model = build_model(model_config, backend)
+        with self.device:
+            self.model = build_model(self.model_config, backend)
         load_model(self.model, model_dir)
         self.model.eval()
         self.sampler = Sampler()
@@ -55,7 +53,7 @@ class ModelRunner:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(self.device)
         self._launch(
-            warmup_input(
+            prepare_warmup(
                 self.config.max_num_batched_tokens,
                 self.config.max_model_len,
                 self.config.max_num_seqs,
@@ -167,15 +165,3 @@ def _resolve_device(name: str) -> torch.device:
     if name == "cpu" or not has_cuda:
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
-
-
-@contextmanager
-def _torch_defaults(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
-    """New tensors get this dtype and device inside; the defaults are restored after it, exception or not."""
-    previous = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with device:
-            yield
-    finally:
-        torch.set_default_dtype(previous)

@@ -225,3 +225,15 @@ def test_a_program_for_nano_vllm_runs_unchanged(tmp_path: Path) -> None:
 def test_the_progress_bar_can_be_switched_off(llm: LLM, use_tqdm: bool, capsys: pytest.CaptureFixture[str]) -> None:
     llm.generate(PROMPTS, GREEDY, use_tqdm=use_tqdm)
     assert ("decode" in capsys.readouterr().err) is use_tqdm
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_dtype_is_that_of_weights_and_cache(dtype: str) -> None:
+    """The bundled model's margins are wide enough for half precision to say the same."""
+    options = {**BUNDLED_OPTIONS, "dtype": dtype}
+    with LLM(str(bundled_model_path()), **options) as half, LLM(str(bundled_model_path()), **BUNDLED_OPTIONS) as single:
+        runner = half._executor._runner
+        assert {str(parameter.dtype) for parameter in runner.model.parameters()} == {f"torch.{dtype}"}
+        assert str(runner.kv_cache.dtype) == f"torch.{dtype}"
+        outputs = [llm.generate(PROMPTS, GREEDY, use_tqdm=False) for llm in (half, single)]
+    assert [output["token_ids"] for output in outputs[0]] == [output["token_ids"] for output in outputs[1]]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.defects import ROW, TABLE, tests_by_id, written
+from tests.defects import ROW, TABLE, covering_tests, written
 
 TEXT = TABLE.read_text(encoding="utf-8")
 ROWS = [row for line in TEXT.splitlines() if (row := ROW.match(line))]
@@ -30,4 +30,4 @@ def test_id_is_covered_or_waits_for_a_named_part(row):
 
 
 def test_no_test_names_an_id_that_is_not_in_the_list():
-    assert tests_by_id().keys() <= set(IDS)
+    assert covering_tests().keys() <= set(IDS)

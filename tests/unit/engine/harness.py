@@ -36,6 +36,14 @@ def make_scheduler(
     )
 
 
+def add_prompt(scheduler: Scheduler, num_tokens: int, seq_id: int = 0, **params: Any) -> Sequence:
+    """A prompt that shares no block with that of another seq_id."""
+    token_ids = [100 * (seq_id + 1) + position for position in range(num_tokens)]
+    seq = make_sequence(token_ids, scheduler.block_manager.block_size, seq_id=seq_id, **params)
+    scheduler.add(seq)
+    return seq
+
+
 def allocated(manager: BlockManager, token_ids: list[int]) -> Sequence:
     """A sequence that owns blocks for its tokens, none of them computed but what the cache held."""
     seq = make_sequence(token_ids, manager.block_size)

@@ -65,6 +65,7 @@ MORE_ROPES: dict[str, dict[str, Any]] = {
     "yarn, betas given": {"rope_type": "yarn", "factor": 4.0, "beta_fast": 8.0, "beta_slow": 2.0, **TRAINED},
     "yarn, not truncated": {"rope_type": "yarn", "factor": 4.0, "truncate": False, **TRAINED},
     "yarn, mscale": {"rope_type": "yarn", "factor": 4.0, "mscale": 1.0, "mscale_all_dim": 0.5, **TRAINED},
+    "yarn, some pairs left alone": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096},
     "yarn, length trained on not given": {"rope_type": "yarn", "factor": 4.0},
 }
 

@@ -49,11 +49,14 @@ def test_the_noise_of_a_token_is_its_word_of_its_counter(seed: int, position: in
     assert exponential_noise(seed, position, 301)[token_id] == pytest.approx(-math.log1p(-u), rel=1e-15)
 
 
-@pytest.mark.parametrize("word", [0, WORD])
-def test_the_outermost_words_give_finite_positive_noise(word: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """D56, in float32 too."""
+@pytest.mark.parametrize(("word", "expected"), [(0, 2**-33), (WORD, 24 * math.log(2))])
+def test_the_outermost_words_give_finite_positive_noise(
+    word: int, expected: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """D56, in float32 too. -log(1 - u) of the smallest u is about u, of the largest, 1 - 2**-24, it is 24 log 2."""
     monkeypatch.setattr(reference.sampling, "philox", lambda key, counter: (torch.full_like(counter[0], word),) * 4)
     noise = exponential_noise(0, 0, 4).float()
+    assert noise.tolist() == pytest.approx([expected] * 4, rel=1e-6)
     assert (noise > 0).all()
     assert noise.isfinite().all()
     assert noise.log().isfinite().all()
@@ -114,6 +117,10 @@ def test_ties_with_the_kth_stay_and_top_p_drops_equals_from_the_highest_id() -> 
     z = torch.tensor([1.0, 2.0, 1.0, 1.0])
     assert kept(z, top_k=2).tolist() == [True] * 4
     assert kept(torch.zeros(4), top_p=0.5).tolist() == [True, True, False, False]
+
+
+def test_a_top_p_of_one_keeps_even_what_rounding_leaves_no_mass_for() -> None:
+    assert kept(torch.tensor([0.0, -90.0, -95.0]), top_p=1.0).all()
 
 
 @pytest.mark.parametrize("filters", [{"top_k": 1}, {"top_p": 1e-9}, {"min_p": 1.0}])

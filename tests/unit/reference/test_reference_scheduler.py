@@ -72,6 +72,21 @@ def test_a_long_prompt_is_cut_into_chunks_and_the_next_one_uses_what_is_left_of_
     assert [step.scheduled for step in steps] == [((0, 4),), ((0, 4),), ((0, 2), (1, 2)), ((1, 1),)]
 
 
+def test_sequences_in_mid_prefill_share_the_budget_in_order() -> None:
+    pool = BlockManager(20, 2)
+    for seq_id in (0, 1):
+        pool, _ = pool.allocate(seq_id, request(seq_id, 6).token_ids)
+    running = (request(0, 6), request(1, 6))
+    assert schedule((), running, pool, **{**LIMITS, "max_num_batched_tokens": 8}).scheduled == ((0, 6), (1, 2))
+    assert schedule((), running, pool, **{**LIMITS, "max_num_batched_tokens": 6}).scheduled == ((0, 6),)
+
+
+def test_a_prompt_of_many_chunks_is_not_interrupted_when_nobody_can_decode() -> None:
+    num_tokens = 2 * MAX_CONSECUTIVE_PREFILLS + 3
+    steps = list(run((request(0, num_tokens, 1),), num_blocks=20, max_num_batched_tokens=1))
+    assert [step.scheduled for step in steps] == [((0, 1),)] * num_tokens
+
+
 def test_a_chunk_is_counted_after_the_prefix_hit() -> None:
     """D06: of 7 tokens 4 are cached, so 3 are scheduled."""
     pool = BlockManager(8, 2)

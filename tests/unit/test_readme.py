@@ -1,0 +1,48 @@
+"""What the README shows is what there is."""
+
+import ast
+import re
+
+import pytest
+
+import reference
+from nanovllm import cli
+from tests.source_tree import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def code_blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def test_reading_order_is_that_of_reference():
+    listed = re.findall(r"^\d+\. \[(\w+)\]\(reference/\1\.py\): (.*)$", README, re.MULTILINE)
+    assert listed == list(reference.READING_ORDER)
+
+
+@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\(([^)#:]+)\)", README))))
+def test_link_leads_to_a_file(link):
+    assert (ROOT / link).exists()
+
+
+def test_python_imports_what_the_package_exports():
+    (block,) = code_blocks("python")
+    namespace: dict[str, object] = {}
+    (statement,) = [node for node in ast.parse(block).body if isinstance(node, ast.ImportFrom)]
+    exec(compile(ast.Module([statement], []), "README.md", "exec"), namespace)
+    assert {"LLM", "SamplingParams"} <= namespace.keys()
+
+
+@pytest.mark.parametrize(
+    "line", [line for block in code_blocks("sh") for line in block.splitlines() if line.startswith("nanovllm ")]
+)
+def test_shell_line_is_understood(line):
+    """Every `nanovllm ...` of the README parses; nothing is run."""
+    words = re.findall(r'"[^"]*"|\S+', line.split("#")[0].split(" < ")[0])
+    assert cli._parser().parse_args([word.strip('"') for word in words[1:]]).run
+
+
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"`?make ([a-z-]+)", README))))
+def test_make_target_exists(target):
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
