@@ -7,9 +7,11 @@ only by the commands that run a model, so that `--help` is quick.
 import argparse
 import dataclasses
 import json
+import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from nanovllm import __version__
@@ -58,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (sys.argv[1:] if None) and return its exit code; argparse's errors exit with 2."""
     arguments = _parser().parse_args(argv)
     try:
-        code = arguments.run(arguments)
+        with _log_on_stderr():
+            code = arguments.run(arguments)
         sys.stdout.flush()  # a reader that has gone is noticed here, not at interpreter exit
         return code
     except KeyboardInterrupt:
@@ -72,6 +75,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print("nanovllm: error:", " ".join(str(error).split()), file=sys.stderr)  # some libraries send several lines
         return USER_ERROR
+
+
+@contextmanager
+def _log_on_stderr() -> Iterator[None]:
+    """What the engine logs (which attention backend it took, and why) is shown while a command runs."""
+    logger, handler = logging.getLogger("nanovllm"), logging.StreamHandler(sys.stderr)
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def _generate(arguments: argparse.Namespace) -> int:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 NUM_STREAMED = 3
 GREEDY = SamplingParams.greedy(max_tokens=64)
-SAMPLED_PROMPT = "And the young man said"  # not in the text that the model knows: chance has something to decide
+SAMPLED_PROMPT = "A time to"  # its text goes on from here in many ways, so chance has something to decide
 TEMPERATURE = 0.8
 SEEDS = (1, 2)
 

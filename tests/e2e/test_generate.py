@@ -87,12 +87,14 @@ def test_end_of_sequence_stops_and_stays_out_of_the_text(llm: LLM) -> None:
 
 
 def test_ignore_eos_goes_on(llm: LLM) -> None:
-    eos_after = [5, llm.tokenizer.eos_token_id]
-    greedy = llm.generate([eos_after], SamplingParams.greedy(max_tokens=400), use_tqdm=False)[0]
-    assert greedy["finish_reason"] == "stop"
-    assert greedy["token_ids"][-1] == llm.tokenizer.eos_token_id
-    params = SamplingParams.greedy(max_tokens=400, ignore_eos=True)
-    assert llm.generate([eos_after], params, use_tqdm=False)[0]["finish_reason"] == "length"
+    end_of_a_passage = "and I will dwell in the house of the LORD for"
+    stopped = llm.generate(end_of_a_passage, SamplingParams.greedy(max_tokens=40), use_tqdm=False)[0]
+    assert (stopped["text"], stopped["finish_reason"]) == (" ever.", "stop")
+    assert stopped["token_ids"][-1] == llm.tokenizer.eos_token_id
+    params = SamplingParams.greedy(max_tokens=40, ignore_eos=True)
+    goes_on = llm.generate(end_of_a_passage, params, use_tqdm=False)[0]
+    assert (len(goes_on["token_ids"]), goes_on["finish_reason"]) == (40, "length")
+    assert goes_on["token_ids"][: len(stopped["token_ids"])] == stopped["token_ids"]
 
 
 def test_a_stop_string_ends_the_text_before_it(llm: LLM) -> None:

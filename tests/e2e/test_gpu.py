@@ -59,7 +59,10 @@ def test_float32_logits_on_the_torch_backend(architecture: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_bfloat16_logits(architecture: str, backend: str) -> None:
-    """Chunked prefill over a cached prefix, then decode, across a block border, in permuted blocks."""
+    """Chunked prefill over a cached prefix, then decode, across a block border, in permuted blocks.
+
+    Root mean square over positions: in a mixture of experts, rounding sends some tokens to another expert, theirs and ours.
+    """
     model_dir = model_for_flash_attention(architecture)
     token_ids = random_tokens(300, seed=2)
     exact = transformer(token_ids, *checkpoint(model_dir, torch.float64))
@@ -71,14 +74,7 @@ def test_bfloat16_logits(architecture: str, backend: str) -> None:
     runner.kv_cache.fill_(torch.nan)  # D53: what was never written must not be read
     ours = teacher_forced_logits(runner, token_ids, chunks=[150, 90], block_table=[3, 1]).double()
     ulp = torch.finfo(torch.bfloat16).eps * exact.abs().max()
-    is_moe = architecture == "qwen3_moe"
     error, plain_error = (ours - exact).norm(dim=1), (plain - exact).norm(dim=1)
-    if is_moe:  # a near tie of the router sends a token to another expert: compare where both took the same way
-        same = plain_error < 0.1 * exact.norm(dim=1)
-        assert same.float().mean() > 0.5
-        same &= error < 0.5 * exact.norm(dim=1)
-        assert same.float().mean() > 0.5
-        error, plain_error = error[same], plain_error[same]
     assert error.pow(2).mean().sqrt() <= 2 * plain_error.pow(2).mean().sqrt() + ulp
 
 
@@ -104,28 +100,30 @@ def test_float32_tokens_equal_the_reference(architecture: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_bfloat16_through_preemption_and_prefix_hits(backend: str) -> None:
-    """The bundled model's margins are wide: in bfloat16, under pressure, it says what it says alone."""
-    params = SamplingParams.greedy(max_tokens=40)
-    prefix = "The LORD is my shepherd; I shall not want. " * 8
-    prompts = [prefix + prompt for prompt in DEMO_PROMPTS]
-    options: dict[str, Any] = {**EAGER, "dtype": "bfloat16", "attention_backend": backend, "max_model_len": 1024}
-    with LLM(str(bundled_model_path()), num_kv_cache_blocks=512, max_num_seqs=1, **options) as llm:
-        alone = llm.generate(prompts, params, use_tqdm=False)
-        assert llm.scheduler.num_preemptions == 0
+def test_bfloat16_through_preemption_chunks_and_prefix_hits(backend: str) -> None:
+    """Blocks of 256, as FlashAttention has them: each token is one that float64, given the same text, could choose."""
+    path = bundled_model_path()
     with LLM(
-        str(bundled_model_path()), num_kv_cache_blocks=6, max_num_seqs=8, max_num_batched_tokens=300, **options
-    ) as llm:
-        crowded = llm.generate(prompts, params, use_tqdm=False)
+        str(path), dtype="bfloat16", attention_backend=backend, num_kv_cache_blocks=5, max_num_seqs=3,
+        max_num_batched_tokens=200, max_model_len=1024, **EAGER,
+    ) as llm:  # fmt: skip
+        prefix = llm.tokenizer.encode("The LORD is my shepherd; I shall not want. " * 30)[:300]
+        prompts = [[*prefix, *llm.tokenizer.encode(prompt)] for prompt in DEMO_PROMPTS[:3]]
+        params = SamplingParams.greedy(max_tokens=480, ignore_eos=True)
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        assert llm.scheduler.num_preemptions > 0
         assert llm.scheduler.num_prefill_chunks > 0
         assert llm.scheduler.block_manager.num_hit_blocks > 0
-    num_tokens = sum(len(output["token_ids"]) for output in alone)
-    num_equal = sum(
-        ours == theirs
-        for one, other in zip(alone, crowded, strict=True)
-        for ours, theirs in zip(one["token_ids"], other["token_ids"], strict=False)
-    )
-    assert num_equal >= 0.95 * num_tokens  # prompts that are no text of its own leave near ties here and there
+    for prompt, output in zip(prompts, outputs, strict=True):
+        token_ids = [*prompt, *output["token_ids"]]
+        exact = transformer(token_ids, *checkpoint(path, torch.float64))
+        plain = transformer(token_ids, *checkpoint(path, torch.bfloat16)).double()
+        bound = 2 * (plain - exact).abs().max() + torch.finfo(torch.bfloat16).eps * exact.abs().max()
+        before = exact[len(prompt) - 1 : -1]
+        chosen = before.gather(1, torch.tensor(output["token_ids"])[:, None])[:, 0]
+        best = before.amax(dim=1)
+        assert (best - chosen).max() <= 2 * bound  # each of the two may be off by the bound
+        assert (best == chosen).float().mean() >= 0.95
 
 
 @pytest.mark.parametrize(

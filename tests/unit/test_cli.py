@@ -30,12 +30,12 @@ def run_module(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The line on stderr with which `arguments` are refused; fails unless it is one line and the code is 2."""
+    """The line on stderr with which `arguments` are refused; fails unless it is the last one and the code is 2."""
     assert cli.main(arguments) == cli.USER_ERROR
-    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("no --model given")]
-    assert len(lines) == 1
-    assert lines[0].startswith("nanovllm: error: ")
-    return lines[0]
+    *notes, line = capsys.readouterr().err.splitlines()
+    assert line.startswith("nanovllm: error: ")
+    assert all(note.startswith(("no --model given", "attention backend:")) for note in notes)
+    return line
 
 
 # --- what it prints ---
@@ -74,6 +74,11 @@ def test_one_prompt_is_streamed_to_stdout(texts, capsys):
 def test_without_model_it_says_that_the_bundled_one_is_used(capsys):
     assert cli.main(["generate", *SMALL, PROMPT]) == 0
     assert "no --model given: using the bundled one" in capsys.readouterr().err
+
+
+def test_it_says_which_attention_backend_it_took_and_why(capsys):
+    assert cli.main(["generate", *SMALL, "--attention-backend", "torch", PROMPT]) == 0
+    assert "attention backend: torch (" in capsys.readouterr().err
 
 
 def test_many_prompts_are_printed_with_their_texts(texts, capsys):

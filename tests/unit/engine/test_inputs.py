@@ -1,0 +1,131 @@
+"""inputs: prompts and parameters in every form users give them, and the seeds of requests without one."""
+
+import struct
+from typing import Any
+
+import numpy as np
+import pytest
+import xxhash
+
+from nanovllm import SamplingParams
+from nanovllm.engine.inputs import as_params_list, as_prompt_list, as_token_ids, request_seed
+
+GREEDY = SamplingParams.greedy()
+
+
+class WordTokenizer:
+    """One token for each word: its length."""
+
+    def encode(self, text: str) -> list[int]:
+        return [len(word) for word in text.split()]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "expected"),
+    [
+        ("a b", ["a b"]),
+        ("", [""]),
+        ([], []),
+        (["a", "b"], ["a", "b"]),
+        ([[1, 2], [3]], [[1, 2], [3]]),
+        (["a", [1]], ["a", [1]]),
+        ([1, 2], [[1, 2]]),
+        ([np.int64(1), 2], [[1, 2]]),
+        ([[]], [[]]),
+    ],
+)
+def test_prompt_lists(prompts: Any, expected: list[Any]) -> None:
+    """D68: a str is one prompt, and so is a list of token ids."""
+    assert as_prompt_list(prompts) == expected
+
+
+def test_a_list_of_arrays_is_not_one_prompt() -> None:
+    """D12: each is refused by its index, later."""
+    prompts = [np.array([1, 2]), np.array([3])]
+    assert as_prompt_list(prompts) is prompts
+
+
+@pytest.mark.parametrize("prompts", [None, 5, ("a", "b"), {"a": 1}, b"ab", np.array([1, 2]), (1, 2)])
+def test_other_types_are_refused(prompts: Any) -> None:
+    with pytest.raises(
+        ValueError, match=rf"prompts must be a str, .* got {type(prompts).__name__}; wrap them in a list"
+    ):
+        as_prompt_list(prompts)
+
+
+def test_one_for_all_and_one_for_each() -> None:
+    """D68."""
+    other = SamplingParams(max_tokens=3)
+    assert as_params_list(GREEDY, 3) == [GREEDY] * 3
+    assert as_params_list(None, 2) == [SamplingParams()] * 2
+    assert as_params_list([GREEDY, other], 2) == [GREEDY, other]
+    assert as_params_list((GREEDY, other), 2) == [GREEDY, other]
+    assert as_params_list([], 0) == []
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ([GREEDY], "one for each of the 2 prompts, got a list of 1"),
+        ([GREEDY] * 3, "one for each of the 2 prompts, got a list of 3"),
+        ([], "one for each of the 2 prompts, got a list of 0"),
+        ([GREEDY, None], r"sampling_params\[1\] must be a SamplingParams, got None"),
+        ([[GREEDY, GREEDY], GREEDY], r"sampling_params\[0\] must be a SamplingParams"),
+        ({"max_tokens": 3}, "sampling_params must be a SamplingParams or a list .* got dict"),
+        ("greedy", "got str"),
+    ],
+)
+def test_params_that_do_not_match_are_refused(params: Any, message: str) -> None:
+    """D68."""
+    with pytest.raises(ValueError, match=message):
+        as_params_list(params, 2)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"), [("a bb ccc", [1, 2, 3]), ([0, 9], [0, 9]), ([np.int64(4), np.uint8(5)], [4, 5])]
+)
+def test_token_ids_are_plain_ints_in_a_list_of_their_own(prompt: Any, expected: list[int]) -> None:
+    token_ids = as_token_ids(prompt, WordTokenizer(), 10)
+    assert token_ids == expected
+    assert token_ids is not prompt
+    assert {type(item) for item in token_ids} == {int}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([], r"at least one token, got \[\]"),
+        ("", "at least one token, got ''"),
+        ([1, 10], r"from 0 to 9 \(the model's vocabulary\), got 10 at position 1"),
+        ([-1], "got -1 at position 0"),
+        ([1, 2.0], "got 2.0 at position 1"),
+        ([True], "got True at position 0"),
+        ([1, "2"], "got '2' at position 1"),
+        ([[1]], r"got \[1\] at position 0"),
+        ([np.array([1, 2])], "at position 0"),
+        ("a bbbbbbbbbbbb", "got 12 at position 1"),
+        ((1, 2), r"got tuple; convert it with list"),
+        (np.array([1, 2]), r"got ndarray; convert it with list"),
+        (b"ab", "got bytes"),
+        (7, "got int"),
+        (None, "got NoneType"),
+    ],
+)
+def test_bad_prompts_are_refused(prompt: Any, message: str) -> None:
+    """D12."""
+    with pytest.raises(ValueError, match=message):
+        as_token_ids(prompt, WordTokenizer(), 10)
+
+
+def test_a_text_needs_a_tokenizer() -> None:
+    with pytest.raises(ValueError, match=r"a text prompt needs a tokenizer .* add tokenizer\.json"):
+        as_token_ids("text", None, 10)
+    assert as_token_ids([1], None, 10) == [1]
+
+
+def test_the_seed_of_a_request_is_a_hash_of_engine_seed_and_arrival() -> None:
+    """D58: reproducible, and different for every request."""
+    assert request_seed(7, 3) == xxhash.xxh64(struct.pack("<Q", 7) + struct.pack("<Q", 3)).intdigest()
+    seeds = {request_seed(engine, arrival) for engine in range(20) for arrival in range(20)}
+    assert len(seeds) == 400
+    assert 0 <= request_seed(2**64 - 1, 2**64 - 1) < 2**64

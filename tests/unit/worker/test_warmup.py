@@ -1,0 +1,58 @@
+"""warmup_input: the largest prefill and the largest sampler batch that the limits allow, in one pass that stores nothing."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanovllm.engine.model_input import PADDING_SLOT
+from nanovllm.worker.warmup import warmup_input, warmup_lengths
+
+
+@pytest.mark.parametrize(
+    ("budget", "max_model_len", "max_num_seqs", "lengths"),
+    [
+        (16384, 4096, 512, [4096] * 4),
+        (100, 30, 8, [30, 30, 30, 10]),
+        (100, 30, 4, [30, 30, 30, 10]),
+        (100, 30, 2, [30, 30]),
+        (20, 30, 8, [20]),
+        (8, 8, 8, [8]),
+        (1, 2, 1, [1]),
+    ],
+)
+def test_lengths_fill_the_budget_also_when_max_model_len_does_not_divide_it(
+    budget: int, max_model_len: int, max_num_seqs: int, lengths: list[int]
+) -> None:
+    """D42."""
+    assert warmup_lengths(budget, max_model_len, max_num_seqs) == lengths
+
+
+@given(max_num_seqs=st.integers(1, 40), spare=st.integers(0, 60), max_model_len=st.integers(2, 50))
+def test_no_step_within_the_limits_is_larger(max_num_seqs: int, spare: int, max_model_len: int) -> None:
+    """D42: tokens, and rows for the sampler, each at its maximum."""
+    budget = max_num_seqs + spare
+    model_input = warmup_input(budget, max_model_len, max_num_seqs, block_size=16)
+    num_tokens = min(budget, max_num_seqs * max_model_len)
+    assert model_input.is_prefill
+    assert len(model_input.input_ids) == model_input.cu_seqlens_q[-1] == num_tokens
+    assert len(model_input.context_lens) <= max_num_seqs
+    assert model_input.max_seqlen_q == min(budget, max_model_len)
+    assert len(model_input.sample_indices) == max_num_seqs
+    assert set(model_input.sample_indices) <= set(range(num_tokens))
+    for row in vars(model_input.sampling).values():
+        assert len(row) == max_num_seqs
+
+
+def test_nothing_is_stored_and_no_block_is_read() -> None:
+    """There is no cache yet."""
+    model_input = warmup_input(100, 30, 8, block_size=16)
+    assert set(model_input.slot_mapping.tolist()) == {PADDING_SLOT}
+    assert model_input.block_tables is None
+
+
+def test_every_filter_of_the_sampler_is_on() -> None:
+    """D42: sampling with filters takes the most memory."""
+    sampling = warmup_input(100, 30, 8, block_size=16).sampling
+    assert (sampling.top_k > 1).all()
+    assert (sampling.top_p < 1).all()
+    assert (sampling.min_p > 0).all()
