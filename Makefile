@@ -53,9 +53,10 @@ lint: $(STAMP) ## check format, style and types
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
-format: $(STAMP) ## format the code and mend what ruff can
+format: $(STAMP) ## format the code, mend what ruff can, bring tests/DEFECTS.md up to date
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+	$(BIN)/python -m tests.defects
 
 clean: ## remove .venv and everything that was built
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -1,7 +1,7 @@
 """Context: the attention metadata of the running forward pass, the one global of the engine.
 
-The model's layers call each other with hidden states only; what attention alone needs to know travels here. It is set for one
-forward pass with `with set_context(context):` and read in layers/attention.py, nowhere else.
+The model's layers call each other with hidden states only; what attention alone needs to know travels here. It is set
+for one forward pass with `with set_context(context):` and read in layers/attention.py, nowhere else.
 """
 
 from collections.abc import Iterator

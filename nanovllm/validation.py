@@ -1,4 +1,4 @@
-"""Checks on what the user gave. Each failure is a ValueError (or TypeError) with the name, the rule, the value and the remedy."""
+"""Checks on what the user gave. Each failure is a ValueError (or TypeError): name, rule, value, remedy."""
 
 import dataclasses
 import difflib

@@ -1,7 +1,8 @@
 """BlockManager: who owns which KV block, and which blocks hold a prefix that another sequence may share.
 
-A block is free when no sequence owns it. A full block whose keys and values have been computed is cached: a later sequence that
-begins with the same tokens shares it. Freed blocks stay cached until they are reused, the tail of a prefix before its head.
+A block is free when no sequence owns it. A full block whose keys and values have been computed is cached: a later
+sequence that begins with the same tokens shares it. Freed blocks stay cached until they are reused, a prefix's tail
+before its head.
 """
 
 from collections import OrderedDict

@@ -1,4 +1,4 @@
-"""What the user passes to generate, checked and brought into one form: token ids, one SamplingParams a prompt, a seed."""
+"""What the user passes to generate, checked and in one form: token ids, one SamplingParams a prompt, a seed."""
 
 import struct
 from collections.abc import Iterable

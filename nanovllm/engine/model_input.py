@@ -72,9 +72,9 @@ def prepare_decode(sequences: Sequences[Sequence]) -> ModelInput:
 def prepare_warmup(max_num_batched_tokens: int, max_model_len: int, max_num_seqs: int, block_size: int) -> ModelInput:
     """The largest step that the limits allow: a prefill of the whole token budget that samples max_num_seqs rows.
 
-    Sequences of max_model_len tokens, and a shorter one for the rest. So large a prefill has fewer sequences than rows are
-    sampled: one pass bounds both the largest prefill and the sampler of the largest decode step. The sequences have no
-    blocks, so nothing is stored.
+    Sequences of max_model_len tokens, and a shorter one for the rest. So large a prefill has fewer sequences than rows
+    are sampled: one pass bounds both the largest prefill and the sampler of the largest decode step. The sequences have
+    no blocks, so nothing is stored.
     """
     params = SamplingParams(top_k=1000, top_p=0.9, min_p=0.01)  # every filter on: the sampler's most expensive way
     sequences = []

@@ -1,7 +1,8 @@
 """Scheduler: which sequences the next step computes, and what becomes of its tokens.
 
-Prefill first: a step computes prompts as long as some fit, else one token of each running sequence. First come, first served: the
-running queue and the waiting queue, joined, are always in order of arrival, and what was admitted last is preempted first.
+Prefill first: a step computes prompts as long as some fit, else one token of each running sequence. First come, first
+served: the running queue and the waiting queue, joined, are always in order of arrival, and what was admitted last is
+preempted first.
 """
 
 from collections import deque

@@ -1,4 +1,6 @@
-"""The engine against reference.generate: whatever the pool, the budget and the order of arrival, outputs never change."""
+"""The engine against reference.generate: whatever the pool, the budget and the order of arrival, outputs never
+change.
+"""
 
 from collections import Counter
 from dataclasses import dataclass

@@ -1,8 +1,8 @@
 """The engine on a GPU, eager, with each attention backend, against reference/ on the CPU in float64.
 
-float32 on the torch backend: the same tokens. bfloat16: logits no further from float64 than twice what plain PyTorch (the
-reference itself, run in bfloat16) is, plus one unit in the last place of the largest logit. The factor is FlashAttention's own
-criterion: same dtype, another order of summation.
+float32 on the torch backend: the same tokens. bfloat16: logits no further from float64 than twice what plain PyTorch
+(the reference itself, run in bfloat16) is, plus one unit in the last place of the largest logit. The factor is
+FlashAttention's own criterion: same dtype, another order of summation.
 """
 
 import functools
@@ -61,7 +61,8 @@ def test_float32_logits_on_the_torch_backend(architecture: str) -> None:
 def test_bfloat16_logits(architecture: str, backend: str) -> None:
     """Chunked prefill over a cached prefix, then decode, across a block border, in permuted blocks.
 
-    Root mean square over positions: in a mixture of experts, rounding sends some tokens to another expert, theirs and ours.
+    Root mean square over positions: in a mixture of experts, rounding sends some tokens to another expert, theirs and
+    ours.
     """
     model_dir = model_for_flash_attention(architecture)
     token_ids = random_tokens(300, seed=2)

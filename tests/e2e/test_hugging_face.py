@@ -1,7 +1,7 @@
 """The engine against transformers, on every variant of every architecture, in float32 on the CPU.
 
-The bound: transformers is run in float64 and in float32. The two differ by what float32 rounding does to this model and these
-tokens; our float32 logits may differ from float64 by ERROR_RATIO times that (see tests/oracle.py).
+The bound: transformers is run in float64 and in float32. The two differ by what float32 rounding does to this model and
+these tokens; our float32 logits may differ from float64 by ERROR_RATIO times that (see tests/oracle.py).
 """
 
 from typing import Any
@@ -38,7 +38,9 @@ def test_teacher_forced_logits(variant: dict[str, Any]) -> None:
 
 @variants
 def test_greedy_continuations(variant: dict[str, Any]) -> None:
-    """transformers, given our tokens, would have chosen each of them, but where its own two best are within rounding."""
+    """transformers, given our tokens, would have chosen each of them, but where its own two best are within
+    rounding.
+    """
     model_dir = tiny_model(**variant)
     prompts = [random_tokens(length, seed=length) for length in (1, 16, 37, 64)]
     with LLM(str(model_dir), kv_cache_block_size=16, num_kv_cache_blocks=40, max_num_batched_tokens=40, max_num_seqs=3,

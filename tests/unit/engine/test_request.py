@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from nanovllm.engine.request import Request
-from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.sequence import Sequence, SequenceStatus
 from tests.unit.engine.harness import make_scheduler, make_sequence, run
 
 
@@ -62,17 +62,19 @@ def test_without_a_tokenizer_there_are_tokens_and_no_text() -> None:
 
 
 def test_streamed_pieces_join_to_the_output() -> None:
-    request = Request(make_sequence([1]), LetterTokenizer(), 3, is_streamed=True)
-    assert request.take_stream_output() is None
+    request = Request(make_sequence([1], stop="END"), LetterTokenizer(), 3, is_streamed=True)
     items = []
-    for letter in "ab":
+    for letter in "abE":
         request.sequence.append_token(ord(letter))
         request.take_in_token()
         items.append(request.take_stream_output())
-    assert request.take_stream_output() is None
-    assert [(item["index"], item["text"], item["token_ids"], item["finish_reason"]) for item in items if item] == [
+    request.sequence.status, request.sequence.finish_reason = SequenceStatus.FINISHED, "length"
+    items.append(request.take_stream_output())
+    assert [(item["index"], item["text"], item["token_ids"], item["finish_reason"]) for item in items] == [
         (3, "a", [97], None),
         (3, "b", [98], None),
+        (3, "", [69], None),
+        (3, "E", [], "length"),
     ]
 
 
@@ -83,5 +85,4 @@ def test_an_abort_is_streamed_without_tokens() -> None:
     request = Request(seq, LetterTokenizer(), 0, is_streamed=True)
     scheduler.abort(0)
     item = request.take_stream_output()
-    assert item is not None
     assert (item["text"], item["token_ids"], item["finish_reason"]) == ("", [], "abort")

@@ -33,7 +33,9 @@ def test_one_block_may_be_all_that_fits() -> None:
 
 def test_memory_of_another_process_is_an_error_with_the_figures() -> None:
     """D43: 80 GiB at 0.9 with 75 GiB taken is less than nothing."""
-    with pytest.raises(ValueError, match="^gpu_memory_utilization must leave room for at least one KV block") as caught:
+    with pytest.raises(
+        ValueError, match=r"^gpu_memory_utilization must leave room for at least one KV block"
+    ) as caught:
         num_blocks_that_fit(80 * GIB, 0.9, used=75 * GIB, peak=6 * GIB, current=4 * GIB, bytes_per_block=GIB // 2)
     message = str(caught.value)
     for figure in ("0.500 GiB", "got 0.9 of 80.00 GiB", "75.00 GiB are in use (other processes", "needs 2.00 GiB more"):

@@ -1,11 +1,10 @@
-"""warmup_input: the largest prefill and the largest sampler batch that the limits allow, in one pass that stores nothing."""
+"""prepare_warmup: the largest prefill and the most sampled rows that the limits allow, in one pass, nothing stored."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanovllm.engine.model_input import PADDING_SLOT
-from nanovllm.worker.warmup import warmup_input, warmup_lengths
+from nanovllm.engine.model_input import PADDING_SLOT, prepare_warmup, warmup_lengths
 
 
 @pytest.mark.parametrize(
@@ -31,7 +30,7 @@ def test_lengths_fill_the_budget_also_when_max_model_len_does_not_divide_it(
 def test_no_step_within_the_limits_is_larger(max_num_seqs: int, spare: int, max_model_len: int) -> None:
     """D42: tokens, and rows for the sampler, each at its maximum."""
     budget = max_num_seqs + spare
-    model_input = warmup_input(budget, max_model_len, max_num_seqs, block_size=16)
+    model_input = prepare_warmup(budget, max_model_len, max_num_seqs, block_size=16)
     num_tokens = min(budget, max_num_seqs * max_model_len)
     assert model_input.is_prefill
     assert len(model_input.input_ids) == model_input.cu_seqlens_q[-1] == num_tokens
@@ -45,14 +44,14 @@ def test_no_step_within_the_limits_is_larger(max_num_seqs: int, spare: int, max_
 
 def test_nothing_is_stored_and_no_block_is_read() -> None:
     """There is no cache yet."""
-    model_input = warmup_input(100, 30, 8, block_size=16)
+    model_input = prepare_warmup(100, 30, 8, block_size=16)
     assert set(model_input.slot_mapping.tolist()) == {PADDING_SLOT}
     assert model_input.block_tables is None
 
 
 def test_every_filter_of_the_sampler_is_on() -> None:
     """D42: sampling with filters takes the most memory."""
-    sampling = warmup_input(100, 30, 8, block_size=16).sampling
+    sampling = prepare_warmup(100, 30, 8, block_size=16).sampling
     assert (sampling.top_k > 1).all()
     assert (sampling.top_p < 1).all()
     assert (sampling.min_p > 0).all()
