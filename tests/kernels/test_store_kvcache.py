@@ -1,66 +1,55 @@
 """store_kvcache against reference.store_kvcache: interpreted on the CPU, compiled without a GPU, run on a GPU."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
-from tests.source_tree import ROOT
+from tests.kernels import store_kvcache_cases as cases
+from tests.kernels.compiling import TARGETS, assert_fits, compile_launches
+from tests.kernels.interpreting import run_interpreted
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
 
 def test_interpreted():
-    """D51, D52: the process dies at the first case that fails, whose name is the last it printed."""
-    command = [sys.executable, "-m", "tests.kernels.store_kvcache_cases"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100)
-    assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
-    assert result.stdout.splitlines()[-1] == "done"
+    """D51, D52"""
+    run_interpreted(cases.__name__)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
-def test_compiles_for_hopper_without_a_gpu(dtype, tmp_path, monkeypatch):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+@TARGETS
+@pytest.mark.parametrize("num_kv_heads_and_head_dim", [(8, 128), (4, 128), (2, 64), (3, 80), (8, 256)], ids=str)
+def test_compiled(capability, num_kv_heads_and_head_dim, dtype):
+    from nanovllm.kernels.store_kvcache import store_kvcache
 
-    from nanovllm.kernels.store_kvcache import store_kvcache_kernel
-
-    pointers = dict.fromkeys(("key_ptr", "value_ptr", "k_cache_ptr", "v_cache_ptr"), f"*{dtype}")
-    strides = ("key_token_stride", "key_head_stride", "value_token_stride", "value_head_stride", "row_size")
-    constants = {"HEAD_DIM": 64, "TILE_SIZE": 256}
-    signature = {
-        **pointers,
-        "slot_mapping_ptr": "*i64",
-        **dict.fromkeys(strides, "i32"),
-        **dict.fromkeys(constants, "constexpr"),
-    }
-    source = ASTSource(fn=store_kvcache_kernel, signature=signature, constexprs=constants)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
-    assert compiled.asm["cubin"]
-    assert compiled.metadata.shared == 0, "nothing to share: each element is read and written by one thread"
+    heads, dim = num_kv_heads_and_head_dim
+    qkv = torch.empty(9, 4 * heads, dim, dtype=dtype, device="meta")
+    _, key, value = qkv.split([2 * heads, heads, heads], dim=1)
+    cache = torch.empty(100, 256, heads, dim, dtype=dtype, device="meta")
+    slots = torch.empty(9, dtype=torch.int64, device="meta")
+    (compiled,) = compile_launches(lambda: store_kvcache(key, value, cache, cache, slots), capability)
+    assert_fits(compiled, max_registers=64, max_shared_bytes=0)  # each element is read and written by one thread
 
 
-@pytest.fixture
-def cases():
-    from tests.kernels import store_kvcache_cases
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"value": (3, 2, 32)}, "key and value must be"),
+        ({"k_cache": (2, 16, 2, 32)}, "k_cache and v_cache must be"),
+        ({"k_cache": (2, 16, 4, 16), "v_cache": (2, 16, 4, 16)}, "k_cache and v_cache must be"),
+        ({"slot_mapping": (2,)}, "one slot a token"),
+    ],
+)
+def test_other_shapes_are_refused(change, message):
+    from nanovllm.kernels.store_kvcache import store_kvcache
 
-    return store_kvcache_cases
-
-
-@pytest.mark.gpu
-def test_on_a_gpu(cases):
-    for name, case in cases.CASES.items():
-        print(name)
-        cases.check(case, "cuda")
-    cases.check_strides("cuda")
+    shapes = {"key": (3, 2, 16), "value": (3, 2, 16), "k_cache": (2, 16, 2, 16), "v_cache": (2, 16, 2, 16)}
+    shapes |= {"slot_mapping": (3,), **change}
+    tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    with pytest.raises(ValueError, match=message):
+        store_kvcache(**tensors)
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_beyond_2_31_elements(cases):
-    """D52"""
-    cases.check_far_slot("cuda")
-    torch.cuda.empty_cache()
+@pytest.mark.parametrize("name", cases.CHECKS)
+def test_on_a_gpu(name):
+    """D51, D52"""
+    cases.CHECKS[name]("cuda")

@@ -1,0 +1,199 @@
+"""grouped_gemm: every token through the experts it was routed to, the experts' matrices multiplied by one grid.
+
+    hidden[a]  = silu(gate[n] . x[a // top_k]) * (up[n] . x[a // top_k])      a: assignment, n: its expert
+    product[a] = weight[a] * down[n] . hidden[a]
+    y[t]       = sum of product[a] over the top_k assignments of token t, in their order
+
+A program computes a tile of a block's rows (kernels.moe_routing) and of the columns. Rows are found and stored by their
+assignment's number, so nothing is added up in an order that depends on who was routed where: the output is the same
+whatever the batch's other tokens are, and in every run. reference.moe says what is computed.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from nanovllm.kernels.moe_routing import Routing
+
+
+class Tiles(NamedTuple):
+    """rows, columns, inner: of a program's tile, powers of two from 16; warps, stages: Triton's."""
+
+    rows: int
+    columns: int
+    inner: int
+    warps: int
+    stages: int
+
+
+def grouped_gemm_tiles(num_assignments: int, num_experts: int, itemsize: int) -> Tiles:
+    """Tiles for so many assignments spread over so many experts. Measured on an H200 with Qwen3-30B-A3B's shapes.
+
+    With few rows an expert, reading the weights is the work, and a block's padding is lost; with many, multiplying is.
+    """
+    if itemsize > 2:
+        return Tiles(rows=16, columns=64, inner=32, warps=4, stages=3)
+    rows_per_expert = num_assignments / num_experts
+    if rows_per_expert < 1:
+        return Tiles(rows=16, columns=32, inner=128, warps=2, stages=4)
+    if rows_per_expert < 16:
+        return Tiles(rows=16, columns=64, inner=128, warps=4, stages=4)
+    if rows_per_expert < 64:
+        return Tiles(rows=32, columns=128, inner=128, warps=4, stages=3)
+    return Tiles(rows=128, columns=256, inner=32, warps=8, stages=4)
+
+
+def grouped_gemm(
+    hidden_states: torch.Tensor,
+    gate_up_proj: torch.Tensor,
+    down_proj: torch.Tensor,
+    routing: Routing,
+    *,
+    tiles: Tiles | None = None,
+) -> torch.Tensor:
+    """[T, E]: the weighted sum over each token's experts, of hidden_states [T, E].
+
+    gate_up_proj: [N, 2 * F, E], the gate's rows first. down_proj: [N, E, F]. All of one dtype, bfloat16, float16 or
+    float32, contiguous. Sums are float32; the hidden activations and each expert's weighted product are rounded to the
+    dtype. routing: of these tokens and experts, with block_size = tiles.rows. tiles: by default what
+    grouped_gemm_tiles says. Raises ValueError for anything else.
+    """
+    num_tokens, hidden_size = hidden_states.shape
+    num_experts, _, intermediate_size = down_proj.shape
+    num_assignments = routing.experts.numel()
+    tiles = tiles or grouped_gemm_tiles(num_assignments, num_experts, hidden_states.element_size())
+    _check(hidden_states, gate_up_proj, down_proj, routing, tiles)
+    hidden = hidden_states.new_empty(num_assignments, intermediate_size)
+    _multiply(hidden_states, gate_up_proj, routing, hidden, tiles, routing.experts.shape[1], is_gate_up=True)
+    products = hidden_states.new_empty(num_assignments, hidden_size)
+    _multiply(hidden, down_proj, routing, products, tiles, 1, is_gate_up=False)
+    return products.view(num_tokens, -1, hidden_size).sum(dim=1)
+
+
+def _multiply(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    routing: Routing,
+    output: torch.Tensor,
+    tiles: Tiles,
+    assignments_per_row: int,
+    is_gate_up: bool,
+) -> None:
+    num_columns, inner_size = weight.shape[1:]
+    num_column_tiles = triton.cdiv(num_columns, tiles.columns)
+    grouped_gemm_kernel[(routing.block_experts.numel() * num_column_tiles,)](
+        x,
+        weight,
+        routing.weights,
+        routing.sorted_assignments,
+        routing.block_experts,
+        routing.num_blocks,
+        output,
+        routing.experts.numel(),
+        num_columns,
+        inner_size,
+        num_column_tiles,
+        ASSIGNMENTS_PER_ROW=assignments_per_row,  # pyright: ignore[reportArgumentType]
+        IS_GATE_UP=is_gate_up,  # pyright: ignore[reportArgumentType]
+        IS_EVEN=inner_size % tiles.inner == 0,  # pyright: ignore[reportArgumentType]
+        TILE_ROWS=tiles.rows,  # pyright: ignore[reportArgumentType]
+        TILE_COLUMNS=tiles.columns,  # pyright: ignore[reportArgumentType]
+        TILE_INNER=tiles.inner,  # pyright: ignore[reportArgumentType]
+        num_warps=tiles.warps,  # pyright: ignore[reportCallIssue]
+        num_stages=tiles.stages,  # pyright: ignore[reportCallIssue]
+    )
+
+
+def _check(
+    hidden_states: torch.Tensor, gate_up_proj: torch.Tensor, down_proj: torch.Tensor, routing: Routing, tiles: Tiles
+) -> None:
+    num_experts, hidden_size, intermediate_size = down_proj.shape
+    tensors = {"hidden_states": hidden_states, "gate_up_proj": gate_up_proj, "down_proj": down_proj}
+    shapes = {
+        "hidden_states": (len(routing.experts), hidden_size),
+        "gate_up_proj": (num_experts, 2 * intermediate_size, hidden_size),
+        "down_proj": (num_experts, hidden_size, intermediate_size),
+    }
+    if hidden_states.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"hidden_states must be bfloat16, float16 or float32, got {hidden_states.dtype}; convert them")
+    for name, tensor in tensors.items():
+        if tensor.shape != shapes[name] or tensor.dtype != hidden_states.dtype or not tensor.is_contiguous():
+            raise ValueError(
+                f"{name} must be contiguous, {hidden_states.dtype} and of shape {list(shapes[name])}, as routing and "
+                f"down_proj have it, got {tensor.dtype}, shape {list(tensor.shape)}, strides {tensor.stride()}"
+            )
+    if routing.block_size != tiles.rows:
+        raise ValueError(
+            f"routing's block_size must be the rows of a tile, {tiles.rows}, got {routing.block_size}; "
+            "take it from grouped_gemm_tiles"
+        )
+    if any(size < 16 or size & (size - 1) for size in tiles[:3]):
+        raise ValueError(f"tiles must be powers of two from 16, got {tiles}")
+
+
+@triton.jit
+def grouped_gemm_kernel(
+    x_ptr,
+    weight_ptr,
+    routing_weights_ptr,
+    sorted_assignments_ptr,
+    block_experts_ptr,
+    num_blocks_ptr,
+    output_ptr,
+    num_assignments,
+    num_columns,
+    inner_size,
+    num_column_tiles,
+    ASSIGNMENTS_PER_ROW: tl.constexpr,
+    IS_GATE_UP: tl.constexpr,
+    IS_EVEN: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_COLUMNS: tl.constexpr,
+    TILE_INNER: tl.constexpr,
+):
+    """One tile of x . weight[expert], then silu_and_mul if IS_GATE_UP, or else times the routing weights."""
+    block = tl.program_id(0) // num_column_tiles
+    if block >= tl.load(num_blocks_ptr):
+        return
+    expert = tl.load(block_experts_ptr + block).to(tl.int64)  # int64: expert * matrix size passes 2**31
+    assignment = tl.load(sorted_assignments_ptr + block * TILE_ROWS + tl.arange(0, TILE_ROWS)).to(tl.int64)
+    is_row = assignment < num_assignments
+    column = tl.program_id(0) % num_column_tiles * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
+    weight_row = column % num_columns  # what the last tile has too much is computed, but not stored
+    if IS_GATE_UP:  # gate and up take turns, so that the two of a pair are neighbours
+        weight_row = weight_row // 2 + weight_row % 2 * (num_columns // 2)
+
+    inner = tl.arange(0, TILE_INNER)
+    x_ptrs = x_ptr + (assignment // ASSIGNMENTS_PER_ROW)[:, None] * inner_size + inner[None, :]
+    weight_ptrs = weight_ptr + (expert * num_columns + weight_row)[None, :] * inner_size + inner[:, None]
+    products = tl.zeros((TILE_ROWS, TILE_COLUMNS), tl.float32)
+    for start in range(0, inner_size, TILE_INNER):
+        if IS_EVEN:
+            x = tl.load(x_ptrs + start, mask=is_row[:, None], other=0.0)
+            weight = tl.load(weight_ptrs + start)
+        else:
+            is_inner = inner < inner_size - start
+            x = tl.load(x_ptrs + start, mask=is_row[:, None] & is_inner[None, :], other=0.0)
+            weight = tl.load(weight_ptrs + start, mask=is_inner[:, None], other=0.0)
+        if x.dtype == tl.float32:
+            # A sum of sums: 2048 numbers added one by one would lose more than torch's float32 product does. (As a
+            # plain sum, the compiler would make a chain of it again.)
+            products = tl.fma(tl.dot(x, weight, input_precision="ieee"), 1.0, products)
+        else:
+            products = tl.dot(x, weight, products)
+
+    if IS_GATE_UP:
+        gate, up = tl.split(products.reshape(TILE_ROWS, TILE_COLUMNS // 2, 2))
+        result = gate / (1 + tl.exp(-gate)) * up
+        size: tl.constexpr = TILE_COLUMNS // 2
+        output_size = num_columns // 2
+    else:
+        result = products * tl.load(routing_weights_ptr + assignment, mask=is_row, other=0.0)[:, None]
+        size: tl.constexpr = TILE_COLUMNS
+        output_size = num_columns
+    output_column = tl.program_id(0) % num_column_tiles * size + tl.arange(0, size)
+    output_ptrs = output_ptr + assignment[:, None] * output_size + output_column[None, :]
+    is_stored = is_row[:, None] & (output_column < output_size)[None, :]
+    tl.store(output_ptrs, result.to(output_ptr.dtype.element_ty), mask=is_stored)

@@ -1,0 +1,343 @@
+"""paged_attention: one query a sequence attends to its keys and values where they lie in the paged cache.
+
+One program a (sequence, kv head, split of the keys). It reads each key and value once, for all query heads that share
+them (Ainslie et al. 2023, arXiv 2305.13245), and keeps a running softmax (Milakov and Gimelshein 2018,
+arXiv 1805.02867). If the sequences do not fill the GPU, their keys are split, and a second kernel puts together what
+the splits found (flash-decoding, Dao et al. 2023).
+
+Letters: B sequences, H query heads, K kv heads, D head_dim. Over 300 lines in one file, because both kernels must agree
+on how the keys are split.
+"""
+
+from functools import cache
+from math import e, log2
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+HEAD_DIMS = (32, 64, 128, 256)
+MIN_BLOCK_SIZE = 16
+DIMS_TO_COMBINE = 32
+
+
+class Tiling(NamedTuple):
+    """A program loads the keys and values of tile_size tokens at once; num_stages - 1 tiles are under way."""
+
+    tile_size: int
+    num_warps: int
+    num_stages: int
+
+
+def paged_attention(
+    query: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    context_lens: torch.Tensor,
+    scale: float | None = None,
+    *,
+    out: torch.Tensor | None = None,
+    sequence_order: torch.Tensor | None = None,
+    num_splits: int | None = None,
+    tiling: Tiling | None = None,
+    starts_early: bool | None = None,
+) -> torch.Tensor:
+    """Attention [B, H, D] of one query a sequence to its first context_lens[b] cached keys; zeros if there are none.
+
+    query: [B, H, D], float32, float16 or bfloat16; D is 32, 64, 128 or 256.
+    k_cache, v_cache: [num_blocks, block_size, K, D] of query's dtype, H a multiple of K, block_size a power of two
+        from 16. Only the slots that the tables name below context_lens are read.
+    block_tables: [B, max_blocks] int32; entries beyond a sequence's blocks are not read.
+    context_lens: [B] int32, at most max_blocks * block_size each. scale: D ** -0.5 unless given.
+    out: [B, H, D], written and returned if given. Last dimensions must be contiguous, other strides may be any.
+    sequence_order: [B] int32, a permutation: whom to start first. Longest first is fastest; the result is the same.
+    num_splits: into how many parts each sequence's keys are split. tiling: see Tiling.
+    starts_early: the kernels are launched before those before them end, and wait in place ("programmatic dependent
+        launch"). By default if keys are split and the GPU can; else the longest would crowd where it is free first.
+
+    The result is deterministic. What is launched depends on shapes and strides only, so a CUDA graph may hold it.
+    Raises ValueError for other shapes, strides and dtypes.
+    """
+    _check(query, k_cache, v_cache, block_tables, context_lens, sequence_order, out)
+    num_seqs, num_heads, head_dim = query.shape
+    _, block_size, num_kv_heads, _ = k_cache.shape
+    if out is None:
+        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    if num_seqs == 0:
+        return out
+    if num_splits is None:
+        max_context_len = block_tables.shape[1] * block_size
+        num_splits = choose_num_splits(num_seqs, num_kv_heads, max_context_len, num_multiprocessors(query.device))
+    is_split = num_splits > 1
+    if tiling is None:
+        tiling = choose_tiling(head_dim, query.element_size(), is_split)
+    if starts_early is None:
+        starts_early = is_split and can_start_early(query.device)
+    partial_out, partial_lse = out, None
+    if is_split:
+        partial_out = torch.empty(num_seqs, num_heads, num_splits, head_dim, dtype=torch.float32, device=query.device)
+        partial_lse = torch.empty(num_seqs, num_heads, num_splits, dtype=torch.float32, device=query.device)
+    group_size = num_heads // num_kv_heads
+    paged_attention_kernel[(num_kv_heads, num_splits, num_seqs)](
+        query,
+        k_cache,
+        v_cache,
+        block_tables,
+        context_lens,
+        sequence_order,
+        out,
+        partial_out,
+        partial_lse,
+        (head_dim**-0.5 if scale is None else scale) * log2(e),
+        *query.stride()[:2],
+        *k_cache.stride()[:3],
+        *v_cache.stride()[:3],
+        block_tables.stride(0),  # pyright: ignore[reportCallIssue]
+        *out.stride()[:2],  # pyright: ignore[reportCallIssue]
+        BLOCK_SIZE=block_size,
+        HEAD_DIM=head_dim,
+        GROUP_SIZE=group_size,  # pyright: ignore[reportArgumentType]
+        ROWS=max(16, triton.next_power_of_2(group_size)),
+        TILE_SIZE=tiling.tile_size,
+        STARTS_EARLY=starts_early,
+        launch_pdl=starts_early,  # pyright: ignore[reportCallIssue]
+        num_warps=tiling.num_warps,  # pyright: ignore[reportCallIssue]
+        num_stages=tiling.num_stages,  # pyright: ignore[reportCallIssue]
+    )
+    if is_split:
+        combine_splits_kernel[(head_dim // DIMS_TO_COMBINE, num_heads, num_seqs)](
+            partial_out,
+            partial_lse,
+            context_lens,
+            out,
+            *out.stride()[:2],
+            num_splits,  # pyright: ignore[reportCallIssue]
+            HEAD_DIM=head_dim,
+            DIMS=DIMS_TO_COMBINE,
+            TILE_SIZE=tiling.tile_size,
+            SPLITS_AT_ONCE=min(64, triton.next_power_of_2(num_splits)),
+            STARTS_EARLY=starts_early,
+            launch_pdl=starts_early,  # pyright: ignore[reportCallIssue]
+            num_warps=4,  # pyright: ignore[reportCallIssue]
+        )
+    return out
+
+
+def choose_tiling(head_dim: int, element_size: int, is_split: bool) -> Tiling:
+    """Large tiles keep more bytes under way, small ones begin sooner. float32, multiplied in registers: small tiles."""
+    if element_size == 4:
+        return Tiling(tile_size=16, num_warps=4, num_stages=2)
+    if is_split:
+        return Tiling(tile_size=32, num_warps=2, num_stages=3)
+    return Tiling(tile_size=64 if head_dim <= 128 else 32, num_warps=4, num_stages=4)
+
+
+def choose_num_splits(num_seqs: int, num_kv_heads: int, max_context_len: int, num_sms: int) -> int:
+    """As many as give each multiprocessor two programs, of at least 32 keys where sequences are longest."""
+    return max(1, min(2 * num_sms // (num_seqs * num_kv_heads), -(-max_context_len // 32)))
+
+
+def num_multiprocessors(device: torch.device) -> int:
+    """Of the GPU; elsewhere, where kernels are interpreted or only compiled, of an H200."""
+    return _properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def can_start_early(device: torch.device) -> bool:
+    """From Hopper on."""
+    return device.type == "cuda" and torch.version.hip is None and _properties(device).major >= 9
+
+
+@cache
+def _properties(device: torch.device):
+    return torch.cuda.get_device_properties(device)
+
+
+def _check(query, k_cache, v_cache, block_tables, context_lens, sequence_order, out) -> None:
+    """Raise ValueError for what paged_attention's contract excludes and shapes, strides and dtypes show."""
+    num_seqs, num_heads, head_dim = query.shape
+    _, block_size, num_kv_heads, _ = k_cache.shape
+    integers = [block_tables, context_lens] + ([] if sequence_order is None else [sequence_order])
+    tensors = [query, k_cache, v_cache, *integers] + ([] if out is None else [out])
+    rules = {
+        f"head_dim must be one of {HEAD_DIMS}": head_dim in HEAD_DIMS,
+        "k_cache and v_cache must have one shape and query's head_dim": k_cache.shape == v_cache.shape
+        and k_cache.shape[3] == head_dim,
+        "query, k_cache and v_cache must have one dtype": query.dtype == k_cache.dtype == v_cache.dtype,
+        "query must be float32, float16 or bfloat16": query.dtype in (torch.float32, torch.float16, torch.bfloat16),
+        f"block_size must be a power of two from {MIN_BLOCK_SIZE}": block_size >= MIN_BLOCK_SIZE
+        and block_size & (block_size - 1) == 0,
+        "the number of query heads must be a multiple of k_cache's": num_heads % num_kv_heads == 0,
+        "block_tables and context_lens must have a row a query": len(block_tables) == num_seqs
+        and block_tables.dim() == 2
+        and context_lens.shape == (num_seqs,),
+        "sequence_order must be as long as context_lens": sequence_order is None or sequence_order.shape == (num_seqs,),
+        "block_tables, context_lens and sequence_order must be int32": {tensor.dtype for tensor in integers}
+        == {torch.int32},
+        "out must have query's shape and dtype": out is None or (out.shape, out.dtype) == (query.shape, query.dtype),
+        "last dimensions must be contiguous": all(tensor.stride(-1) == 1 or tensor.shape[-1] < 2 for tensor in tensors),
+    }
+    for rule, holds in rules.items():
+        if not holds:
+            got = ", ".join(f"{list(tensor.shape)} {tensor.dtype} of strides {tensor.stride()}" for tensor in tensors)
+            raise ValueError(f"{rule}; got {got}")
+
+
+@triton.jit(do_not_specialize=["table_stride"])
+def paged_attention_kernel(
+    query_ptr,
+    k_cache_ptr,
+    v_cache_ptr,
+    block_tables_ptr,
+    context_lens_ptr,
+    sequence_order_ptr,  # or None
+    out_ptr,
+    partial_out_ptr,
+    partial_lse_ptr,  # or None: not split
+    scale_log2_e,
+    query_seq_stride,
+    query_head_stride,
+    k_block_stride,
+    k_slot_stride,
+    k_head_stride,
+    v_block_stride,
+    v_slot_stride,
+    v_head_stride,
+    table_stride,
+    out_seq_stride,
+    out_head_stride,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE_SIZE: tl.constexpr,
+    STARTS_EARLY: tl.constexpr,
+):
+    if STARTS_EARLY:
+        gdc_wait()  # for what the kernels before wrote
+        gdc_launch_dependents()
+    # The kv head is the fastest axis: programs that run together read the heads of one token, which are neighbours.
+    kv_head = tl.program_id(0)
+    split = tl.program_id(1)
+    seq = tl.program_id(2)
+    if sequence_order_ptr is not None:
+        seq = tl.load(sequence_order_ptr + seq)
+    context_len = tl.load(context_lens_ptr + seq)
+    split_len = tl.cdiv(tl.cdiv(context_len, TILE_SIZE), tl.num_programs(1)) * TILE_SIZE
+    start = split * split_len
+    end = tl.minimum(start + split_len, context_len)
+    seq = seq.to(tl.int64)  # int64: what is multiplied by a stride here passes 2**31 on large GPUs
+    if (start < end) | (split == 0):  # the first writes zeros if there are no keys
+        row = tl.arange(0, ROWS)  # the query heads of the group, padded for tl.dot
+        dim = tl.arange(0, HEAD_DIM)
+        token = tl.arange(0, TILE_SIZE)
+        in_group = row < GROUP_SIZE
+        head = kv_head * GROUP_SIZE + row
+        query = tl.load(
+            query_ptr + seq * query_seq_stride + head[:, None] * query_head_stride + dim[None, :],
+            mask=in_group[:, None],
+            other=0.0,
+        )
+        k_ptr = k_cache_ptr + kv_head.to(tl.int64) * k_head_stride + dim[None, :]
+        v_ptr = v_cache_ptr + kv_head.to(tl.int64) * v_head_stride + dim[None, :]
+        table_ptr = block_tables_ptr + seq * table_stride
+
+        highest = tl.full([ROWS], float("-inf"), tl.float32)  # score so far, times log2(e)
+        total = tl.zeros([ROWS], tl.float32)  # of the weights, relative to 2**highest
+        accumulator = tl.zeros([ROWS, HEAD_DIM], tl.float32)
+        if TILE_SIZE <= BLOCK_SIZE:
+            next_block = tl.load(table_ptr + start // BLOCK_SIZE, mask=start < end, other=0)
+        else:
+            next_block = tl.load(table_ptr + (start + token) // BLOCK_SIZE, mask=start + token < end, other=0)
+        for position in range(start, end, TILE_SIZE):
+            in_context = position + token < end
+            block = next_block.to(tl.int64)
+            # Known one tile ahead, so that keys and values need not wait for it.
+            following = position + TILE_SIZE
+            if TILE_SIZE <= BLOCK_SIZE:  # a tile lies in one block
+                next_block = tl.load(table_ptr + following // BLOCK_SIZE, mask=following < end, other=0)
+                slot = position % BLOCK_SIZE + token
+            else:
+                next_block = tl.load(
+                    table_ptr + (following + token) // BLOCK_SIZE, mask=following + token < end, other=0
+                )
+                slot = token % BLOCK_SIZE
+            # A slot beyond the context may hold NaN, and 0 * NaN is NaN: it is not read.
+            k_row = block * k_block_stride + slot * k_slot_stride
+            key = tl.load(k_ptr + k_row[:, None], mask=in_context[:, None], other=0.0)
+            v_row = block * v_block_stride + slot * v_slot_stride
+            value = tl.load(v_ptr + v_row[:, None], mask=in_context[:, None], other=0.0)
+
+            score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale_log2_e
+            score = tl.where(in_context[None, :], score, float("-inf"))
+            new_highest = tl.maximum(highest, tl.max(score, axis=1))
+            weight = tl.exp2(score - new_highest[:, None])
+            decay = tl.exp2(highest - new_highest)
+            total = total * decay + tl.sum(weight, axis=1)
+            accumulator = accumulator * decay[:, None]
+            accumulator = tl.dot(weight.to(value.dtype), value, accumulator, input_precision="ieee")
+            highest = new_highest
+
+        is_whole = split_len >= context_len
+        result = accumulator / tl.where(total > 0, total, 1.0)[:, None]
+        if partial_lse_ptr is not None and not is_whole:
+            part = (seq * tl.num_programs(0) * GROUP_SIZE + head) * tl.num_programs(1) + split
+            tl.store(partial_out_ptr + part[:, None] * HEAD_DIM + dim[None, :], result, mask=in_group[:, None])
+            tl.store(partial_lse_ptr + part, highest + tl.log2(total), mask=in_group)
+        else:
+            out_row = seq * out_seq_stride + head * out_head_stride
+            tl.store(
+                out_ptr + out_row[:, None] + dim[None, :],
+                result.to(out_ptr.dtype.element_ty),
+                mask=in_group[:, None],
+            )
+
+
+@triton.jit(do_not_specialize=["num_splits"])
+def combine_splits_kernel(
+    partial_out_ptr,
+    partial_lse_ptr,
+    context_lens_ptr,
+    out_ptr,
+    out_seq_stride,
+    out_head_stride,
+    num_splits,
+    HEAD_DIM: tl.constexpr,
+    DIMS: tl.constexpr,
+    TILE_SIZE: tl.constexpr,
+    SPLITS_AT_ONCE: tl.constexpr,
+    STARTS_EARLY: tl.constexpr,
+):
+    """out = the mean of partial_out weighted by 2**partial_lse, over the splits that had keys; DIMS of a head each."""
+    if STARTS_EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
+    dim = tl.program_id(0) * DIMS + tl.arange(0, DIMS)
+    head = tl.program_id(1)
+    seq = tl.program_id(2)
+    context_len = tl.load(context_lens_ptr + seq)
+    split_len = tl.cdiv(tl.cdiv(context_len, TILE_SIZE), num_splits) * TILE_SIZE  # as paged_attention_kernel has it
+    seq = seq.to(tl.int64)
+    if split_len < context_len:  # else one split had all keys and wrote out itself
+        num_used = tl.cdiv(context_len, split_len)
+        first_part = (seq * tl.num_programs(1) + head) * num_splits
+        highest = float("-inf")
+        total = 0.0
+        accumulator = tl.zeros([DIMS], tl.float32)
+        for first in range(0, num_used, SPLITS_AT_ONCE):
+            split = first + tl.arange(0, SPLITS_AT_ONCE)
+            is_used = split < num_used
+            part = first_part + split
+            lse = tl.load(partial_lse_ptr + part, mask=is_used, other=float("-inf"))
+            partial_ptr = partial_out_ptr + part[:, None] * HEAD_DIM + dim[None, :]
+            partial_out = tl.load(partial_ptr, mask=is_used[:, None], other=0.0)
+            new_highest = tl.maximum(highest, tl.max(lse, axis=0))
+            weight = tl.exp2(lse - new_highest)
+            decay = tl.exp2(highest - new_highest)
+            total = total * decay + tl.sum(weight, axis=0)
+            accumulator = accumulator * decay + tl.sum(partial_out * weight[:, None], axis=0)
+            highest = new_highest
+        out_row = seq * out_seq_stride + head * out_head_stride
+        tl.store(out_ptr + out_row + dim, (accumulator / total).to(out_ptr.dtype.element_ty))

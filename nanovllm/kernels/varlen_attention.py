@@ -1,0 +1,329 @@
+"""varlen_attention: prefill attention of packed sequences, over packed keys or over the paged cache.
+
+One program computes a tile of query rows for one kv head of one sequence. It walks over the keys that the tile sees,
+first to last, with the online softmax of Milakov and Gimelshein 2018 (arXiv 1805.02867) as in Dao 2023 (2307.08691).
+
+The G query heads of a kv head are rows of the same tile: row r of a sequence is its query r // G, head r % G of the
+group. A key, once read, serves the whole group, and G queries less are masked at the end of the tile.
+
+Keys that every row of the tile sees take the main loop, which masks nothing. The last ones, which lie beyond some
+row's position or beyond the sequence, take a second loop, which does. The last tile of a sequence sees the most keys
+and comes first, so that no long program is left for the end.
+
+Contract, choice of tiles and kernel are one file, because each is the reason for something in the others.
+"""
+
+# pyright: reportArgumentType=false, reportCallIssue=false
+# Triton's launch takes what a kernel's Python signature does not say.
+
+from functools import cache
+from math import e, log2, sqrt
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+HEAD_DIMS = (32, 64, 128, 256)
+MIN_BLOCK_SIZE = 16
+HOPPER = (9, 0)
+GLUON_VERSIONS = ("3.6.", "3.7.")  # that varlen_attention_hopper compiles with: its language is experimental
+MIN_HOPPER_KEYS = 512  # on an H200 slower at 100 to 480 keys, for its longer start, and faster at 1024
+MAX_MASKED_KEYS = 64  # of a tile in the second loop: a smaller tile leaves less to compute and mask
+
+
+class Tiles(NamedTuple):
+    """Query rows (G a query) and keys of a tile, powers of two from 16; warps of a program; tiles of keys in flight."""
+
+    rows: int
+    keys: int
+    num_warps: int
+    num_stages: int
+
+
+def choose_tiles(dtype: torch.dtype, head_dim: int, capability: tuple[int, int]) -> Tiles:
+    """Measured on an H200 at head_dim 64 and 128; elsewhere, what fits in a program's registers."""
+    if dtype == torch.float32:  # no tensor cores: small tiles, multiplied from registers
+        return FLOAT32_TILES[head_dim]
+    tiles = TILES[head_dim]
+    # Tensor cores before Hopper's take keys from registers, which then hold fewer.
+    return tiles if capability >= HOPPER else tiles._replace(keys=32)
+
+
+FLOAT32_TILES = {
+    32: Tiles(32, 32, 4, 2),
+    64: Tiles(32, 32, 4, 2),
+    128: Tiles(16, 32, 8, 2),
+    256: Tiles(16, 16, 4, 1),
+}
+TILES = {
+    32: Tiles(128, 64, 4, 3),
+    64: Tiles(64, 64, 4, 3),
+    128: Tiles(64, 64, 4, 3),
+    256: Tiles(64, 32, 8, 2),
+}
+
+
+def varlen_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    scale: float | None = None,
+    *,
+    max_seqlen_q: int,
+    block_tables: torch.Tensor | None = None,
+    tiles: Tiles | None = None,
+) -> torch.Tensor:
+    """Causal attention [T, H, D], contiguous, of packed queries [T, H, D], the last of their sequences' tokens.
+
+    key, value: packed [Tk, K, D] without block_tables; with them the caches [num_blocks, block_size, K, D], of which
+    only the slots of cu_seqlens_k's keys are used. bfloat16, float16 or float32 (multiplied in full float32), one dtype
+    for all three; last dimension contiguous, the other strides as they come (so views of a packed qkv).
+    H a multiple of K; D in HEAD_DIMS; block_size a power of two from 16.
+    cu_seqlens_q, cu_seqlens_k: [B + 1] int32, contiguous; a sequence has at least as many keys as queries, maybe none.
+    block_tables: [B, max_blocks] int32, last dimension contiguous; padding is not read.
+    scale: D ** -0.5 unless given; above 0. max_seqlen_q: the most queries of a sequence.
+    The grid depends on shapes and max_seqlen_q only. Equal inputs give equal bits. Raises ValueError.
+    """
+    num_tokens, num_heads, head_dim = query.shape
+    num_kv_heads = key.shape[-2]
+    block_size = 0 if block_tables is None else key.shape[1]
+    scale = 1 / sqrt(head_dim) if scale is None else scale
+    _check(query, key, value, cu_seqlens_q, cu_seqlens_k, scale, block_tables)
+    if 0 in (num_tokens, max_seqlen_q, len(cu_seqlens_q) - 1):
+        return torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    max_seqlen_k = max_seqlen_q if block_tables is None else block_tables.shape[1] * block_size
+    if tiles is None and _is_for_hopper(query, key, value, max_seqlen_k):
+        from nanovllm.kernels.varlen_attention_hopper import varlen_attention_hopper
+
+        return varlen_attention_hopper(
+            query, key, value, cu_seqlens_q, cu_seqlens_k, scale, max_seqlen_q=max_seqlen_q, block_tables=block_tables
+        )
+    if tiles is None:
+        tiles = choose_tiles(query.dtype, head_dim, _capability(query.device))
+    output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    group_size = num_heads // num_kv_heads
+    grid = (triton.cdiv(max_seqlen_q * group_size, tiles.rows), num_kv_heads, len(cu_seqlens_q) - 1)
+    varlen_attention_kernel[grid](
+        query,
+        key,
+        value,
+        output,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        block_tables,
+        scale * log2(e),
+        *query.stride()[:2],
+        0 if block_tables is None else key.stride(0),
+        *key.stride()[-3:-1],
+        *value.stride()[-3:-1],
+        *output.stride()[:2],
+        0 if block_tables is None else block_tables.stride(0),
+        GROUP_SIZE=group_size,
+        HEAD_DIM=head_dim,
+        BLOCK_SIZE=block_size,
+        ROWS=tiles.rows,
+        KEYS=tiles.keys,
+        MASKED_KEYS=min(tiles.keys, MAX_MASKED_KEYS),
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+    )
+    return output
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability; an H200's for what is no GPU."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else HOPPER
+
+
+def _is_for_hopper(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, max_seqlen_k: int) -> bool:
+    """Whether varlen_attention_hopper can do it, and faster."""
+    if query.device.type != "cuda" or query.shape[2] != 128 or max_seqlen_k < MIN_HOPPER_KEYS:
+        return False
+    if _capability(query.device) != HOPPER or not triton.__version__.startswith(GLUON_VERSIONS):
+        return False
+    from nanovllm.kernels.varlen_attention_hopper import takes
+
+    return takes(query, key, value)
+
+
+def _check(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    scale: float,
+    block_tables: torch.Tensor | None,
+) -> None:
+    """Raise ValueError for what varlen_attention's contract excludes and shapes, strides and dtypes show."""
+    tables = [cu_seqlens_q, cu_seqlens_k]
+    rules = {
+        "query must be bfloat16, float16 or float32": query.dtype in (torch.bfloat16, torch.float16, torch.float32),
+        "query, key and value must have one dtype": query.dtype == key.dtype == value.dtype,
+        "key must have 3 dimensions, 4 with block_tables": key.dim() == (3 if block_tables is None else 4),
+        "value must have the shape of key": value.shape == key.shape,
+        f"head_dim must be one of {HEAD_DIMS}": query.shape[2] == key.shape[-1] in HEAD_DIMS,
+        "the number of query heads must be a multiple of key's": query.shape[1] % key.shape[-2] == 0,
+        "the last dimensions must be contiguous": query.stride(2) == key.stride(-1) == value.stride(-1) == 1,
+        "cu_seqlens_q and cu_seqlens_k must be as long, and contiguous": cu_seqlens_q.shape == cu_seqlens_k.shape
+        and cu_seqlens_q.is_contiguous()
+        and cu_seqlens_k.is_contiguous(),
+        "scale must be above 0": scale > 0,
+    }
+    if block_tables is not None:
+        tables.append(block_tables)
+        block_size = key.shape[1]
+        rules[f"block_size must be a power of two from {MIN_BLOCK_SIZE}"] = (
+            block_size >= MIN_BLOCK_SIZE and block_size & (block_size - 1) == 0
+        )
+        rules["the caches must have the same strides"] = key.stride() == value.stride()
+        rules["block_tables must have a row a sequence, contiguous"] = (
+            block_tables.shape[0] == len(cu_seqlens_q) - 1 and block_tables.stride(1) == 1
+        )
+    rules["cu_seqlens and block_tables must be int32"] = all(table.dtype == torch.int32 for table in tables)
+    for rule, holds in rules.items():
+        if not holds:
+            raise ValueError(
+                f"{rule}; got query {_describe(query)}, key {_describe(key)}, value {_describe(value)}, "
+                f"{', '.join(map(_describe, tables))} and scale {scale}"
+            )
+
+
+def _describe(tensor: torch.Tensor) -> str:
+    return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} of strides {list(tensor.stride())}"
+
+
+@triton.jit
+def varlen_attention_kernel(
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    output_ptr,
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
+    block_tables_ptr,
+    scale_log2,
+    query_token_stride,
+    query_head_stride,
+    block_stride,
+    key_token_stride,
+    key_head_stride,
+    value_token_stride,
+    value_head_stride,
+    output_token_stride,
+    output_head_stride,
+    block_tables_stride,
+    GROUP_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,  # 0: keys are packed
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    MASKED_KEYS: tl.constexpr,
+):
+    sequence = tl.program_id(2)
+    kv_head = tl.program_id(1).to(tl.int64)
+    q_start = tl.load(cu_seqlens_q_ptr + sequence).to(tl.int64)
+    k_start = tl.load(cu_seqlens_k_ptr + sequence).to(tl.int64)
+    q_len = (tl.load(cu_seqlens_q_ptr + sequence + 1) - q_start).to(tl.int32)
+    k_len = (tl.load(cu_seqlens_k_ptr + sequence + 1) - k_start).to(tl.int32)
+    first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS
+    if first_row >= q_len * GROUP_SIZE:
+        return
+
+    row = first_row + tl.arange(0, ROWS)
+    dim = tl.arange(0, HEAD_DIM)
+    token = row // GROUP_SIZE
+    head = kv_head * GROUP_SIZE + row % GROUP_SIZE
+    is_row = (token < q_len)[:, None]
+    query_offset = (q_start + token) * query_token_stride + head * query_head_stride
+    query = tl.load(query_ptr + query_offset[:, None] + dim, mask=is_row, other=0.0)
+
+    position = k_len - q_len + token
+    last_token = tl.minimum(first_row + ROWS - 1, q_len * GROUP_SIZE - 1) // GROUP_SIZE
+    num_keys = k_len - q_len + last_token + 1  # that some row sees
+    num_unmasked = (k_len - q_len + first_row // GROUP_SIZE + 1) // KEYS * KEYS  # that every row sees, in whole tiles
+
+    key_ptr += kv_head * key_head_stride
+    value_ptr += kv_head * value_head_stride
+    if BLOCK_SIZE:
+        block_tables_ptr += sequence.to(tl.int64) * block_tables_stride
+    else:
+        key_ptr += k_start * key_token_stride
+        value_ptr += k_start * value_token_stride
+    source = (key_ptr, value_ptr, key_token_stride, value_token_stride, block_tables_ptr, block_stride)
+    best = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    output = tl.zeros([ROWS, HEAD_DIM], tl.float32)
+    for start in range(0, num_unmasked, KEYS):
+        best, total, output = _attend_tile(
+            query, best, total, output, position, start, num_keys, scale_log2, source, BLOCK_SIZE, KEYS, False
+        )
+    for start in range(num_unmasked, num_keys, MASKED_KEYS):
+        best, total, output = _attend_tile(
+            query, best, total, output, position, start, num_keys, scale_log2, source, BLOCK_SIZE, MASKED_KEYS, True
+        )
+
+    output /= total[:, None]
+    output_offset = (q_start + token) * output_token_stride + head * output_head_stride
+    tl.store(output_ptr + output_offset[:, None] + dim, output.to(output_ptr.dtype.element_ty), mask=is_row)
+
+
+@triton.jit
+def _attend_tile(
+    query,  # [ROWS, HEAD_DIM]
+    best,  # [ROWS] the largest score so far, in units of log 2
+    total,  # [ROWS] sum of 2 ** (score - best) so far
+    output,  # [ROWS, HEAD_DIM] sum of 2 ** (score - best) * value so far
+    position,  # [ROWS] of the query among the keys
+    start,  # the tile's first key
+    num_keys,
+    scale_log2,
+    source,  # where the keys and values of the kv head are; if packed, of the sequence
+    BLOCK_SIZE: tl.constexpr,
+    KEYS: tl.constexpr,
+    IS_MASKED: tl.constexpr,
+):
+    """(best, total, output) with KEYS more keys taken in."""
+    key_ptr, value_ptr, key_token_stride, value_token_stride, block_table_ptr, block_stride = source
+    dim = tl.arange(0, query.shape[1])
+    index = tl.arange(0, KEYS)
+    is_key = start + index < num_keys
+    if BLOCK_SIZE == 0:
+        key_ptr += tl.cast(start, tl.int64) * key_token_stride
+        value_ptr += tl.cast(start, tl.int64) * value_token_stride
+        key_offset = index * key_token_stride
+        value_offset = index * value_token_stride
+    elif BLOCK_SIZE % KEYS == 0:  # the tile lies in one block
+        block = tl.load(block_table_ptr + start // BLOCK_SIZE).to(tl.int64)
+        block_offset = block * block_stride + start % BLOCK_SIZE * key_token_stride
+        key_ptr += block_offset
+        value_ptr += block_offset
+        key_offset = index * key_token_stride
+        value_offset = key_offset
+    else:
+        # Beyond the last key the table may hold anything, or end.
+        block = tl.load(block_table_ptr + (start + index) // BLOCK_SIZE, mask=is_key, other=0).to(tl.int64)
+        key_offset = block * block_stride + index % BLOCK_SIZE * key_token_stride
+        value_offset = key_offset
+    # Keys as [HEAD_DIM, KEYS]. Where there is none, zeros: the slot may hold NaN, and NaN times a weight of 0 is NaN.
+    if IS_MASKED:
+        key = tl.load(key_ptr + key_offset[None, :] + dim[:, None], mask=is_key[None, :], other=0.0)
+    else:
+        key = tl.load(key_ptr + key_offset[None, :] + dim[:, None])
+    score = tl.dot(query, key, input_precision="ieee")
+    if IS_MASKED:
+        score = tl.where((start + index)[None, :] <= position[:, None], score, float("-inf"))
+    new_best = tl.maximum(best, tl.max(score, 1) * scale_log2)
+    weight = tl.exp2(score * scale_log2 - new_best[:, None])
+    correction = tl.exp2(best - new_best)
+    if IS_MASKED:
+        value = tl.load(value_ptr + value_offset[:, None] + dim[None, :], mask=is_key[:, None], other=0.0)
+    else:
+        value = tl.load(value_ptr + value_offset[:, None] + dim[None, :])
+    total = total * correction + tl.sum(weight, 1)
+    output = tl.dot(weight.to(value.dtype), value, output * correction[:, None], input_precision="ieee")
+    return new_best, total, output

@@ -1,0 +1,113 @@
+"""Compiles what a launcher launches, for a GPU that need not be there, and reads the resources off the result.
+
+The launcher runs on meta tensors, which have shapes, strides and dtypes but no contents: so it compiles exactly what it
+would launch, specialised as Triton would specialise it, and cannot depend on what the tensors hold.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+
+MAX_REGISTERS_OF_AN_SM = 65536
+# Shared memory that one block may have, by compute capability (CUDA C++ Programming Guide, "Technical Specifications").
+MAX_SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+CAPABILITIES = pytest.mark.parametrize("capability", MAX_SHARED_BYTES, ids=lambda number: f"sm_{number}")
+# Every dtype where the kernels are tuned, and the usual one on the other generations.
+TARGETS = pytest.mark.parametrize(
+    ("capability", "dtype"),
+    [
+        (90, torch.bfloat16),
+        (90, torch.float16),
+        (90, torch.float32),
+        (80, torch.bfloat16),
+        (100, torch.bfloat16),
+    ],
+    ids=lambda value: f"sm_{value}" if isinstance(value, int) else str(value).removeprefix("torch."),
+)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel as compiled. registers: of a thread; stack_bytes: of a thread, 0 unless it spills."""
+
+    name: str
+    capability: int
+    num_warps: int
+    registers: int
+    stack_bytes: int
+    shared_bytes: int
+    ptx: str = field(repr=False)
+
+
+def compile_launches(launch: Callable[[], object], capability: int = 90) -> list[Compiled]:
+    """What launch() would launch, in order, compiled for sm_`capability`. It must use meta tensors; nothing runs."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.jit import JITFunction
+
+    class Driver:
+        """Stands for a GPU: all that Triton asks before it compiles."""
+
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cuda", capability, 32)
+
+        def get_current_device(self) -> str:
+            return f"sm_{capability}"
+
+        def get_current_stream(self, device: str) -> int:
+            return 0
+
+    kernels = []
+    run = JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        kernels.append(run(self, *args, grid=grid, warmup=True, **kwargs))
+
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        patch.dict("os.environ", TRITON_CACHE_DIR=folder),
+        patch.object(triton.runtime.driver, "_active", Driver()),
+        patch.object(JITFunction, "run", compile_only),
+    ):
+        launch()
+    assert kernels, "nothing was launched"
+    return [_read_resources(kernel, capability) for kernel in kernels]
+
+
+def assert_fits(
+    compiled: Compiled, max_registers: int = 255, max_shared_bytes: int | None = None, max_stack_bytes: int = 0
+) -> None:
+    """Registers, shared memory and what is spilled within the given limits and those of the hardware."""
+    limit = MAX_SHARED_BYTES[compiled.capability]
+    assert compiled.stack_bytes <= max_stack_bytes, f"spills: {compiled}"
+    assert compiled.registers <= max_registers, compiled
+    assert compiled.registers * 32 * compiled.num_warps <= MAX_REGISTERS_OF_AN_SM, f"cannot be launched: {compiled}"
+    assert compiled.shared_bytes <= min(limit, limit if max_shared_bytes is None else max_shared_bytes), compiled
+
+
+def _read_resources(kernel, capability: int) -> Compiled:
+    import triton
+
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(kernel.asm["cubin"])
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(cubin)]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", text)}
+    return Compiled(
+        name=kernel.metadata.name,
+        capability=capability,
+        num_warps=kernel.metadata.num_warps,
+        registers=usage["REG"],
+        stack_bytes=usage["STACK"] + usage["LOCAL"],
+        shared_bytes=kernel.metadata.shared,
+        ptx=kernel.asm["ptx"],
+    )

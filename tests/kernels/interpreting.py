@@ -1,0 +1,144 @@
+"""Runs kernels in Triton's interpreter, on the CPU, so that a wrong index, a forgotten element or a race would show.
+
+A kernel's cases are in tests/kernels/NAME_cases.py: CHECKS, a dict of check(device) by name, each of which calls the
+launcher on tensors of a Guards and raises AssertionError. `run_interpreted` runs them in a process of their own, since
+the interpreter is chosen before triton's first import and an access far out of bounds kills it: first with the programs
+of each grid in order, then reversed, then shuffled. On a GPU, `check("cuda")` runs the same case.
+"""
+
+import importlib
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from tests.source_tree import ROOT
+
+MARGIN = 4096  # elements on each side: more than a tile, so that what runs over by a tile meets them
+ORDERS = ("in order", "reversed", "shuffled")
+
+
+class Guards(TorchFunctionMode):
+    """Gives tensors between margins of NaN (the largest number, if integers), in one buffer each.
+
+    Inside `with guards:` torch.empty and its like are guarded too, and start as NaN: so are a launcher's outputs and
+    scratch. assert_intact() raises unless all margins, and all tensors given by `read`, are as they were.
+    """
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device = torch.device(device)
+        self._buffers: list[tuple[torch.Tensor, tuple[slice, ...]]] = []
+        self._read: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def read(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy, strides included, that kernels must leave as it is. Views of it are welcome."""
+        copy = self.written(tensor)
+        self._read.append((copy, copy.clone()))
+        return copy
+
+    def written(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy, strides included, that kernels may change."""
+        copy = self._make(tensor.shape, tensor.stride(), tensor.dtype)
+        copy.copy_(tensor)
+        return copy
+
+    def unwritten(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+        """A contiguous tensor full of NaN."""
+        return self._make(shape, torch.empty(shape, device="meta").stride(), dtype)
+
+    def assert_intact(self) -> None:
+        for buffer, margins in self._buffers:
+            for margin in margins:
+                assert _is_poison(buffer[margin]), f"written outside a tensor of {buffer.numel() - 2 * MARGIN} elements"
+        for tensor, before in self._read:
+            assert _same_bits(tensor, before), f"an input of shape {list(tensor.shape)} was changed"
+
+    def _make(self, shape: Any, stride: Any, dtype: torch.dtype) -> torch.Tensor:
+        size = 1 + sum((length - 1) * step for length, step in zip(shape, stride, strict=True)) if 0 not in shape else 0
+        buffer = torch.full((size + 2 * MARGIN,), _poison(dtype), dtype=dtype, device=self.device)
+        self._buffers.append((buffer, (slice(0, MARGIN), slice(MARGIN + size, None))))
+        return buffer.as_strided(shape, stride, MARGIN)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func in _ALLOCATIONS and result.device.type == self.device.type and result.numel():
+            return self._make(result.shape, result.stride(), result.dtype)
+        return result
+
+
+_ALLOCATIONS = {
+    torch.empty,
+    torch.empty_like,
+    torch.empty_strided,
+    torch.Tensor.new_empty,
+    torch.Tensor.new_empty_strided,
+}
+
+
+def _poison(dtype: torch.dtype) -> float | int | bool:
+    if dtype == torch.bool:
+        return True
+    return float("nan") if dtype.is_floating_point else torch.iinfo(dtype).max
+
+
+def _is_poison(tensor: torch.Tensor) -> bool:
+    return bool((tensor.isnan() if tensor.is_floating_point() else tensor == _poison(tensor.dtype)).all())
+
+
+def _same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
+    return torch.equal(left.contiguous().view(torch.uint8), right.contiguous().view(torch.uint8))
+
+
+@contextmanager
+def program_order(order: str) -> Iterator[None]:
+    """Within it, the interpreter runs the programs of every grid in one of ORDERS."""
+    from triton.runtime.interpreter import interpreter_builder
+
+    set_grid_index = interpreter_builder.set_grid_idx
+
+    def set_other_index(x: int, y: int, z: int) -> None:
+        # The interpreter counts through the grid, last axis fastest; give it the program at another place instead.
+        _, num_y, num_z = grid = interpreter_builder.grid_dim
+        place, count = (x * num_y + y) * num_z + z, grid[0] * num_y * num_z
+        if order == "reversed":
+            place = count - 1 - place
+        elif order == "shuffled":
+            place = random.Random(count).sample(range(count), count)[place]
+        set_grid_index(place // (num_y * num_z), place // num_z % num_y, place % num_z)
+
+    with patch.object(interpreter_builder, "set_grid_idx", set_other_index):
+        yield
+
+
+def run_interpreted(cases: str, timeout: float = 110) -> None:
+    """Run CHECKS of module `cases` in every order, in another process. Raises AssertionError with what it printed.
+
+    The last case named there is the one that failed, or during which the process died.
+    """
+    command = [sys.executable, "-m", "tests.kernels.interpreting", cases]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+    assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
+    assert result.stdout.splitlines()[-1] == "done"
+
+
+def main(cases: str) -> None:
+    checks = importlib.import_module(cases).CHECKS
+    for order in ORDERS:
+        with program_order(order):
+            for name, check in checks.items():
+                print(f"{name} ({order})", flush=True)
+                check("cpu")
+    print("done")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

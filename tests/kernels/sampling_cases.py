@@ -1,0 +1,191 @@
+"""Cases of sampling for a device: see tests/kernels/interpreting.py. The kernel is imported late, for triton's sake."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from reference.philox import WORD, philox
+from reference.sampling import sampling as reference_sampling
+from tests.kernels.interpreting import Guards
+
+POSITIONS = (0, 1, 2**20, 2**31, 2**32 - 1)
+SEEDS = (0, 1, 2**32 - 1, 2**32, 0x0123456789ABCDEF, 2**63, 2**64 - 1)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Rows of logits, scale * randn, of which every third is greedy. row_padding: columns between two rows."""
+
+    vocab_size: int
+    num_rows: int = 6
+    dtype: torch.dtype = torch.float32
+    scale: float = 3.0
+    temperature: float = 1.0
+    row_padding: int = 5
+    tile_size: int = 64
+    seed: int = 0
+
+
+CASES = {
+    "one token": Case(1),
+    "fewer tokens than a Philox call has words": Case(3),
+    "exactly a tile": Case(64),
+    "one more than a tile": Case(65, num_rows=3),
+    "four tiles, the last one ragged": Case(121, tile_size=32),
+    "one Philox call a tile": Case(11, num_rows=3, tile_size=4),
+    "one tile": Case(97, tile_size=128),
+    "even chances": Case(97, scale=0.0),
+    "cold": Case(97, temperature=0.1),
+    "hot": Case(97, temperature=30.0),
+    "one row": Case(97, num_rows=1),
+    "two rows": Case(40, num_rows=2),
+    "no rows": Case(97, num_rows=0),
+    "float16": Case(97, dtype=torch.float16),
+    "bfloat16": Case(97, dtype=torch.bfloat16),  # cast up when loaded, so right in the interpreter too
+}
+
+
+def make_rows(num_rows: int, temperature: float, seed: int) -> dict[str, torch.Tensor]:
+    """The launcher's arguments beside the logits, among them the extremes of seeds and positions."""
+    generator = torch.Generator().manual_seed(seed)
+    seeds = torch.randint(0, 2**32, (2, num_rows), generator=generator)
+    position = torch.randint(0, 2**17, (num_rows,), generator=generator)
+    for row in range(min(num_rows, len(SEEDS))):
+        seeds[0, row], seeds[1, row] = SEEDS[row] & WORD, SEEDS[row] >> 32
+        position[row] = POSITIONS[row % len(POSITIONS)]
+    return {
+        "temperature": temperature * torch.linspace(0.5, 2, num_rows),
+        "seed_low": seeds[0].contiguous(),
+        "seed_high": seeds[1].contiguous(),
+        "position": position,
+        "is_greedy": torch.arange(num_rows) % 3 == 2,
+    }
+
+
+def expected_tokens(logits: torch.Tensor, rows: dict[str, torch.Tensor]) -> list[int]:
+    """reference.sampling of each row."""
+    return [
+        reference_sampling(
+            row,
+            float(rows["temperature"][index]),
+            top_k=1 if rows["is_greedy"][index] else None,
+            seed=int(rows["seed_low"][index]) | int(rows["seed_high"][index]) << 32,
+            position=int(rows["position"][index]),
+        )
+        for index, row in enumerate(logits)
+    ]
+
+
+def sample(guards: Guards, logits: torch.Tensor, rows: dict[str, torch.Tensor], **options: int) -> list[int]:
+    """The launcher's tokens; nothing else may have been written."""
+    from nanovllm.kernels.sampling import sampling
+
+    guarded = {name: guards.read(tensor) for name, tensor in rows.items()}
+    logits = guards.read(logits)
+    with guards:
+        token_ids = sampling(logits, **guarded, **options)
+    guards.assert_intact()
+    return token_ids.tolist()
+
+
+def check(case: Case, device: str) -> None:
+    """Raise AssertionError unless every row has reference.sampling's token."""
+    rows = make_rows(case.num_rows, case.temperature, case.seed)
+    shape = (case.num_rows, case.vocab_size + case.row_padding)
+    wide = case.scale * torch.randn(shape, generator=torch.Generator().manual_seed(case.seed))
+    wide[:, case.vocab_size :] = 1e4  # a token that is read from beyond the vocabulary would win
+    logits = wide.to(case.dtype)[:, : case.vocab_size]
+    assert sample(Guards(device), logits, rows, tile_size=case.tile_size) == expected_tokens(logits, rows)
+
+
+def check_degenerate_rows(device: str) -> None:
+    """NaN is -inf, +inf the largest number, the lowest id wins, and without a choice it is 0. Tiles of 4."""
+    inf, nan = torch.inf, torch.nan
+    rows_and_tokens = [
+        ([-inf] * 9, 0),
+        ([nan] * 9, 0),
+        ([nan, -inf, nan, nan, nan, nan, -inf, 0.0, nan], 7),
+        ([0.0] * 5 + [inf] + [1.0] * 3, 5),
+        ([0.0] * 2 + [inf] + [1.0] * 3 + [inf] * 3, 2),
+        ([-inf] * 8 + [-3e38], 8),
+    ]
+    for is_greedy in (True, False):
+        rows = make_rows(len(rows_and_tokens), 1.0, seed=0) | {"is_greedy": torch.full((6,), is_greedy)}
+        logits = torch.tensor([row for row, _ in rows_and_tokens])
+        assert sample(Guards(device), logits, rows, tile_size=4) == [token for _, token in rows_and_tokens]
+
+
+def check_ties(device: str) -> None:
+    """Greedy: the lowest id of a tie, within a tile and across tiles, -0.0 and 0.0 among them."""
+    logits = torch.full((3, 40), -1.0)
+    logits[0, [5, 6, 39]] = 2.0
+    logits[1, [17, 35]] = 2.0
+    logits[2, 20], logits[2, 21], logits[2, 3] = 0.0, -0.0, -0.0
+    rows = make_rows(3, 1.0, seed=0) | {"is_greedy": torch.ones(3, dtype=torch.bool)}
+    assert sample(Guards(device), logits, rows, tile_size=8) == [5, 17, 3]
+
+
+def check_temperatures(device: str) -> None:
+    """1e-10 is the argmax though the quotients overflow; infinity draws evenly among the finite logits."""
+    logits = torch.tensor([[20.0, -torch.inf, 21.0, -3.0]]).repeat(14, 1)
+    rows = make_rows(14, 1.0, seed=0) | {"is_greedy": torch.zeros(14, dtype=torch.bool)}
+    rows["temperature"] = torch.where(torch.arange(14) < 2, 1e-10, torch.inf)
+    tokens = sample(Guards(device), logits, rows, tile_size=4)
+    assert set(tokens[:2]) == {2}
+    assert set(tokens[2:]) == {0, 2, 3}
+
+
+def check_rows_alone(device: str) -> None:
+    """D57, D58: a row's token is the same in every batch and for every tile size."""
+    rows = make_rows(6, 1.0, seed=3)
+    logits = torch.randn(6, 70, generator=torch.Generator().manual_seed(3))
+    expected = sample(Guards(device), logits, rows, tile_size=32)
+    assert sample(Guards(device), logits, rows, tile_size=128) == expected
+    backwards = {name: tensor.flip(0) for name, tensor in rows.items()}
+    assert sample(Guards(device), logits.flip(0), backwards, tile_size=32) == expected[::-1]
+    for row in (0, 5):
+        alone = {name: tensor[row : row + 1] for name, tensor in rows.items()}
+        assert sample(Guards(device), logits[row : row + 1], alone, tile_size=32) == expected[row : row + 1]
+
+
+def check_words(device: str) -> None:
+    """philox_words are, bit for bit, reference.philox's; a kernel of two programs stores them."""
+    from tests.kernels.sampling_probes import store_words
+
+    rows = make_rows(7, 1.0, seed=0)
+    actual = store_words(rows, num_tiles=2, tile_size=16, device=device)
+    for row in range(7):
+        key = int(rows["seed_low"][row]), int(rows["seed_high"][row])
+        for token in range(32):
+            counter = (token // 4, int(rows["position"][row]), 0, 0)
+            assert int(actual[row, token]) == int(philox(key, counter)[token % 4])
+
+
+def check_noise(device: str) -> None:
+    """Both logarithms at every power of two and its neighbours, at the ends, and at random words.
+
+    exact_gumbel to 1e-14, a few units of float64's last place; approximate_arrivals to 0.03, which score_error exceeds.
+    """
+    from tests.kernels.sampling_probes import store_noise
+
+    powers = 2 ** torch.arange(32)
+    ends = torch.cat([torch.arange(300), 2**32 - 1 - torch.arange(300)])
+    random = torch.randint(0, 2**32, (1000,), generator=torch.Generator().manual_seed(0))
+    words = torch.cat([powers, powers - 1, powers + 1, ends, random])
+    exact, approximate = store_noise(words, device)
+    u = ((words.double() + 0.5) * 2.0**-32).clamp(max=1 - 2**-24)
+    expected = -torch.log(-torch.log1p(-u))
+    torch.testing.assert_close(exact.cpu(), expected, rtol=0, atol=1e-14)
+    torch.testing.assert_close(approximate.cpu().double(), expected, rtol=0, atol=0.03)
+
+
+CHECKS = {
+    **{name: partial(check, case) for name, case in CASES.items()},
+    "degenerate rows": check_degenerate_rows,
+    "ties": check_ties,
+    "temperatures": check_temperatures,
+    "rows alone": check_rows_alone,
+    "words": check_words,
+    "noise": check_noise,
+}

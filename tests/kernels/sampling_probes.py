@@ -1,0 +1,59 @@
+"""Kernels that store what sampling's device functions return, so that tests can look at it."""
+
+import torch
+import triton
+import triton.language as tl
+
+from nanovllm.kernels.sampling import (
+    approximate_arrivals,
+    exact_gumbel,
+    load_counters,
+    philox_words,
+    sampling_tile_kernel,
+    scores_of,
+)
+
+
+def store_words(rows: dict[str, torch.Tensor], num_tiles: int, tile_size: int, device: str) -> torch.Tensor:
+    """[R, num_tiles * tile_size] int64: the words of each row's first tokens."""
+    seed_low, seed_high, position = (rows[name].to(device) for name in ("seed_low", "seed_high", "position"))
+    words = torch.empty(len(position), num_tiles * tile_size, dtype=torch.int64, device=device)
+    words_kernel[(len(position), num_tiles)](seed_low, seed_high, position, words, words.stride(0), TILE_SIZE=tile_size)
+    return words
+
+
+def store_noise(words: torch.Tensor, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """exact_gumbel (float64) and approximate_arrivals (float32) of logits of 0, for int64 words."""
+    exact = torch.empty(len(words), dtype=torch.float64, device=device)
+    approximate = torch.empty(len(words), dtype=torch.float32, device=device)
+    grid = (triton.cdiv(len(words), 256),)
+    noise_kernel[grid](words.to(device), exact, approximate, len(words), TILE_SIZE=256)  # pyright: ignore
+    return exact, approximate
+
+
+def tile_maxima(logits: torch.Tensor, rows: dict[str, torch.Tensor], tile_size: int) -> torch.Tensor:
+    """What the first of sampling's two launches leaves to the second: [R, number of tiles] float32."""
+    num_rows, vocab_size = logits.shape
+    num_tiles = triton.cdiv(vocab_size, tile_size)
+    maxima = torch.empty(num_rows, num_tiles, device=logits.device)
+    arguments = (*rows.values(), maxima, logits.stride(0), vocab_size, num_tiles)
+    largest = torch.finfo(logits.dtype).max
+    sampling_tile_kernel[(maxima.numel(),)](logits, *arguments, LARGEST=largest, TILE_SIZE=tile_size)
+    return maxima
+
+
+@triton.jit
+def words_kernel(seed_low_ptr, seed_high_ptr, position_ptr, words_ptr, row_stride, TILE_SIZE: tl.constexpr):
+    row, tile = tl.program_id(0), tl.program_id(1)
+    seed_low, seed_high, position = load_counters(seed_low_ptr, seed_high_ptr, position_ptr, row)
+    words = philox_words(seed_low, seed_high, position, tile * TILE_SIZE, TILE_SIZE)
+    tl.store(words_ptr + row * row_stride + tile * TILE_SIZE + tl.arange(0, TILE_SIZE), words.to(tl.int64))
+
+
+@triton.jit
+def noise_kernel(words_ptr, exact_ptr, approximate_ptr, num_words, TILE_SIZE: tl.constexpr):
+    index = tl.program_id(0) * TILE_SIZE + tl.arange(0, TILE_SIZE)
+    words = tl.load(words_ptr + index, mask=index < num_words, other=0).to(tl.uint32)
+    tl.store(exact_ptr + index, exact_gumbel(words), mask=index < num_words)
+    approximate = scores_of(approximate_arrivals(tl.zeros((TILE_SIZE,), tl.float32), -1.0, words))
+    tl.store(approximate_ptr + index, approximate, mask=index < num_words)

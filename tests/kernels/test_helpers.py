@@ -1,0 +1,28 @@
+"""What the helpers of these tests must notice, shown on kernels with a known fault."""
+
+import pytest
+
+from tests.kernels.compiling import assert_fits, compile_launches
+from tests.kernels.interpreting import run_interpreted
+
+pytest.importorskip("triton")
+
+CASES = "tests.kernels.faulty_kernels"
+
+
+def test_faults_are_noticed_and_a_right_kernel_passes():
+    run_interpreted(CASES)
+
+
+def test_dependence_on_the_order_is_noticed(monkeypatch):
+    monkeypatch.setenv("FAULT", "depends on the order")
+    with pytest.raises(AssertionError, match=r"copy \(in order\)\ncopy \(reversed\)\n\n.*Traceback"):
+        run_interpreted(CASES)
+
+
+def test_spills_are_noticed():
+    from tests.kernels.faulty_kernels import launch_with_spills
+
+    (compiled,) = compile_launches(launch_with_spills)
+    with pytest.raises(AssertionError, match="spills"):
+        assert_fits(compiled)
