@@ -5,6 +5,7 @@ Pure functions of the sequences, called by every rank, so that the ranks cannot 
 
 from collections.abc import Sequence as Sequences
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import numpy as np
 
@@ -39,6 +40,8 @@ class ModelInput:
     cu_seqlens_q, cu_seqlens_k: [num_seqs + 1] int32. Keys of a sequence end where its scheduled tokens end.
     max_seqlen_q, max_seqlen_k: the longest of each.
     context_lens: [num_seqs] int32, key lengths.
+    longest_first: [num_seqs] int32, the sequences by falling key length: a kernel that starts the longest first does
+    not end waiting for it.
     block_tables: [num_seqs, max_blocks] int32 padded with PADDING_BLOCK; None in a prefill without cached keys.
     sample_indices: [num_samples] int64, the packed tokens whose logits are sampled: the last token of each sequence
         that has no token left to compute afterwards.
@@ -54,6 +57,7 @@ class ModelInput:
     max_seqlen_q: int
     max_seqlen_k: int
     context_lens: np.ndarray
+    longest_first: np.ndarray
     block_tables: np.ndarray | None
     sample_indices: np.ndarray
     sampling: SamplingRows
@@ -98,45 +102,47 @@ def warmup_lengths(max_num_batched_tokens: int, max_model_len: int, max_num_seqs
 
 
 def _prepare(sequences: Sequences[Sequence], is_prefill: bool) -> ModelInput:
-    input_ids: list[int] = []
-    positions: list[np.ndarray] = []
-    slots: list[np.ndarray] = []
-    for seq in sequences:
-        span = np.arange(seq.num_cached_tokens, seq.num_cached_tokens + seq.num_scheduled_tokens, dtype=np.int64)
-        input_ids.extend(seq.scheduled_token_ids)
-        positions.append(span)
-        slots.append(slot_mapping(seq, span))
-    query_lens = np.array([seq.num_scheduled_tokens for seq in sequences], dtype=np.int32)
-    context_lens = np.array([seq.num_cached_tokens for seq in sequences], dtype=np.int32) + query_lens
-    has_cached_keys = not np.array_equal(query_lens, context_lens)
-    last_tokens = np.cumsum(query_lens, dtype=np.int64) - 1
+    """Array operations over all sequences: at some hundreds of them, a loop would cost more than the GPU's step."""
+    num_seqs = len(sequences)
+    starts = np.fromiter((seq.num_cached_tokens for seq in sequences), np.int64, num_seqs)
+    query_lens = np.fromiter((seq.num_scheduled_tokens for seq in sequences), np.int64, num_seqs)
+    num_stored = np.fromiter((seq.num_stored_tokens for seq in sequences), np.int64, num_seqs)
+    context_lens = starts + query_lens
+    query_ends = np.cumsum(query_lens)
+    num_tokens = int(query_ends[-1])
+    row = np.repeat(np.arange(num_seqs), query_lens)  # the sequence of each token
+    positions = np.arange(num_tokens) + (context_lens - query_ends)[row]
+    block_tables = _block_tables(sequences)
+    is_tabled = not is_prefill or bool(starts.any())  # some sequence has cached keys
     sampled = [index for index, seq in enumerate(sequences) if seq.is_sampled]
     return ModelInput(
         is_prefill=is_prefill,
-        input_ids=np.array(input_ids, dtype=np.int64),
-        positions=np.concatenate(positions),
-        slot_mapping=np.concatenate(slots),
+        input_ids=np.fromiter(chain.from_iterable(seq.scheduled_token_ids for seq in sequences), np.int64, num_tokens),
+        positions=positions,
+        slot_mapping=_slots(block_tables, row, positions, num_stored, sequences[0].block_size),
         cu_seqlens_q=_running_sum(query_lens),
         cu_seqlens_k=_running_sum(context_lens),
         max_seqlen_q=int(query_lens.max()),
         max_seqlen_k=int(context_lens.max()),
-        context_lens=context_lens,
-        block_tables=_block_tables(sequences) if has_cached_keys or not is_prefill else None,
-        sample_indices=last_tokens[sampled],
+        context_lens=context_lens.astype(np.int32),
+        longest_first=np.argsort(-context_lens, kind="stable").astype(np.int32),
+        block_tables=block_tables if is_tabled else None,
+        sample_indices=query_ends[sampled] - 1,
         sampling=sampling_rows([sequences[index] for index in sampled]),
     )
 
 
-def slot_mapping(seq: Sequence, positions: np.ndarray) -> np.ndarray:
-    """Slots of `positions` [n] int64; PADDING_SLOT for those already stored, and for a sequence without blocks.
+def _slots(
+    block_tables: np.ndarray, row: np.ndarray, positions: np.ndarray, num_stored: np.ndarray, block_size: int
+) -> np.ndarray:
+    """[num_tokens] int64: block * block_size + position % block_size; PADDING_SLOT for what is stored already.
 
-    A sequence has no blocks in warm-up, before there is a cache.
+    In warm-up, before there is a cache, sequences have no blocks, and nothing is stored.
     """
-    if not seq.block_table:
+    if block_tables.shape[1] == 0:
         return np.full(len(positions), PADDING_SLOT, dtype=np.int64)
-    blocks = np.array(seq.block_table, dtype=np.int64)[positions // seq.block_size]
-    slots = blocks * seq.block_size + positions % seq.block_size
-    return np.where(positions < seq.num_stored_tokens, PADDING_SLOT, slots)
+    blocks = block_tables[row, positions // block_size].astype(np.int64)
+    return np.where(positions < num_stored[row], PADDING_SLOT, blocks * block_size + positions % block_size)
 
 
 def sampling_rows(sequences: Sequences[Sequence]) -> SamplingRows:
@@ -157,8 +163,8 @@ def _running_sum(lengths: np.ndarray) -> np.ndarray:
 
 
 def _block_tables(sequences: Sequences[Sequence]) -> np.ndarray:
-    width = max(len(seq.block_table) for seq in sequences)
-    tables = np.full((len(sequences), width), PADDING_BLOCK, dtype=np.int32)
-    for row, seq in zip(tables, sequences, strict=True):
-        row[: len(seq.block_table)] = seq.block_table
+    num_blocks = np.fromiter((len(seq.block_table) for seq in sequences), np.int64, len(sequences))
+    tables = np.full((len(sequences), num_blocks.max()), PADDING_BLOCK, dtype=np.int32)
+    block_ids = chain.from_iterable(seq.block_table for seq in sequences)
+    tables[np.arange(tables.shape[1]) < num_blocks[:, None]] = np.fromiter(block_ids, np.int32, num_blocks.sum())
     return tables

@@ -3,8 +3,9 @@
 import torch
 from torch import nn
 
-from nanovllm.context import get_context
+from nanovllm.context import Context, get_context
 from nanovllm.layers.attention_backend import AttentionBackend
+from nanovllm.layers.layernorm import RMSNorm
 
 
 class Attention(nn.Module):
@@ -42,11 +43,46 @@ class Attention(nn.Module):
         query = query.view(-1, self.num_heads, self.head_dim)
         key = key.view(-1, self.num_kv_heads, self.head_dim)
         value = value.view(-1, self.num_kv_heads, self.head_dim)
+        if self.k_cache is not None and self.v_cache is not None:
+            self.backend.store(key, value, self.k_cache, self.v_cache, context.slot_mapping)
+        return self._attend(query, key, value, context)
+
+    def forward_packed(
+        self, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, head_norms: tuple[RMSNorm, RMSNorm] | None
+    ) -> torch.Tensor:
+        """forward() of the heads that qkv [num_tokens, (H + 2 K) * D] packs, once normalised and rotated.
+
+        One kernel normalises (if there are head_norms, of one eps), rotates and stores: where has_kernels(qkv) only.
+        cos, sin: [num_tokens, head_dim / 2] float32.
+        """
+        from nanovllm.kernels.qk_norm_rope_store import qk_norm_rope_store  # imports triton
+
+        context = get_context()
+        q_norm, k_norm = head_norms or (None, None)
+        reads_cache = context.block_tables is not None  # then the backend leaves key and value alone
+        query, key = qk_norm_rope_store(
+            qkv,
+            cos,
+            sin,
+            q_norm.weight if q_norm else None,
+            k_norm.weight if k_norm else None,
+            q_norm.eps if q_norm else 0.0,
+            self.num_heads,
+            self.k_cache,
+            self.v_cache,
+            None if self.k_cache is None else context.slot_mapping,
+            num_kv_heads=self.num_kv_heads,
+            returns_key=not reads_cache,
+        )
+        value = qkv[:, -self.num_kv_heads * self.head_dim :].unflatten(1, (self.num_kv_heads, self.head_dim))
+        return self._attend(query, value if key is None else key, value, context)
+
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
+        """Attention once the keys are stored."""
         if self.k_cache is None or self.v_cache is None:
             if context.block_tables is not None:
                 raise RuntimeError("attention over cached keys needs bind_kv_cache() first")
             return self.backend.prefill(query, key, value, None, None, context, self.scale)
-        self.backend.store(key, value, self.k_cache, self.v_cache, context.slot_mapping)
         if context.is_prefill:
             return self.backend.prefill(query, key, value, self.k_cache, self.v_cache, context, self.scale)
         return self.backend.decode(query, self.k_cache, self.v_cache, context, self.scale)

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from nanovllm.config import FLASH_ATTENTION_BLOCK_SIZE
+from nanovllm.config import FLASH_ATTENTION_BLOCK_SIZE, MIN_TRITON_BLOCK_SIZE
 from nanovllm.context import Context
 from nanovllm.kernels import flash_attention
 
@@ -16,7 +16,9 @@ logger = logging.getLogger("nanovllm")
 
 # Head sizes that were verified with flash-attn, by dtype.
 FLASH_ATTENTION_HEAD_DIMS = {torch.bfloat16: (32, 64, 128), torch.float16: (64, 128)}
-FLASH_ATTENTION_COMPUTE_CAPABILITY = (8, 0)  # Ampere
+# What kernels/varlen_attention.py and kernels/paged_attention.py take.
+TRITON_HEAD_DIMS = (32, 64, 128, 256)
+MIN_COMPUTE_CAPABILITY = (8, 0)  # Ampere: of both
 
 
 class AttentionBackend(Protocol):
@@ -24,9 +26,11 @@ class AttentionBackend(Protocol):
 
     query: [num_tokens, num_heads, head_dim]; key, value: [num_tokens, num_kv_heads, head_dim];
     k_cache, v_cache: [num_blocks, block_size, num_kv_heads, head_dim]; outputs are shaped as the query.
+    is_graph_safe: whether store and decode may be recorded in a CUDA graph: they never wait for the device.
     """
 
     name: str
+    is_graph_safe: bool
 
     def store(
         self,
@@ -111,7 +115,7 @@ def _first_that_fits(demand: _Demand) -> tuple[str, str]:
     for name, candidate in _CANDIDATES.items():
         objection = candidate.reason_against(demand)
         if objection is None:
-            return name, "; ".join(objections) or "the fastest there is"
+            return name, "; ".join(objections) or "the first choice"
         objections.append(f"not {name}: {objection}")
     raise AssertionError("the torch backend takes everything")
 
@@ -126,14 +130,21 @@ def _against_flash_attention(demand: _Demand) -> str | None:
         return f"with {_short(demand.dtype)} it takes a head_dim in {head_dims}, the model's is {demand.head_dim}"
     if demand.block_size % FLASH_ATTENTION_BLOCK_SIZE:
         return f"kv_cache_block_size must be a multiple of {FLASH_ATTENTION_BLOCK_SIZE}, got {demand.block_size}"
-    capability = torch.cuda.get_device_capability(demand.device)
-    if capability < FLASH_ATTENTION_COMPUTE_CAPABILITY:
-        return f"it needs compute capability {FLASH_ATTENTION_COMPUTE_CAPABILITY}, the GPU has {capability}"
+    objection = _against_gpu(demand)
+    if objection is not None:
+        return objection
     error = flash_attention.import_error()
     if error is not None:
         return f"flash-attn cannot be imported ({error}), see `pip install flash-attn`"
     if find_spec("triton") is None:
         return "triton, which stores its keys and values, is not installed, see `pip install triton`"
+    return None
+
+
+def _against_gpu(demand: _Demand) -> str | None:
+    capability = torch.cuda.get_device_capability(demand.device)
+    if capability < MIN_COMPUTE_CAPABILITY:
+        return f"it needs compute capability {MIN_COMPUTE_CAPABILITY}, the GPU has {capability}"
     return None
 
 
@@ -144,11 +155,22 @@ def _make_flash_attention() -> AttentionBackend:
 
 
 def _against_triton(demand: _Demand) -> str | None:
-    return "its kernels are not there yet"
+    if demand.device.type != "cuda":
+        return f"it needs an NVIDIA GPU, the device is {demand.device}"
+    if demand.head_dim not in TRITON_HEAD_DIMS:
+        return f"it takes a head_dim in {TRITON_HEAD_DIMS}, the model's is {demand.head_dim}"
+    size = demand.block_size
+    if size < MIN_TRITON_BLOCK_SIZE or size & (size - 1):
+        return f"kv_cache_block_size must be a power of two from {MIN_TRITON_BLOCK_SIZE}, got {size}"
+    if find_spec("triton") is None:
+        return "triton is not installed, see `pip install triton`"
+    return _against_gpu(demand)
 
 
 def _make_triton() -> AttentionBackend:
-    raise NotImplementedError("the triton backend is not there yet")
+    from nanovllm.layers.triton_attention_backend import TritonAttentionBackend
+
+    return TritonAttentionBackend()
 
 
 def _make_torch() -> AttentionBackend:
@@ -161,7 +183,7 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-# In order of preference for "auto".
+# In order of preference for "auto". To be changed once the triton backend as a whole has been measured to be faster.
 _CANDIDATES = {
     "flash_attn": _Candidate(_against_flash_attention, _make_flash_attention),
     "triton": _Candidate(_against_triton, _make_triton),

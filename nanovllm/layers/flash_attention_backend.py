@@ -10,6 +10,7 @@ class FlashAttentionBackend:
     """AttentionBackend through flash-attn; choose_attention_backend says what it takes."""
 
     name = "flash_attn"
+    is_graph_safe = True
 
     def store(
         self,

@@ -5,6 +5,7 @@ from typing import overload
 import torch
 from torch import nn
 
+from nanovllm.layers.kernel_choice import has_kernels
 from nanovllm.layers.parameter import load_whole, make_parameter
 
 
@@ -29,6 +30,12 @@ class RMSNorm(nn.Module):
         self, x: torch.Tensor, residual: torch.Tensor | None = None
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """y; with a residual, (y of x + residual, x + residual). Inputs are left as they are."""
+        if has_kernels(x) and x.ndim in (2, 3):
+            from nanovllm.kernels.rms_norm import add_rms_norm, rms_norm  # imports triton
+
+            if residual is None:
+                return rms_norm(x, self.weight, self.eps)
+            return add_rms_norm(x, residual, self.weight, self.eps)
         if residual is not None:
             x = x + residual
         wide = x.to(torch.promote_types(x.dtype, torch.float32))

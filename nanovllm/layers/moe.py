@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 from nanovllm.layers.activation import SiluAndMul
+from nanovllm.layers.kernel_choice import has_kernels
 from nanovllm.layers.linear import ReplicatedLinear
 from nanovllm.layers.parameter import load_share, make_parameter
 from nanovllm.layers.tensor_parallel import SINGLE_RANK, TensorParallel
@@ -65,20 +66,42 @@ class Experts(nn.Module):
 
 
 class SparseMoeBlock(nn.Module):
-    """Router and experts: [T, E] -> [T, E]. The softmax is float32 or wider, and over all experts."""
+    """Router and experts: [T, E] -> [T, E]. The softmax is float32 or wider, and over all experts.
+
+    On a GPU with triton, kernels.moe_routing and kernels.grouped_gemm do the work.
+    """
 
     def __init__(self, hidden_size: int, moe: MoEConfig, tp: TensorParallel = SINGLE_RANK) -> None:
         super().__init__()
         self.tp = tp
         self.top_k = moe.num_experts_per_tok
+        self.num_experts = moe.num_experts
         self.norm_topk_prob = moe.norm_topk_prob
         self.gate = ReplicatedLinear(hidden_size, moe.num_experts)
         self.experts = Experts(moe.num_experts, hidden_size, moe.moe_intermediate_size, tp)
 
+    @property
+    def is_graph_safe(self) -> bool:
+        """Whether it may be recorded in a CUDA graph: torch's way asks the device which experts were chosen."""
+        return has_kernels(self.gate.weight)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         logits = self.gate(x)
+        output = self._grouped(x, logits) if has_kernels(x) else self._expert_by_expert(x, logits)
+        return self.tp.all_reduce(output)
+
+    def _grouped(self, x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        from nanovllm.kernels.grouped_gemm import grouped_gemm, grouped_gemm_tiles  # imports triton
+        from nanovllm.kernels.moe_routing import moe_routing
+
+        tiles = grouped_gemm_tiles(len(x) * self.top_k, self.num_experts, x.element_size())
+        routing = moe_routing(logits, self.top_k, self.norm_topk_prob, tiles.rows)
+        experts = self.experts
+        return grouped_gemm(x, experts.gate_up_proj.weight, experts.down_proj.weight, routing, tiles=tiles)
+
+    def _expert_by_expert(self, x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         probability = logits.softmax(dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
         weights, chosen = probability.topk(self.top_k, dim=-1)
         if self.norm_topk_prob:
             weights = weights / weights.sum(dim=-1, keepdim=True)
-        return self.tp.all_reduce(self.experts(x, chosen, weights.to(x.dtype)))
+        return self.experts(x, chosen, weights.to(x.dtype))

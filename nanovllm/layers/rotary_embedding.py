@@ -8,6 +8,7 @@ import math
 import torch
 from torch import nn
 
+from nanovllm.layers.kernel_choice import has_kernels
 from nanovllm.model_config import RopeConfig
 
 
@@ -34,6 +35,17 @@ class RotaryEmbedding(nn.Module):
     def forward(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         angle = positions[:, None].float() * self.inv_freq
         return angle.cos() * self.attention_factor, angle.sin() * self.attention_factor
+
+
+def rotate_query_and_key(
+    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """apply_rotary_embedding of query [T, H, D] and of key [T, K, D]."""
+    if has_kernels(query):
+        from nanovllm.kernels.rotary_embedding import rotary_embedding  # imports triton
+
+        return rotary_embedding(query, key, cos, sin)
+    return apply_rotary_embedding(query, cos, sin), apply_rotary_embedding(key, cos, sin)
 
 
 def apply_rotary_embedding(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -4,16 +4,20 @@
 
 which is argmax(p / e), the race of exponentials with rates p (Gumbel-max), and so draws from p. The noise is
 counter-based (see philox), so neither the batch, its order nor the device's generator has a say.
+
+On a GPU with triton, kernels.sampling takes all rows but the filtered ones in one pass. Both ways compare float64
+scores, made of the same words and logits, so they give the same token unless the best two differ in their last bits.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import nn
 
+from nanovllm.layers.kernel_choice import has_kernels
 from nanovllm.layers.philox import exponential_from_words, token_words
 
 # Rows are sampled in slices of at most this many logits (or one row), whatever the batch. A slice needs at most 64
@@ -48,6 +52,7 @@ class SamplingTensors:
     seed_low, seed_high: [num_rows] int64, the halves of the 64-bit seed. position: [num_rows] int64.
     greedy_rows, plain_rows, filtered_rows: int64 row numbers, which together are all rows: argmax; drawn from the
         whole vocabulary; drawn after top_k, top_p or min_p.
+    is_plain: [num_rows] bool, whether the row is one of plain_rows.
     """
 
     temperature: torch.Tensor
@@ -60,28 +65,45 @@ class SamplingTensors:
     greedy_rows: torch.Tensor
     plain_rows: torch.Tensor
     filtered_rows: torch.Tensor
+    is_plain: torch.Tensor
 
     @classmethod
     def from_rows(cls, rows: SamplingRowsLike, device: torch.device | str) -> "SamplingTensors":
-        """Move rows to device. top_k of 1 is greedy; top_k 0, top_p 1 and min_p 0 filter nothing."""
+        """Move rows to device, in two copies. top_k of 1 is greedy; top_k 0, top_p 1 and min_p 0 filter nothing."""
         is_greedy = rows.top_k == 1
         is_filtered = ~is_greedy & ((rows.top_k > 0) | (rows.top_p < 1) | (rows.min_p > 0))
-
-        def to_device(array: np.ndarray, dtype: Any) -> torch.Tensor:
-            return torch.from_numpy(array.astype(dtype)).to(device)
-
-        return cls(
-            temperature=to_device(rows.temperature, np.float32),
-            top_k=to_device(rows.top_k, np.int64),
-            top_p=to_device(rows.top_p, np.float32),
-            min_p=to_device(rows.min_p, np.float32),
-            seed_low=to_device(rows.seed & np.uint64(0xFFFFFFFF), np.int64),
-            seed_high=to_device(rows.seed >> np.uint64(32), np.int64),
-            position=to_device(rows.position, np.int64),
-            greedy_rows=to_device(np.flatnonzero(is_greedy), np.int64),
-            plain_rows=to_device(np.flatnonzero(~is_greedy & ~is_filtered), np.int64),
-            filtered_rows=to_device(np.flatnonzero(is_filtered), np.int64),
+        is_plain = ~is_greedy & ~is_filtered
+        row_ids = np.concatenate([np.flatnonzero(mask) for mask in (is_greedy, is_plain, is_filtered)])
+        seed_low, seed_high = rows.seed & np.uint64(0xFFFFFFFF), rows.seed >> np.uint64(32)
+        integers = _to_device(
+            np.stack(
+                [rows.top_k, seed_low.astype(np.int64), seed_high.astype(np.int64), rows.position, row_ids, is_plain]
+            ),
+            device,
         )
+        floats = _to_device(np.stack([rows.temperature, rows.top_p, rows.min_p]).astype(np.float32, copy=False), device)
+        num_greedy, num_plain = int(is_greedy.sum()), int(is_plain.sum())
+        greedy_rows, plain_rows, filtered_rows = integers[4].tensor_split((num_greedy, num_greedy + num_plain))
+        return cls(
+            temperature=floats[0],
+            top_k=integers[0],
+            top_p=floats[1],
+            min_p=floats[2],
+            seed_low=integers[1],
+            seed_high=integers[2],
+            position=integers[3],
+            greedy_rows=greedy_rows,
+            plain_rows=plain_rows,
+            filtered_rows=filtered_rows,
+            is_plain=integers[5] != 0,
+        )
+
+
+def _to_device(array: np.ndarray, device: torch.device | str) -> torch.Tensor:
+    """A copy on `device`. To a GPU it goes from pinned memory, so that the host does not wait for it."""
+    tensor = torch.from_numpy(array)
+    is_gpu = torch.device(device).type == "cuda"
+    return tensor.pin_memory().to(device, non_blocking=True) if is_gpu else tensor.to(device)
 
 
 class Sampler(nn.Module):
@@ -92,11 +114,18 @@ class Sampler(nn.Module):
 
     def forward(self, logits: torch.Tensor, rows: SamplingTensors) -> torch.Tensor:
         """[num_rows] int64 token ids of logits [num_rows, vocab_size], any float dtype, which are not changed."""
-        token_ids = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
-        for row_ids in _slices(rows.greedy_rows, logits):
-            token_ids[row_ids] = argmax(_without_nan(logits[row_ids]))
-        for row_ids in _slices(rows.plain_rows, logits):
-            token_ids[row_ids] = _race(_scaled(logits, rows, row_ids), rows, row_ids)
+        if has_kernels(logits) and logits.stride(1) == 1:
+            from nanovllm.kernels.sampling import sampling  # imports triton
+
+            # Filtered rows get their argmax, which costs little, and then their own token below.
+            is_greedy = rows.is_plain.logical_not()
+            token_ids = sampling(logits, rows.temperature, rows.seed_low, rows.seed_high, rows.position, is_greedy)
+        else:
+            token_ids = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+            for row_ids in _slices(rows.greedy_rows, logits):
+                token_ids[row_ids] = argmax(_without_nan(logits[row_ids]))
+            for row_ids in _slices(rows.plain_rows, logits):
+                token_ids[row_ids] = _race(_scaled(logits, rows, row_ids), rows, row_ids)
         for row_ids in _slices(rows.filtered_rows, logits):
             scaled = _scaled(logits, rows, row_ids)
             allowed = kept(scaled, rows.top_k[row_ids], rows.top_p[row_ids], rows.min_p[row_ids])

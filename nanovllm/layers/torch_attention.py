@@ -18,6 +18,7 @@ class TorchAttentionBackend:
     """AttentionBackend in plain PyTorch. No slot outside the sequences' own is read into a sum."""
 
     name = "torch"
+    is_graph_safe = False
 
     def store(
         self,

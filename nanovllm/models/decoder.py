@@ -12,9 +12,10 @@ from nanovllm.layers.activation import SiluAndMul
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.attention_backend import AttentionBackend
 from nanovllm.layers.embedding import ParallelLMHead, VocabParallelEmbedding
+from nanovllm.layers.kernel_choice import has_kernels
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
-from nanovllm.layers.rotary_embedding import RotaryEmbedding, apply_rotary_embedding
+from nanovllm.layers.rotary_embedding import RotaryEmbedding, rotate_query_and_key
 from nanovllm.layers.tensor_parallel import SINGLE_RANK, TensorParallel
 from nanovllm.model_config import ModelConfig
 
@@ -40,17 +41,23 @@ class SelfAttention(nn.Module):
             self.qkv_proj.num_heads, config.head_dim, config.head_dim**-0.5, self.qkv_proj.num_kv_heads, backend
         )
 
-    def normalize(self, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What is done to query [T, H, D] and key [T, K, D] before the rotation: nothing, unless a model says so."""
-        return query, key
+    def head_norms(self) -> tuple[RMSNorm, RMSNorm] | None:
+        """What normalises query [T, H, D] and key [T, K, D] before the rotation: nothing, unless a model says so."""
+        return None
 
     def forward(self, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        query, key, value = self.qkv_proj(hidden_states).split(self.qkv_proj.sizes, dim=-1)
+        qkv = self.qkv_proj(hidden_states)
+        head_norms = self.head_norms()
+        if has_kernels(qkv):
+            return self.o_proj(self.attn.forward_packed(qkv, cos, sin, head_norms).flatten(1))
+        query, key, value = qkv.split(self.qkv_proj.sizes, dim=-1)
         query = query.unflatten(-1, (-1, self.head_dim))  # [T, H, D]
         key = key.unflatten(-1, (-1, self.head_dim))  # [T, K, D]
         value = value.unflatten(-1, (-1, self.head_dim))
-        query, key = self.normalize(query, key)
-        query, key = apply_rotary_embedding(query, cos, sin), apply_rotary_embedding(key, cos, sin)
+        if head_norms is not None:
+            q_norm, k_norm = head_norms
+            query, key = q_norm(query), k_norm(key)
+        query, key = rotate_query_and_key(query, key, cos, sin)
         return self.o_proj(self.attn(query, key, value).flatten(1))
 
 

@@ -1,7 +1,5 @@
 """Qwen3 (arXiv 2505.09388): queries and keys are normalised head by head before they are rotated."""
 
-import torch
-
 from nanovllm.layers.attention_backend import AttentionBackend
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.tensor_parallel import TensorParallel
@@ -15,8 +13,8 @@ class Qwen3SelfAttention(SelfAttention):
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
-    def normalize(self, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.q_norm(query), self.k_norm(key)
+    def head_norms(self) -> tuple[RMSNorm, RMSNorm]:
+        return self.q_norm, self.k_norm
 
 
 class Qwen3ForCausalLM(DecoderForCausalLM):

@@ -14,12 +14,16 @@ from nanovllm.context import Context, set_context
 from nanovllm.engine.model_input import ModelInput, prepare_decode, prepare_prefill, prepare_warmup
 from nanovllm.engine.scheduler import ScheduledBatch
 from nanovllm.layers.attention import Attention
-from nanovllm.layers.attention_backend import choose_attention_backend
+from nanovllm.layers.attention_backend import AttentionBackend, choose_attention_backend
+from nanovllm.layers.moe import SparseMoeBlock
 from nanovllm.layers.sampler import Sampler, SamplingTensors
 from nanovllm.model_config import ModelConfig
 from nanovllm.models.loader import load_model
 from nanovllm.models.registry import build_model
+from nanovllm.worker.cuda_graph import DecodeGraphs, graph_batch_sizes
 from nanovllm.worker.kv_cache import block_bytes, num_blocks_on_cpu, num_blocks_that_fit
+
+BYTES_PER_GRAPH = 8 * 2**20  # of the driver, for one recorded graph beside its tensors
 
 
 class ModelRunner:
@@ -43,10 +47,17 @@ class ModelRunner:
         load_model(self.model, model_dir)
         self.model.eval()
         self.sampler = Sampler()
+        self.graphs: DecodeGraphs | None = None
+        is_captured = self.device.type == "cuda" and not config.enforce_eager and self._is_graph_safe(backend)
         if self.device.type == "cuda":
             self.warmup_model()
-        self.num_kv_cache_blocks = config.num_kv_cache_blocks or self._num_blocks_that_fit()
+        if config.num_kv_cache_blocks is None:
+            self.num_kv_cache_blocks = self._num_blocks_that_fit(self._measure_graph_bytes() if is_captured else 0)
+        else:
+            self.num_kv_cache_blocks = config.num_kv_cache_blocks
         self.kv_cache = self.allocate_kv_cache()
+        if is_captured:
+            self.graphs = self._capture_graphs(graph_batch_sizes(config.max_num_seqs))
 
     def warmup_model(self) -> None:
         """Run the largest step there can be, so that its memory is known and its kernels are compiled."""
@@ -83,7 +94,7 @@ class ModelRunner:
             layer.bind_kv_cache(k_cache, v_cache)
         return kv_cache
 
-    def _num_blocks_that_fit(self) -> int:
+    def _num_blocks_that_fit(self, graph_bytes: int) -> int:
         model, config = self.model_config, self.config
         bytes_per_block = block_bytes(
             model.num_hidden_layers,
@@ -104,27 +115,73 @@ class ModelRunner:
         return num_blocks_that_fit(
             total,
             config.gpu_memory_utilization,
-            used=total - free,
+            used=total - free + graph_bytes,
             peak=stats["allocated_bytes.all.peak"],
             current=stats["allocated_bytes.all.current"],
             bytes_per_block=bytes_per_block,
         )
 
+    # --- CUDA graphs ---
+
+    def _is_graph_safe(self, backend: AttentionBackend) -> bool:
+        """Whether decode never waits for the device, and launches the same kernels whatever the integers say."""
+        return backend.is_graph_safe and all(
+            module.is_graph_safe for module in self.model.modules() if isinstance(module, SparseMoeBlock)
+        )
+
+    @torch.inference_mode()
+    def _capture_graphs(self, batch_sizes: list[int], use_tqdm: bool = True) -> DecodeGraphs:
+        def forward(input_ids: torch.Tensor, positions: torch.Tensor, context: Context) -> torch.Tensor | None:
+            with set_context(context):
+                return self.model.compute_logits(self.model(input_ids, positions))
+
+        max_blocks_per_seq = math.ceil(self.config.max_model_len / self.config.kv_cache_block_size)
+        return DecodeGraphs(forward, batch_sizes, max_blocks_per_seq, self.config.max_model_len, self.device, use_tqdm)
+
+    def _measure_graph_bytes(self) -> int:
+        """Device memory that the graphs will hold, read off the largest, captured over a cache of one block.
+
+        The smaller ones share its memory; what each holds besides is the driver's, about BYTES_PER_GRAPH.
+        """
+        batch_sizes = graph_batch_sizes(self.config.max_num_seqs)
+        self.num_kv_cache_blocks = 1
+        cache = self.allocate_kv_cache()
+        free_before, _ = torch.cuda.mem_get_info(self.device)
+        graphs = self._capture_graphs(batch_sizes[-1:], use_tqdm=False)
+        torch.cuda.synchronize(self.device)
+        free_after, _ = torch.cuda.mem_get_info(self.device)
+        graphs.close()
+        del cache, graphs
+        torch.cuda.empty_cache()
+        return free_before - free_after + BYTES_PER_GRAPH * len(batch_sizes)
+
     # --- one step ---
+
+    # Sequences -> ModelInput: pure functions, the same on every rank, so that the ranks cannot disagree.
+    prepare_prefill = staticmethod(prepare_prefill)
+    prepare_decode = staticmethod(prepare_decode)
 
     def run(self, batch: ScheduledBatch) -> list[int]:
         """Compute `batch`; the new token ids of batch.sampled_sequences, in their order."""
-        prepare = prepare_prefill if batch.is_prefill else prepare_decode
+        prepare = self.prepare_prefill if batch.is_prefill else self.prepare_decode
         return self._launch(prepare(batch.sequences)).tolist()
 
     @torch.inference_mode()
     def _launch(self, model_input: ModelInput) -> torch.Tensor:
         """Token ids [num_samples] int64, on the device: a GPU may still be computing them."""
-        if not len(model_input.sample_indices):  # every prompt in the batch has another chunk to come
-            self.run_model(model_input)
+        logits = self._sampled_logits(model_input)
+        if logits is None:
             return torch.empty(0, dtype=torch.int64)
-        logits = self.model.compute_logits(self.run_model(model_input)[self._tensor(model_input.sample_indices)])
         return self.sampler(logits, SamplingTensors.from_rows(model_input.sampling, self.device))
+
+    def _sampled_logits(self, model_input: ModelInput) -> torch.Tensor | None:
+        """[num_samples, vocab_size]; None when every prompt in the batch has another chunk to come."""
+        if self.graphs is not None and self.graphs.can_replay(model_input):
+            return self.graphs.replay(model_input)
+        hidden_states = self.run_model(model_input)
+        if not len(model_input.sample_indices):
+            return None
+        return self.model.compute_logits(hidden_states[self._tensor(model_input.sample_indices)])
 
     @torch.inference_mode()
     def run_model(self, model_input: ModelInput) -> torch.Tensor:
@@ -143,6 +200,7 @@ class ModelRunner:
             max_seqlen_k=model_input.max_seqlen_k,
             context_lens=self._tensor(model_input.context_lens),
             block_tables=None if block_tables is None else self._tensor(block_tables),
+            longest_first=self._tensor(model_input.longest_first),
         )
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
@@ -150,7 +208,10 @@ class ModelRunner:
         return tensor if self.device.type == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)
 
     def close(self) -> None:
-        """Drop model and cache, and give their memory back to the device."""
+        """Drop graphs, model and cache, and give their memory back to the device."""
+        if self.graphs is not None:
+            self.graphs.close()
+            self.graphs = None
         del self.model, self.kv_cache
         gc.collect()  # modules refer to each other in cycles
         if self.device.type == "cuda":

@@ -1,6 +1,6 @@
 """The engine on a GPU, eager, with each attention backend, against reference/ on the CPU in float64.
 
-float32 on the torch backend: the same tokens. bfloat16: logits no further from float64 than twice what plain PyTorch
+float32 (torch and triton): the same tokens. bfloat16: logits no further from float64 than twice what plain PyTorch
 (the reference itself, run in bfloat16) is, plus one unit in the last place of the largest logit. The factor is
 FlashAttention's own criterion: same dtype, another order of summation.
 """
@@ -23,7 +23,7 @@ from tests.tiny_models import VOCAB_SIZE, tiny_model
 pytestmark = pytest.mark.gpu
 
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "qwen3_moe"]
-BACKENDS = ["torch", "flash_attn"]
+BACKENDS = ["torch", "flash_attn", "triton"]
 EAGER: dict[str, Any] = {"device": "cuda", "enforce_eager": True}
 
 
@@ -79,17 +79,22 @@ def test_bfloat16_logits(architecture: str, backend: str) -> None:
     assert error.pow(2).mean().sqrt() <= 2 * plain_error.pow(2).mean().sqrt() + ulp
 
 
+@pytest.mark.parametrize(
+    ("backend", "head_dim", "block_size", "num_blocks"), [("torch", 16, 4, 48), ("triton", 32, 16, 20)]
+)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_float32_tokens_equal_the_reference(architecture: str) -> None:
+def test_float32_tokens_equal_the_reference(
+    architecture: str, backend: str, head_dim: int, block_size: int, num_blocks: int
+) -> None:
     """Greedy and sampled, with chunks, prefix hits and preemptions forced by a small pool."""
-    oracle = Oracle(tiny_model(architecture), max_model_len=80)
+    oracle = Oracle(tiny_model(architecture, head_dim=head_dim), max_model_len=80)
     prefix = random_tokens(24, seed=3)
     prompts = [[*prefix, *random_tokens(length, seed=length)] for length in (1, 3, 9, 17, 2, 5)] * 2
     params = [SamplingParams.greedy(max_tokens=30, ignore_eos=True)] * 6
     params += [SamplingParams(seed=7, top_p=0.9, temperature=0.8, max_tokens=30, ignore_eos=True)] * 6
     with LLM(
-        str(oracle.model_dir), dtype="float32", attention_backend="torch", kv_cache_block_size=4,
-        num_kv_cache_blocks=48, max_num_seqs=8, max_num_batched_tokens=32, max_model_len=80, **EAGER,
+        str(oracle.model_dir), dtype="float32", attention_backend=backend, kv_cache_block_size=block_size,
+        num_kv_cache_blocks=num_blocks, max_num_seqs=8, max_num_batched_tokens=32, max_model_len=80, **EAGER,
     ) as llm:  # fmt: skip
         outputs = llm.generate(prompts, params, use_tqdm=False)
         assert llm.scheduler.num_preemptions > 0
@@ -128,7 +133,8 @@ def test_bfloat16_through_preemption_chunks_and_prefix_hits(backend: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("dtype", "backend"), [("float32", "torch"), ("bfloat16", "torch"), ("bfloat16", "flash_attn")]
+    ("dtype", "backend"),
+    [("float32", "torch"), ("float32", "triton"), *(("bfloat16", backend) for backend in BACKENDS)],
 )
 def test_the_bundled_model_says_on_a_gpu_what_it_says_on_a_cpu(dtype: str, backend: str) -> None:
     params = SamplingParams.greedy(max_tokens=48)

@@ -47,6 +47,7 @@ def test_prefill_of_whole_prompts_by_hand() -> None:
         "max_seqlen_q": 5,
         "max_seqlen_k": 5,
         "context_lens": [3, 5],
+        "longest_first": [1, 0],
         "block_tables": None,
         "sample_indices": [2, 7],
     }
@@ -125,7 +126,10 @@ def test_sampling_rows_hold_each_sequences_parameters() -> None:
 
 def test_dtypes_are_those_that_are_documented() -> None:
     model_input = prepare_prefill([scheduled(5, 2, 2, [0, 1]), scheduled(3, 0, 3, [2])])
-    int64, int32 = ["input_ids", "positions", "slot_mapping", "sample_indices"], ["context_lens", "block_tables"]
+    int64, int32 = (
+        ["input_ids", "positions", "slot_mapping", "sample_indices"],
+        ["context_lens", "longest_first", "block_tables"],
+    )
     assert {getattr(model_input, name).dtype for name in int64} == {np.dtype("int64")}
     assert {getattr(model_input, n).dtype for n in [*int32, "cu_seqlens_q", "cu_seqlens_k"]} == {np.dtype("int32")}
     for empty in (model_input.sampling, prepare_prefill([scheduled(5, 0, 2, [0, 1])]).sampling):
@@ -165,6 +169,7 @@ def check_definition(model_input: ModelInput, sequences: list[Sequence]) -> None
     keys = [seq.token_ids[: seq.num_cached_tokens + seq.num_scheduled_tokens] for seq in sequences]
     assert model_input.cu_seqlens_k.tolist() == packing([torch.tensor(item) for item in keys])[1].tolist()
     assert model_input.context_lens.tolist() == [len(item) for item in keys]
+    assert [len(keys[index]) for index in model_input.longest_first] == sorted(map(len, keys), reverse=True)
     assert model_input.max_seqlen_k == max(map(len, keys))
     assert model_input.max_seqlen_q == max(seq.num_scheduled_tokens for seq in sequences)
     ends = [row for row, (seq, item) in enumerate(zip(sequences, keys, strict=True)) if len(item) == len(seq)]

@@ -26,42 +26,60 @@ def hopper(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
 
 
-@pytest.mark.parametrize("head_dim", [32, 64, 128])
-def test_auto_takes_flash_attention_for_bfloat16(hopper, head_dim):
-    assert choose_attention_backend("auto", CUDA, BF16, head_dim, 256).name == "flash_attn"
+@pytest.mark.parametrize("block_size", [256, 512, 768])
+@pytest.mark.parametrize(("dtype", "head_dim"), [(BF16, 32), (BF16, 64), (BF16, 128), (FP16, 64), (FP16, 128)])
+def test_auto_takes_flash_attention(hopper, dtype, head_dim, block_size):
+    assert choose_attention_backend("auto", CUDA, dtype, head_dim, block_size).name == "flash_attn"
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_auto_takes_flash_attention_for_float16(hopper, head_dim):
-    assert choose_attention_backend("auto", CUDA, FP16, head_dim, 512).name == "flash_attn"
-
-
-# What flash_attn cannot do, and the words that say so.
+# What flash_attn cannot do, the words that say so, and what "auto" takes instead.
 UNFIT = {
-    "CPU": ((CPU, BF16, 64, 256), "GPU, the device is cpu"),
-    "float32": ((CUDA, FP32, 64, 256), "bfloat16 or float16, the dtype is float32"),
-    "bfloat16 head size": ((CUDA, BF16, 80, 256), r"\(32, 64, 128\), the model's is 80"),
-    "float16 head size": ((CUDA, FP16, 32, 256), r"\(64, 128\), the model's is 32"),
-    "block size": ((CUDA, BF16, 64, 16), "kv_cache_block_size must be a multiple of 256, got 16"),
+    "CPU": ((CPU, BF16, 64, 256), "GPU, the device is cpu", "torch"),
+    "float32": ((CUDA, FP32, 64, 256), "bfloat16 or float16, the dtype is float32", "triton"),
+    "bfloat16 head size": ((CUDA, BF16, 80, 256), r"\(32, 64, 128\), the model's is 80", "torch"),
+    "float16 head size": ((CUDA, FP16, 32, 256), r"\(64, 128\), the model's is 32", "triton"),
+    "block size": ((CUDA, BF16, 64, 16), "kv_cache_block_size must be a multiple of 256, got 16", "triton"),
 }
-each_unfit = pytest.mark.parametrize(("demand", "reason"), UNFIT.values(), ids=UNFIT)
+each_unfit = pytest.mark.parametrize(("demand", "reason", "instead"), UNFIT.values(), ids=UNFIT)
 
 
 @each_unfit
-def test_auto_falls_back_to_torch(hopper, demand, reason):
-    assert choose_attention_backend("auto", *demand).name == "torch"
+def test_auto_takes_what_fits_instead(hopper, demand, reason, instead):
+    assert choose_attention_backend("auto", *demand).name == instead
 
 
 @each_unfit
-def test_flash_attention_that_cannot_work_is_refused_with_reason_and_remedy(hopper, demand, reason):
+def test_flash_attention_that_cannot_work_is_refused_with_reason_and_remedy(hopper, demand, reason, instead):
     with pytest.raises(ValueError, match=f"attention_backend='flash_attn' .*{reason}; use .*'torch'"):
         choose_attention_backend("flash_attn", *demand)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+@pytest.mark.parametrize("block_size", [16, 32, 64, 128, 256, 512])
+@pytest.mark.parametrize("head_dim", [32, 64, 128, 256])
+def test_triton_takes_what_its_kernels_take(hopper, head_dim, block_size, dtype):
+    assert choose_attention_backend("triton", CUDA, dtype, head_dim, block_size).name == "triton"
+
+
+@pytest.mark.parametrize(
+    ("demand", "reason"),
+    [
+        ((CPU, FP32, 64, 256), "GPU, the device is cpu"),
+        ((CUDA, BF16, 80, 256), r"\(32, 64, 128, 256\), the model's is 80"),
+        ((CUDA, BF16, 16, 256), r"\(32, 64, 128, 256\), the model's is 16"),
+        ((CUDA, BF16, 64, 768), "kv_cache_block_size must be a power of two from 16, got 768"),
+        ((CUDA, BF16, 64, 8), "kv_cache_block_size must be a power of two from 16, got 8"),
+    ],
+)
+def test_triton_that_cannot_work_is_refused_with_reason_and_remedy(hopper, demand, reason):
+    with pytest.raises(ValueError, match=f"attention_backend='triton' cannot be used: .*{reason}; use .*'torch'"):
+        choose_attention_backend("triton", *demand)
 
 
 def test_missing_flash_attention_is_refused_and_passed_over(hopper, monkeypatch):
     """D55"""
     monkeypatch.setattr(flash_attention, "import_error", lambda: "No module named 'flash_attn'")
-    assert choose_attention_backend("auto", CUDA, BF16, 64, 256).name == "torch"
+    assert choose_attention_backend("auto", CUDA, BF16, 64, 256).name == "triton"
     with pytest.raises(ValueError, match=r"No module named 'flash_attn'.*pip install flash-attn"):
         choose_attention_backend("flash_attn", CUDA, BF16, 64, 256)
 
@@ -70,15 +88,17 @@ def test_missing_triton_is_refused_and_passed_over(hopper, monkeypatch):
     """D55"""
     monkeypatch.setattr(attention_backend, "find_spec", lambda name: None)
     assert choose_attention_backend("auto", CUDA, BF16, 64, 256).name == "torch"
-    with pytest.raises(ValueError, match=r"triton.*not installed"):
-        choose_attention_backend("flash_attn", CUDA, BF16, 64, 256)
+    for name in ("flash_attn", "triton"):
+        with pytest.raises(ValueError, match=r"triton.*not installed"):
+            choose_attention_backend(name, CUDA, BF16, 64, 256)
 
 
 def test_old_gpu_is_refused_and_passed_over(hopper, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
     assert choose_attention_backend("auto", CUDA, FP16, 64, 256).name == "torch"
-    with pytest.raises(ValueError, match=r"compute capability \(8, 0\), the GPU has \(7, 5\)"):
-        choose_attention_backend("flash_attn", CUDA, FP16, 64, 256)
+    for name in ("flash_attn", "triton"):
+        with pytest.raises(ValueError, match=r"compute capability \(8, 0\), the GPU has \(7, 5\)"):
+            choose_attention_backend(name, CUDA, FP16, 64, 256)
 
 
 def test_flash_attention_built_for_another_torch_is_no_crash(tmp_path, monkeypatch):
@@ -92,13 +112,6 @@ def test_flash_attention_built_for_another_torch_is_no_crash(tmp_path, monkeypat
 @pytest.mark.parametrize("demand", [(CPU, FP32, 24, 1), (CPU, BF16, 128, 256), (CUDA, FP32, 80, 2)])
 def test_torch_takes_everything(demand):
     assert choose_attention_backend("torch", *demand).name == "torch"
-
-
-def test_triton_is_refused_until_it_is_there():
-    with pytest.raises(
-        ValueError, match="attention_backend='triton' cannot be used: its kernels are not there yet; use"
-    ):
-        choose_attention_backend("triton", CUDA, BF16, 128, 256)
 
 
 def test_unknown_name_is_refused_with_the_names():

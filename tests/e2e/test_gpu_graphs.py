@@ -1,0 +1,123 @@
+"""Decode in CUDA graphs against eager decode, at every batch size, and against float64."""
+
+import functools
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanovllm import LLM, SamplingParams, bundled_model_path
+from nanovllm.demo_prompts import DEMO_PROMPTS
+from nanovllm.engine.model_input import ModelInput, prepare_decode, prepare_prefill
+from nanovllm.engine.sequence import Sequence
+from nanovllm.worker.model_runner import ModelRunner
+from reference.checkpoint import load_checkpoint
+from reference.transformer import transformer
+from tests.model_probe import make_runner
+from tests.tiny_models import VOCAB_SIZE, tiny_model
+
+pytestmark = pytest.mark.gpu
+
+MAX_NUM_SEQS = 41  # captured: 1, 2, 4, 8, 16, 32 and 41
+BLOCK_SIZE = 256  # FlashAttention's
+SETUPS = [("triton", "float32"), ("triton", "bfloat16"), ("flash_attn", "bfloat16")]
+
+
+@functools.cache
+def prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(4)
+    return [torch.randint(VOCAB_SIZE, (3 + 7 * i % 50,), generator=generator).tolist() for i in range(MAX_NUM_SEQS)]
+
+
+@functools.cache
+def exact_logits(model_dir: Path) -> torch.Tensor:
+    """float64, after the last token of each prompt."""
+    checkpoint = load_checkpoint(model_dir, torch.float64)
+    return torch.stack([transformer(prompt, *checkpoint)[-1] for prompt in prompts()])
+
+
+def prefilled_sequences(runner: ModelRunner) -> list[Sequence]:
+    """All but the last token of each prompt stands in the cache; sequence i owns block i, so block 0 is in use."""
+    sequences = []
+    for index, prompt in enumerate(prompts()):
+        seq = Sequence(prompt, SamplingParams.greedy(), block_size=BLOCK_SIZE)
+        seq.block_table = [index]
+        seq.num_scheduled_tokens = len(prompt) - 1
+        sequences.append(seq)
+    runner.run_model(prepare_prefill(sequences))
+    for seq in sequences:
+        seq.num_cached_tokens = seq.num_stored_tokens = len(seq) - 1
+        seq.num_scheduled_tokens = 1
+    return sequences
+
+
+@torch.inference_mode()
+def eager_logits(runner: ModelRunner, model_input: ModelInput) -> torch.Tensor:
+    logits = runner.model.compute_logits(runner.run_model(model_input))
+    assert logits is not None
+    return logits.double().cpu()
+
+
+@torch.inference_mode()
+def graph_logits(runner: ModelRunner, model_input: ModelInput) -> torch.Tensor:
+    assert runner.graphs is not None
+    assert runner.graphs.can_replay(model_input)
+    logits = runner.graphs.replay(model_input)
+    assert logits is not None
+    return logits.double().cpu()
+
+
+@pytest.mark.parametrize(("backend", "dtype"), SETUPS)
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "qwen3_moe"])
+def test_graph_and_eager_agree_at_every_batch_size(architecture: str, backend: str, dtype: str) -> None:
+    """D40 D41 D57: wide batches, narrow, wide again; no further from float64 than twice eager, plus an ulp."""
+    model_dir = tiny_model(architecture, head_dim=32, initializer_range=0.1)
+    runner = make_runner(
+        model_dir, device="cuda", dtype=dtype, attention_backend=backend, max_num_seqs=MAX_NUM_SEQS,
+        max_num_batched_tokens=4096, max_model_len=512, num_kv_cache_blocks=MAX_NUM_SEQS + 3,
+    )  # fmt: skip
+    if runner.graphs is None:
+        assert architecture == "qwen3_moe", "graphs are missing"
+        pytest.fail("qwen3_moe decodes eagerly")
+    runner.kv_cache.fill_(torch.nan)  # what was never written must not be read, nor written by padding rows
+    sequences = prefilled_sequences(runner)
+    exact = exact_logits(model_dir)
+    ulp = torch.finfo(getattr(torch, dtype)).eps * exact.abs().max()
+    for size in (*range(MAX_NUM_SEQS, 0, -1), *range(1, MAX_NUM_SEQS + 1)):
+        model_input = prepare_decode(sequences[:size])
+        from_graph, from_eager = graph_logits(runner, model_input), eager_logits(runner, model_input)
+        error, eager_error = ((logits - exact[:size]).norm() for logits in (from_graph, from_eager))
+        assert error <= 2 * eager_error + ulp * size**0.5, f"batch of {size}"
+    is_written = ~runner.kv_cache.isnan().any(dim=-1).any(dim=-1)  # [2, layers, blocks, block_size]
+    for block, prompt in enumerate(prompts()):
+        assert is_written[:, :, block, : len(prompt)].all()
+        assert not is_written[:, :, block, len(prompt) :].any()
+    assert not is_written[:, :, MAX_NUM_SEQS:].any()
+    runner.close()
+
+
+@pytest.mark.parametrize(("backend", "dtype"), SETUPS)
+def test_the_engine_says_the_same_with_and_without_graphs(backend: str, dtype: str) -> None:
+    """More prompts than graphs have rows, finishing at different steps: batches shrink through all sizes."""
+    params = [SamplingParams.greedy(max_tokens=4 + 2 * index) for index in range(len(DEMO_PROMPTS))]
+
+    def tokens(enforce_eager: bool) -> list[list[int]]:
+        with LLM(
+            str(bundled_model_path()), device="cuda", dtype=dtype, attention_backend=backend, max_model_len=512,
+            max_num_seqs=20, enforce_eager=enforce_eager, gpu_memory_utilization=0.3,
+        ) as llm:  # fmt: skip
+            assert (llm._executor._runner.graphs is None) is enforce_eager
+            return [output["token_ids"] for output in llm.generate(list(DEMO_PROMPTS), params, use_tqdm=False)]
+
+    assert tokens(enforce_eager=False) == tokens(enforce_eager=True)
+
+
+def test_graph_memory_is_reserved() -> None:
+    """D42: graphs and cache together stay within the share of memory that was asked for, but for the context."""
+    with LLM(
+        str(bundled_model_path()), device="cuda", attention_backend="triton", max_model_len=2048, max_num_seqs=256,
+        gpu_memory_utilization=0.1,
+    ) as llm:  # fmt: skip
+        free, total = torch.cuda.mem_get_info()
+        assert total - free <= 0.105 * total
+        assert llm._executor._runner.graphs is not None
