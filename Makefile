@@ -14,7 +14,7 @@ TEST_ENV := $(QUIET) OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-gpu bench lint format clean
+.PHONY: help install demo test test-gpu sanitize bench benchmarks lint format clean
 
 help: ## explain the targets
 	@echo "nanovllm: a small LLM inference engine that anyone can read, and a test suite that proves it"
@@ -45,8 +45,21 @@ test: $(STAMP) ## run every test that needs no GPU, on WORKERS=2 cores
 test-gpu: ## run the tests that need a GPU, with the machine's own python (PYTHON=...)
 	$(TEST_ENV) "$(PYTHON)" -m pytest -m gpu $(ARGS)
 
+# Torch's own kernels are left out: what they read beside ours (the ends of outputs, compared whole) is no fault of ours.
+SANITIZE = PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 --kernel-regex-exclude kns=at::
+
+sanitize: ## watch every kernel with compute-sanitizer's memcheck, initcheck and racecheck, on a GPU (PYTHON=...)
+	@command -v compute-sanitizer >/dev/null || { echo "error: no compute-sanitizer here: it comes with the CUDA toolkit, and watches kernels on an NVIDIA GPU" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "error: '$(PYTHON)' finds no NVIDIA GPU (or no torch) here; name the python that does: make sanitize PYTHON=..." >&2; exit 1; }
+	@for tool in memcheck initcheck racecheck; do \
+	  echo "== $$tool"; $(TEST_ENV) $(SANITIZE) --tool $$tool "$(PYTHON)" -m tests.kernels.sanitize_run $(ARGS) || exit 1; \
+	done
+
 bench: $(STAMP) ## measure throughput (ARGS='--model DIR --num-seqs 256'; see nanovllm bench --help)
 	@$(QUIET) $(BIN)/nanovllm bench $(ARGS)
+
+benchmarks: ## time every kernel against the GPU's ceiling, and the host side, with the machine's own python (PYTHON=...)
+	$(QUIET) "$(PYTHON)" -m pytest --benchmark-only $(ARGS)
 
 lint: $(STAMP) ## check format, style and types
 	$(BIN)/ruff format --check .

@@ -1,0 +1,202 @@
+"""Throughput of the whole engine on a model of random weights, and where the time of a decode step goes.
+
+    python -m benchmarks.engine [--scenario headline single] [--backend triton flash_attn] [--mode graphs] [--profile]
+
+One line a run: output tokens a second for decode-heavy scenarios, prompt tokens a second for the others, over one
+generate() of all requests, everything included but start-up and a warm-up. Prompts are new in every run, so nothing is
+found in the prefix cache but what a scenario shares on purpose. Runs scatter: --repeat, and compare several.
+"""
+
+import argparse
+import gc
+import json
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nanovllm import LLM, SamplingParams
+from nanovllm.bench import draw_requests
+
+PROFILED_STEPS = 20
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """num_seqs requests; lengths are drawn from ranges, both ends included. num_shared: tokens that all begin with."""
+
+    num_seqs: int
+    input_len: tuple[int, int]
+    output_len: tuple[int, int]
+    num_shared: int = 0
+    counts_input: bool = False  # the figure is prompt tokens a second
+
+
+SCENARIOS = {
+    "headline": Scenario(256, (100, 1024), (100, 1024)),
+    "single": Scenario(1, (128, 128), (512, 512)),
+    "small": Scenario(8, (1000, 1000), (512, 512)),
+    "prefill": Scenario(64, (4000, 4000), (16, 16), counts_input=True),
+    "prefix": Scenario(256, (100, 100), (64, 64), num_shared=2000, counts_input=True),
+}
+
+
+def run_scenario(llm: Any, scenario: Scenario, seed: int) -> dict[str, float]:
+    """Seconds, tokens in and out, and the scenario's figure in tokens a second."""
+    prompts, params = draw_requests(scenario.num_seqs, scenario.input_len, scenario.output_len, llm.vocab_size, seed)
+    rng = random.Random(-1 - seed)
+    shared = [rng.randrange(1000) for _ in range(scenario.num_shared)]
+    prompts = [shared + prompt for prompt in prompts]
+    start = time.perf_counter()
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    seconds = time.perf_counter() - start
+    num_input, num_output = sum(map(len, prompts)), sum(len(output["token_ids"]) for output in outputs)
+    counted = num_input if scenario.counts_input else num_output
+    return {"seconds": seconds, "input": num_input, "output": num_output, "tokens_per_second": counted / seconds}
+
+
+def start_decoding(llm: Any, num_seqs: int, input_len: int, max_tokens: int) -> list[int]:
+    """Requests that have been prefilled and now decode; their ids."""
+    prompts, _ = draw_requests(num_seqs, (input_len, input_len), (1, 1), llm.vocab_size, random.randrange(2**32))
+    params = SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=max_tokens)
+    ids = [llm.add_request(prompt, params) for prompt in prompts]
+    while any(not seq.is_decodable for seq in llm.scheduler.running) or llm.scheduler.waiting:
+        llm.step()
+    for _ in range(3):
+        llm.step()
+    return ids
+
+
+def profile_decode(llm: Any, num_seqs: int, input_len: int) -> None:
+    """Print the wall time of a decode step, how long the GPU is busy in it, and on what."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    def steps() -> float:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(PROFILED_STEPS):
+            llm.step()
+        torch.cuda.synchronize()
+        return (time.perf_counter() - start) / PROFILED_STEPS * 1e6
+
+    ids = start_decoding(llm, num_seqs, input_len, 4 * PROFILED_STEPS)
+    wall = steps()
+    schedule, compute = time_host_parts(llm, PROFILED_STEPS)
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        steps()
+    for seq_id in ids:
+        llm.abort(seq_id)
+    events = [event for event in profiler.key_averages() if event.self_device_time_total > 0]
+    busy = sum(event.self_device_time_total for event in events) / PROFILED_STEPS
+    count = sum(event.count for event in events) / PROFILED_STEPS
+    print(
+        f"  decode step of {num_seqs} sequences of about {input_len} tokens: {wall:.0f} us wall, "
+        f"GPU busy {busy:.0f} us in {count:.0f} kernels and copies, idle {max(0.0, wall - busy):.0f} us; "
+        f"of the wall time {schedule:.0f} us are outside executor.run, {compute:.0f} us inside"
+    )
+    for event in sorted(events, key=lambda event: -event.self_device_time_total)[:15]:
+        each = event.self_device_time_total / PROFILED_STEPS
+        print(f"    {each:8.1f} us {each / busy:6.1%} {event.count / PROFILED_STEPS:6.1f} x  {event.key[:90]}")
+
+
+def time_host_parts(llm: Any, num_steps: int) -> tuple[float, float]:
+    """Mean microseconds a step spends outside and inside executor.run (which waits for the GPU)."""
+    inside = 0.0
+    run = llm._executor.run
+
+    def timed(batch: Any) -> Any:
+        nonlocal inside
+        start = time.perf_counter()
+        result = run(batch)
+        inside += time.perf_counter() - start
+        return result
+
+    llm._executor.run = timed
+    start = time.perf_counter()
+    for _ in range(num_steps):
+        llm.step()
+    total = time.perf_counter() - start
+    del llm._executor.run
+    return (total - inside) / num_steps * 1e6, inside / num_steps * 1e6
+
+
+def measure(model: str, backend: str, mode: str, arguments: argparse.Namespace, results: list[dict[str, Any]]) -> None:
+    """Start an engine, run the scenarios, print and append what came out."""
+    start = time.perf_counter()
+    options = {"attention_backend": backend, "enforce_eager": mode == "eager", "dtype": "bfloat16"}
+    with LLM(model, max_model_len=4096, max_num_seqs=arguments.max_num_seqs, **options) as llm:
+        llm.generate([[1] * 100] * 4, SamplingParams(max_tokens=8, ignore_eos=True), use_tqdm=False)
+        print(f"{backend}, {mode}: started in {time.perf_counter() - start:.1f} s", flush=True)
+        for name in arguments.scenario:
+            for repetition in range(arguments.repeat):
+                if time.perf_counter() > arguments.deadline:
+                    print(f"  {name}: left out, no time", flush=True)
+                    break
+                figures = run_scenario(llm, SCENARIOS[name], repetition)
+                results.append({"backend": backend, "mode": mode, "scenario": name, "seed": repetition, **figures})
+                what = "in" if SCENARIOS[name].counts_input else "out"
+                print(
+                    f"  {name}: {figures['tokens_per_second']:,.0f} {what} tok/s "
+                    f"({figures['input']:.0f} in, {figures['output']:.0f} out, {figures['seconds']:.2f} s)",
+                    flush=True,
+                )
+        if arguments.profile and time.perf_counter() < arguments.deadline:
+            profile_decode(llm, 256, 800)
+            profile_decode(llm, 1, 400)
+            sys.stdout.flush()
+
+
+def run_all(model: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every backend in every mode; one that fails is reported and the others go on."""
+    results: list[dict[str, Any]] = []
+    for mode in arguments.mode:
+        for backend in arguments.backend:
+            if time.perf_counter() > arguments.deadline:
+                print(f"{backend}, {mode}: left out, no time")
+                continue
+            try:
+                measure(model, backend, mode, arguments, results)
+            except Exception as error:
+                print(f"{backend}, {mode}: FAILED: {type(error).__name__}: {error}", flush=True)
+            gc.collect()
+    return results
+
+
+def parse(words: Iterable[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a directory (default: random weights in the shape of --like, made anew)")
+    parser.add_argument("--like", default="qwen3-0.6b", help="see tools/make_random_model.py")
+    parser.add_argument("--scenario", nargs="+", choices=SCENARIOS, default=["headline", "single", "small", "prefill"])
+    parser.add_argument("--backend", nargs="+", default=["triton", "flash_attn"])
+    parser.add_argument("--mode", nargs="+", choices=("graphs", "eager"), default=["graphs", "eager"])
+    parser.add_argument("--max-num-seqs", type=int, default=256)
+    parser.add_argument("--repeat", type=int, default=1, help="runs of each scenario, with other prompts each")
+    parser.add_argument("--profile", action="store_true", help="where a decode step's time goes")
+    parser.add_argument("--limit", type=float, default=float("inf"), help="start nothing after so many seconds")
+    parser.add_argument("--json", type=Path, help="write the figures there too")
+    arguments = parser.parse_args(words)
+    arguments.deadline = time.perf_counter() + arguments.limit
+    return arguments
+
+
+def main() -> None:
+    arguments = parse()
+    with tempfile.TemporaryDirectory() as folder:
+        if arguments.model is None:
+            from tools.make_random_model import make_config, make_random_model
+
+            make_random_model(Path(folder), make_config(arguments.like))
+        results = run_all(arguments.model or folder, arguments)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=2))
+    if not results:
+        sys.exit("nothing was measured")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""The host's part of a decode step at 256 running sequences, and of a prefill step: plain Python and numpy, no GPU.
+
+Times are the host's clock and scatter by a factor of two on shared machines: they are reported, and fail nothing.
+"""
+
+import pickle
+from itertools import count
+
+import pytest
+
+from benchmarks.shapes import draw_lens
+from nanovllm import SamplingParams
+from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.model_input import prepare_decode, prepare_prefill
+from nanovllm.engine.scheduler import ScheduledBatch, Scheduler
+from nanovllm.engine.sequence import Sequence
+
+NUM_SEQS = 256
+BLOCK_SIZE = 256
+MAX_TOKENS = 100_000  # nobody finishes while the time is taken
+ROUNDS = 200
+
+
+def make_scheduler() -> Scheduler:
+    return Scheduler(
+        BlockManager(NUM_SEQS * 500, BLOCK_SIZE),
+        max_num_seqs=NUM_SEQS,
+        max_num_batched_tokens=16384,
+        max_model_len=2 * MAX_TOKENS,
+    )
+
+
+def make_sequence(seq_id: int, length: int) -> Sequence:
+    """Prompts differ in their first token, so that no two share a block."""
+    params = SamplingParams(max_tokens=MAX_TOKENS, ignore_eos=True)
+    return Sequence([seq_id, *range(length - 1)], params, seq_id=seq_id, block_size=BLOCK_SIZE, seed=seq_id)
+
+
+def advance(scheduler: Scheduler) -> ScheduledBatch:
+    batch = scheduler.schedule()
+    scheduler.postprocess(batch, [7] * len(batch.sampled_sequences))
+    return batch
+
+
+@pytest.fixture
+def running() -> Scheduler:
+    """NUM_SEQS sequences of 100 to 1800 tokens that decode."""
+    scheduler = make_scheduler()
+    for seq_id, length in enumerate(draw_lens(NUM_SEQS, 100, 1800)):
+        scheduler.add(make_sequence(seq_id, length))
+    while scheduler.waiting or not all(seq.is_decodable for seq in scheduler.running):
+        advance(scheduler)
+    return scheduler
+
+
+def test_scheduler_decode_step(benchmark, running):
+    """schedule and postprocess."""
+    batch = benchmark.pedantic(lambda: advance(running), rounds=ROUNDS, warmup_rounds=5)
+    assert batch.num_scheduled_tokens == (1,) * NUM_SEQS
+
+
+def test_prepare_decode(benchmark, running):
+    sequences = running.schedule().sequences
+    model_input = benchmark.pedantic(lambda: prepare_decode(sequences), rounds=ROUNDS, warmup_rounds=5)
+    assert len(model_input.input_ids) == NUM_SEQS
+
+
+def test_prepare_prefill(benchmark):
+    """16 prompts of 1024 tokens."""
+    scheduler = make_scheduler()
+    for seq_id in range(16):
+        scheduler.add(make_sequence(seq_id, 1024))
+    sequences = scheduler.schedule().sequences
+    model_input = benchmark.pedantic(lambda: prepare_prefill(sequences), rounds=ROUNDS, warmup_rounds=5)
+    assert len(model_input.input_ids) == 16 * 1024
+
+
+def test_block_manager_allocate(benchmark):
+    """One prompt of 1024 tokens, none of them cached."""
+    manager = BlockManager(10_000, BLOCK_SIZE)
+    ids = count()
+
+    def setup():
+        return (make_sequence(next(ids), 1024),), {}
+
+    benchmark.pedantic(manager.allocate, setup=setup, rounds=ROUNDS, warmup_rounds=5)
+    assert manager.num_free_blocks == 10_000 - 4 * (ROUNDS + 5)
+
+
+def test_block_manager_allocate_cached(benchmark):
+    """One prompt of 1024 tokens, of which all four blocks are in the cache."""
+    manager = BlockManager(100, BLOCK_SIZE)
+    seq = make_sequence(0, 1024)
+    manager.allocate(seq)
+    seq.num_stored_tokens = 1024
+    manager.cache_full_blocks(seq)
+    manager.deallocate(seq)
+
+    def setup():
+        return (make_sequence(0, 1024),), {}
+
+    benchmark.pedantic(manager.allocate, setup=setup, teardown=manager.deallocate, rounds=ROUNDS, warmup_rounds=5)
+    assert manager.num_hit_blocks == 4 * (ROUNDS + 5)
+
+
+def test_block_manager_append(benchmark, running):
+    """One new token for each of 256 sequences."""
+    manager, sequences = running.block_manager, tuple(running.running)
+
+    def append():
+        for seq in sequences:
+            manager.append(seq)
+
+    benchmark.pedantic(append, rounds=ROUNDS, warmup_rounds=5)
+    assert all(len(seq.block_table) == -(-len(seq) // BLOCK_SIZE) for seq in sequences)
+
+
+def test_pickling_a_decode_batch(benchmark, running):
+    """What a decode step sends to another rank."""
+    batch = running.schedule()
+    size = len(benchmark.pedantic(lambda: pickle.dumps(batch), rounds=ROUNDS, warmup_rounds=5))
+    benchmark.extra_info["bytes"] = size
+    assert size < 2**20  # D31

@@ -1,0 +1,114 @@
+"""One kernel on one shape: checked, then timed in turns with its peers, and put in proportion to the ceiling."""
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+
+from benchmarks import arithmetic
+from benchmarks.timing import Replay, choose_num_calls, choose_num_sets, rough_seconds
+
+ROUNDS = 15
+ROUNDS_OF_SLOW_PEERS = 3
+SLOW_SECONDS = 5e-3  # of one call
+TOLERANCE = 1e-2  # of the norm: five times what rounding to bfloat16 does, and far below what a wrong index does
+
+Function = Callable[..., Any]
+
+
+class Measurement:
+    """What the fixture `measure` gives: call it once in a test.
+
+    kernel, case: names for the report. make(i): inputs of set i, random. run(*inputs): the kernel's outputs, a tensor
+    or several. expected(*inputs): the same by other means, in float32 or wider where that matters. work: what it must
+    move and do. peers: others' functions of the same inputs, such as flash-attn and plain PyTorch. A peer that fails,
+    or is wrong, or cannot be recorded in a graph, gets no figure but a note.
+    """
+
+    def __init__(self, benchmark: Any, ceilings: arithmetic.Ceilings) -> None:
+        self._benchmark = benchmark
+        self._ceilings = ceilings
+
+    def __call__(
+        self,
+        kernel: str,
+        case: str,
+        *,
+        make: Callable[[int], tuple[Any, ...]],
+        run: Function,
+        expected: Function,
+        work: arithmetic.Work,
+        peers: Mapping[str, Function] | None = None,
+        tolerance: float = TOLERANCE,
+    ) -> None:
+        first = make(0)
+        wanted = expected(*first)
+        check(run(*first), wanted, tolerance)
+        floor = arithmetic.floor(work, self._ceilings)
+        num_calls = choose_num_calls(rough_seconds(partial(run, *first)), floor.seconds)
+        sets = [first, *(make(i) for i in range(1, choose_num_sets(work.num_bytes, num_calls)))]
+        replay = Replay(calls(run, sets, num_calls))
+        others, notes = _record_peers(peers or {}, sets, wanted, tolerance)
+        samples: dict[str, list[float]] = {name: [] for name in others}
+
+        def time_peers() -> None:
+            for name, other in others.items():
+                is_slow = bool(samples[name]) and samples[name][0] > SLOW_SECONDS
+                if not (is_slow and len(samples[name]) >= ROUNDS_OF_SLOW_PEERS):
+                    samples[name].append(other.seconds())
+
+        self._benchmark.pedantic(replay.tick, setup=time_peers, rounds=ROUNDS, warmup_rounds=2)
+        seconds = self._benchmark.stats.stats.median
+        self._benchmark.extra_info.update(
+            kernel=kernel,
+            case=case,
+            microseconds=seconds * 1e6,
+            bytes=work.num_bytes,
+            operations=work.operations,
+            ceiling=floor.ceiling,
+            floor_microseconds=floor.seconds * 1e6,
+            fraction=floor.seconds / seconds,
+            peers={name: median(times) * 1e6 for name, times in samples.items()},
+            notes=notes,
+        )
+
+
+def calls(run: Function, sets: list[tuple[Any, ...]], num_calls: int) -> list[Callable[[], Any]]:
+    """num_calls calls, rounded up to whole rounds over the sets."""
+    num_rounds = -(-num_calls // len(sets))
+    return [partial(run, *inputs) for inputs in sets] * num_rounds
+
+
+def _record_peers(
+    peers: Mapping[str, Function], sets: list[tuple[Any, ...]], wanted: Any, tolerance: float
+) -> tuple[dict[str, Replay], list[str]]:
+    """The peers' replays, and notes on those that have none."""
+    replays, notes = {}, []
+    for name, run in peers.items():
+        try:
+            check(run(*sets[0]), wanted, tolerance)
+            num_calls = choose_num_calls(rough_seconds(partial(run, *sets[0])))
+            replays[name] = Replay(calls(run, sets[:num_calls], num_calls))
+        except Exception as error:  # whatever a library raises for a shape that it does not take
+            reason = (str(error).strip() or "?").splitlines()[0]
+            notes.append(f"{name}: {type(error).__name__}: {reason[:150]}")
+    return replays, notes
+
+
+def check(actual: Any, wanted: Any, tolerance: float) -> None:
+    """Raise AssertionError unless tensors agree: integers exactly, floats by the norm of the difference. Not NaN."""
+    for got, want in zip(_tensors(actual), _tensors(wanted), strict=True):
+        assert got.shape == want.shape, f"shape {list(got.shape)}, not {list(want.shape)}"
+        if not got.is_floating_point():
+            num_other = int((got != want).sum())
+            assert num_other == 0, f"{num_other} of {got.numel()} integers differ"
+            continue
+        difference = (got.double() - want.double()).norm()
+        error = float(difference / want.double().norm())
+        assert error <= tolerance, f"relative error {error:.2e}, above {tolerance:.0e}"
+
+
+def _tensors(outputs: Any) -> Iterable[torch.Tensor]:
+    return (outputs,) if isinstance(outputs, torch.Tensor) else outputs

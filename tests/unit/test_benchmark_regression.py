@@ -1,0 +1,106 @@
+"""What --benchmark-compare decides, on planted samples: a real slowdown is caught, and noise is not."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from benchmarks import conftest, regression
+
+
+def samples(rng: np.random.Generator, seconds: float, noise: float, num_samples: int = 15) -> list[float]:
+    """Times of one benchmark: `noise` of scatter, and now and then a hiccup of half as much again."""
+    hiccups = 1 + 0.5 * (rng.random(num_samples) < 0.05)
+    return (seconds * hiccups * (1 + noise * np.abs(rng.standard_normal(num_samples)))).tolist()
+
+
+@pytest.mark.parametrize("noise", [0.002, 0.01, 0.02])
+def test_a_slowdown_of_ten_percent_is_caught_among_fifty(noise):
+    rng = np.random.default_rng(1)
+    before = {f"b{i}": samples(rng, 1e-5 * (i + 1), noise) for i in range(50)}
+    now = {f"b{i}": samples(rng, 1e-5 * (i + 1) * (1.1 if i == 37 else 1.0), noise) for i in range(50)}
+    decisions = regression.decide_all(before, now)
+    assert [decision.name for decision in decisions if decision.is_regression] == ["b37"]
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.01, 0.05, 0.3])
+@pytest.mark.parametrize("seed", range(3))
+def test_noise_is_not_a_slowdown(noise, seed):
+    rng = np.random.default_rng(seed)
+    runs = [{f"b{i}": samples(rng, 1e-5, noise) for i in range(50)} for _ in range(2)]
+    assert not any(decision.is_slower or decision.is_faster for decision in regression.decide_all(*runs))
+
+
+@pytest.mark.parametrize("change", [0.97, 1.0, 1.04])
+def test_a_change_within_the_practical_threshold_fails_nothing_however_certain_it_is(change):
+    rng = np.random.default_rng(0)
+    decision = regression.decide("b", samples(rng, 1e-5, 0.001), samples(rng, change * 1e-5, 0.001))
+    assert not decision.is_slower
+    assert not decision.is_faster
+    assert decision.low <= decision.ratio <= decision.high
+
+
+def test_an_improvement_is_reported_and_fails_nothing():
+    rng = np.random.default_rng(0)
+    decision = regression.decide("b", samples(rng, 1e-5, 0.01), samples(rng, 0.8e-5, 0.01))
+    assert decision.is_faster
+    assert not decision.is_regression
+    assert "faster -" in regression.summary([decision])
+
+
+def test_the_decision_is_the_same_every_time():
+    rng = np.random.default_rng(0)
+    before, now = samples(rng, 1e-5, 0.01), samples(rng, 1.1e-5, 0.01)
+    assert regression.decide("b", before, now) == regression.decide("b", before, now)
+
+
+def test_runs_without_samples_are_refused():
+    with pytest.raises(ValueError, match="at least 8 samples, got 0 stored ones; store runs with --benchmark-autosave"):
+        regression.decide("b", [], [1.0] * 15)
+
+
+def test_only_common_benchmarks_are_compared():
+    constant = [1e-5] * 15
+    decisions = regression.decide_all({"a": constant, "b": constant}, {"b": constant, "c": constant})
+    assert [decision.name for decision in decisions] == ["b"]
+
+
+# --- the hooks ---
+
+
+@pytest.mark.parametrize(("now", "before"), [("NVIDIA H200", "NVIDIA H100"), (None, "NVIDIA H200")])
+def test_another_gpu_is_refused(now, before):
+    message = f"--benchmark-compare: both runs must be of the same GPU, got {now or 'no GPU'} now and {before}"
+    with pytest.raises(pytest.UsageError, match=message):
+        conftest.pytest_benchmark_compare_machine_info({"gpu": now}, {"machine_info": {"gpu": before}})
+
+
+def test_the_same_gpu_with_other_versions_is_compared():
+    now, before = {"gpu": "NVIDIA H200", "torch": "2.11.0"}, {"gpu": "NVIDIA H200", "torch": "2.12.0"}
+    conftest.pytest_benchmark_compare_machine_info(now, {"machine_info": before})
+
+
+def session(kernel_samples: list[float], host_samples: list[float], stored: dict[str, list[float]]) -> SimpleNamespace:
+    """What the hook reads of pytest's session, after benchmarks "kernel" and "host" have run."""
+
+    def benchmark(fullname: str, data: list[float]) -> SimpleNamespace:
+        extra_info = {"kernel": "rms_norm"} if fullname == "kernel" else {}
+        return SimpleNamespace(fullname=fullname, stats=SimpleNamespace(data=data), extra_info=extra_info)
+
+    mapping = {"0001.json": {name: {"stats": {"data": data}} for name, data in stored.items()}}
+    benchmarks = [benchmark("kernel", kernel_samples), benchmark("host", host_samples)]
+    state = SimpleNamespace(compared_mapping=mapping, benchmarks=benchmarks)
+    return SimpleNamespace(config=SimpleNamespace(_benchmarksession=state, stash=pytest.Stash()), exitstatus=0)
+
+
+@pytest.mark.parametrize(
+    ("kernel_factor", "host_factor", "exit_status"),
+    [(1.0, 1.0, 0), (1.1, 1.0, pytest.ExitCode.TESTS_FAILED), (0.8, 1.0, 0), (1.0, 2.0, 0)],
+    ids=["unchanged", "slower kernel", "faster kernel", "slower host"],
+)
+def test_the_session_fails_when_a_kernel_became_slower(kernel_factor, host_factor, exit_status):
+    rng = np.random.default_rng(3)
+    stored = {name: samples(rng, 1e-5, 0.01) for name in ("kernel", "host")}
+    fake: object = session(samples(rng, kernel_factor * 1e-5, 0.01), samples(rng, host_factor * 1e-5, 0.01), stored)
+    conftest.pytest_sessionfinish(fake)
+    assert fake.exitstatus == exit_status

@@ -1,0 +1,64 @@
+"""The benchmarks' table and chart."""
+
+import json
+
+import pytest
+
+from benchmarks import report
+
+ROWS = [
+    {
+        "kernel": "rms_norm",
+        "case": "a",
+        "microseconds": 2.0,
+        "floor_microseconds": 1.0,
+        "fraction": 0.5,
+        "ceiling": "copy",
+        "peers": {"torch": 9.0},
+        "notes": [],
+    },
+    {
+        "kernel": "paged_attention",
+        "case": "b",
+        "microseconds": 4.0,
+        "floor_microseconds": 1.0,
+        "fraction": 0.25,
+        "ceiling": "read",
+        "peers": {"flash-attn": 5.0},
+        "notes": ["torch: RuntimeError: too large"],
+    },
+]
+RESULT = report.Result({"gpu": "NVIDIA H200"}, {"copy": 4.28e12, "read": 4.35e12, "matmul": 784e12}, ROWS)
+
+
+def test_the_table_has_the_worst_first_and_a_dash_where_there_is_no_figure():
+    header, first, second, note, ceilings = report.table(RESULT).splitlines()
+    assert header.split()[-2:] == ["flash-attn", "torch"]
+    assert first.split() == ["paged_attention", "b", "4.0", "1.0", "25.0%", "read", "5.0", "-"]
+    assert second.split() == ["rms_norm", "a", "2.0", "1.0", "50.0%", "copy", "-", "9.0"]
+    assert note == "no figure, paged_attention, b: torch: RuntimeError: too large"
+    assert "4.28 TB/s" in ceilings
+    assert "784 TFLOP/s" in ceilings
+
+
+def test_the_bars_are_as_long_as_the_fractions():
+    first, second = report.text_chart(RESULT).splitlines()
+    assert first.startswith("paged_attention, b")
+    assert (first.count("#"), second.count("#")) == (report.BAR_WIDTH // 4, report.BAR_WIDTH // 2)
+
+
+def test_json_holds_what_was_measured(tmp_path):
+    path, picture = report.write(RESULT, tmp_path / "results")
+    assert report.Result(**json.loads(path.read_text())) == RESULT
+    assert picture.stat().st_size > 0
+
+
+def test_the_picture_is_drawn_where_matplotlib_is(tmp_path):
+    pytest.importorskip("matplotlib")
+    assert report.draw(RESULT, tmp_path).read_bytes().startswith(b"\x89PNG")
+
+
+def test_bars_of_text_stand_in_where_it_is_not(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)  # what makes an import fail
+    assert report.draw(RESULT, tmp_path) == tmp_path / "kernels.txt"
+    assert (tmp_path / "kernels.txt").read_text() == report.text_chart(RESULT)
