@@ -82,6 +82,7 @@ def _build(
     old_layout: bool = False,  # config.json as transformers 4.5x wrote it
     dtype: str = "float32",
     initializer_range: float = 0.2,
+    max_position_embeddings: int = MAX_POSITION_EMBEDDINGS,
     seed: int = 0,
 ) -> None:
     import transformers
@@ -94,7 +95,7 @@ def _build(
         "num_attention_heads": num_heads,
         "num_key_value_heads": num_kv_heads,
         "head_dim": head_dim,
-        "max_position_embeddings": MAX_POSITION_EMBEDDINGS,
+        "max_position_embeddings": max_position_embeddings,
         "rope_parameters": {**ROPE[rope], "rope_theta": rope_theta},
         "tie_word_embeddings": tied,
         "eos_token_id": EOS_TOKEN_ID,
