@@ -17,6 +17,7 @@ from typing import Any
 from nanovllm import __version__
 from nanovllm.config import ATTENTION_BACKENDS, DEVICES, DTYPES, Config
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.validation import require_unicode
 
 USER_ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -150,6 +151,7 @@ def _read_prompts(prompts: list[str]) -> list[str]:
     read = []
     for prompt in prompts:
         if prompt != "-":
+            require_unicode("a prompt", prompt)
             read.append(prompt)
             continue
         lines = [line.rstrip("\r\n") for line in sys.stdin]

@@ -76,6 +76,17 @@ def require_choice(name: str, value: Any, choices: Iterable[str], remedy: str = 
         raise ValueError(f"{name} must be one of {allowed}, got {value!r}{'; ' + remedy if remedy else ''}")
 
 
+def require_unicode(name: str, text: str) -> None:
+    """Raise ValueError for a lone surrogate: half a character, as undecodable bytes leave it. No tokenizer takes it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} must be valid Unicode, got {text!r} with a lone surrogate at position {error.start}; decode its "
+            "bytes with the right encoding, or with errors='replace'"
+        ) from error
+
+
 def _is_finite(value: Any) -> bool:
     """True for a Python or numpy number that a float can hold, False for a bool."""
     if not isinstance(value, numbers.Real) or isinstance(value, bool):

@@ -7,7 +7,7 @@ from typing import Any
 import xxhash
 
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.validation import is_int
+from nanovllm.validation import is_int, require_unicode
 
 Prompt = str | list[int]
 
@@ -54,6 +54,7 @@ def as_token_ids(prompt: Any, tokenizer: Any, vocab_size: int) -> list[int]:
                 "a text prompt needs a tokenizer and the model directory has none; give a list of token ids or add "
                 "tokenizer.json"
             )
+        require_unicode("a text prompt", prompt)
         token_ids = list(tokenizer.encode(prompt))
     elif isinstance(prompt, list):
         token_ids = prompt

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 
@@ -198,6 +199,12 @@ def test_unknown_model_type_is_named_with_what_is_supported(tmp_path, capsys):
 def test_empty_prompt_is_refused_by_its_index(capsys):
     """D12"""
     assert "prompt 1" in refusal(capsys, "generate", *SMALL, PROMPT, "")
+
+
+@pytest.mark.parametrize("options", [[], ["--chat"]])
+def test_bytes_that_are_no_text_are_refused(options, capsys, monkeypatch):
+    """An argument that is not UTF-8 arrives with lone surrogates, which no tokenizer takes."""
+    assert "must be valid Unicode" in refusal(capsys, "generate", *SMALL, *options, os.fsdecode(b"\xff"))
 
 
 def test_dash_with_empty_stdin_is_refused(capsys, monkeypatch):
