@@ -1,8 +1,8 @@
 """What holds for every test: no network, one thread a process, one seed for the run, Hypothesis' profiles.
 
-HYPOTHESIS_PROFILE=dev|ci|nightly says how many examples are drawn (dev by default). NANOVLLM_TEST_SEED decides the order
-of the tests, Python's, numpy's and torch's global generators before each test, and Hypothesis' draws; without it a run
-has a fresh one. A failure prints both.
+HYPOTHESIS_PROFILE=dev|ci|nightly says how many examples are drawn (dev by default). NANOVLLM_TEST_SEED decides the
+order of the tests, where Python's, numpy's and torch's global generators start before each, and what Hypothesis draws;
+without it a run has a fresh one. A failure prints both.
 """
 
 import os
