@@ -104,9 +104,9 @@ def _kernels(facts: Facts) -> Section:
     return Section(
         "Kernels",
         "Interpreted: values that Triton's interpreter computed on the CPU and that were compared with a reference "
-        "(arithmetic in bfloat16 is not: the interpreter gets it wrong). Compiled: variants that were compiled for "
-        "GPUs of compute capability 8.0, 9.0 and 10.0, none of which need be there, with registers and shared memory within "
-        "what is allowed. On a GPU: values compared there.",
+        "(not in bfloat16, which the interpreter gets wrong). Compiled: variants that were compiled for GPUs "
+        "of compute capability 8.0, 9.0 or 10.0, which need not be there, with registers and shared memory within what "
+        "is allowed. On a GPU: values compared there.",
         ("kernel", "dtype", *WAYS),
         [(*key, *(ways.get(way, 0) for way in WAYS)) for key, ways in sorted(table.items())],
         empty="no test of a kernel was in this run",
