@@ -9,6 +9,7 @@ from nanovllm.layers.attention import Attention
 from nanovllm.layers.attention_backend import AttentionBackend
 from reference.paged_attention import paged_attention
 from reference.store_kvcache import store_kvcache
+from tests.comparing import assert_within
 
 
 @dataclass(frozen=True)
@@ -108,15 +109,17 @@ def running_sum(lengths) -> torch.Tensor:
     return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
 
 
-def assert_within_twice_the_error_of_plain_torch(step: Step, output: torch.Tensor, expected: torch.Tensor) -> None:
+def assert_within_twice_the_error_of_plain_torch(
+    backend: str, step: Step, output: torch.Tensor, expected: torch.Tensor
+) -> None:
     """flash-attention's own bound: the same formula in plain PyTorch and the same dtype errs at least half as much.
 
     One unit in the last place of the largest output is allowed besides, for the rounding of the output itself.
     """
     plain_error = (step.expected_output(output.dtype).double() - expected).abs().max()
     last_place = torch.finfo(output.dtype).eps * expected.abs().max()
-    error = (output.double() - expected).abs().max()
-    assert error <= 2 * plain_error + last_place, f"error {error}, plain PyTorch's {plain_error}"
+    allowed = float(2 * plain_error + last_place)
+    assert_within(f"attention: {backend} against the reference", output, expected, allowed)
 
 
 def assert_same_bits(actual: torch.Tensor, expected: torch.Tensor) -> None:

@@ -1,7 +1,8 @@
-"""What holds for every test: no network, one thread a process, a known seed, Hypothesis' profiles.
+"""What holds for every test: no network, one thread a process, one seed for the run, Hypothesis' profiles.
 
-HYPOTHESIS_PROFILE=dev|ci|nightly says how many examples are drawn (dev by default); NANOVLLM_TEST_SEED seeds Python's,
-numpy's and torch's global generators before each test. A failure prints both.
+HYPOTHESIS_PROFILE=dev|ci|nightly says how many examples are drawn (dev by default). NANOVLLM_TEST_SEED decides the
+order of the tests, where Python's, numpy's and torch's global generators start before each, and what Hypothesis draws;
+without it a run has a fresh one. A failure prints both.
 """
 
 import os
@@ -22,9 +23,14 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.run_seed import PROFILE, SEED, how_to_repeat
+
+pytest_plugins = [
+    "tests.random_order",
+    "tests.report.plugin",
+]
+
 PROFILES = {"dev": 30, "ci": 100, "nightly": 3000}
-PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "dev")
-SEED = int(os.environ.get("NANOVLLM_TEST_SEED", "0"))
 
 for _name, _max_examples in PROFILES.items():
     settings.register_profile(
@@ -61,7 +67,12 @@ def _guarded_connect_ex(self: socket.socket, address: Any) -> int:
     return _connect_ex(self, address)
 
 
+@pytest.hookimpl(tryfirst=True)  # before Hypothesis' plugin reads its option
 def pytest_configure(config: pytest.Config) -> None:
+    if getattr(config.option, "reruns", None):
+        raise pytest.UsageError("--reruns: a test that fails now and then is a defect; find out why instead")
+    if config.option.hypothesis_seed is None:
+        config.option.hypothesis_seed = SEED
     socket.socket.connect = _guarded_connect  # type: ignore[method-assign]
     socket.socket.connect_ex = _guarded_connect_ex  # type: ignore[method-assign]
 
@@ -71,19 +82,17 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def pytest_report_header(config: pytest.Config) -> str:
-    return f"nanovllm: {_how_to_repeat()}"
+    return f"nanovllm: {how_to_repeat()}"
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
     report = yield
     if report.failed:
-        report.sections.append(("repeat with", f"{_how_to_repeat()} python -m pytest '{item.nodeid}'"))
+        text = f"{how_to_repeat()} python -m pytest '{item.nodeid}'"
+        text += "\n(without the test's name: all tests in the same order)"
+        report.sections.append(("repeat with", text))
     return report
-
-
-def _how_to_repeat() -> str:
-    return f"HYPOTHESIS_PROFILE={PROFILE} NANOVLLM_TEST_SEED={SEED}"
 
 
 @pytest.fixture(autouse=True)

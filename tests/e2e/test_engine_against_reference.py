@@ -11,10 +11,13 @@ from hypothesis import example, given, settings
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.inputs import request_seed
+from tests.engine_events import scheduler_events
+from tests.evidence import happened
 from tests.oracle import Oracle
 from tests.tiny_models import tiny_model
 
 MAX_MODEL_LEN = 40
+EVENTS = ("preemption", "prefill chunk", "cached block hit", "cached block evicted", "abort")
 SHARED_PREFIX = [7, 3, 9, 9, 2, 11, 5, 3, 8, 1, 4, 4, 10, 6, 2, 7, 12, 5, 9, 3]
 
 
@@ -114,19 +117,15 @@ def run(model_dir: str, scenario: Scenario, oracle: Oracle) -> Counter[str]:
             assert step < 2000, "the engine does not finish"
         manager = llm.scheduler.block_manager
         assert manager.num_free_blocks == len(manager.blocks), "blocks are left behind"
-        counts = Counter(
-            preemptions=llm.scheduler.num_preemptions,
-            chunks=llm.scheduler.num_prefill_chunks,
-            hits=manager.num_hit_blocks,
-            evictions=manager.num_evictions,
-        )
+        counts = Counter(scheduler_events(llm.scheduler))
     assert outputs.keys() == arrivals.keys()
     for seq_id, output in outputs.items():
         arrival = arrivals[seq_id]
         seed = request_seed(0, seq_id) if arrival.params.seed is None else arrival.params.seed
         if output["finish_reason"] == "abort":
             assert arrival.abort_after is not None
-            counts["aborts"] += 1
+            counts["abort"] += 1
+            happened("abort")
         oracle.check(list(arrival.prompt), arrival.params, seed, output["token_ids"], output["finish_reason"])
     return counts
 
@@ -147,6 +146,6 @@ def test_outputs_never_change(architecture: str) -> None:
 
     campaign()
     print(f"{architecture}: {dict(counts)}, {oracle.num_compared} tokens compared, {oracle.num_excused} excused")
-    missing = [event for event in ("preemptions", "chunks", "hits", "evictions", "aborts") if not counts[event]]
+    missing = [event for event in EVENTS if not counts[event]]
     assert not missing, f"vacuous: no {' and no '.join(missing)} in the whole campaign"
     assert oracle.num_excused <= oracle.num_compared // 200, "too many near ties to prove anything"

@@ -16,6 +16,8 @@ from nanovllm import LLM, SamplingParams, bundled_model_path
 from nanovllm.demo_prompts import DEMO_PROMPTS
 from reference.checkpoint import Checkpoint, load_checkpoint
 from reference.transformer import transformer
+from tests.comparing import assert_within
+from tests.engine_events import scheduler_events
 from tests.model_probe import make_runner, teacher_forced_logits
 from tests.oracle import ERROR_RATIO, Oracle
 from tests.tiny_models import VOCAB_SIZE, tiny_model
@@ -53,7 +55,7 @@ def test_float32_logits_on_the_torch_backend(architecture: str) -> None:
         max_num_seqs=8, max_num_batched_tokens=256, **EAGER,
     )  # fmt: skip
     ours = teacher_forced_logits(runner, token_ids, chunks=[33, 27], block_table=[5, 0, 8, 3, 1, 7, 2])
-    assert (ours - exact).abs().max() <= ERROR_RATIO * rounding
+    assert_within("engine: logits on a GPU against the reference", ours, exact, float(ERROR_RATIO * rounding))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -100,6 +102,7 @@ def test_float32_tokens_equal_the_reference(
         assert llm.scheduler.num_preemptions > 0
         assert llm.scheduler.num_prefill_chunks > 0
         assert llm.scheduler.block_manager.num_hit_blocks > 0
+        scheduler_events(llm.scheduler)
     for prompt, param, output in zip(prompts, params, outputs, strict=True):
         oracle.check(prompt, param, param.seed or 0, output["token_ids"], output["finish_reason"])
     assert oracle.num_excused <= 1

@@ -13,6 +13,7 @@ from nanovllm.engine.sequence import Sequence
 from nanovllm.worker.model_runner import ModelRunner
 from reference.checkpoint import load_checkpoint
 from reference.transformer import transformer
+from tests.evidence import happened
 from tests.model_probe import make_runner
 from tests.tiny_models import VOCAB_SIZE, tiny_model
 
@@ -63,6 +64,7 @@ def graph_logits(runner: ModelRunner, model_input: ModelInput) -> torch.Tensor:
     assert runner.graphs is not None
     assert runner.graphs.can_replay(model_input)
     logits = runner.graphs.replay(model_input)
+    happened("graph replay")
     assert logits is not None
     return logits.double().cpu()
 

@@ -11,6 +11,8 @@ import torch
 
 from nanovllm import LLM, SamplingParams, bundled_model_path
 from nanovllm.demo_prompts import DEMO_PROMPTS
+from tests.comparing import assert_within
+from tests.evidence import compared
 from tests.hugging_face import hugging_face_logits, judge, load_hugging_face
 from tests.model_probe import make_runner, teacher_forced_logits
 from tests.oracle import ERROR_RATIO
@@ -33,7 +35,7 @@ def test_teacher_forced_logits(variant: dict[str, Any]) -> None:
     rounding = (hugging_face_logits(model_dir, token_ids, torch.float32) - exact).abs().max()
     runner = make_runner(model_dir, kv_cache_block_size=16, num_kv_cache_blocks=9, **OPTIONS)
     ours = teacher_forced_logits(runner, token_ids, chunks=[33, 27], block_table=[5, 0, 8, 3, 1, 7, 2])
-    assert (ours - exact).abs().max() <= ERROR_RATIO * rounding
+    assert_within("engine: logits against transformers", ours, exact, float(ERROR_RATIO * rounding))
 
 
 @variants
@@ -52,6 +54,7 @@ def test_greedy_continuations(variant: dict[str, Any]) -> None:
         # each of two logits may be off by the bound
         assert judgement.shortfalls.max() <= 2 * ERROR_RATIO * judgement.rounding
         num_excused += int((judgement.shortfalls > 0).sum())
+        compared("engine: greedy tokens against transformers' logits", len(output["token_ids"]))
     assert num_excused <= 1
 
 
@@ -64,3 +67,4 @@ def test_the_bundled_model_generates_what_transformers_generates() -> None:
             inputs = torch.tensor([llm.tokenizer.encode(prompt)])
             generated = model.generate(inputs, max_new_tokens=48, do_sample=False)[0, inputs.shape[1] :]
             assert output["token_ids"] == generated.tolist()
+            compared("engine: greedy tokens against transformers' generate", len(generated))

@@ -46,7 +46,7 @@ def assert_transformers_agrees(architecture: str, dtype: str, **options: Any) ->
         half_place = torch.finfo(getattr(torch, dtype)).eps * judgement.largest_logit / 2
         bound = 2 * (FACTORS[dtype] * judgement.rounding + half_place)
         tolerated(f"greedy choices against transformers, {dtype}", float(judgement.shortfalls.max()), bound)
-        compared("engine against transformers: greedy tokens", params.max_tokens)
+        compared("engine: greedy tokens against transformers' logits", params.max_tokens)
         assert judgement.shortfalls.max() <= bound
         assert (judgement.shortfalls == 0).float().mean() >= 0.9
 

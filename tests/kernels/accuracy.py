@@ -2,20 +2,38 @@
 
 import torch
 
+from tests.evidence import INTERPRETED, ON_A_GPU, compared_kernel, tolerated
+
 
 def assert_within_twice_the_error_of_plain_torch(
-    actual: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor
+    kernel: str, actual: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor
 ) -> None:
     """actual errs at most twice as much as plain, the reference in the same dtype, and one unit in the last place more.
 
     exact: the reference on float64 copies of the inputs. Errors are the largest over the tensor, the unit that of its
-    largest element: it is the rounding of the output itself. NaN anywhere fails.
+    largest element: it is the rounding of the output itself. NaN anywhere fails. kernel: for the evidence.
     """
     assert (actual.dtype, actual.shape) == (plain.dtype, plain.shape)
+    assert_within_the_error_of_plain_torch(kernel, actual, plain, exact, factor=2)
+
+
+def assert_within_the_error_of_plain_torch(
+    kernel: str, actual: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor, factor: int
+) -> None:
+    """The same with another factor than two."""
     assert exact.dtype == torch.float64
     if exact.numel() == 0:
         return
     last_place = torch.finfo(actual.dtype).eps * exact.abs().max()
     plain_error = (plain.double() - exact).abs().max()
     error = (actual.double() - exact).abs().max()
-    assert error <= 2 * plain_error + last_place, f"error {error}, plain PyTorch's {plain_error}, unit {last_place}"
+    allowed = factor * plain_error + last_place
+    assert error <= allowed, f"error {error}, plain PyTorch's {plain_error}, unit {last_place}"
+    counted(kernel, actual)
+    if allowed:  # not where all is 0
+        tolerated(f"kernel {kernel}, {str(actual.dtype).removeprefix('torch.')}", float(error), float(allowed))
+
+
+def counted(kernel: str, output: torch.Tensor) -> None:
+    """Evidence: every element of a kernel's output was compared."""
+    compared_kernel(kernel, output.dtype, INTERPRETED if output.device.type == "cpu" else ON_A_GPU, output.numel())

@@ -15,6 +15,8 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from tests.evidence import COMPILED, compared_kernel
+
 MAX_REGISTERS_OF_AN_SM = 65536
 # Shared memory that one block may have, by compute capability (CUDA C++ Programming Guide, "Technical Specifications").
 MAX_SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -36,9 +38,14 @@ TARGETS = pytest.mark.parametrize(
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel as compiled. registers: of a thread; stack_bytes: of a thread, 0 unless it spills."""
+    """One kernel as compiled. registers: of a thread; stack_bytes: of a thread, 0 unless it spills.
+
+    file: the last part of its module's name. dtype: of what its first pointer points to.
+    """
 
     name: str
+    file: str
+    dtype: str
     capability: int
     num_warps: int
     registers: int
@@ -65,11 +72,12 @@ def compile_launches(launch: Callable[[], object], capability: int = 90) -> list
         def get_current_stream(self, device: str) -> int:
             return 0
 
-    kernels = []
+    kernels, files = [], []
     run = JITFunction.run
 
     def compile_only(self, *args, grid, warmup, **kwargs):
         kernels.append(run(self, *args, grid=grid, warmup=True, **kwargs))
+        files.append(self.fn.__module__.rpartition(".")[2])
 
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -79,7 +87,7 @@ def compile_launches(launch: Callable[[], object], capability: int = 90) -> list
     ):
         launch()
     assert kernels, "nothing was launched"
-    return [_read_resources(kernel, capability) for kernel in kernels]
+    return [_read_resources(kernel, file, capability) for kernel, file in zip(kernels, files, strict=True)]
 
 
 def assert_fits(
@@ -91,9 +99,16 @@ def assert_fits(
     assert compiled.registers <= max_registers, compiled
     assert compiled.registers * 32 * compiled.num_warps <= MAX_REGISTERS_OF_AN_SM, f"cannot be launched: {compiled}"
     assert compiled.shared_bytes <= min(limit, limit if max_shared_bytes is None else max_shared_bytes), compiled
+    compared_kernel(compiled.file, compiled.dtype, COMPILED)
 
 
-def _read_resources(kernel, capability: int) -> Compiled:
+def _dtype(kernel) -> str:
+    types = (re.match(r"(?:\*|tensordesc<)([a-z]+\d+)", kind) for kind in kernel.src.signature.values())
+    name = next(match[1] for match in types if match)
+    return {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "i32": "int32", "i64": "int64"}[name]
+
+
+def _read_resources(kernel, file: str, capability: int) -> Compiled:
     import triton
 
     with tempfile.TemporaryDirectory() as folder:
@@ -104,6 +119,8 @@ def _read_resources(kernel, capability: int) -> Compiled:
     usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", text)}
     return Compiled(
         name=kernel.metadata.name,
+        file=file,
+        dtype=_dtype(kernel),
         capability=capability,
         num_warps=kernel.metadata.num_warps,
         registers=usage["REG"],

@@ -112,7 +112,7 @@ def check(case: Case, device: str) -> None:
         output = grouped_gemm(*arguments, routing, tiles=tiles)
     guards.assert_intact()
     exact, plain = expected_output(case, layer), plain_output(case, layer)
-    assert_within_twice_the_error_of_plain_torch(output, plain, exact)
+    assert_within_twice_the_error_of_plain_torch("grouped_gemm", output, plain, exact)
 
 
 CHECKS = {name: partial(check, case) for name, case in CASES.items()}

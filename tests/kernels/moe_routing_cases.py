@@ -5,6 +5,7 @@ from functools import partial
 
 import torch
 
+from tests.kernels.accuracy import counted
 from tests.kernels.interpreting import Guards
 
 
@@ -72,6 +73,8 @@ def check(case: Case, device: str) -> None:
     assert routing.sorted_assignments.tolist() == padded
     padded = [*block_experts, *[unwritten] * (len(routing.block_experts) - len(block_experts))]
     assert routing.block_experts.tolist() == padded
+    for output in (routing.experts, routing.weights, routing.sorted_assignments, routing.block_experts):
+        counted("moe_routing", output)
 
 
 def expect(logits: torch.Tensor, case: Case) -> tuple[torch.Tensor, torch.Tensor, list[int], list[int]]:

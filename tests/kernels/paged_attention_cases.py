@@ -6,6 +6,7 @@ from functools import partial
 import torch
 
 from reference.paged_attention import paged_attention as reference_paged_attention
+from tests.kernels.accuracy import assert_within_the_error_of_plain_torch
 from tests.kernels.interpreting import Guards
 
 NO_BLOCK = 2**30  # fills the block tables: who follows it leaves the cache by far
@@ -118,12 +119,9 @@ def assert_right(inputs: Inputs, output: torch.Tensor) -> None:
     """
     if not len(output):
         return
-    expected = inputs.expected()
-    last_place = torch.finfo(output.dtype).eps * expected.abs().max()
-    plain_error = (inputs.expected(output.dtype).double() - expected).abs().max()
-    error = (output.double() - expected).abs().max()
     factor = 16 if output.dtype == torch.float32 else 2
-    assert error <= factor * plain_error + last_place, f"error {error}, plain PyTorch's {plain_error}"
+    plain, exact = inputs.expected(output.dtype), inputs.expected()
+    assert_within_the_error_of_plain_torch("paged_attention", output, plain, exact, factor)
 
 
 def check_case(case: Case, device: str) -> None:

@@ -9,7 +9,7 @@ from nanovllm.layers.rotary_embedding import apply_rotary_embedding
 from reference.rms_norm import rms_norm
 from reference.store_kvcache import store_kvcache
 from tests.attention_cases import assert_same_bits
-from tests.kernels.accuracy import assert_within_twice_the_error_of_plain_torch
+from tests.kernels.accuracy import assert_within_twice_the_error_of_plain_torch, counted
 from tests.kernels.interpreting import Guards
 from tests.kernels.rotary_embedding_cases import tables
 
@@ -68,18 +68,19 @@ def check_case(case: Case, device: str) -> None:
         )
     guards.assert_intact()
     plain, exact = (head_of(case, query.to(dtype), q_weight, cos, sin) for dtype in (case.dtype, torch.float64))
-    assert_within_twice_the_error_of_plain_torch(rotated_query, plain, exact)
+    assert_within_twice_the_error_of_plain_torch("qk_norm_rope_store", rotated_query, plain, exact)
     assert (rotated_key is not None) == case.returns_key
     if rotated_key is not None:
-        assert_within_twice_the_error_of_plain_torch(rotated_key, plain_key, exact_key)
+        assert_within_twice_the_error_of_plain_torch("qk_norm_rope_store", rotated_key, plain_key, exact_key)
     if not case.has_cache:
         assert k_cache.isnan().all()
         assert v_cache.isnan().all()
         return
     assert_same_bits(v_cache, expected_v_cache)
+    counted("qk_norm_rope_store", v_cache)
     assert torch.equal(k_cache.isnan(), plain_k_cache.isnan()), "a slot that is nobody's was written, or one left out"
     actual, plain, exact = (cache[~plain_k_cache.isnan()] for cache in (k_cache, plain_k_cache, exact_k_cache))
-    assert_within_twice_the_error_of_plain_torch(actual, plain, exact)
+    assert_within_twice_the_error_of_plain_torch("qk_norm_rope_store", actual, plain, exact)
 
 
 def check_far_slot(device: str) -> None:

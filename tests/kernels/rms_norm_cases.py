@@ -21,7 +21,7 @@ def check_rms_norm(shape: tuple[int, ...], dtype: torch.dtype, device: str, **ti
         normed = rms_norm(x, weight, EPS, **tiles)
     guards.assert_intact()
     exact = reference_rms_norm(x.double(), weight.double(), EPS)
-    assert_within_twice_the_error_of_plain_torch(normed, reference_rms_norm(x, weight, EPS), exact)
+    assert_within_twice_the_error_of_plain_torch("rms_norm", normed, reference_rms_norm(x, weight, EPS), exact)
 
 
 def check_add_rms_norm(shape: tuple[int, ...], dtype: torch.dtype, device: str, **tiles: int) -> None:
@@ -37,7 +37,7 @@ def check_add_rms_norm(shape: tuple[int, ...], dtype: torch.dtype, device: str, 
     assert torch.equal(total, x + residual)
     plain = reference_rms_norm(total, weight, EPS)
     exact = reference_rms_norm(total.double(), weight.double(), EPS)
-    assert_within_twice_the_error_of_plain_torch(normed, plain, exact)
+    assert_within_twice_the_error_of_plain_torch("rms_norm", normed, plain, exact)
 
 
 def check_views(dtype: torch.dtype, device: str) -> None:
@@ -54,7 +54,7 @@ def check_views(dtype: torch.dtype, device: str) -> None:
     guards.assert_intact()
     for actual, x in ((normed, key), (normed_sum, total)):
         exact = reference_rms_norm(x.double(), weight.double(), EPS)
-        assert_within_twice_the_error_of_plain_torch(actual, reference_rms_norm(x, weight, EPS), exact)
+        assert_within_twice_the_error_of_plain_torch("rms_norm", actual, reference_rms_norm(x, weight, EPS), exact)
     assert torch.equal(total, key + wide[:, 1:, 6:])
 
 

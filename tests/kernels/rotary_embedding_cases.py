@@ -30,7 +30,9 @@ def check_shape(num_tokens: int, heads: tuple[int, int], head_dim: int, dtype: t
     guards.assert_intact()
     for actual, x in zip(outputs, inputs, strict=True):
         exact = apply_rotary_embedding(x.double(), cos.double(), sin.double())
-        assert_within_twice_the_error_of_plain_torch(actual, apply_rotary_embedding(x, cos, sin), exact)
+        assert_within_twice_the_error_of_plain_torch(
+            "rotary_embedding", actual, apply_rotary_embedding(x, cos, sin), exact
+        )
 
 
 def check_far_head(device: str) -> None:

@@ -7,6 +7,7 @@ import torch
 
 from reference.philox import WORD, philox
 from reference.sampling import sampling as reference_sampling
+from tests.kernels.accuracy import counted
 from tests.kernels.interpreting import Guards
 
 POSITIONS = (0, 1, 2**20, 2**31, 2**32 - 1)
@@ -97,6 +98,7 @@ def check(case: Case, device: str) -> None:
     wide[:, case.vocab_size :] = 1e4  # a token that is read from beyond the vocabulary would win
     logits = wide.to(case.dtype)[:, : case.vocab_size]
     assert sample(Guards(device), logits, rows, tile_size=case.tile_size) == expected_tokens(logits, rows)
+    counted("sampling", logits[:, 0].to(device))  # a token a row, chosen from logits of this dtype
 
 
 def check_degenerate_rows(device: str) -> None:

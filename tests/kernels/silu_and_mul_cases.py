@@ -19,7 +19,7 @@ def check_shape(num_tokens: int, size: int, dtype: torch.dtype, device: str, str
         y = silu_and_mul(x, **tiles)
     guards.assert_intact()
     plain, exact = reference_silu_and_mul(x), reference_silu_and_mul(x.double())
-    assert_within_twice_the_error_of_plain_torch(y, plain, exact)
+    assert_within_twice_the_error_of_plain_torch("silu_and_mul", y, plain, exact)
 
 
 def check_large_gates(device: str) -> None:

@@ -7,6 +7,7 @@ import torch
 
 from reference.store_kvcache import store_kvcache as reference_store_kvcache
 from tests.attention_cases import assert_same_bits
+from tests.kernels.accuracy import counted
 from tests.kernels.interpreting import Guards
 
 
@@ -61,6 +62,7 @@ def check_case(case: Case, device: str) -> None:
     guards.assert_intact()
     assert_same_bits(k_cache, expected[0])
     assert_same_bits(v_cache, expected[1])
+    counted("store_kvcache", torch.stack([k_cache, v_cache]))
 
 
 def check_strides(device: str) -> None:

@@ -35,6 +35,6 @@ def test_equals_the_reference(lengths, is_prefill, dtype, head_dim, num_kv_heads
     step = make_step(case, dtype, "cuda")
     caches, expected = step.expected_caches(), step.expected_output()
     output = step.run(FlashAttentionBackend())
-    assert_within_twice_the_error_of_plain_torch(step, output, expected)
+    assert_within_twice_the_error_of_plain_torch("flash_attn backend", step, output, expected)
     assert_same_bits(step.k_cache, caches[0])
     assert_same_bits(step.v_cache, caches[1])

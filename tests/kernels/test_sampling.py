@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from nanovllm.layers.philox import exponential_from_words, token_words
 from nanovllm.layers.sampler import argmax
 from tests.kernels import sampling_cases as cases
+from tests.kernels.accuracy import counted
 from tests.kernels.compiling import CAPABILITIES, assert_fits, compile_launches
 from tests.kernels.interpreting import run_interpreted
 
@@ -84,6 +85,7 @@ def test_whole_vocabularies_on_a_gpu(scale, vocab_size, dtype):
     logits = (scale * torch.randn(40, vocab_size + 1, device="cuda")).to(dtype)[:, :vocab_size]
     expected = torch.where(rows["is_greedy"], argmax(logits), argmax(scores_of_torch(logits, rows)))
     assert torch.equal(sampling(logits, **rows), expected)
+    counted("sampling", logits[:, 0])
 
 
 @pytest.mark.gpu

@@ -8,6 +8,7 @@ import torch
 from reference.packing import varlen_attention as reference_varlen_attention
 from reference.paged_attention import paged_attention as reference_paged_attention
 from tests.attention_cases import running_sum
+from tests.kernels.accuracy import assert_within_twice_the_error_of_plain_torch
 from tests.kernels.interpreting import Guards
 
 NO_BLOCK = 2**30  # fills the block tables: who follows it leaves the cache by far
@@ -135,16 +136,13 @@ def run(case: Case, inputs: Inputs) -> torch.Tensor:
     )
 
 
-def assert_right(inputs: Inputs, output: torch.Tensor) -> None:
+def assert_right(inputs: Inputs, output: torch.Tensor, kernel: str = "varlen_attention") -> None:
     """Off by at most twice what the reference errs in the inputs' own dtype, and one unit in the last place."""
     assert output.shape == inputs.query.shape
     if not len(output):
         return
-    expected = inputs.expected()
-    last_place = torch.finfo(output.dtype).eps * expected.abs().max()
-    plain_error = (inputs.expected(output.dtype).double() - expected).abs().max()
-    error = (output.double() - expected).abs().max()
-    assert error <= 2 * plain_error + last_place, f"error {error}, plain PyTorch's {plain_error}"
+    plain, exact = inputs.expected(output.dtype), inputs.expected()
+    assert_within_twice_the_error_of_plain_torch(kernel, output, plain, exact)
 
 
 def check_case(case: Case, device: str) -> None:

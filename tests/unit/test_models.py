@@ -17,6 +17,7 @@ from nanovllm.model_config import ARCHITECTURES
 from nanovllm.models.loader import load_model
 from nanovllm.models.registry import build_model, model_dict
 from tests.checkpoints import SMALL_MOE, checkpoint_tensors, small_config
+from tests.comparing import assert_close
 from tests.parallel_ranks import run_together, threaded_ranks
 
 
@@ -55,7 +56,7 @@ def test_logits_of_several_ranks_equal_those_of_one(tmp_path, model_type, num_kv
         expected = logits_of(loaded_model(TensorParallel()))
         first, *others = run_together(logits_of, [loaded_model(rank) for rank in threaded_ranks(size)])
     assert expected.shape == (12, 32)
-    torch.testing.assert_close(first, expected, rtol=0, atol=1e-10)
+    assert_close("models: logits of several ranks against those of one", first, expected, rtol=0, atol=1e-10)
     assert others == [None] * (size - 1)
 
 

@@ -5,6 +5,7 @@ import torch
 
 from nanovllm.layers.activation import SiluAndMul
 from reference.silu_and_mul import silu_and_mul
+from tests.comparing import assert_close
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 
@@ -16,7 +17,7 @@ def test_silu_and_mul_equals_the_reference(dtype):
     assert (actual.dtype, actual.shape) == (dtype, (5, 3, 16))
     rtol = 4 * torch.finfo(dtype).eps  # silu is rounded to the dtype, then the product
     atol = torch.finfo(dtype).smallest_normal
-    torch.testing.assert_close(actual.double(), silu_and_mul(x.double()), rtol=rtol, atol=atol)
+    assert_close("layers: activation against the reference", actual.double(), silu_and_mul(x.double()), rtol, atol)
 
 
 @DTYPES

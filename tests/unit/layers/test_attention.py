@@ -17,6 +17,8 @@ from tests.attention_cases import (
     make_step,
     running_sum,
 )
+from tests.comparing import assert_close
+from tests.evidence import compared
 
 WHOLE_PROMPTS = ((5, 5), (1, 1), (33, 33), (16, 16))
 PREFIX_HITS_AND_CHUNKS = ((5, 21), (1, 16), (17, 17), (3, 40), (1, 1), (16, 32))
@@ -29,6 +31,7 @@ STEPS = {
 each_step = pytest.mark.parametrize("case", STEPS.values(), ids=STEPS)
 
 # float64 has 2**-53 of rounding; scores and sums of at most 300 terms of size 5 stay below 1e5 of them.
+ATTENTION = "attention: torch backend against the reference, float64"
 FLOAT64_TOLERANCE = 1e5 * 2**-53
 
 
@@ -38,9 +41,10 @@ def assert_attends_like_the_reference(case: Case) -> None:
     expected = step.expected_output()
     output = step.run(TorchAttentionBackend())
     assert output.shape == (sum(q_len for q_len, _ in case.lengths), case.num_heads, case.head_dim)
-    torch.testing.assert_close(output, expected, rtol=0, atol=FLOAT64_TOLERANCE)
+    assert_close(ATTENTION, output, expected, rtol=0, atol=FLOAT64_TOLERANCE)
     assert_same_bits(step.k_cache, k_cache)
     assert_same_bits(step.v_cache, v_cache)
+    compared("attention: KV cache against reference.store_kvcache", 2 * k_cache.numel())
 
 
 @pytest.mark.parametrize("num_kv_heads", [8, 4, 2, 1])
@@ -95,7 +99,7 @@ def test_chunks_see_what_the_whole_prompt_sees():
             context=context,
         )
         outputs.append(chunk.run(TorchAttentionBackend()))
-    torch.testing.assert_close(torch.cat(outputs), expected, rtol=0, atol=FLOAT64_TOLERANCE)
+    assert_close(ATTENTION, torch.cat(outputs), expected, rtol=0, atol=FLOAT64_TOLERANCE)
     assert_same_bits(chunked.k_cache, whole.k_cache)
 
 
@@ -124,7 +128,7 @@ def test_prefill_in_slices_of_queries(monkeypatch, limit):
 def test_error_in_lower_precision(case, dtype):
     step = make_step(dataclasses.replace(case, head_dim=64), dtype)
     expected = step.expected_output()
-    assert_within_twice_the_error_of_plain_torch(step, step.run(TorchAttentionBackend()), expected)
+    assert_within_twice_the_error_of_plain_torch("torch backend", step, step.run(TorchAttentionBackend()), expected)
 
 
 @pytest.mark.parametrize("padding", [[0], [2, 4], [0, 1, 2, 3, 4]])
@@ -183,7 +187,7 @@ def test_without_a_cache_prefill_attends_over_the_step_and_stores_nothing():
         output = layer(step.query, step.key, step.value)
     cu_seqlens = step.context.cu_seqlens_q
     expected = varlen_attention(step.query, step.key, step.value, cu_seqlens, cu_seqlens)
-    torch.testing.assert_close(output, expected, rtol=0, atol=FLOAT64_TOLERANCE)
+    assert_close(ATTENTION, output, expected, rtol=0, atol=FLOAT64_TOLERANCE)
 
 
 def test_without_a_cache_cached_keys_are_an_error():
@@ -215,7 +219,7 @@ def test_scale_is_applied():
     with set_context(step.context):
         output = layer(step.query, step.key, step.value)
     mean = step.value.mean(dim=0).repeat_interleave(2, dim=0)
-    torch.testing.assert_close(output[-1], mean, rtol=0, atol=FLOAT64_TOLERANCE)
+    assert_close(ATTENTION, output[-1], mean, rtol=0, atol=FLOAT64_TOLERANCE)
 
 
 @pytest.mark.gpu
@@ -225,6 +229,6 @@ def test_on_a_gpu(case, dtype):
     step = make_step(dataclasses.replace(case, head_dim=64), dtype, "cuda")
     caches = step.expected_caches()
     expected = step.expected_output()
-    assert_within_twice_the_error_of_plain_torch(step, step.run(TorchAttentionBackend()), expected)
+    assert_within_twice_the_error_of_plain_torch("torch backend", step, step.run(TorchAttentionBackend()), expected)
     assert_same_bits(step.k_cache, caches[0])
     assert_same_bits(step.v_cache, caches[1])

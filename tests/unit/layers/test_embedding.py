@@ -7,9 +7,11 @@ from nanovllm.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from nanovllm.layers.parameter import ShapeError
 from nanovllm.layers.tensor_parallel import TensorParallel
 from reference.tensor_parallel import vocab_parallel_embedding
+from tests.comparing import assert_close, assert_equal
 from tests.parallel_ranks import partial_ranks
 
 V, E = 12, 3
+EMBEDDING = "layers: embedding and output projection against the whole table"
 SIZES = pytest.mark.parametrize("size", [1, 2, 4])
 
 
@@ -23,8 +25,8 @@ def embedding(rank, table):
 def test_embeddings_of_all_ranks_sum_to_the_rows_of_the_table(size):
     table, token_ids = torch.randn(V, E), torch.arange(V).flip(0).repeat(2)
     outputs = [embedding(rank, table)(token_ids) for rank in partial_ranks(size)]
-    assert torch.equal(torch.stack(outputs).sum(0), vocab_parallel_embedding(token_ids, table, size))
-    assert torch.equal(torch.stack(outputs).sum(0), table[token_ids])
+    assert_equal(EMBEDDING, torch.stack(outputs).sum(0), vocab_parallel_embedding(token_ids, table, size))
+    assert_equal(EMBEDDING, torch.stack(outputs).sum(0), table[token_ids])
 
 
 @pytest.mark.parametrize("rank", range(4))
@@ -43,7 +45,7 @@ def test_logits_of_all_ranks_side_by_side_are_the_dense_projection(size):
         layer = ParallelLMHead(V, E, rank).double()
         layer.weight.weight_loader(layer.weight, weight)
         logits.append(layer(hidden_states))
-    torch.testing.assert_close(torch.cat(logits, dim=-1), hidden_states @ weight.T, rtol=0, atol=1e-12)
+    assert_close(EMBEDDING, torch.cat(logits, dim=-1), hidden_states @ weight.T, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("move", [lambda m: m.to(torch.float64), lambda m: m.half(), lambda m: m.to("cpu")])

@@ -55,8 +55,8 @@ def test_norm(has_triton, dtype):
     assert torch.equal(total, norm(x, residual)[1])
     plain, plain_sum = norm(x), norm(total)
     norm.double()
-    assert_within_twice_the_error_of_plain_torch(normed, plain, norm(x.double()))
-    assert_within_twice_the_error_of_plain_torch(normed_sum, plain_sum, norm(total.double()))
+    assert_within_twice_the_error_of_plain_torch("rms_norm", normed, plain, norm(x.double()))
+    assert_within_twice_the_error_of_plain_torch("rms_norm", normed_sum, plain_sum, norm(total.double()))
 
 
 @pytest.mark.gpu
@@ -65,7 +65,7 @@ def test_activation(has_triton, dtype):
     x = torch.randn(50, 192, device="cuda").to(dtype)
     actual = SiluAndMul()(x)
     has_triton(False)
-    assert_within_twice_the_error_of_plain_torch(actual, SiluAndMul()(x), SiluAndMul()(x.double()))
+    assert_within_twice_the_error_of_plain_torch("silu_and_mul", actual, SiluAndMul()(x), SiluAndMul()(x.double()))
 
 
 @pytest.mark.gpu
@@ -76,7 +76,9 @@ def test_rotation(dtype):
     cos, sin = angle.cos(), angle.sin()
     for x, actual in zip((query, key), rotate_query_and_key(query, key, cos, sin), strict=True):
         exact = apply_rotary_embedding(x.double(), cos.double(), sin.double())
-        assert_within_twice_the_error_of_plain_torch(actual, apply_rotary_embedding(x, cos, sin), exact)
+        assert_within_twice_the_error_of_plain_torch(
+            "rotary_embedding", actual, apply_rotary_embedding(x, cos, sin), exact
+        )
 
 
 @pytest.mark.gpu

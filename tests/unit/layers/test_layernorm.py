@@ -8,6 +8,7 @@ import torch
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.parameter import ShapeError
 from reference.rms_norm import rms_norm
+from tests import comparing
 
 E, EPS = 48, 1e-5
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -21,8 +22,8 @@ def norm_and_weight(dtype):
 
 
 def assert_close(actual, expected):
-    assert actual.dtype == expected.dtype
-    torch.testing.assert_close(actual, expected, rtol=4 * torch.finfo(expected.dtype).eps, atol=0)
+    rtol = 4 * torch.finfo(expected.dtype).eps
+    comparing.assert_close("layers: RMSNorm against the reference", actual, expected, rtol, atol=0)
 
 
 @DTYPES

@@ -17,6 +17,7 @@ from nanovllm.layers.linear import (
 from nanovllm.layers.parameter import ShapeError
 from nanovllm.layers.tensor_parallel import TensorParallel
 from reference.tensor_parallel import column_parallel_linear, row_parallel_linear
+from tests.comparing import assert_close
 from tests.parallel_ranks import partial_ranks
 
 T, E, D = 5, 16, 4
@@ -39,7 +40,7 @@ def load(layer, weight, bias, *shard_id):
 
 
 def assert_equal(actual, expected):
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
+    assert_close("layers: linear against the reference", actual, expected, rtol=0, atol=1e-12)
 
 
 @BIAS

@@ -8,9 +8,11 @@ from nanovllm.layers.parameter import ShapeError
 from nanovllm.layers.tensor_parallel import TensorParallel
 from nanovllm.model_config import MoEConfig
 from reference.moe import moe
+from tests.comparing import assert_close
 from tests.parallel_ranks import partial_ranks
 
 T, E, F, N = 9, 8, 12, 6
+MOE = "layers: mixture of experts against the reference"
 
 
 def weights():
@@ -36,7 +38,7 @@ def test_sum_over_ranks_equals_the_reference(top_k, norm_topk_prob, size):
     x, (router, gate_up, down) = torch.randn(T, E).double(), weights()
     outputs = [block(router, gate_up, down, top_k, norm_topk_prob, rank)(x) for rank in partial_ranks(size)]
     expected = moe(x, router, gate_up, down, top_k, norm_topk_prob)
-    torch.testing.assert_close(torch.stack(outputs).sum(0), expected, rtol=0, atol=1e-12 * float(expected.abs().max()))
+    assert_close(MOE, torch.stack(outputs).sum(0), expected, rtol=0, atol=1e-12 * float(expected.abs().max()))
 
 
 def test_experts_that_nobody_chose_are_not_computed():
@@ -47,7 +49,7 @@ def test_experts_that_nobody_chose_are_not_computed():
     expected = moe(x, router, gate_up, down, 1, True)
     gate_up[1:], down[1:] = torch.nan, torch.nan
     actual = block(router, gate_up, down, 1, True, TensorParallel())(x)
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12 * float(expected.abs().max()))
+    assert_close(MOE, actual, expected, rtol=0, atol=1e-12 * float(expected.abs().max()))
 
 
 def test_routing_weights_are_normalised_in_float32_in_a_bfloat16_model():

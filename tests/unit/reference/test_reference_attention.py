@@ -18,6 +18,7 @@ from reference.packing import packing, unpacking, varlen_attention
 from reference.paged_attention import paged_attention
 from reference.slot_mapping import slot_mapping
 from reference.store_kvcache import store_kvcache
+from tests.comparing import assert_close
 
 TOLERANCE = 1e-12
 
@@ -27,7 +28,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def close(actual: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(actual, expected, rtol=0, atol=TOLERANCE)
+    assert_close("reference: attention against loops, PyTorch and laws", actual, expected, rtol=0, atol=TOLERANCE)
 
 
 # q_len, k_len, H, K, D: one token; whole prompt; a chunk after a prefix; decode; GQA 1, 2, 4 and multi-query

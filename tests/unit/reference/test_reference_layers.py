@@ -15,6 +15,7 @@ from reference.rms_norm import rms_norm
 from reference.rotary_embedding import inverse_frequencies, rotary_embedding
 from reference.silu_and_mul import silu_and_mul
 from reference.tensor_parallel import column_parallel_linear, row_parallel_linear, vocab_parallel_embedding
+from tests.comparing import assert_close
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -22,7 +23,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def close(actual: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
+    assert_close("reference: layers against loops, PyTorch and laws", actual, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("eps", [1e-6, 1e-2])
