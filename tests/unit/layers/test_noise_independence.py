@@ -15,7 +15,7 @@ from tests.evidence import compared
 from tests.statistics import check_counts, check_differences, random_integers
 
 LAGS = (1, 2, 3, 4, 5, 8, 64, 1024)
-NUM_PAIRS = 4096  # for each bit: a flip with another probability than 1/2 is noticed from 0.06 = sqrt(30.6 / 2 / n) on
+NUM_PAIRS = 4096  # for each bit: a flip with another probability than 1/2 is noticed from 0.06 = sqrt(32 / 2 / n) on
 
 Words = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]  # the signature of token_words
 
