@@ -4,7 +4,6 @@ Thousands of drawn scenarios; the same through a worker in a process of its own;
 to go wrong changes what comes out.
 """
 
-import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -21,7 +20,7 @@ from nanovllm.engine.sequence import Sequence
 from nanovllm.sampling_params import SamplingParams
 from tests import symbolic_model
 from tests.evidence import compared, happened
-from tests.symbolic_model import SymbolicModel, SymbolicWorker, expected_digest
+from tests.symbolic_model import PickledModel, SymbolicModel, SymbolicWorker, expected_digest
 from tests.unit.engine.harness import PROMPTS, Collisions, make_scheduler, two_bit_hash
 
 
@@ -77,13 +76,6 @@ def scenarios() -> st.SearchStrategy[Scenario]:
     )
 
 
-class PickledModel(SymbolicModel):
-    """Computes what is left of a batch after pickling, as every rank but the first does."""
-
-    def run(self, batch: ScheduledBatch) -> list[int]:
-        return super().run(pickle.loads(pickle.dumps(batch)))
-
-
 def play(scenario: Scenario, start_model: Callable[[int, int], Model]) -> None:
     """Serve the scenario's requests; every output must be the one from the formula."""
     scheduler = make_scheduler(
@@ -128,7 +120,7 @@ def arriving(request: Request, scenario: Scenario, earlier: list[Sequence]) -> S
 def expected_text(seq: Sequence, max_model_len: int) -> list[int]:
     text = seq.prompt_token_ids
     while len(text) < min(seq.num_prompt_tokens + seq.sampling_params.max_tokens, max_model_len):
-        text.append(expected_digest(text, seq.sampling_params, seq.seed))
+        text.append(expected_digest(tuple(text), seq.sampling_params, seq.seed))
     return text
 
 
