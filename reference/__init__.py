@@ -19,6 +19,7 @@ READING_ORDER = (
     ("block_hash", "a number that names a full block together with everything before it"),
     ("block_manager", "who owns which block, and which blocks can be shared"),
     ("scheduler", "which sequences compute how many tokens in the next step"),
+    ("postprocess", "its keys are in the cache, its tokens are appended, who is done leaves"),
     ("rms_norm", "bring every token's vector to one length"),
     ("rotary_embedding", "turn queries and keys by an angle that grows with the position"),
     ("silu_and_mul", "one half of a vector decides how much of the other half passes"),

@@ -41,7 +41,8 @@ class BlockManager:
     num_blocks: int
     block_size: int
     tables: Mapping[object, tuple[int, ...]] = field(default_factory=dict)  # sequence -> the blocks it owns, in order
-    prefixes: Mapping[int, tuple[int, ...]] = field(default_factory=dict)  # hittable block -> all tokens to its end
+    prefixes: Mapping[int, tuple[int, ...]] = field(default_factory=dict)  # hittable block -> all tokens to its end,
+    # in the order in which they became hittable
     freed: tuple[int, ...] = ()  # free blocks that were owned before, in the order in which they were freed
 
     def ref_count(self, block: int) -> int:
@@ -64,7 +65,7 @@ class BlockManager:
             equal = [block for block, prefix in self.prefixes.items() if prefix == tuple(token_ids[:end])]
             if not equal:
                 break
-            found.append(min(equal, key=lambda block: (block in self.free, block)))  # an owned twin costs nothing
+            found.append(min(equal, key=lambda block: block in self.free))  # of twins, an owned one: it costs nothing
         return tuple(found)
 
     def can_allocate(self, token_ids: Sequence[int], reserve: int = 0) -> bool:

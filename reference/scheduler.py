@@ -13,7 +13,7 @@ after MAX_CONSECUTIVE_PREFILLS prefill steps in a row.
 Why the head of the line blocks: if small requests could overtake a big one, it might never fit.
 Why a reserve, one block for each sequence that will still grow: without it, the next decode step would preempt what was
 just admitted. Why the last is preempted: it has waited least, and the first always finishes.
-Why a lone sequence never lacks a block: a request that could outgrow the whole pool is refused before it gets here.
+Why a lone sequence never lacks a block: a request that could outgrow the whole pool does not pass the door (fits).
 """
 
 from dataclasses import dataclass, replace
@@ -30,6 +30,7 @@ class Sequence:
     num_prompt_tokens: int
     max_tokens: int
     num_cached_tokens: int = 0  # whose keys and values are in the cache
+    ending: frozenset[int] = frozenset()  # the tokens that end it: end of sequence, stop tokens
 
     @property
     def num_left(self) -> int:
@@ -105,16 +106,23 @@ def prefill(
     return Decision(True, scheduled, waiting, running, pool, num_consecutive_prefills + 1)
 
 
-def num_that_can_grow(sequences: tuple[Sequence, ...], pool: BlockManager, max_model_len: int) -> int:
-    """How many may need a block beyond those for their tokens so far. The last token sampled is never stored."""
+def most_blocks(seq: Sequence, pool: BlockManager, max_model_len: int) -> int:
+    """How many it holds at its longest. The last token sampled is never stored."""
+    return pool.num_blocks_for(min(seq.num_prompt_tokens + seq.max_tokens, max_model_len) - 1)
 
-    def most_tokens_stored(seq: Sequence) -> int:
-        return min(seq.num_prompt_tokens + seq.max_tokens, max_model_len) - 1
+
+def fits(seq: Sequence, pool: BlockManager, max_model_len: int) -> bool:
+    """The door: a request waits only if it has room for one more token and could finish with the pool to itself."""
+    return seq.num_prompt_tokens < max_model_len and most_blocks(seq, pool, max_model_len) <= pool.num_blocks
+
+
+def num_that_can_grow(sequences: tuple[Sequence, ...], pool: BlockManager, max_model_len: int) -> int:
+    """How many may need a block beyond those for their tokens so far."""
 
     def num_blocks_held(seq: Sequence) -> int:
         return len(pool.tables.get(seq.seq_id, ())) or pool.num_blocks_for(len(seq.token_ids))
 
-    return sum(pool.num_blocks_for(most_tokens_stored(seq)) > num_blocks_held(seq) for seq in sequences)
+    return sum(most_blocks(seq, pool, max_model_len) > num_blocks_held(seq) for seq in sequences)
 
 
 def decode(waiting: tuple[Sequence, ...], running: tuple[Sequence, ...], pool: BlockManager) -> Decision:

@@ -2,13 +2,45 @@
 
 import pickle
 from collections.abc import Callable
+from itertools import combinations
 from typing import Any
+
+from hypothesis import strategies as st
 
 from nanovllm.engine.block_manager import BlockManager, block_hash
 from nanovllm.engine.model_input import ModelInput, prepare_decode, prepare_prefill
 from nanovllm.engine.scheduler import ScheduledBatch, Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.sampling_params import SamplingParams
+
+# Prompts of two letters, and of one: prefixes, blocks and whole prompts repeat.
+PROMPTS = st.lists(st.integers(0, 1), min_size=1, max_size=20) | st.integers(1, 20).map(lambda length: [0] * length)
+
+
+def two_bit_hash(token_ids: list[int], parent: int | None) -> int:
+    """The engine's hash less 62 of its bits: it collides all the time, and so do its chains."""
+    return block_hash(token_ids, parent) % 4
+
+
+class Collisions:
+    """Counts pairs of different prefixes that a manager has held under one hash at the same time."""
+
+    def __init__(self, manager: BlockManager) -> None:
+        self._manager = manager
+        self._seen: set[tuple[int, int]] = set()
+
+    @property
+    def number(self) -> int:
+        return len(self._seen)
+
+    def count(self) -> None:
+        """Look at what the manager holds now."""
+        prefixes: dict[int, set[int]] = {}
+        for block in self._manager.blocks:
+            if block.hash is not None and block.prefix_id is not None:
+                prefixes.setdefault(block.hash, set()).add(block.prefix_id)
+        for ids in prefixes.values():
+            self._seen.update(combinations(sorted(ids), 2))
 
 
 def make_sequence(

@@ -1,82 +1,87 @@
-"""Scheduler and BlockManager take the decisions of reference.scheduler, step by step, over drawn requests."""
+"""Scheduler and BlockManager take the decisions of reference.scheduler, step by step, whatever happens to them."""
 
 from dataclasses import replace
 
-from hypothesis import given
-from hypothesis import strategies as st
+import pytest
+from hypothesis import settings
+from hypothesis.stateful import run_state_machine_as_test
 
-import reference.scheduler as reference
+from nanovllm.engine.scheduler import ScheduledBatch
 from nanovllm.engine.sequence import Sequence
+from reference import postprocess, scheduler
 from reference.block_manager import BlockManager
 from tests.evidence import compared
-from tests.unit.engine.harness import make_scheduler, make_sequence, next_token
+from tests.unit.engine.engine_machine import EOS, MAX_MODEL_LEN, EngineMachine
+from tests.unit.engine.harness import two_bit_hash
 
 
-def computed(decision: reference.Decision) -> reference.Decision:
-    """The reference's queues after the step, with the tokens that next_token gives the engine."""
-    pool, running, chunks = decision.block_manager, [], dict(decision.scheduled)
-    for seq in decision.running:
-        if seq.seq_id in chunks:
-            seq = replace(seq, num_cached_tokens=seq.num_cached_tokens + chunks[seq.seq_id])
-            pool = pool.computed(seq.seq_id, seq.token_ids, seq.num_cached_tokens)
-            if seq.num_left == 0:
-                seq = replace(seq, token_ids=(*seq.token_ids, next_token(Sequence(list(seq.token_ids)))))
-        if len(seq.token_ids) - seq.num_prompt_tokens == seq.max_tokens:
-            pool = pool.deallocate(seq.seq_id)
-        else:
-            running.append(seq)
-    return replace(decision, running=tuple(running), block_manager=pool)
+class LockStep(EngineMachine):
+    """EngineMachine with the reference beside it; the two share nothing but the tokens."""
 
+    def has_started(self) -> None:
+        pool = BlockManager(len(self.manager.blocks), self.block_size)
+        self.decision = scheduler.Decision(False, (), (), (), pool, 0)
 
-@given(
-    prompts=st.lists(
-        st.tuples(st.lists(st.integers(0, 1), min_size=1, max_size=12), st.integers(1, 8), st.integers(0, 6)),
-        min_size=1,
-        max_size=7,
-    ),
-    spare_blocks=st.integers(0, 6),
-    block_size=st.integers(1, 4),
-    max_num_seqs=st.integers(1, 5),
-    budget=st.integers(5, 16),
-)
-def test_the_engine_decides_as_the_reference(
-    prompts: list[tuple[list[int], int, int]], spare_blocks: int, block_size: int, max_num_seqs: int, budget: int
-) -> None:
-    """D08, D16, D17: who computes how much, who runs, who waits and which blocks are free is the same at every step.
+    def has_arrived(self, seq: Sequence, is_refused: bool) -> None:
+        params = seq.sampling_params
+        ending = frozenset() if params.ignore_eos else frozenset({EOS})
+        request = scheduler.Sequence(seq.seq_id, tuple(seq.token_ids), len(seq), params.max_tokens, ending=ending)
+        assert scheduler.fits(request, self.decision.block_manager, MAX_MODEL_LEN) != is_refused, "D10, D11"
+        if not is_refused:
+            self.decision = replace(self.decision, waiting=(*self.decision.waiting, request))
 
-    Twins end the comparison: of two equal blocks the two may share different ones.
-    """
-    limits = {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": budget, "max_model_len": 64}
-    need = max(-(-(len(tokens) + max_tokens - 1) // block_size) for tokens, max_tokens, _ in prompts)
-    engine = make_scheduler(need + spare_blocks, block_size, **limits)
-    decision = reference.Decision(False, (), (), (), BlockManager(need + spare_blocks, block_size), 0)
-    arrivals = sorted(enumerate(prompts), key=lambda item: item[1][2])
-    for time in range(3000):
-        for seq_id, (tokens, max_tokens, arrival) in arrivals:
-            if arrival == time:
-                engine.add(make_sequence(tokens, block_size, seq_id=seq_id, max_tokens=max_tokens))
-                newcomer = reference.Sequence(seq_id, tuple(tokens), len(tokens), max_tokens)
-                decision = replace(decision, waiting=(*decision.waiting, newcomer))
-        if time > 6 and engine.is_finished:
-            break
-        batch = engine.schedule()
-        decision = reference.schedule(
-            decision.waiting,
-            decision.running,
-            decision.block_manager,
-            num_consecutive_prefills=decision.num_consecutive_prefills,
-            **limits,
+    def has_left(self, seq: Sequence) -> None:
+        self.decision = postprocess.leave(self.decision, seq.seq_id)
+        self.compare_queues()
+
+    def has_scheduled(self, batch: ScheduledBatch) -> None:
+        last = self.decision
+        self.decision = scheduler.schedule(
+            last.waiting,
+            last.running,
+            last.block_manager,
+            num_consecutive_prefills=last.num_consecutive_prefills,
+            max_num_seqs=self.scheduler.max_num_seqs,
+            max_num_batched_tokens=self.scheduler.max_num_batched_tokens,
+            max_model_len=MAX_MODEL_LEN,
         )
-        assert batch.is_prefill == decision.is_prefill
+        assert batch.is_prefill == self.decision.is_prefill, "D15"
         ids = [seq.seq_id for seq in batch.sequences]
-        assert tuple(zip(ids, batch.num_scheduled_tokens, strict=True)) == decision.scheduled
-        assert [seq.seq_id for seq in engine.running] == [seq.seq_id for seq in decision.running]
-        assert [seq.seq_id for seq in engine.waiting] == [seq.seq_id for seq in decision.waiting]
-        assert engine.block_manager.num_free_blocks == len(decision.block_manager.free)
-        compared("scheduler: decisions against reference.scheduler")
-        engine.postprocess(batch, [next_token(seq) for seq in batch.sampled_sequences])
-        decision = computed(decision)
-        if engine.block_manager._same_hash:
-            return
-    assert engine.is_finished
-    assert not decision.running
+        assert tuple(zip(ids, batch.num_scheduled_tokens, strict=True)) == self.decision.scheduled, "D06"
+        compared("Scheduler against reference", 1 + len(ids))
+        self.compare_queues()
+
+    def has_postprocessed(self, tokens: dict[int, int]) -> None:
+        self.decision, finished = postprocess.postprocess(self.decision, tokens, MAX_MODEL_LEN)
+        assert {seq.seq_id: seq.finish_reason for seq in self.live if seq.is_finished} == finished, "D11, D70"
+        self.compare_queues()
+
+    def compare_queues(self) -> None:
+        """Who runs and waits, with how much computed, who shares his blocks with how many, how many are free."""
+        for ours, theirs in (
+            (self.scheduler.running, self.decision.running),
+            (self.scheduler.waiting, self.decision.waiting),
+        ):
+            assert [(seq.seq_id, seq.token_ids, seq.num_cached_tokens) for seq in ours] == [
+                (seq.seq_id, list(seq.token_ids), seq.num_cached_tokens) for seq in theirs
+            ]
+            compared("Scheduler against reference", len(theirs))
+        pool = self.decision.block_manager
+        for seq in self.scheduler.running:
+            owners = [self.manager.blocks[block_id].ref_count for block_id in seq.block_table]
+            assert owners == [pool.ref_count(block) for block in pool.tables[seq.seq_id]], (
+                "D13: who shares with how many"
+            )
+        assert self.manager.num_free_blocks == len(pool.free), "D02"
+        compared("Scheduler against reference", sum(map(len, pool.tables.values())) + 1)
+
+
+class LockStepWithCollisions(LockStep):
+    hash_function = staticmethod(two_bit_hash)
+
+
+@pytest.mark.timeout(1800)  # with the nightly profile's examples
+@pytest.mark.parametrize("machine", [LockStep, LockStepWithCollisions])
+def test_the_engine_decides_as_the_reference(machine: type[LockStep]) -> None:
+    """D02 D06 D08 D10 D11 D13 D15 D16 D17 D19: who computes how much, who runs, waits and shares, at every step."""
+    run_state_machine_as_test(machine, settings=settings(stateful_step_count=40))

@@ -182,6 +182,13 @@ def test_a_twin_survives_the_reuse_of_its_copy(leaves: str, stays: str) -> None:
     assert pool.hits([1, 2]) == pool.tables[stays]
 
 
+def test_of_free_twins_the_one_that_was_hittable_first_is_hit() -> None:
+    pool = BlockManager(4, 2).allocate("a", [1, 2])[0].allocate("b", [1, 2])[0]
+    pool = pool.computed("b", [1, 2], 2).computed("a", [1, 2], 2).deallocate("a")
+    first = pool.tables["b"]
+    assert pool.deallocate("b").hits([1, 2]) == first
+
+
 def test_a_pool_that_is_exactly_full_appends_until_the_next_block_opens() -> None:
     """D02."""
     pool = filled(BlockManager(1, 4), "a", [1, 2])

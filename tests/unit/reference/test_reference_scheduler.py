@@ -3,11 +3,13 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reference.block_manager import BlockManager
-from reference.scheduler import MAX_CONSECUTIVE_PREFILLS, Decision, Sequence, schedule
+from reference.postprocess import leave, postprocess
+from reference.scheduler import MAX_CONSECUTIVE_PREFILLS, Decision, Sequence, fits, schedule
 
 LIMITS = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "max_model_len": 64}
 
@@ -18,19 +20,9 @@ def request(seq_id: int, num_tokens: int, max_tokens: int = 4) -> Sequence:
 
 
 def computed(decision: Decision) -> Decision:
-    """The queues after the step: its tokens are in the cache, and who has no token left gets a new one or is done."""
-    pool, running = decision.block_manager, []
-    chunks = dict(decision.scheduled)
-    for seq in decision.running:
-        seq = replace(seq, num_cached_tokens=seq.num_cached_tokens + chunks.get(seq.seq_id, 0))
-        pool = pool.computed(seq.seq_id, seq.token_ids, seq.num_cached_tokens)
-        if seq.num_left == 0:
-            seq = replace(seq, token_ids=(*seq.token_ids, seq.token_ids[-1] % 2))
-        if len(seq.token_ids) - seq.num_prompt_tokens == seq.max_tokens:
-            pool = pool.deallocate(seq.seq_id)
-        else:
-            running.append(seq)
-    return replace(decision, running=tuple(running), block_manager=pool)
+    """The queues after the step; the next token depends on the last one."""
+    tokens = {seq.seq_id: seq.token_ids[-1] % 2 for seq in decision.running}
+    return postprocess(decision, tokens, LIMITS["max_model_len"])[0]
 
 
 def run(waiting: tuple[Sequence, ...], num_blocks: int, block_size: int = 2, **limits: int) -> Iterator[Decision]:
@@ -160,6 +152,47 @@ def test_a_pool_that_is_exactly_full_does_not_preempt() -> None:
     """D02: the fourth token of each fits into the block of its third."""
     steps = list(run((request(0, 3, 2), request(1, 3, 2)), num_blocks=4))
     assert [step.preempted for step in steps] == [(), ()]
+
+
+def test_the_door_lets_in_what_can_finish_alone_and_has_room_for_one_more_token() -> None:
+    """D10, D11: the last token sampled is never stored, so 3 + 2 tokens fit in 4 slots, and 3 + 3 do not."""
+    pool = BlockManager(2, 2)
+    assert fits(request(0, 3, max_tokens=2), pool, max_model_len=64)
+    assert not fits(request(0, 3, max_tokens=3), pool, max_model_len=64)
+    assert fits(request(0, 3, max_tokens=99), pool, max_model_len=5)
+    assert fits(request(0, 4, max_tokens=1), pool, max_model_len=5)
+    assert not fits(request(0, 5, max_tokens=1), pool, max_model_len=5)
+
+
+@pytest.mark.parametrize(
+    ("token", "max_tokens", "max_model_len", "reason"),
+    [(1, 9, 64, None), (7, 9, 64, "stop"), (1, 1, 64, "length"), (7, 1, 64, "stop"), (1, 9, 5, "length")],
+)
+def test_who_has_its_last_token_leaves_with_the_reason(
+    token: int, max_tokens: int, max_model_len: int, reason: str | None
+) -> None:
+    """D11, D70: a prompt of 4; 7 ends it."""
+    seq = replace(request(0, 4, max_tokens), ending=frozenset({7}))
+    step = schedule((seq,), (), BlockManager(4, 2), **{**LIMITS, "max_model_len": max_model_len})
+    step, finished = postprocess(step, {0: token}, max_model_len)
+    assert finished == ({0: reason} if reason else {})
+    assert [running.token_ids[-1] for running in step.running] == ([] if reason else [token])
+    assert len(step.block_manager.free) == (4 if reason else 2)
+    assert len(step.block_manager.hits(seq.token_ids)) == 2, "its blocks stay hittable"
+
+
+def test_whoever_leaves_in_mid_step_is_passed_over() -> None:
+    """D19: running, waiting, and between schedule and postprocess; nothing of it becomes hittable."""
+    step = schedule(
+        (request(0, 4), request(1, 4), request(2, 4)), (), BlockManager(8, 2), **{**LIMITS, "max_num_seqs": 2}
+    )
+    for gone in (0, 2):
+        step = leave(step, gone)
+    assert (set(step.block_manager.tables), len(step.block_manager.free)) == ({1}, 6)
+    step, _ = postprocess(step, {0: 5, 1: 6}, 64)
+    assert [seq.token_ids[-1] for seq in step.running] == [6]
+    assert step.waiting == ()
+    assert step.block_manager.hits(request(0, 4).token_ids) == ()
 
 
 def test_decoding_gets_its_turn_under_steady_arrivals() -> None:

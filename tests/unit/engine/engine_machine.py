@@ -1,0 +1,257 @@
+"""EngineMachine: everything that can happen to a Scheduler, as rules that Hypothesis puts in any order.
+
+Tokens come from a symbolic model, which computes what is left of each batch after pickling; what a step reads is held
+against the formula at once. Subclasses put another hash or an oracle of the decisions beside it.
+"""
+
+from collections import Counter
+from typing import ClassVar
+
+import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from nanovllm.engine.block_manager import BlockHash, block_hash
+from nanovllm.engine.model_input import PADDING_SLOT, prepare_decode, prepare_prefill
+from nanovllm.engine.scheduler import MAX_CONSECUTIVE_PREFILLS, ScheduledBatch
+from nanovllm.engine.sequence import Sequence
+from tests.evidence import compared, happened
+from tests.symbolic_model import PickledModel, expected_digest
+from tests.unit.engine.harness import PROMPTS, Collisions, make_scheduler, make_sequence
+
+MAX_MODEL_LEN = 28
+EOS = 2
+
+
+def as_token(digest: int) -> int:
+    """0 or 1, so that texts repeat, and the end-of-sequence token now and then."""
+    return EOS if digest % 11 == 0 else digest % 2
+
+
+class EngineMachine(RuleBasedStateMachine):
+    hash_function: BlockHash = staticmethod(block_hash)
+    seen: ClassVar[Counter[str]] = Counter()  # what happened, over all runs
+
+    @initialize(
+        num_blocks=st.integers(2, 12),
+        block_size=st.integers(1, 4),
+        max_num_seqs=st.integers(1, 4),
+        spare_budget=st.integers(0, 4),
+    )
+    def start(self, num_blocks: int, block_size: int, max_num_seqs: int, spare_budget: int) -> None:
+        self.block_size = block_size
+        self.scheduler = make_scheduler(
+            num_blocks,
+            block_size,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_seqs + spare_budget,
+            max_model_len=MAX_MODEL_LEN,
+            eos_token_ids=frozenset({EOS}),
+            hash_function=self.hash_function,
+        )
+        self.manager = self.scheduler.block_manager
+        self.collisions = Collisions(self.manager)
+        self.model = PickledModel(num_blocks, block_size)
+        self.longest = min(MAX_MODEL_LEN, num_blocks * block_size + 1)  # prompt and output that fit together
+        self.live: list[Sequence] = []
+        self.texts: list[list[int]] = [[0]]  # of every sequence there was
+        self.num_steps = 0
+        self.deadline: dict[Sequence, int] = {}  # the step in which it must have ended
+        self.last_token: dict[Sequence, int] = {}  # the step of it, of sequences that run
+        self.num_decodes: Counter[Sequence] = Counter()  # decode steps since its admission
+        self.has_started()
+
+    # --- what happens ---
+
+    @rule(
+        prompts=st.lists(PROMPTS, min_size=1, max_size=3),
+        max_tokens=st.integers(1, 12),
+        ignore_eos=st.booleans(),
+    )
+    def add(self, prompts: list[list[int]], max_tokens: int, ignore_eos: bool) -> None:
+        for tokens in prompts:
+            tokens = tokens[: self.longest - 1]
+            self.arrive(tokens, min(max_tokens, self.longest - len(tokens)), ignore_eos)
+
+    @rule(number=st.integers(0, 99), max_tokens=st.integers(1, 6))
+    def add_again(self, number: int, max_tokens: int) -> None:
+        """A text that was there before, prompt and output."""
+        self.add([self.texts[number % len(self.texts)]], max_tokens, ignore_eos=False)
+
+    @rule(prompts=st.lists(PROMPTS, min_size=2, max_size=4))
+    def add_a_crowd(self, prompts: list[list[int]]) -> None:
+        """Memory pressure: each grows until it would fill the pool, or the model's length, alone."""
+        self.add(prompts, self.longest, ignore_eos=True)
+
+    @rule(num_tokens=st.integers(1, MAX_MODEL_LEN + 3), too_many=st.integers(1, 9))
+    def add_what_can_never_fit(self, num_tokens: int, too_many: int) -> None:
+        """D10, D11: refused at the door; the others go on."""
+        max_tokens = max(self.longest - num_tokens, 0) + too_many
+        is_cut = self.longest == MAX_MODEL_LEN and num_tokens < MAX_MODEL_LEN  # ends at the model's length instead
+        self.arrive([1] * num_tokens, max_tokens, ignore_eos=True, is_refused=not is_cut)
+
+    @precondition(lambda self: self.live)
+    @rule(number=st.integers(0, 99))
+    def abort(self, number: int) -> None:
+        """D19."""
+        seq = self.live[number % len(self.live)]
+        assert self.scheduler.abort(seq.seq_id)
+        self.leave(seq)
+
+    @precondition(lambda self: self.scheduler.running)
+    @rule(number=st.integers(0, 99))
+    def finish(self, number: int) -> None:
+        """A stop string was found in the text."""
+        seq = self.scheduler.running[number % len(self.scheduler.running)]
+        self.scheduler.finish(seq, "stop")
+        self.leave(seq)
+
+    @rule(num_steps=st.integers(1, 6))
+    def step(self, num_steps: int) -> None:
+        for _ in range(num_steps):
+            self.finish_step(self.start_step())
+
+    @rule(number=st.integers(0, 99))
+    def step_with_an_abort_inside(self, number: int) -> None:
+        """D19: between schedule() and postprocess()."""
+        batch = self.start_step()
+        if self.live:
+            self.abort(number)
+        self.finish_step(batch)
+
+    @rule()
+    def step_that_fails(self) -> None:
+        """D18: the engine aborts what was being computed, and goes on."""
+        for seq in self.start_step().sequences:
+            assert self.scheduler.abort(seq.seq_id)
+            self.leave(seq)
+
+    def teardown(self) -> None:
+        if not hasattr(self, "live"):
+            return
+        while self.live:  # each has its deadline
+            self.finish_step(self.start_step())
+            self.limits_and_invariants_hold()
+        assert self.scheduler.is_finished
+        assert self.manager.num_free_blocks == len(self.manager.blocks)
+        self.report("preemption", self.scheduler.num_preemptions)
+        self.report("prefill chunk", self.scheduler.num_prefill_chunks)
+        self.report("block hit", self.manager.num_hit_blocks)
+        self.report("block evicted", self.manager.num_evictions)
+        self.report("hash collision", self.collisions.number)
+
+    def report(self, event: str, number: int = 1) -> None:
+        self.seen[event] += number
+        happened(event, number)
+
+    # --- a request, and what must hold of it ---
+
+    def arrive(self, tokens: list[int], max_tokens: int, ignore_eos: bool, is_refused: bool = False) -> None:
+        seq = make_sequence(
+            tokens, self.block_size, seq_id=len(self.texts), max_tokens=max_tokens, ignore_eos=ignore_eos
+        )
+        if is_refused:
+            with pytest.raises(ValueError, match=r"a prompt must be shorter|must fit in the KV cache"):
+                self.scheduler.add(seq)
+            assert seq not in self.scheduler.waiting
+            self.report("refused at the door")
+        else:
+            self.scheduler.add(seq)
+            self.live.append(seq)
+            self.texts.append(seq.token_ids)
+            self.deadline[seq] = self.num_steps + sum(map(self.most_steps, self.live))
+        self.has_arrived(seq, is_refused)
+
+    @staticmethod
+    def most_steps(seq: Sequence) -> int:
+        """Steps that the oldest request needs at most, whatever arrives behind it: every prefill step computes a token
+        of it, and every second step at least is one; or it decodes in one of MAX_CONSECUTIVE_PREFILLS + 1.
+        """
+        max_tokens = seq.sampling_params.max_tokens
+        return 2 * (seq.num_prompt_tokens + max_tokens) + (MAX_CONSECUTIVE_PREFILLS + 1) * max_tokens
+
+    def leave(self, seq: Sequence) -> None:
+        self.live.remove(seq)
+        self.last_token.pop(seq, None)
+        self.has_left(seq)
+
+    # --- a step, and what must hold of it ---
+
+    def start_step(self) -> ScheduledBatch:
+        self.num_steps += 1
+        before = set(self.scheduler.running)
+        batch = self.scheduler.schedule()
+        self.has_scheduled(batch)
+        assert bool(self.live) != batch.is_empty, "there is always something to compute"
+        assert batch.num_tokens <= self.scheduler.max_num_batched_tokens
+        for seq in before - set(self.scheduler.running):
+            assert self.num_decodes[seq] >= self.block_size, "D17: block_size decode steps before a preemption"
+            self.last_token.pop(seq, None)
+        for seq in self.scheduler.running:
+            self.num_decodes[seq] = 0 if seq not in before else self.num_decodes[seq] + (not batch.is_prefill)
+        if not batch.is_empty:
+            self.check_writes(batch)
+            self.digests = self.model.run(batch)
+            for seq, digest in zip(batch.sampled_sequences, self.digests, strict=True):
+                expected = expected_digest(tuple(seq.token_ids), seq.sampling_params, seq.seed)
+                assert digest == expected, f"D09: {seq} read what it should not"
+            compared("symbolic model", len(self.digests))
+        return batch
+
+    def check_writes(self, batch: ScheduledBatch) -> None:
+        slots = (prepare_prefill if batch.is_prefill else prepare_decode)(batch.sequences).slot_mapping
+        self.report("not stored again", int((slots == PADDING_SLOT).sum()))
+        for slot in slots[slots != PADDING_SLOT].tolist():
+            block = self.manager.blocks[slot // self.block_size]
+            assert block.ref_count == 1, "D05: a shared block is never written"
+            assert not block.is_cached, "D05: a block that others may hit is never written"
+
+    def finish_step(self, batch: ScheduledBatch) -> None:
+        tokens = [as_token(digest) for digest in self.digests] if batch.sampled_sequences else []
+        self.scheduler.postprocess(batch, tokens)
+        self.has_postprocessed(dict(zip([seq.seq_id for seq in batch.sampled_sequences], tokens, strict=True)))
+        for seq in batch.sampled_sequences:
+            if seq.finish_reason == "abort":
+                continue
+            gap = self.num_steps - self.last_token.get(seq, self.num_steps)
+            assert gap <= MAX_CONSECUTIVE_PREFILLS + 1, (
+                "D15: a running sequence's next token comes within so many steps"
+            )
+            self.report("forced decode", gap == MAX_CONSECUTIVE_PREFILLS + 1)
+            self.last_token[seq] = self.num_steps
+            if seq.is_finished:
+                self.leave(seq)
+                self.check_end(seq)
+
+    def check_end(self, seq: Sequence) -> None:
+        alone = seq.prompt_token_ids
+        while len(alone) < len(seq):
+            alone.append(as_token(expected_digest(tuple(alone), seq.sampling_params, seq.seed)))
+        assert seq.token_ids == alone, "D08: preemption leaves no trace"
+        is_eos = seq.last_token == EOS and not seq.sampling_params.ignore_eos
+        assert seq.finish_reason == ("stop" if is_eos else "length")
+        assert is_eos or seq.num_completion_tokens == seq.sampling_params.max_tokens or len(seq) == MAX_MODEL_LEN
+
+    @invariant()
+    def limits_and_invariants_hold(self) -> None:
+        if not hasattr(self, "live"):
+            return
+        self.manager.check_invariants(self.scheduler.running)
+        self.collisions.count()
+        assert len(self.scheduler.running) <= self.scheduler.max_num_seqs, "D16"
+        order = [seq.seq_id for seq in (*self.scheduler.running, *self.scheduler.waiting)]
+        assert order == [seq.seq_id for seq in self.live] == sorted(order), "first come, first served"
+        late = [seq for seq in self.live if self.num_steps > self.deadline[seq]]
+        assert not late, f"not finished within its bound of steps: {late}"
+
+    # --- what subclasses compare ---
+
+    def has_started(self) -> None: ...
+
+    def has_arrived(self, seq: Sequence, is_refused: bool) -> None: ...
+
+    def has_left(self, seq: Sequence) -> None: ...
+
+    def has_scheduled(self, batch: ScheduledBatch) -> None: ...
+
+    def has_postprocessed(self, tokens: dict[int, int]) -> None: ...
