@@ -1,4 +1,4 @@
-"""python -m tests.mutants: would the tests notice? Applies each mutant in a private copy, runs its tests, adds it up."""
+"""python -m tests.mutants: would the tests notice? Each mutant in a private copy, its tests run, all added up."""
 
 import argparse
 import os
@@ -22,7 +22,9 @@ def main() -> int:
         return 2
     if arguments.list:
         for mutant in mutants:
-            print(f"{mutant.component}: {mutant.id} {' '.join(mutant.defects)}\n  {mutant.why}\n{changed_lines(mutant)}")
+            print(
+                f"{mutant.component}: {mutant.id} {' '.join(mutant.defects)}\n  {mutant.why}\n{changed_lines(mutant)}"
+            )
         return 0
     os.nice(10)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # leaves as Ctrl-C does: nothing behind

@@ -1,16 +1,16 @@
 """Mutant: one small wrong change to nanovllm's code, as data. Reads them from data/*.mutants, one file a component.
 
-    file: nanovllm/engine/block_manager.py            of the mutants that follow
-    tests: tests/unit/engine/test_block_manager.py    run first, in this order, until one fails
-    then: tests/unit/engine/test_state_machine.py     run only for what survives those
+file: nanovllm/engine/block_manager.py            of the mutants that follow
+tests: tests/unit/engine/test_block_manager.py    run first, in this order, until one fails
+then: tests/unit/engine/test_state_machine.py     run only for what survives those
 
-    [hash-without-parent] D09                         id, and the defects of DEFECTS.md that it puts back
-    Why it is wrong, in words.
-    - the old text, which occurs once in the file; without indentation it may be a part of a line
-    + the new text, without a line of it the old text is removed
-    occurrence: 2 of 3                                if it does not occur once
-    tests: ...                                        of this mutant alone; `then:` likewise
-    equivalent: ...                                   the proof that nobody can notice; without it, a test must fail
+[hash-without-parent] D09                         id, and the defects of DEFECTS.md that it puts back
+Why it is wrong, in words.
+- the old text, which occurs once in the file; without indentation it may be a part of a line
++ the new text, without a line of it the old text is removed
+occurrence: 2 of 3                                if it does not occur once
+tests: ...                                        of this mutant alone; `then:` likewise
+equivalent: ...                                   the proof that nobody can notice; without it, a test must fail
 """
 
 import re
@@ -46,7 +46,7 @@ class Mutant:
     equivalent: str = ""
 
     def apply(self, source: str) -> str:
-        """`source`, the text of self.file, with the change in it. Raises MutantError if the old text is not as stated."""
+        """`source`, the text of self.file, with the change. Raises MutantError if the old text is not as stated."""
         which, count = self.occurrence
         parts = source.split(self.old)
         if len(parts) - 1 != count:

@@ -5,6 +5,7 @@ change of a file is seen even within one tick of the clock, and all other files 
 """
 
 import compileall
+import contextlib
 import os
 import shutil
 import signal
@@ -71,10 +72,7 @@ class PrivateTree:
     def _kill_group(self) -> None:
         process = self._process
         if process is not None and process.returncode is None:
-            try:
-                os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
+            _kill(process.pid)
 
     def run_changed(self, file: str, source: str, tests: tuple[str, ...], cpu_limit: float) -> TestRun:
         """As run, with `source` in place of the text of `file`."""
@@ -90,7 +88,7 @@ class PrivateTree:
             raise BrokenRun("the tree is closed")
         pytest = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
         options = ["-p", "tests.mutants.pytest_plugin", "--hypothesis-seed=0"]
-        limits = f"ulimit -t {int(cpu_limit) + 1}; ulimit -d {_MEMORY_KIB}; exec \"$@\""
+        limits = f'ulimit -t {int(cpu_limit) + 1}; ulimit -d {_MEMORY_KIB}; exec "$@"'
         command = ["sh", "-c", limits, "sh", *pytest, *options, *tests]
         log = self.root.parent / "log"
         with log.open("wb") as output:
@@ -110,7 +108,7 @@ class PrivateTree:
                 process.returncode = os.waitstatus_to_exitcode(status)
             finally:
                 timer.cancel()
-                _kill_left_over(process.pid)
+                _kill(process.pid)  # what a killed run had started and not ended
         shutil.rmtree(self.root / ".hypothesis", ignore_errors=True)
         return self._judged(process.returncode, usage.ru_utime + usage.ru_stime, log.read_text(errors="replace"))
 
@@ -136,16 +134,15 @@ class _Changed:
     def __enter__(self) -> None:
         self._path.write_text(self._source, encoding="utf-8")
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._path.write_bytes(self._original)
 
 
-def _kill_left_over(group: int) -> None:
-    """What a killed run has started and not ended."""
-    try:
+def _kill(group: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(group, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        pass
 
 
 def _environment() -> dict[str, str]:

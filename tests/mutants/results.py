@@ -39,7 +39,8 @@ class Results:
                     entry = json.loads(line)
                 except json.JSONDecodeError:
                     continue  # the last line of a run that was killed while it wrote
-                self._known[entry.pop("key")] = Result(**entry)
+                key = entry.pop("key")
+                self._known[key] = Result(**entry)
 
     def get(self, key: str) -> Result | None:
         return self._known.get(key)

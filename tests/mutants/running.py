@@ -1,10 +1,12 @@
 """Runs mutants, each in a worker's own PrivateTree, after their tests have passed on the code as it is."""
 
 import queue
+import sys
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
+from typing import TypeVar
 
 from tqdm import tqdm
 
@@ -12,10 +14,13 @@ from tests.mutants.mutant import Mutant, source_of
 from tests.mutants.private_tree import BrokenRun, PrivateTree
 from tests.mutants.results import Result, Results, key_of, key_of_tests
 
+_Item = TypeVar("_Item")
 _BASELINE_LIMIT = 300.0  # seconds of CPU that a test file may take on the code as it is
 
 
-def run_mutants(mutants: list[Mutant], results: Results, workers: int = 1, minutes: float | None = None) -> list[Result]:
+def run_mutants(
+    mutants: list[Mutant], results: Results, workers: int = 1, minutes: float | None = None
+) -> list[Result]:
     """The results of `mutants` in order, known ones from `results`; fewer when the minutes are over.
 
     Raises BrokenRun when a test fails on the code as it is: then no failure means anything.
@@ -43,7 +48,7 @@ def run_mutants(mutants: list[Mutant], results: Results, workers: int = 1, minut
 
             futures = {executor.submit(judge, mutant): mutant for mutant in todo}
             try:
-                for future in tqdm(as_completed(futures), total=len(futures), desc="mutants", unit="mutant"):
+                for future in _progress(as_completed(futures), "mutants", len(futures)):
                     result = future.result()
                     if result is not None:
                         results.add(keys[result.id], result)
@@ -72,7 +77,7 @@ def _baseline(tree: PrivateTree, mutants: Iterable[Mutant], results: Results) ->
     """Seconds of CPU that each test takes on the code as it is. Raises BrokenRun if one fails there."""
     seconds = {}
     tests = sorted({test for mutant in mutants for test in (*mutant.tests, *mutant.then)})
-    for test in tqdm(tests, desc="tests on the code as it is", unit="file"):
+    for test in _progress(tests, "tests on the code as it is", len(tests)):
         key = key_of_tests([test])
         known = results.get(key)
         if known is None:
@@ -83,3 +88,8 @@ def _baseline(tree: PrivateTree, mutants: Iterable[Mutant], results: Results) ->
             results.add(key, known)
         seconds[test] = known.seconds
     return seconds
+
+
+def _progress(items: Iterable[_Item], what: str, number: int) -> Iterable[_Item]:
+    """A progress bar; in a log, where it would be a line each time, one that moves twice a minute."""
+    return tqdm(items, desc=what, total=number, mininterval=0.1 if sys.stderr.isatty() else 30)
