@@ -66,6 +66,17 @@ def test_every_block_is_hashed_once_in_a_sequences_life() -> None:
     assert calls == [[1, 2], [3, 4], [5, 6], [7, 8], [9, 10]]
 
 
+def test_a_block_is_hashed_with_the_hash_of_the_block_before_it() -> None:
+    parents = []
+
+    def recorded(tokens: list[int], parent: int | None) -> int:
+        parents.append(parent)
+        return 100 + len(parents)
+
+    BlockManager(8, 2, recorded).can_allocate(make_sequence([1, 2, 3, 4, 5, 6], 2))
+    assert parents == [None, 101, 102]
+
+
 # --- sharing ---
 
 
@@ -77,7 +88,9 @@ def test_a_prefix_is_shared_block_by_block() -> None:
     assert (second.num_cached_tokens, second.num_stored_tokens, second.num_cached_prompt_tokens) == (4, 4, 4)
     assert [manager.blocks[block_id].ref_count for block_id in first.block_table] == [2, 2, 1]
     assert manager.num_hit_blocks == 2
-    manager.check_invariants([first, second])
+    third = allocated(manager, [1, 2, 9])
+    assert manager.num_hit_blocks == 3
+    manager.check_invariants([first, second, third])
 
 
 @pytest.mark.parametrize("num_tokens", [2, 4, 8])
@@ -239,7 +252,7 @@ def test_taking_a_block_out_of_the_free_list_walks_over_no_other() -> None:
 def test_an_empty_pool_is_a_named_error() -> None:
     manager = BlockManager(1, 2)
     allocated(manager, [1])
-    with pytest.raises(RuntimeError, match="no free KV block: call can_allocate or can_append first"):
+    with pytest.raises(RuntimeError, match=r"^no free KV block: call can_allocate or can_append first$"):
         allocated(manager, [2])
 
 

@@ -82,6 +82,19 @@ def test_a_real_text_streams_whole_characters(bundled_tokenizer: Any) -> None:
     assert not any("\ufffd" in piece for piece in pieces)
 
 
+class SpaceStrippingTokenizer:
+    """As SentencePiece: the space before a word is left out where decoding starts; token 9 is special."""
+
+    def decode(self, token_ids: list[int], **_: Any) -> str:
+        return "".join(f" {'abcdefgh'[token_id]}" for token_id in token_ids if token_id != 9).removeprefix(" ")
+
+
+def test_a_special_token_does_not_become_the_context() -> None:
+    """Decoded behind a special token alone, the next word would lose the space before it."""
+    pieces, detokenizer = stream(SpaceStrippingTokenizer(), [0, 9, 1, 9, 9, 2])
+    assert "".join(pieces) == detokenizer.text == "a b c"
+
+
 def test_a_character_waits_for_all_of_its_bytes() -> None:
     pieces, _ = stream(ByteTokenizer(), spell("a€b😀"))
     assert pieces == ["a", "", "", "€", "b", "", "", "", "😀", ""]
@@ -148,6 +161,17 @@ def test_a_stop_string_within_one_token_cuts_inside_it() -> None:
     for token_id in (0, 1, 2):
         detokenizer.append(token_id)
     assert (detokenizer.text, detokenizer.is_stopped) == ("a ", True)
+
+
+def test_a_stop_string_twice_within_one_token_cuts_at_the_first() -> None:
+    class Tokenizer:
+        def decode(self, token_ids: list[int], **_: Any) -> str:
+            return "x#y#z" * len(token_ids)
+
+    detokenizer = Detokenizer(Tokenizer(), ("#",))
+    detokenizer.append(0)
+    assert detokenizer.text == "x"
+    assert detokenizer.take(is_last=False) == "x", "what is decided is not held back"
 
 
 def test_closing_twice_adds_nothing() -> None:

@@ -111,8 +111,8 @@ def test_token_ids_are_plain_ints_in_a_list_of_their_own(prompt: Any, expected: 
         ((1, 2), r"got tuple; convert it with list"),
         (np.array([1, 2]), r"got ndarray; convert it with list"),
         (b"ab", "got bytes"),
-        (7, "got int"),
-        (None, "got NoneType"),
+        (7, "got int$"),
+        (None, "got NoneType$"),
     ],
 )
 def test_bad_prompts_are_refused(prompt: Any, message: str) -> None:

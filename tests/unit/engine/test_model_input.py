@@ -55,6 +55,12 @@ def test_prefill_of_whole_prompts_by_hand() -> None:
     assert model_input.sampling.position.tolist() == [3, 5]
 
 
+def test_the_longest_come_first_and_equal_ones_in_their_order() -> None:
+    lengths = [3] * 20 + [5] + [3] * 20
+    model_input = prepare_prefill([scheduled(length, 0, length, [0, 1]) for length in lengths])
+    assert model_input.longest_first.tolist() == [20, *range(20), *range(21, 41)]
+
+
 def test_keys_of_a_chunk_end_where_the_chunk_ends() -> None:
     """D07: 7 tokens, 2 computed before, 3 now: 5 keys, and nothing is sampled."""
     model_input = prepare_prefill([scheduled(7, 2, 3, [3, 1])])
@@ -96,6 +102,7 @@ def test_decode_computes_the_last_position_in_its_slot(num_tokens: int, block_si
     assert model_input.slot_mapping.tolist() == [slot]
     assert model_input.context_lens.tolist() == [num_tokens]
     assert model_input.block_tables is not None
+    assert model_input.is_prefill is False
     assert model_input.sampling.position.tolist() == [num_tokens]
 
 

@@ -85,6 +85,27 @@ def test_decoding_gets_its_turn_under_steady_arrivals() -> None:
     assert max(gaps) == MAX_CONSECUTIVE_PREFILLS + 1
 
 
+def test_prompts_come_first_until_decoding_is_due() -> None:
+    """D15: from the very first step on."""
+    scheduler = make_scheduler(num_blocks=200, max_num_seqs=64)
+    kinds = []
+    for arrival in range(MAX_CONSECUTIVE_PREFILLS + 2):
+        add_prompt(scheduler, 2, arrival, max_tokens=50)
+        kinds.append(step(scheduler).is_prefill)
+    assert kinds == [True] * MAX_CONSECUTIVE_PREFILLS + [False, True]
+
+
+def test_a_prompt_with_chunks_to_come_is_not_decoded() -> None:
+    """Decoding is due in the midst of a long prompt, which sits it out."""
+    scheduler = make_scheduler(max_num_seqs=2, max_num_batched_tokens=2)
+    first = add_prompt(scheduler, 2, 0, max_tokens=9)
+    second = add_prompt(scheduler, 40, 1, max_tokens=9)
+    batches = [step(scheduler) for _ in range(MAX_CONSECUTIVE_PREFILLS + 2)]
+    assert [batch.is_prefill for batch in batches] == [True] * MAX_CONSECUTIVE_PREFILLS + [False, True]
+    assert batches[-2].sequences == (first,)
+    assert batches[-1].sequences == (second,)
+
+
 def test_an_empty_schedule_is_legal() -> None:
     """D19."""
     scheduler = make_scheduler()
@@ -145,8 +166,13 @@ def outgrowing(num_blocks: int = 8) -> tuple[Scheduler, list[Sequence]]:
 def test_preemptions_are_counted_and_bounded() -> None:
     """D17: a sequence gets block_size tokens at least between two preemptions."""
     scheduler, seqs = outgrowing()
-    run(scheduler)
-    assert 0 < scheduler.num_preemptions <= len(seqs) * 12 // 2
+    num_preemptions = 0
+    while not scheduler.is_finished:
+        before = list(scheduler.running)
+        step(scheduler)
+        num_preemptions += sum(seq.status is SequenceStatus.WAITING for seq in before)
+    assert 1 < num_preemptions <= len(seqs) * 12 // 2
+    assert scheduler.num_preemptions == num_preemptions
 
 
 def test_the_last_admitted_is_preempted_and_goes_to_the_front_of_waiting() -> None:
@@ -160,6 +186,7 @@ def test_the_last_admitted_is_preempted_and_goes_to_the_front_of_waiting() -> No
     assert victim is not late
     assert (victim.status, victim.block_table, victim.num_cached_tokens) == (SequenceStatus.WAITING, [], 0)
     assert victim.num_completion_tokens > 0
+    assert {seq.num_scheduled_tokens for seq in (*scheduler.running, *scheduler.waiting)} == {0}
 
 
 def test_recomputing_ends_where_never_having_been_preempted_ends() -> None:

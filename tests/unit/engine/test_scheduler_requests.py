@@ -15,7 +15,9 @@ def test_what_can_never_fit_is_refused_with_the_numbers_and_the_others_go_on() -
     scheduler = make_scheduler(num_blocks=4, block_size=2)
     other = add_prompt(scheduler, 2, 0, max_tokens=7)
     with pytest.raises(
-        ValueError, match=r"4 blocks of 2 tokens, got 5 prompt tokens and max_tokens=5 .* take 5 blocks"
+        ValueError,
+        match=r"4 blocks of 2 tokens, got 5 prompt tokens and max_tokens=5 .* take 5 blocks; .* "
+        r"enlarge the cache \(num_kv_cache_blocks, gpu_memory_utilization\)$",
     ):
         add_prompt(scheduler, 5, 1, max_tokens=5)
     assert add_prompt(scheduler, 5, 2, max_tokens=4) in scheduler.waiting
@@ -86,6 +88,16 @@ def test_abort_ends_a_request_in_every_state(num_steps: int, is_between: bool) -
     run(scheduler)
     assert (other.finish_reason, other.num_completion_tokens) == ("length", 9)
     assert scheduler.block_manager.num_free_blocks == 64
+
+
+def test_an_abort_while_a_step_is_computed_leaves_the_others_their_tokens() -> None:
+    """D18, D19."""
+    scheduler = make_scheduler()
+    seqs = [add_prompt(scheduler, 3, seq_id, max_tokens=9) for seq_id in range(3)]
+    batch = scheduler.schedule()
+    scheduler.abort(0)
+    scheduler.postprocess(batch, [7, 8, 9])
+    assert [seq.completion_token_ids for seq in seqs] == [[], [8], [9]]
 
 
 def test_a_preempted_request_can_be_aborted() -> None:

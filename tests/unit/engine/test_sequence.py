@@ -29,12 +29,13 @@ def test_a_new_sequence_waits_with_nothing_computed() -> None:
     assert (len(seq), seq.num_prompt_tokens, seq.num_completion_tokens, seq.num_uncached_tokens) == (3, 3, 0, 3)
     assert (seq.status, seq.block_table, seq.block_size) == (SequenceStatus.WAITING, [], 256)
     assert seq.sampling_params == SamplingParams()
+    assert (seq.seq_id, seq.seed, seq.num_stored_tokens, seq.num_scheduled_tokens) == (0, 0, 0, 0)
     assert not seq.is_finished
 
 
 def test_an_empty_sequence_is_refused() -> None:
     """D12."""
-    with pytest.raises(ValueError, match="token_ids must hold at least one token"):
+    with pytest.raises(ValueError, match=r"^token_ids must hold at least one token, got none$"):
         Sequence([])
 
 
@@ -95,6 +96,14 @@ def test_a_workers_copy_has_the_counters_blocks_and_parameters() -> None:
         assert getattr(copy, name) == getattr(seq, name), name
     assert len(copy) == 300
     assert copy.token_ids == [299]
+    assert (copy.status, copy.finish_reason) == (SequenceStatus.RUNNING, None)
+    assert (copy.num_cached_prompt_tokens, copy.block_hashes) == (None, [])
+
+
+def test_a_state_of_another_version_is_refused() -> None:
+    state = decoding(3, 300).__getstate__()
+    with pytest.raises(ValueError, match="zip"):
+        Sequence.__new__(Sequence).__setstate__(state[1:])
 
 
 def test_a_preempted_sequence_sends_all_that_it_computes_again() -> None:
