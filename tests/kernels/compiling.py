@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from tests.evidence import COMPILED, compared_kernel
+from tests.kernels.versions import tolerated_stack_bytes
 
 MAX_REGISTERS_OF_AN_SM = 65536
 # Shared memory that one block may have, by compute capability (CUDA C++ Programming Guide, "Technical Specifications").
@@ -95,7 +96,7 @@ def assert_fits(
 ) -> None:
     """Registers, shared memory and what is spilled within the given limits and those of the hardware."""
     limit = MAX_SHARED_BYTES[compiled.capability]
-    assert compiled.stack_bytes <= max_stack_bytes, f"spills: {compiled}"
+    assert compiled.stack_bytes <= max_stack_bytes + tolerated_stack_bytes(), f"spills: {compiled}"
     assert compiled.registers <= max_registers, compiled
     assert compiled.registers * 32 * compiled.num_warps <= MAX_REGISTERS_OF_AN_SM, f"cannot be launched: {compiled}"
     assert compiled.shared_bytes <= min(limit, limit if max_shared_bytes is None else max_shared_bytes), compiled

@@ -16,9 +16,11 @@ from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
+from tests.kernels.versions import INTERPRETER_REASON, interprets
 from tests.source_tree import ROOT
 
 MARGIN = 4096  # elements on each side: more than a tile, so that what runs over by a tile meets them
@@ -123,6 +125,8 @@ def run_interpreted(cases: str, timeout: float = 110) -> None:
 
     The last case named there is the one that failed, or during which the process died.
     """
+    if not interprets():
+        pytest.skip(INTERPRETER_REASON)
     command = [sys.executable, "-m", "tests.kernels.interpreting", cases]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)

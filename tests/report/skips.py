@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from tests.kernels.versions import INTERPRETER_REASON, interprets
 from tests.report.facts import Skip
 
 
@@ -66,6 +67,13 @@ STATED = [
         at_most=13,  # modules
         why="Triton exists on Linux only",
         expected=lambda: not sys.platform.startswith("linux"),
+    ),
+    Stated(
+        r"tests/kernels/test_\w+\.py::.*",
+        re.escape(INTERPRETER_REASON),
+        at_most=20,
+        why="the pinned versions do interpret; others are met on GPU machines",
+        expected=lambda: not interprets(),
     ),
 ]
 
