@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 import reference.scheduler as reference
 from nanovllm.engine.sequence import Sequence
 from reference.block_manager import BlockManager
-from tests.evidence import compared
 from tests.unit.engine.harness import make_scheduler, make_sequence, next_token
 
 
@@ -73,7 +72,6 @@ def test_the_engine_decides_as_the_reference(
         assert [seq.seq_id for seq in engine.running] == [seq.seq_id for seq in decision.running]
         assert [seq.seq_id for seq in engine.waiting] == [seq.seq_id for seq in decision.waiting]
         assert engine.block_manager.num_free_blocks == len(decision.block_manager.free)
-        compared("scheduler: decisions against reference.scheduler")
         engine.postprocess(batch, [next_token(seq) for seq in batch.sampled_sequences])
         decision = computed(decision)
         if engine.block_manager._same_hash:
