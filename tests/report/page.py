@@ -108,10 +108,10 @@ def _kernels(facts: Facts) -> Section:
             table.setdefault((kernel, dtype), {})[way] = number
     return Section(
         "Kernels",
-        "Interpreted: values that Triton's interpreter computed on the CPU and that were compared with a reference "
-        "(not in bfloat16, which the interpreter gets wrong). Compiled: variants that were compiled for GPUs "
-        "of compute capability 8.0, 9.0 or 10.0, which need not be there, with registers and shared memory within what "
-        "is allowed. On a GPU: values compared there.",
+        "Interpreted: values that Triton's interpreter computed on the CPU and that were compared with a reference; in "
+        "bfloat16 only where nothing is computed, since the interpreter computes it wrongly. Compiled: "
+        "variants that were compiled for GPUs of compute capability 8.0, 9.0 or 10.0, which need not be there, with "
+        "registers and shared memory within what is allowed. On a GPU: values compared there. Each kernel has floors.",
         ("kernel", "dtype", *WAYS),
         [(*key, *(ways.get(way, 0) for way in WAYS)) for key, ways in sorted(table.items())],
         empty="no test of a kernel was in this run",
