@@ -3,8 +3,12 @@
 from collections import Counter
 from html.parser import HTMLParser
 
+import pytest
+
 from tests.evidence import Counts
+from tests.report import floors
 from tests.report.facts import WHOLE, Facts, Skip
+from tests.report.floors import Floor
 from tests.report.html import to_html
 from tests.report.page import make_page
 from tests.report.text import WIDTH, to_text
@@ -32,6 +36,16 @@ FACTS = Facts(
 )
 
 
+@pytest.fixture(autouse=True)
+def _planted_floors(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = {
+        "engine: tokens against the reference": Floor(500, "planted"),
+        "a figure that is missing": Floor(4, "planted"),
+    }
+    monkeypatch.setattr(floors, "COMPARISONS", {WHOLE: known})
+    monkeypatch.setattr(floors, "EVENTS", {WHOLE: {"preemption": Floor(2, "planted")}})
+
+
 def lines_with(text: str, word: str) -> list[list[str]]:
     return [line.split() for line in text.splitlines() if word in line]
 
@@ -40,9 +54,11 @@ def test_the_text_has_every_figure_in_its_row() -> None:
     text = to_text(make_page(FACTS, []))
     assert "7 tests passed, 0 failed, 1 were skipped. They compared 13,072 values" in text  # without what was compiled
     assert lines_with(text, "engine: tokens")[0][:5] == ["engine:", "tokens", "the", "reference", "12,345"]
+    assert lines_with(text, "engine: tokens")[0][5] == "500"
+    assert lines_with(text, "is missing")[0][5:7] == ["0", "4"]
     assert lines_with(text, "rms_norm  float16") == [["rms_norm", "float16", "640", "5", "0"]]
     assert lines_with(text, "rms_norm  bfloat16") == [["rms_norm", "bfloat16", "0", "0", "77"]]
-    assert ["preemption", "3"] in lines_with(text, "preemption")
+    assert ["preemption", "3", "2"] in lines_with(text, "preemption")
     assert ["collision", "0"] in lines_with(text, "collision")
     assert lines_with(text, "engine: logits")[0][2:4] == ["0.5", "2"]
     assert lines_with(text, "engine: logits")[0][-2:] == ["25", "%"]
