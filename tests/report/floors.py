@@ -2,8 +2,7 @@
 
 They apply when everything ran, not to a part of it. Where Hypothesis draws the cases, a floor is about a quarter of the
 least that several seeds reached with the smallest profile (dev): another draw passes, a campaign that lost its point
-does not. Where the cases are fixed, it is about nine tenths: a case or two may go, a list of cases that became empty may
-not.
+does not. Where the cases are fixed, it is about nine tenths: one or two may go, a list of cases that became empty not.
 """
 
 from typing import NamedTuple

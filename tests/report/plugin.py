@@ -128,6 +128,7 @@ class Reporter:
             (target / name).write_text(text, encoding="utf-8")
             self.written.append(target / name)
 
+    @pytest.hookimpl(trylast=True)  # where people look
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         if self.problems:
             terminalreporter.section("the run fails", red=True)
