@@ -129,6 +129,7 @@ def _defined(file: Path, name: str) -> Iterator[tuple[Path, ast.AST]]:
         if isinstance(node, ast.ClassDef):
             methods = (item for item in node.body if isinstance(item, FUNCTIONS))
             yield from ((file, item) for item in methods if item.name.startswith("__") or item.decorator_list)
+            yield from ((file, base) for base in node.bases)
         else:
             yield file, node
 

@@ -72,8 +72,9 @@ SAMPLES = {
         class Machine:
             @rule()
             def step(self): assert self
+        class Child(Machine): pass
         CHECKS = {"one": helper}
-        TestMachine = Machine.TestCase
+        TestMachine = Child.TestCase
         def test_directly(): assert 1
         def test_raises():
             with pytest.raises(ValueError): int("x")
