@@ -104,6 +104,8 @@ class Reporter:
     # --- afterwards ---
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if session.exitstatus in (pytest.ExitCode.INTERRUPTED, pytest.ExitCode.INTERNAL_ERROR):
+            self.facts.scope = PART
         if not getattr(self.config.option, "benchmark_only", False):  # benchmarks skip what cannot be measured here
             self.problems += skips.judge(self.facts.skips)
         if self.facts.scope != PART:

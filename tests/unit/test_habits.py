@@ -99,6 +99,8 @@ SAMPLES = {
         def test_call(): files_of_tests()
         def test_other_method(): Checker().look()
         def test_comparison_without_assert(): 1 == 2
+        def test_other_errors():
+            if not 1: raise ValueError
     """,
 }
 
