@@ -81,7 +81,7 @@ def can_fail(path: Path, test: ast.AST) -> bool:
         if id(node) in seen:
             continue
         seen.add(id(node))
-        if any(isinstance(child, ast.Assert | ast.Raise) for child in ast.walk(node)):
+        if any(_asserts(child) for child in ast.walk(node)):
             return True
         for name, attributes in _names(node):
             found = list(_resolved(file, name, attributes))
@@ -90,6 +90,10 @@ def can_fail(path: Path, test: ast.AST) -> bool:
                 return True
             waiting += found
     return False
+
+
+def _asserts(node: ast.AST) -> bool:
+    return isinstance(node, ast.Assert) or (isinstance(node, ast.Raise) and "AssertionError" in ast.dump(node))
 
 
 def _names(node: ast.AST) -> Iterator[tuple[str, list[str]]]:
@@ -129,6 +133,7 @@ def _defined(file: Path, name: str) -> Iterator[tuple[Path, ast.AST]]:
         if isinstance(node, ast.ClassDef):
             methods = (item for item in node.body if isinstance(item, FUNCTIONS))
             yield from ((file, item) for item in methods if item.name.startswith("__") or item.decorator_list)
+            yield from ((file, base) for base in node.bases)
         else:
             yield file, node
 

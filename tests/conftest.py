@@ -71,7 +71,7 @@ def _guarded_connect_ex(self: socket.socket, address: Any) -> int:
 def pytest_configure(config: pytest.Config) -> None:
     if getattr(config.option, "reruns", None):
         raise pytest.UsageError("--reruns: a test that fails now and then is a defect; find out why instead")
-    if config.option.hypothesis_seed is None:
+    if getattr(config.option, "hypothesis_seed", SEED) is None:
         config.option.hypothesis_seed = SEED
     socket.socket.connect = _guarded_connect  # type: ignore[method-assign]
     socket.socket.connect_ex = _guarded_connect_ex  # type: ignore[method-assign]

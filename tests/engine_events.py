@@ -10,8 +10,8 @@ def scheduler_events(scheduler: Scheduler) -> dict[str, int]:
     events = {
         "preemption": scheduler.num_preemptions,
         "prefill chunk": scheduler.num_prefill_chunks,
-        "cached block hit": manager.num_hit_blocks,
-        "cached block evicted": manager.num_evictions,
+        "block hit": manager.num_hit_blocks,
+        "block evicted": manager.num_evictions,
     }
     for event, number in events.items():
         happened(event, number)

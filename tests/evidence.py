@@ -3,7 +3,7 @@
 A number of tests says little: one test may compare one token, another a million. So tests say what they compared, and
 `pytest --report` adds it up over all processes.
 
-    compared("block manager: against reference", 12)   comparisons made, by "part: with what"
+    compared("BlockManager against reference", 12)     comparisons made, by "what against which oracle"
     compared_kernel("rms_norm", "float16", "interpreted", 640)
     happened("preemption", 3)                          events that a campaign must have met
     tolerated("decode attention, bf16", 0.8, 2.0)      error found, error allowed: the largest ratio is kept

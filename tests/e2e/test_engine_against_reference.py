@@ -17,7 +17,7 @@ from tests.oracle import Oracle
 from tests.tiny_models import tiny_model
 
 MAX_MODEL_LEN = 40
-EVENTS = ("preemption", "prefill chunk", "cached block hit", "cached block evicted", "abort")
+EVENTS = ("preemption", "prefill chunk", "block hit", "block evicted", "abort")
 SHARED_PREFIX = [7, 3, 9, 9, 2, 11, 5, 3, 8, 1, 4, 4, 10, 6, 2, 7, 12, 5, 9, 3]
 
 

@@ -17,7 +17,7 @@ def to_html(page: Page) -> str:
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>nanovllm: {escape(page.title)}</title>
+<title>{escape(page.title)}</title>
 <style>
 {STYLE.read_text(encoding="utf-8")}</style>
 </head>
@@ -47,24 +47,20 @@ def _section(section: Section) -> str:
     head = f"<h2>{escape(section.title)}</h2>\n<p>{escape(section.text)}</p>"
     if not section.rows:
         return f'<section>\n{head}\n<p class="empty">{escape(section.empty)}</p>\n</section>'
-    titles = "".join(
-        f"<th{_class(cell)}>{escape(title)}</th>" for title, cell in zip(section.columns, section.rows[0], strict=True)
-    )
-    rows = "\n".join(
-        "<tr>" + "".join(f"<td{_class(cell)}>{_cell(cell)}</td>" for cell in row) + "</tr>" for row in section.rows
-    )
+    kinds = [' class="number"' if is_number else "" for is_number in section.holds_numbers]
+    titles = "".join(f"<th{kind}>{escape(title)}</th>" for title, kind in zip(section.columns, kinds, strict=True))
+    rows = "\n".join(f"<tr>{_row(row, kinds)}</tr>" for row in section.rows)
     table = f"<table>\n<thead><tr>{titles}</tr></thead>\n<tbody>\n{rows}\n</tbody>\n</table>"
     return f'<section>\n{head}\n<div class="scroll">{table}</div>\n</section>'
 
 
-def _class(cell: Cell) -> str:
-    if isinstance(cell, Bar):
-        return ' class="bar"'
-    return ' class="number"' if isinstance(cell, int) else ""
+def _row(row: tuple[Cell, ...], kinds: list[str]) -> str:
+    return "".join(f"<td{kind}>{_cell(cell)}</td>" for cell, kind in zip(row, kinds, strict=True))
 
 
 def _cell(cell: Cell) -> str:
     if isinstance(cell, Bar):
         percent = 100 * min(max(cell.fraction, 0.0), 1.0)
-        return f'<span class="track"><span style="width:{percent:.1f}%"></span></span>{escape(cell.label)}'
+        track = f'<span class="track"><span style="width:{percent:.1f}%"></span></span>'
+        return f'<span class="bar">{track}{escape(cell.label)}</span>'
     return f"{cell:,}" if isinstance(cell, int) else escape(cell)

@@ -29,6 +29,11 @@ class Section:
     rows: list[tuple[Cell, ...]] = field(default_factory=list)
     empty: str = ""
 
+    @property
+    def holds_numbers(self) -> list[bool]:
+        """Of each column; they stand on the right."""
+        return [any(isinstance(cell, int) for cell in column) for column in zip(*self.rows, strict=True)]
+
 
 @dataclass
 class Page:
@@ -54,7 +59,7 @@ def make_page(facts: Facts, problems: list[str]) -> Page:
     if facts.scope == PART:
         good = "Nothing is wrong. This was a part of the tests, so no floor was applied; every skip is stated."
     return Page(
-        title="What this run checked",
+        title="nanovllm: what this run checked",
         verdict=verdict,
         good=good,
         problems=problems,
@@ -81,15 +86,15 @@ def _comparisons(facts: Facts) -> Section:
     rows = []
     for name in names:
         number = figures.get(name, 0)
-        part, _, oracle = name.partition(": ")
+        what, _, oracle = name.partition(" against ")
         bar = Bar(math.log10(max(number, 1)) / math.log10(largest))
-        rows.append((part, oracle, number, _floor(known.get(name)), bar))
+        rows.append((what, oracle, number, _floor(known.get(name)), bar))
     return Section(
         "Comparisons",
         "Values that were compared with an oracle: a reference, Hugging Face transformers, PyTorch, a formula by "
         "hand. A figure below its floor fails the run: tests that compare next to nothing pass, and prove nothing. The "
         "bars are logarithmic.",
-        ("part", "compared with", "values", "floor", ""),
+        ("what", "against", "values", "floor", ""),
         rows,
         empty="no test of this run counts what it compares",
     )
@@ -103,10 +108,10 @@ def _kernels(facts: Facts) -> Section:
             table.setdefault((kernel, dtype), {})[way] = number
     return Section(
         "Kernels",
-        "Interpreted: values that Triton's interpreter computed on the CPU and that were compared with a reference "
-        "(not in bfloat16, which the interpreter gets wrong). Compiled: variants that were compiled for GPUs "
-        "of compute capability 8.0, 9.0 or 10.0, which need not be there, with registers and shared memory within what "
-        "is allowed. On a GPU: values compared there.",
+        "Interpreted: values that Triton's interpreter computed on the CPU and that were compared with a reference; in "
+        "bfloat16 only where nothing is computed, since the interpreter computes it wrongly. Compiled: "
+        "variants that were compiled for GPUs of compute capability 8.0, 9.0 or 10.0, which need not be there, with "
+        "registers and shared memory within what is allowed. On a GPU: values compared there. Each kernel has floors.",
         ("kernel", "dtype", *WAYS),
         [(*key, *(ways.get(way, 0) for way in WAYS)) for key, ways in sorted(table.items())],
         empty="no test of a kernel was in this run",
@@ -148,7 +153,7 @@ def _tolerances(facts: Facts) -> Section:
 def _mutants(facts: Facts) -> Section:
     text = (
         "Small wrong changes to nanovllm's own code, each applied in turn: a test must fail. Equivalent ones change "
-        "nothing that can be noticed, and do not count. `make mutants` measures; this shows what it last wrote."
+        "nothing that can be noticed, and do not count. This is what make mutants wrote when it last ran."
     )
     if facts.mutants is None:
         return Section("Mutants", text, empty="not measured: there is no tests/mutants/score.json")
@@ -205,5 +210,5 @@ def _slowest(facts: Facts) -> Section:
     )
 
 
-def _floor(floor: floors.Floor | None) -> str:
-    return f"{floor.least:,}" if floor else ""
+def _floor(floor: floors.Floor | None) -> Cell:
+    return floor.least if floor else ""

@@ -104,6 +104,8 @@ class Reporter:
     # --- afterwards ---
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if session.exitstatus in (pytest.ExitCode.INTERRUPTED, pytest.ExitCode.INTERNAL_ERROR):
+            self.facts.scope = PART
         if not getattr(self.config.option, "benchmark_only", False):  # benchmarks skip what cannot be measured here
             self.problems += skips.judge(self.facts.skips)
         if self.facts.scope != PART:
@@ -128,6 +130,7 @@ class Reporter:
             (target / name).write_text(text, encoding="utf-8")
             self.written.append(target / name)
 
+    @pytest.hookimpl(trylast=True)  # where people look
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         if self.problems:
             terminalreporter.section("the run fails", red=True)

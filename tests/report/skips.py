@@ -50,7 +50,7 @@ STATED = [
     Stated(
         r"tests/kernels/test_varlen_attention_hopper\.py::.*",
         r"needs compute capability 9\.0",
-        at_most=200,
+        at_most=73,  # all GPU tests of the file
         why="a kernel for Hopper GPUs only",
         expected=_has_no_hopper,
     ),
@@ -62,9 +62,9 @@ STATED = [
         expected=_lacks("matplotlib"),
     ),
     Stated(
-        r"tests/kernels/test_\w+\.py",
+        r"tests/kernels/(test_\w+|faulty_kernels|sampling_probes)\.py",
         r"could not import 'triton'.*",
-        at_most=13,  # modules
+        at_most=14,  # modules
         why="Triton exists on Linux only",
         expected=lambda: not sys.platform.startswith("linux"),
     ),

@@ -3,15 +3,19 @@
 from collections import Counter
 from html.parser import HTMLParser
 
+import pytest
+
 from tests.evidence import Counts
+from tests.report import floors
 from tests.report.facts import WHOLE, Facts, Skip
+from tests.report.floors import Floor
 from tests.report.html import to_html
 from tests.report.page import make_page
 from tests.report.text import WIDTH, to_text
 
 COMPARISONS = Counter({
     "engine: tokens against the reference": 12345,
-    "layers: norm against <b>&": 10,
+    "norm of <b>& against the reference": 10,
     "kernel: rms_norm, float16, interpreted": 640,
     "kernel: rms_norm, float16, compiled": 5,
     "kernel: rms_norm, bfloat16, on a GPU": 77,
@@ -22,7 +26,7 @@ FACTS = Facts(
     skips=[Skip("tests/test_a.py::test_b", "no x")],
     seconds=Counter({f"tests/test_a.py::test_{number}": number / 10 for number in range(30)}),
     counts=Counts(COMPARISONS, Counter(preemption=3, collision=0), {"engine: logits": (0.5, 2.0)}),
-    defects={"D01": ("slots", 2), "D33": ("a rank that dies", 0)},
+    defects={"D90": ("slots", 2), "D91": ("a rank that dies", 0)},
     mutants={
         "components": {"scheduler": {"mutants": 10, "caught": 8, "equivalent": 2}},
         "generic": {"tool": "some tool", "total": 200, "caught": 190},
@@ -32,6 +36,16 @@ FACTS = Facts(
 )
 
 
+@pytest.fixture(autouse=True)
+def _planted_floors(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = {
+        "engine: tokens against the reference": Floor(500, "planted"),
+        "a figure that is missing": Floor(4, "planted"),
+    }
+    monkeypatch.setattr(floors, "COMPARISONS", {WHOLE: known})
+    monkeypatch.setattr(floors, "EVENTS", {WHOLE: {"preemption": Floor(2, "planted")}})
+
+
 def lines_with(text: str, word: str) -> list[list[str]]:
     return [line.split() for line in text.splitlines() if word in line]
 
@@ -39,18 +53,20 @@ def lines_with(text: str, word: str) -> list[list[str]]:
 def test_the_text_has_every_figure_in_its_row() -> None:
     text = to_text(make_page(FACTS, []))
     assert "7 tests passed, 0 failed, 1 were skipped. They compared 13,072 values" in text  # without what was compiled
-    assert lines_with(text, "tokens against")[0][:6] == ["engine", "tokens", "against", "the", "reference", "12,345"]
+    assert lines_with(text, "engine: tokens")[0][:5] == ["engine:", "tokens", "the", "reference", "12,345"]
+    assert lines_with(text, "engine: tokens")[0][5] == "500"
+    assert lines_with(text, "is missing")[0][5:7] == ["0", "4"]
     assert lines_with(text, "rms_norm  float16") == [["rms_norm", "float16", "640", "5", "0"]]
     assert lines_with(text, "rms_norm  bfloat16") == [["rms_norm", "bfloat16", "0", "0", "77"]]
-    assert ["preemption", "3"] in lines_with(text, "preemption")
+    assert ["preemption", "3", "2"] in lines_with(text, "preemption")
     assert ["collision", "0"] in lines_with(text, "collision")
     assert lines_with(text, "engine: logits")[0][2:4] == ["0.5", "2"]
     assert lines_with(text, "engine: logits")[0][-2:] == ["25", "%"]
     assert lines_with(text, "scheduler")[0][:4] == ["scheduler", "8", "10", "2"]
     assert lines_with(text, "some tool")[0][-2:] == ["95.0", "%"]
     assert "2 defects that reached users" in text
-    assert lines_with(text, "D33") == [["D33", "a", "rank", "that", "dies"]]
-    assert lines_with(text, "D01") == []
+    assert lines_with(text, "D91") == [["D91", "a", "rank", "that", "dies"]]
+    assert lines_with(text, "D90") == []
     assert lines_with(text, "no x") == [["tests/test_a.py::test_b", "no", "x", "NOT", "STATED"]]
     assert lines_with(text, "SEED") == [["repeat", "with", "NANOVLLM_TEST_SEED=5"]]
 
@@ -113,7 +129,7 @@ def test_the_html_is_one_whole_file_without_scripts() -> None:
     assert reader.open == []
     assert not {"script", "link", "img", "i", "b"} & reader.tags.keys(), "nothing to fetch, and text stays text"
     assert not {"src", "href"} & {name for name, _ in reader.attributes}
-    assert {"12,345", "norm against <b>&", "95.0 %", "D33"} <= set(reader.cells)
+    assert {"12,345", "norm of <b>&", "95.0 %", "D91"} <= set(reader.cells)
 
 
 def test_text_lines_of_prose_are_short() -> None:

@@ -21,7 +21,7 @@ from tests.report import floors, plugin, skips
 pytest_plugins = ["tests.random_order", "tests.report.plugin"]
 plugin.read_defects = dict
 plugin.read_mutants = dict
-floors.COMPARISONS = {"the whole CPU suite": {"part: things": floors.Floor(6, "planted")}}
+floors.COMPARISONS = {"the whole CPU suite": {"things against an oracle": floors.Floor(6, "planted")}}
 floors.EVENTS = {}
 skips.STATED[:] = [skips.Stated(r"tests/test_one.py::test_skipped", "no x", 1, "planted", lambda: True)]
 """
@@ -30,11 +30,11 @@ import os, subprocess, sys, pytest
 from tests.evidence import compared, happened, tolerated
 @pytest.mark.parametrize("n", range(4))
 def test_counts(n):
-    compared("part: things")
+    compared("things against an oracle")
     happened("event", 2)
     tolerated("bound", n, 10)
 def test_counts_in_another_process():
-    code = "from tests.evidence import compared, tolerated; compared('part: things', 2); tolerated('bound', 4, 10)"
+    code = "from tests.evidence import *; compared('things against an oracle', 2); tolerated('bound', 4, 10)"
     subprocess.run([sys.executable, "-c", code], check=True)
 def test_skipped():
     pytest.skip("no x")
@@ -88,7 +88,7 @@ def test_evidence_of_all_processes_is_added_up(suite: Path, workers: tuple[str, 
     code, output = run(suite, *workers, "--report")
     assert code == 0, output
     text = (suite / ".report" / "report.txt").read_text()
-    assert re.search(r"part +things +6 +6", text)
+    assert re.search(r"things +an oracle +6 +6", text)
     assert re.search(r"event +8", text)
     assert re.search(r"bound +4 +10 .* 40 %", text)
     assert re.search(r"test_one.py::test_skipped +no x +planted", text)
@@ -97,10 +97,10 @@ def test_evidence_of_all_processes_is_added_up(suite: Path, workers: tuple[str, 
 
 
 def test_a_whole_run_below_a_floor_fails_and_a_part_does_not(suite: Path) -> None:
-    (suite / "tests" / "test_one.py").write_text(TEST_ONE.replace("'part: things', 2", "'part: things', 1"))
+    (suite / "tests" / "test_one.py").write_text(TEST_ONE.replace("oracle', 2", "oracle', 1"))
     code, output = run(suite, "--report=there")
     assert code == 1
-    assert "comparisons: part: things: 5, below the floor of 6 (planted)" in output
+    assert "comparisons: things against an oracle: 5, below the floor of 6 (planted)" in output
     assert "below the floor" in (suite / "there" / "report.txt").read_text()
     code, output = run(suite, "--report=there", "-k", "counts")
     assert code == 0, output

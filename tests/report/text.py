@@ -25,8 +25,7 @@ def _section(section: Section) -> str:
         return f"{head}\n  {section.empty}"
     cells = [[_cell(cell) for cell in row] for row in section.rows]
     widths = [max(map(len, column)) for column in zip(section.columns, *cells, strict=True)]
-    to_right = [isinstance(cell, int) for cell in section.rows[0]]
-    lines = [_line(row, widths, to_right) for row in [list(section.columns), *cells]]
+    lines = [_line(row, widths, section.holds_numbers) for row in [list(section.columns), *cells]]
     return head + "\n" + "\n".join(lines)
 
 

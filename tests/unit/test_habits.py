@@ -72,8 +72,9 @@ SAMPLES = {
         class Machine:
             @rule()
             def step(self): assert self
+        class Child(Machine): pass
         CHECKS = {"one": helper}
-        TestMachine = Machine.TestCase
+        TestMachine = Child.TestCase
         def test_directly(): assert 1
         def test_raises():
             with pytest.raises(ValueError): int("x")
@@ -98,6 +99,8 @@ SAMPLES = {
         def test_call(): files_of_tests()
         def test_other_method(): Checker().look()
         def test_comparison_without_assert(): 1 == 2
+        def test_other_errors():
+            if not 1: raise ValueError
     """,
 }
 
