@@ -1,5 +1,5 @@
 """The engine against reference.generate: whatever the pool, the budget and the order of arrival, outputs never
-change.
+change. Under poison: what may not be read is NaN.
 """
 
 from collections import Counter
@@ -9,9 +9,10 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import example, given, settings
 
-from nanovllm import LLM, SamplingParams
+from nanovllm import SamplingParams
 from nanovllm.engine.inputs import request_seed
 from tests.oracle import Oracle
+from tests.poison import poisoned_llm
 from tests.tiny_models import tiny_model
 
 MAX_MODEL_LEN = 40
@@ -88,7 +89,7 @@ def run(model_dir: str, scenario: Scenario, oracle: Oracle) -> Counter[str]:
     largest = max(
         min(len(arrival.prompt) + arrival.params.max_tokens, MAX_MODEL_LEN) - 1 for arrival in scenario.arrivals
     )
-    with LLM(
+    with poisoned_llm(
         model_dir,
         device="cpu",
         dtype="float32",
