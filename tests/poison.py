@@ -100,18 +100,18 @@ class Poison:
     def fill(self, block_ids: list[int], fate: str) -> None:
         for block_id in block_ids:
             self._runner.kv_cache[:, :, block_id] = torch.nan
-            self._fate[block_id] = f"{fate} in step {self.num_steps}"
+            self._fate[block_id] = f"{fate} after step {self.num_steps}"
         happened("block poisoned", len(block_ids))
 
     def _allocate(self, allocate: Callable[..., None], seq: Sequence) -> None:
         allocate(seq)
         num_hits = seq.num_stored_tokens // seq.block_size
-        self.fill(seq.block_table[num_hits:], f"taken by sequence {seq.seq_id} after")
+        self.fill(seq.block_table[num_hits:], f"taken by sequence {seq.seq_id}")
 
     def _append(self, append: Callable[..., None], seq: Sequence) -> None:
         num_before = len(seq.block_table)
         append(seq)
-        self.fill(seq.block_table[num_before:], f"taken by sequence {seq.seq_id} after")
+        self.fill(seq.block_table[num_before:], f"taken by sequence {seq.seq_id}")
 
     def _deallocate(self, deallocate: Callable[..., None], seq: Sequence) -> None:
         table = list(seq.block_table)
