@@ -24,7 +24,7 @@ from tests.oracle import ERROR_RATIO, Oracle
 from tests.tiny_models import tiny_model
 
 ARCHITECTURES = ["qwen2", "qwen3_moe"]  # between them: biases, norms of heads, a mixture of experts
-FLOAT32_DECODE_RATIO = 16.0  # to which tests/kernels/test_paged_attention.py holds decode in float32 on a GPU
+FLOAT32_DECODE_RATIO = 16.0  # to which paged_attention_cases.py holds decode in float32, and why
 
 
 def preempt_every_third_step(llm: LLM, num_steps: int) -> None:
