@@ -14,6 +14,8 @@ Why len - 1: the logits of the last token are wanted, so one token is always com
 are shared and the last token is computed without being stored again (slot -1).
 Why the order of reuse: first blocks that hold nothing hittable; then the longest unused; of one sequence the tail
 before its head, since a tail without its head can never be hit.
+Why twins: equal prompts computed in one step become hittable twice. A hit takes the oldest, of those that are owned if
+there are any.
 """
 
 from collections.abc import Mapping, Sequence
@@ -41,8 +43,9 @@ class BlockManager:
     num_blocks: int
     block_size: int
     tables: Mapping[object, tuple[int, ...]] = field(default_factory=dict)  # sequence -> the blocks it owns, in order
-    prefixes: Mapping[int, tuple[int, ...]] = field(default_factory=dict)  # hittable block -> all tokens to its end,
-    # in the order in which they became hittable
+    prefixes: Mapping[int, tuple[int, ...]] = field(
+        default_factory=dict
+    )  # hittable block -> tokens to its end; oldest first
     freed: tuple[int, ...] = ()  # free blocks that were owned before, in the order in which they were freed
 
     def ref_count(self, block: int) -> int:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from nanovllm import LLM, bundled_model_path
+from tests.poison import poisoned_llm
 
 BUNDLED_OPTIONS = {
     "device": "cpu",
@@ -19,8 +20,8 @@ BUNDLED_OPTIONS = {
 
 @pytest.fixture(scope="session")
 def bundled() -> Iterator[LLM]:
-    """The bundled model on the CPU. Tests leave it without requests."""
-    with LLM(str(bundled_model_path()), **BUNDLED_OPTIONS) as llm:
+    """The bundled model on the CPU, under poison. Tests leave it without requests."""
+    with poisoned_llm(bundled_model_path(), **BUNDLED_OPTIONS) as llm:
         yield llm
 
 

@@ -1,5 +1,5 @@
 """The engine against reference.generate: whatever the pool, the budget and the order of arrival, outputs never
-change.
+change. Under poison: what may not be read is NaN.
 """
 
 from collections import Counter
@@ -9,11 +9,12 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import example, given, settings
 
-from nanovllm import LLM, SamplingParams
+from nanovllm import SamplingParams
 from nanovllm.engine.inputs import request_seed
 from tests.engine_events import scheduler_events
 from tests.evidence import happened
 from tests.oracle import Oracle
+from tests.poison import poisoned_llm
 from tests.tiny_models import tiny_model
 
 MAX_MODEL_LEN = 40
@@ -91,7 +92,7 @@ def run(model_dir: str, scenario: Scenario, oracle: Oracle) -> Counter[str]:
     largest = max(
         min(len(arrival.prompt) + arrival.params.max_tokens, MAX_MODEL_LEN) - 1 for arrival in scenario.arrivals
     )
-    with LLM(
+    with poisoned_llm(
         model_dir,
         device="cpu",
         dtype="float32",
@@ -130,7 +131,7 @@ def run(model_dir: str, scenario: Scenario, oracle: Oracle) -> Counter[str]:
     return counts
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(1800)  # with the nightly profile's examples
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "qwen3_moe"])
 def test_outputs_never_change(architecture: str) -> None:
     """D05 D06 D07 D08 D09 D13 D14 D58: block size, pool, budget, batch, order, prefixes and aborts change no output."""

@@ -1,6 +1,5 @@
 """What the engine's unit tests share: short ways to make sequences and schedulers, and a step without a model."""
 
-import pickle
 from collections.abc import Callable
 from itertools import combinations
 from typing import Any
@@ -8,7 +7,6 @@ from typing import Any
 from hypothesis import strategies as st
 
 from nanovllm.engine.block_manager import BlockManager, block_hash
-from nanovllm.engine.model_input import ModelInput, prepare_decode, prepare_prefill
 from nanovllm.engine.scheduler import ScheduledBatch, Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.sampling_params import SamplingParams
@@ -116,9 +114,3 @@ def run(
             return batches
         batches.append(step(scheduler, token))
     raise AssertionError(f"not finished after {max_steps} steps: {scheduler.running}, {scheduler.waiting}")
-
-
-def as_worker_sees(batch: ScheduledBatch) -> ModelInput:
-    """The batch's ModelInput as a rank computes it that received pickled sequences."""
-    copies = pickle.loads(pickle.dumps(batch.sequences))
-    return prepare_prefill(copies) if batch.is_prefill else prepare_decode(copies)

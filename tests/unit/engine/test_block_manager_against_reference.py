@@ -62,6 +62,15 @@ class LockStep(RuleBasedStateMachine):
         """A text that was there before, prompt and output, and perhaps what goes on from it."""
         self.allocate([*self.texts[number % len(self.texts)][:24], *[1] * num_more])
 
+    @rule(token_ids=st.lists(st.integers(0, 1), min_size=1, max_size=5), num_copies=st.integers(2, 4))
+    def allocate_and_compute_copies(self, token_ids: list[int], num_copies: int) -> None:
+        """Equal prompts of one step: twins."""
+        first = len(self.sequences)
+        for _ in range(num_copies):
+            self.allocate(token_ids)
+        for number in range(first, len(self.sequences)):
+            self.compute(number, len(token_ids))
+
     @precondition(lambda self: self.sequences)
     @rule(number=st.integers(0, 99), num_tokens=st.integers(1, 9))
     def compute(self, number: int, num_tokens: int) -> None:

@@ -21,6 +21,18 @@ def test_no_run_reads_a_wrong_key_breaks_a_limit_or_starves_anyone(machine: type
     run_state_machine_as_test(machine, settings=settings(stateful_step_count=40))
 
 
+def flood(machine: EngineMachine) -> None:
+    """One sequence decodes; then three prompts arrive that take 9 prefill steps of 4 tokens, one more than may come
+    between two of its tokens.
+    """
+    machine.start(num_blocks=12, block_size=4, max_num_seqs=4, spare_budget=0)
+    machine.add([[0]], max_tokens=12, ignore_eos=True)
+    machine.step(2)
+    machine.add([[0] * 12, [1] * 12, [0, 1] * 6], max_tokens=1, ignore_eos=True)
+    machine.step(20)
+    machine.teardown()
+
+
 def test_long_runs_in_which_everything_happens() -> None:
     """D05, D08, D09, D15, D17: as above, with every event for certain."""
     EngineMachine.seen.clear()
@@ -38,6 +50,7 @@ def test_long_runs_in_which_everything_happens() -> None:
                 machine.add_what_can_never_fit(rng.randint(1, 30), 9)
             machine.limits_and_invariants_hold()
         machine.teardown()
+    flood(MachineWithCollisions())
     events = (
         "preemption", "prefill chunk", "block hit", "block evicted", "hash collision", "forced decode",
         "not stored again", "refused at the door",

@@ -1,0 +1,110 @@
+"""One set of prompts, served in different ways: tokens and logits of each, to be compared."""
+
+import pickle
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanovllm import LLM, SamplingParams
+from nanovllm.engine.scheduler import ScheduledBatch
+
+PARAMS = SamplingParams.greedy(max_tokens=10, ignore_eos=True)
+PREFIX = [7, 3, 9, 9, 2, 11, 5, 3, 8, 1, 4, 4, 10, 6, 2, 7]
+PROMPTS = [[*PREFIX, *end] for end in ([12, 5], [12, 5, 9, 1, 1], [30], [2] * 9)] + [[1], [5, 6, 7]]
+OPTIONS: dict[str, Any] = {
+    "device": "cpu",
+    "dtype": "float32",
+    "attention_backend": "torch",
+    "max_model_len": 48,
+    "max_num_seqs": 8,
+    "max_num_batched_tokens": 128,
+    "kv_cache_block_size": 16,
+    "num_kv_cache_blocks": 40,
+}
+
+
+@dataclass(frozen=True)
+class Served:
+    """logits [num_tokens, V]: what each token was sampled from."""
+
+    token_ids: list[int]
+    logits: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Way:
+    """How prompts are served, and what must happen on the way for it to be that way at all.
+
+    after_step: called with the LLM and the number of steps so far. happens: how often it did.
+    """
+
+    options: dict[str, Any] = field(default_factory=dict)
+    is_alone: bool = False  # each prompt in an engine that has seen no other
+    is_reversed: bool = False
+    is_staggered: bool = False  # one more arrives after each step
+    is_repeated: bool = False  # the second time is the one that counts
+    is_pickled: bool = False
+    after_step: Callable[[LLM, int], None] | None = None
+    happens: Callable[[LLM], int] | None = None
+
+
+def serve(model_dir: Path, way: Way, **options: Any) -> list[Served]:
+    """PROMPTS, served in this way, in their order."""
+    groups = [[prompt] for prompt in PROMPTS] if way.is_alone else [PROMPTS]
+    return [served for group in groups for served in _serve_together(model_dir, group, way, options)]
+
+
+def _serve_together(model_dir: Path, prompts: list[list[int]], way: Way, options: dict[str, Any]) -> list[Served]:
+    with LLM(str(model_dir), **{**OPTIONS, **options, **way.options}) as llm:
+        for _ in range(1 + way.is_repeated):
+            with recorded(llm, way.is_pickled) as logits:
+                seq_ids, tokens = _run(llm, prompts, way)
+        assert way.happens is None or way.happens(llm) > 0, "what is to be compared did not happen"
+    return [Served(tokens[seq_id], torch.stack(logits[seq_id])) for seq_id in seq_ids]
+
+
+def _run(llm: LLM, prompts: list[list[int]], way: Way) -> tuple[list[int], dict[int, list[int]]]:
+    """The prompts' seq_ids, in their order, and seq_id -> tokens."""
+    waiting = list(range(len(prompts)))[:: -1 if way.is_reversed else 1]
+    seq_ids: dict[int, int] = {}
+    tokens: dict[int, list[int]] = {}
+    num_steps = 0
+    while waiting or not llm.is_finished():
+        for _ in range(1 if way.is_staggered else len(waiting)):
+            if waiting:
+                index = waiting.pop(0)
+                seq_ids[index] = llm.add_request(prompts[index], PARAMS)
+        tokens.update({output["seq_id"]: output["token_ids"] for output in llm.step().finished})
+        num_steps += 1
+        if way.after_step is not None:
+            way.after_step(llm, num_steps)
+    return [seq_ids[index] for index in range(len(prompts))], tokens
+
+
+@contextmanager
+def recorded(llm: LLM, is_pickled: bool = False) -> Iterator[dict[int, list[torch.Tensor]]]:
+    """seq_id -> the logits that each of its tokens was sampled from. Pickled: as a rank in another process has it."""
+    runner: Any = llm._executor._runner
+    logits: dict[int, list[torch.Tensor]] = {}
+    run, sampler = runner.run, runner.sampler
+    current: list[ScheduledBatch] = []
+
+    def run_and_remember(batch: ScheduledBatch) -> list[int]:
+        current[:] = [pickle.loads(pickle.dumps(batch)) if is_pickled else batch]
+        return run(current[0])
+
+    def record(rows: torch.Tensor, *others: Any) -> torch.Tensor:
+        for seq, row in zip(current[0].sampled_sequences, rows, strict=True):
+            logits.setdefault(seq.seq_id, []).append(row.cpu().clone())
+        return sampler(rows, *others)
+
+    runner.run, runner.sampler = run_and_remember, record
+    try:
+        yield logits
+    finally:
+        del runner.run
+        runner.sampler = sampler
