@@ -22,8 +22,6 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
-pytest_plugins = ["tests.replay.plugin"]  # failing tests leave traces
-
 PROFILES = {"dev": 30, "ci": 100, "nightly": 3000}
 PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "dev")
 SEED = int(os.environ.get("NANOVLLM_TEST_SEED", "0"))

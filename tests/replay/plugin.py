@@ -3,7 +3,7 @@
     python -m pytest --replay .traces/NAME.jsonl [--replay-device cpu|cuda|none] [--replay-mode eager|graph]
                                                  [--replay-backend torch|triton|flash_attn]
 
-Device "none" replays the decisions alone, without torch. Loaded by pytest_plugins in tests/conftest.py.
+A trace outside the checkout is given as --replay=FILE. Device "none" replays the decisions alone, without torch. Loaded by conftest.py in the root.
 """
 
 import re

@@ -1,11 +1,15 @@
 """A failing test leaves a trace, its report says how to replay it, and --replay reproduces the failure: whole runs."""
 
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.replay.plugin import FOLDER
 
 ROOT = Path(__file__).parents[2]
 FAULT = """
@@ -101,3 +105,21 @@ def test_a_missing_file_is_a_usage_error(failed: tuple[Path, str]) -> None:
     assert status == pytest.ExitCode.USAGE_ERROR
     assert "ERROR: --replay: cannot read the trace" in output
     assert "Traceback" not in output
+
+
+@pytest.fixture
+def trace_in_the_checkout() -> Iterator[Path]:
+    """Where failing tests leave theirs."""
+    path = ROOT / FOLDER / f"copy-for-a-test-{os.getpid()}.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    shutil.copy(ROOT / "tests/replay/corpus/preemption.jsonl", path)
+    yield path
+    path.unlink()
+
+
+def test_the_option_is_known_in_the_checkout(trace_in_the_checkout: Path) -> None:
+    """pytest takes FILE for a folder of tests until it has found the plugin, with the project's own files only."""
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "--replay", str(trace_in_the_checkout)]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert "1 passed" in process.stdout
