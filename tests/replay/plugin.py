@@ -3,7 +3,8 @@
     python -m pytest --replay .traces/NAME.jsonl [--replay-device cpu|cuda|none] [--replay-mode eager|graph]
                                                  [--replay-backend torch|triton|flash_attn]
 
-A trace outside the checkout is given as --replay=FILE. Device "none" replays the decisions alone, without torch. Loaded by conftest.py in the root.
+A trace outside the checkout is given as --replay=FILE. Device "none" replays the decisions alone, without torch.
+Loaded by conftest.py in the root.
 """
 
 import re

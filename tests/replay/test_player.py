@@ -99,10 +99,10 @@ def test_what_raised_must_raise_again() -> None:
         play(trace, BareScheduler(trace))
 
 
-def test_an_invariant_that_breaks_on_the_way_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_invariant_that_breaks_on_the_way_is_reported() -> None:
     trace = corpus("preemption")
     machine = BareScheduler(trace)
-    machine.scheduler.block_manager.blocks[8].ref_count = 1  # the run never reads it, since it is on the free list
+    machine.scheduler.block_manager.blocks[8].ref_count = 1  # and it is on the free list, too
     with pytest.raises(RuntimeError, match="invariant broken"):
         play(trace, machine)
 

@@ -7,6 +7,7 @@ import pytest
 from nanovllm import LLM
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.scheduler import Scheduler
+from nanovllm.worker.model_runner import ModelRunner
 from tests.replay import recorder
 from tests.replay.player import machine_for, play
 from tests.tiny_models import tiny_model
@@ -90,24 +91,17 @@ def test_blocks_that_were_used_before_are_a_caveat() -> None:
 
 
 def test_a_model_that_raises_is_recorded_and_its_run_can_be_played(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The step's requests are aborted; the replay's model does not raise, and what it computes is not used."""
-    model_dir = tiny_model("llama")
+    """The step's request is aborted. The replay's model does not raise, and what it computes is not used."""
     options = {"attention_backend": "torch", "kv_cache_block_size": 4, "num_kv_cache_blocks": 8, "max_model_len": 32}
-    with LLM(str(model_dir), device="cpu", max_num_seqs=2, max_num_batched_tokens=16, **options) as llm:
-        monkeypatch.setattr(type(llm._executor), "run", lambda *_: [1 / 0])
-        runner = llm._executor._runner
-        monkeypatch.setattr(runner, "run", lambda batch: 1 / 0)
+    with LLM(str(tiny_model("llama")), device="cpu", max_num_seqs=2, max_num_batched_tokens=16, **options) as llm:
+        monkeypatch.setattr(ModelRunner, "run", lambda *_: 1 / 0)
         llm.add_request([1, 2, 3])
         with pytest.raises(ZeroDivisionError):
             llm.step()
         trace = recorder.recording_of(llm.scheduler).trace()
-    kinds = [(event["do"], event.get("raised")) for event in trace.events]
-    assert kinds == [
-        ("add", None),
-        ("schedule", None),
-        ("compute", "ZeroDivisionError: division by zero"),
-        ("abort", None),
-    ]
+    events = [(event["do"], event.get("raised")) for event in trace.events]
+    error = "ZeroDivisionError: division by zero"
+    assert events == [("add", None), ("schedule", None), ("compute", error), ("abort", None)]
     monkeypatch.undo()
     with machine_for(trace) as machine:
         assert play(trace, machine).num_steps == 1
