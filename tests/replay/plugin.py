@@ -38,6 +38,8 @@ def pytest_configure(config: pytest.Config) -> None:
             Trace.load(path)
         except TraceError as error:
             raise pytest.UsageError(f"--replay: {error}") from None
+    if config.getoption("--replay-mode") == "graph" and config.getoption("--replay-device") != "cuda":
+        raise pytest.UsageError("--replay-mode graph needs --replay-device cuda: graphs are recorded on a GPU")
     config.args = [f"{REPLAY_FILE}::test_replay"]
 
 

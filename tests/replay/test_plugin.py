@@ -12,16 +12,14 @@ import pytest
 from tests.replay.plugin import FOLDER
 
 ROOT = Path(__file__).parents[2]
+EVICTION = str(ROOT / "tests/replay/corpus/eviction.jsonl")
 FAULT = """
 from nanovllm.engine.scheduler import Scheduler
-
-def reserve_nothing(self, candidate):
-    return 0
 
 def take_one_too_many(self, seq):
     return None if seq.num_completion_tokens <= seq.sampling_params.max_tokens else "length"
 
-Scheduler.NAME = FUNCTION
+Scheduler._finish_reason = take_one_too_many
 """
 TEST = """
 from hypothesis import given, settings, strategies as st
@@ -51,8 +49,7 @@ def pytest_run(folder: Path, *args: str, fault: bool) -> tuple[int, str]:
 def failed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder of a run whose one test failed, because of a fault that was planted; and its output."""
     folder = tmp_path_factory.mktemp("planted")
-    fault = FAULT.replace("NAME", "_finish_reason").replace("FUNCTION", "take_one_too_many")
-    (folder / "planted_fault.py").write_text(fault)
+    (folder / "planted_fault.py").write_text(FAULT)
     (folder / "test_planted.py").write_text(TEST)
     (folder / "pytest.ini").write_text("[pytest]\n")
     status, output = pytest_run(folder, "test_planted.py", fault=True)
@@ -94,16 +91,22 @@ def test_a_passing_test_leaves_nothing_and_a_corpus_trace_passes(tmp_path: Path)
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
     assert pytest_run(tmp_path, "test_planted.py", fault=False)[0] == 0
     assert not (tmp_path / ".traces").exists()
-    trace = ROOT / "tests/replay/corpus/eviction.jsonl"
-    status, output = pytest_run(tmp_path, "--replay", str(trace), fault=False)
+    status, output = pytest_run(tmp_path, "--replay", EVICTION, fault=False)
     assert status == 0, output
     assert "1 passed" in output
 
 
-def test_a_missing_file_is_a_usage_error(failed: tuple[Path, str]) -> None:
-    status, output = pytest_run(failed[0], "--replay", "nothing.jsonl", fault=False)
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--replay", "nothing.jsonl"], "ERROR: --replay: cannot read the trace"),
+        (["--replay", EVICTION, "--replay-mode", "graph"], "ERROR: --replay-mode graph needs --replay-device cuda"),
+    ],
+)
+def test_what_cannot_be_replayed_is_a_usage_error(failed: tuple[Path, str], args: list[str], message: str) -> None:
+    status, output = pytest_run(failed[0], *args, fault=False)
     assert status == pytest.ExitCode.USAGE_ERROR
-    assert "ERROR: --replay: cannot read the trace" in output
+    assert message in output
     assert "Traceback" not in output
 
 
