@@ -45,14 +45,21 @@ def tiny_model(architecture: str, **variant: Any) -> Path:
     return _cached(architecture, tuple(sorted(variant.items())))
 
 
+def recipe_of(directory: Path) -> tuple[str, dict[str, Any]] | None:
+    """(architecture, variant) with which tiny_model made `directory`; None if it did not."""
+    return _recipes.get(directory)
+
+
 @functools.cache
 def _cached(architecture: str, variant: tuple[tuple[str, Any], ...]) -> Path:
     directory = _root() / f"{architecture}-{next(_counter)}"
     _build(directory, architecture, **dict(variant))
+    _recipes[directory] = (architecture, dict(variant))
     return directory
 
 
 _counter = itertools.count()
+_recipes: dict[Path, tuple[str, dict[str, Any]]] = {}
 
 
 @functools.cache
