@@ -33,6 +33,7 @@ class LLMEngine:
         config = Config(model, **options)
         model_dir = local_model_dir(config.model)
         model_config = load_model_config(model_dir)
+        model_config.check_tensor_parallel_size(config.tensor_parallel_size)  # before anything is started
         self.config = replace(config, max_model_len=min(config.max_model_len, model_config.max_supported_len))
         self.tokenizer = load_tokenizer(model_dir)
         self.vocab_size = model_config.vocab_size
@@ -226,7 +227,7 @@ class LLMEngine:
         executor.close()
 
     def _check_open(self) -> None:
-        if self._executor is None:
+        if self._executor is None or self._executor.is_closed:
             raise RuntimeError("this engine is closed: make a new one")
 
     def __enter__(self) -> "LLMEngine":
