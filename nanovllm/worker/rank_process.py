@@ -1,6 +1,7 @@
 """The life of rank 1, 2, ...: join the others, load a share of the model, compute what rank 0 sends until the end."""
 
 import os
+import shutil
 import sys
 import threading
 import time
@@ -55,7 +56,7 @@ def run_rank(
     model: Model, place: Place, store_path: str, receiver: ShmReceiver, reports: Connection, parent_pid: int
 ) -> None:
     """All that a process started by rank 0 does. It ends when rank 0 says so, or has gone."""
-    threading.Thread(target=_end_with, args=(parent_pid,), daemon=True).start()
+    threading.Thread(target=_end_with, args=(parent_pid, store_path), daemon=True).start()
     tqdm.set_lock(threading.RLock())  # its own is a system-wide semaphore, which nobody removes when a rank is killed
     try:
         reports.send(READY)
@@ -79,8 +80,9 @@ def serve(model: Model, place: Place, tp: TensorParallel, receive: Callable[[], 
     leave(tp)
 
 
-def _end_with(parent_pid: int) -> None:
+def _end_with(parent_pid: int, store_path: str) -> None:
     """End this process when its parent has gone, whatever it waits for then: rank 0 may have been killed."""
     while os.getppid() == parent_pid:
         time.sleep(PARENT_POLL_SECONDS)
+    shutil.rmtree(os.path.dirname(store_path), ignore_errors=True)
     os._exit(1)
