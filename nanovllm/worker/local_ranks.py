@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing import connection
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch
 
 from nanovllm.engine.scheduler import ScheduledBatch
 from nanovllm.layers.tensor_parallel import TensorParallel
-from nanovllm.worker.process_group import LOOPBACK, FileStore, Place, join
+from nanovllm.worker.process_group import LOOPBACK, FileStore, Place, disturb_meeting, join
 from nanovllm.worker.rank_process import READY, Model, RankReport, run_rank
 from nanovllm.worker.shm_channel import ShmSender
 
@@ -49,30 +49,40 @@ class LocalRanks:
         self._failure: Future[Any] = Future()
         self._processes: list[Any] = []
         self._reports: dict[Any, int] = {}  # pipe -> rank
-        context = multiprocessing.get_context("spawn")
-        self._wake, self._wake_sender = context.Pipe(duplex=False)
         self._listener = threading.Thread(target=self._listen, daemon=True)
-        self._directory = tempfile.mkdtemp(prefix="nanovllm-")  # for this user alone, as is what lies in it
-        self._store_path = os.path.join(self._directory, "store")
-        self._channel = ShmSender(len(places) - 1, context)
+        self._resources = ExitStack()
         try:
-            with _sigint_blocked():  # the processes inherit it: Ctrl-C is for rank 0, which ends them
-                for place, receiver in zip(places[1:], self._channel.receivers, strict=True):
-                    reports, their_end = context.Pipe(duplex=False)
-                    self._reports[reports] = place.rank
-                    process = context.Process(
-                        target=run_rank,
-                        args=(model, place, self._store_path, receiver, their_end, os.getpid()),
-                        daemon=True,
-                    )
-                    process.start()
-                    self._processes.append(process)
-                    their_end.close()  # so that the pipe ends when the process does
-            self._listener.start()
+            self._start(model, places[1:])
         except BaseException:
             self.break_off()
             self.close()
             raise
+
+    def _start(self, model: Model, places: list[Place]) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._channel = ShmSender(len(places), context)
+        self._resources.callback(self._channel.close)
+        directory = tempfile.mkdtemp(prefix="nanovllm-")  # nobody but this user can enter it
+        self._resources.callback(shutil.rmtree, directory, ignore_errors=True)
+        self._store_path = os.path.join(directory, "store")
+        self._wake, self._wake_sender = self._pipe(context)
+        with _sigint_blocked():  # the processes inherit it: Ctrl-C is for rank 0, which ends them
+            for place, receiver in zip(places, self._channel.receivers, strict=True):
+                reports, their_end = self._pipe(context)
+                self._reports[reports] = place.rank
+                arguments = (model, place, self._store_path, receiver, their_end, os.getpid())
+                process = context.Process(target=run_rank, args=arguments, daemon=True)
+                process.start()
+                self._processes.append(process)
+                their_end.close()  # so that the pipe ends when the process does
+        self._listener.start()
+
+    def _pipe(self, context: Any) -> tuple[Any, Any]:
+        """(receiver, sender)"""
+        receiver, sender = context.Pipe(duplex=False)
+        self._resources.callback(receiver.close)
+        self._resources.callback(sender.close)
+        return receiver, sender
 
     # --- what rank 0 does with them ---
 
@@ -81,11 +91,16 @@ class LocalRanks:
         wait([self._all_ready, self._failure], return_when=FIRST_COMPLETED)
         self.check()
         store = FileStore(self._store_path, self.place.size)
-        # In a thread that can be left behind: when a rank dies in the middle, nothing tells the others.
+        # In a thread that can be left alone: when a rank dies before they meet, nothing tells the others.
         joining = _in_background(lambda: join(self.place, store, self.place.has_own_gpu, LOOPBACK))
-        wait([joining, self._failure], return_when=FIRST_COMPLETED)
-        self.check()
-        tp = joining.result()
+        try:
+            wait([joining, self._failure], return_when=FIRST_COMPLETED)
+            self.check()
+            tp = joining.result()
+        except BaseException:
+            disturb_meeting(self._store_path)
+            wait([joining], PATIENCE_SECONDS)
+            raise
         self._group = tp.group
         return tp
 
@@ -138,10 +153,7 @@ class LocalRanks:
         for process in self._processes:
             process.join()
             process.close()
-        for pipe in (*self._reports, self._wake):
-            pipe.close()
-        self._channel.close()  # after the processes: nobody attaches to it any more
-        shutil.rmtree(self._directory, ignore_errors=True)
+        self._resources.close()  # after the processes: nobody attaches to the segment any more
         self._group = None
 
     def _kill(self) -> None:
@@ -152,8 +164,8 @@ class LocalRanks:
     # --- the listening thread ---
 
     def _stop_listening(self) -> None:
-        self._wake_sender.close()
         if self._listener.is_alive():
+            self._wake_sender.close()
             self._listener.join()
 
     def _listen(self) -> None:

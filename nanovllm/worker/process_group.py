@@ -1,5 +1,7 @@
 """Where each rank computes, and how the ranks find each other."""
 
+import os
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -15,6 +17,8 @@ FileStore, PrefixStore = dist.FileStore, dist.PrefixStore
 
 # A rank that is only slow is waited for, however long; one that has gone is noticed by other means.
 FOR_EVER = timedelta(days=365)
+LOCAL_MEETING = timedelta(minutes=1)  # of ranks that have all said that they are ready to meet
+REMOTE_MEETING = timedelta(minutes=30)  # of machines, which may be minutes apart
 LOOPBACK = "127.0.0.1"
 
 
@@ -83,11 +87,22 @@ def join(place: Place, store: Any, is_nccl: bool, host: str | None = None) -> Te
 def gloo(place: Place, store: Any, host: str | None = None) -> Any:
     """A gloo group of all ranks."""
     if host is None:
-        return dist.ProcessGroupGloo(store, place.rank, place.size, FOR_EVER)
-    options = dist.ProcessGroupGloo._Options()  # the public ways take no address
-    options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
-    options._timeout = FOR_EVER
-    return dist.ProcessGroupGloo(store, place.rank, place.size, options)
+        group = dist.ProcessGroupGloo(store, place.rank, place.size, REMOTE_MEETING)
+    else:
+        options = dist.ProcessGroupGloo._Options()  # the public ways take no address
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
+        options._timeout = LOCAL_MEETING
+        group = dist.ProcessGroupGloo(store, place.rank, place.size, options)
+    group._set_default_timeout(FOR_EVER)
+    return group
+
+
+def disturb_meeting(store_path: str) -> None:
+    """Let go whoever waits at a FileStore for ranks that will not come: a link to itself is an error to open."""
+    with suppress(OSError):
+        os.unlink(store_path)
+    with suppress(OSError):
+        os.symlink(store_path, store_path)
 
 
 def nccl(place: Place, store: Any) -> Any:
