@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -12,12 +13,13 @@ import torch
 from nanovllm.worker import local_ranks, model_runner, rank_process
 
 PLACES = ("joining", "load", "sizing", "prefill", "decode")  # in the order in which a rank comes to them
+MEMORY = 2**30  # holds fewer blocks of the bundled model than its 512 sequences could use
 WORDS = "planted on purpose"
 
 
 @dataclass(frozen=True)
 class Fault:
-    """Rank `rank` does `what` when it comes to `place`: raise, kill, exit, run out of memory, stop (until continued)."""
+    """Rank `rank` does `what` when it comes to `place`: raise, kill, exit, run out of memory, stop."""
 
     rank: int
     place: str
@@ -44,6 +46,17 @@ def run_rank_with(fault: Fault, model: Any, place: Any, *rest: Any) -> None:
     """What the process of a rank runs."""
     if place.rank == fault.rank:
         _plant_here(fault)
+    rank_process.run_rank(model, place, *rest)
+
+
+def plant_memory(monkeypatch: Any, available: list[int]) -> None:
+    """From now on, rank r of engines of this process finds available[r] bytes of memory."""
+    monkeypatch.setattr(local_ranks, "run_rank", functools.partial(_run_rank_with_memory, available))
+    monkeypatch.setattr(model_runner.psutil, "virtual_memory", lambda: SimpleNamespace(available=available[0]))
+
+
+def _run_rank_with_memory(available: list[int], model: Any, place: Any, *rest: Any) -> None:
+    model_runner.psutil.virtual_memory = lambda: SimpleNamespace(available=available[place.rank])
     rank_process.run_rank(model, place, *rest)
 
 

@@ -1,7 +1,6 @@
 """A rank that fails: rank 0 says which and why, and nothing is left behind. On the CPU, over gloo.
 
-No test looks at the clock: each waits until the engine has raised, and a hang ends in the suite's time limit. The engine's
-own limits are PATIENCE_SECONDS and END_SECONDS.
+No test looks at the clock: each waits until the engine has raised, and a hang ends in the suite's time limit.
 """
 
 from typing import Any

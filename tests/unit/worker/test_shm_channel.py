@@ -1,4 +1,4 @@
-"""Messages through shared memory: whole, in order, to every receiver; and nothing of a dead receiver holds the sender."""
+"""Messages through shared memory: whole, in order, to every receiver; and a dead one does not hold the sender."""
 
 import multiprocessing
 import os
