@@ -64,7 +64,8 @@ class LLMEngine:
 
         A str, or one list of token ids, is one prompt. sampling_params is one for all, or a list with one for each.
         Raises ValueError, naming the prompt's index, before anything is computed. An exception on the way (Ctrl-C
-        too) aborts these prompts; the engine stays usable.
+        too) aborts these prompts; the engine stays usable, unless it has several ranks and the exception came in the
+        middle of a step: then it is closed.
         """
         requests = self._make_requests(as_prompt_list(prompts), sampling_params, is_streamed=False)
         progress = tqdm(total=len(requests), desc="Generating", unit="prompt", disable=not use_tqdm)
@@ -134,7 +135,7 @@ class LLMEngine:
         """Compute one step. Outputs of requests from add_request are handed out here, once.
 
         When computing fails, the exception passes through, the requests of that step end with finish_reason "abort",
-        and the others go on.
+        and the others go on (with one rank; with several, the engine is closed).
         """
         batch = self._advance()
         finished = [r for r in self._requests.values() if r.index is None and r.sequence.is_finished]

@@ -94,15 +94,15 @@ def _other_ranks(model: Model) -> LocalRanks | LaunchedRanks:
     """Started or found; does not return in another rank of torchrun's. Raises ValueError for a device that is not there
     and when torchrun started more or fewer ranks than were asked for.
     """
-    size, device, launch = model.config.tensor_parallel_size, resolve_device(model.config.device), read_launch()
+    size, launch = model.config.tensor_parallel_size, read_launch()
     if launch is None:
-        return LocalRanks(model, local_places(device, size))
+        return LocalRanks(model, local_places(resolve_device(model.config.device), size))
     if launch.size != size:
         raise ValueError(
             f"tensor_parallel_size must be the number of processes that torchrun started, {launch.size}, got {size}; "
             "leave it out, or change --nnodes and --nproc-per-node"
         )
-    place = launched_place(device, launch)
+    place = launched_place(model.config.device, launch)
     if place.rank:
         serve_launched(model, place)
         raise SystemExit(0)

@@ -86,8 +86,10 @@ class LaunchedRanks:
         self.is_broken = True
 
     def say_end(self) -> None:
-        if not self.is_broken and self._control is not None:
-            self.send(None)
+        """Let the other ranks end."""
+        if not self.is_broken:
+            with suppress(RuntimeError):  # one that has gone already
+                self.send(None)
 
     def close(self) -> None:
         self._control = None

@@ -4,7 +4,6 @@ A thread listens for their last words. When a rank has failed, it finds out whic
 group is lost anyway, and rank 0, perhaps inside a collective that can never end, is let go when the connections close.
 """
 
-import multiprocessing
 import os
 import shutil
 import signal
@@ -15,6 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing import connection
+from multiprocessing.context import SpawnContext
 from typing import Any
 
 import torch
@@ -59,7 +59,7 @@ class LocalRanks:
             raise
 
     def _start(self, model: Model, places: list[Place]) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = SpawnContext()
         self._channel = ShmSender(len(places), context)
         self._resources.callback(self._channel.close)
         directory = tempfile.mkdtemp(prefix="nanovllm-")  # nobody but this user can enter it
@@ -77,7 +77,7 @@ class LocalRanks:
                 their_end.close()  # so that the pipe ends when the process does
         self._listener.start()
 
-    def _pipe(self, context: Any) -> tuple[Any, Any]:
+    def _pipe(self, context: SpawnContext) -> tuple[Any, Any]:
         """(receiver, sender)"""
         receiver, sender = context.Pipe(duplex=False)
         self._resources.callback(receiver.close)
@@ -151,8 +151,8 @@ class LocalRanks:
             process.join(max(0, deadline - time.monotonic()))
         self._kill()
         for process in self._processes:
-            process.join()
-            process.close()
+            if _exit_code(process) is not None:
+                process.close()
         self._resources.close()  # after the processes: nobody attaches to the segment any more
         self._group = None
 
@@ -205,9 +205,7 @@ class LocalRanks:
         return kind(f"rank {rank} of {size} failed: {report.cause}\n\nIts traceback:\n{report.traceback}")
 
     def _how_it_ended(self, rank: int) -> str:
-        process = self._processes[rank - 1]
-        process.join(END_SECONDS)
-        code = process.exitcode
+        code = _exit_code(self._processes[rank - 1])
         if code is not None and code < 0:
             return f"was killed by {signal.Signals(-code).name}: by hand, or by the system for want of memory"
         if self._all_ready.done():
@@ -216,6 +214,15 @@ class LocalRanks:
             f"ended with exit code {code} while it started; its own output says more. A program that starts an engine "
             'with several ranks does so under `if __name__ == "__main__":`, since the ranks import it too'
         )
+
+
+def _exit_code(process: Any) -> int | None:
+    """Of a process that has ended or is about to; None if somebody else has asked the system for it."""
+    deadline = time.monotonic() + END_SECONDS
+    process.join(END_SECONDS)
+    while process.exitcode is None and time.monotonic() < deadline:
+        time.sleep(0.01)  # another thread has asked (multiprocessing.active_children() does), and will tell
+    return process.exitcode
 
 
 def _receive(pipe: Any) -> Any:

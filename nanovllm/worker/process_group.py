@@ -45,13 +45,15 @@ class Place:
 
 
 def resolve_device(name: str) -> torch.device:
-    """torch.device of Config.device. Raises ValueError for cuda where there is none."""
+    """torch.device of Config.device: a GPU is the current one. Raises ValueError for cuda where there is none."""
+    return torch.device("cuda", torch.cuda.current_device()) if _is_gpu(name) else torch.device("cpu")
+
+
+def _is_gpu(name: str) -> bool:
     has_cuda = torch.cuda.is_available()
     if name == "cuda" and not has_cuda:
         raise ValueError("device must be 'cpu' on a machine where torch finds no GPU, got 'cuda'; use 'auto' or 'cpu'")
-    if name == "cpu" or not has_cuda:
-        return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device())
+    return name != "cpu" and has_cuda
 
 
 def local_places(device: torch.device, size: int) -> list[Place]:
@@ -63,9 +65,9 @@ def local_places(device: torch.device, size: int) -> list[Place]:
     return [Place(rank, size, num_sharing, (first + rank) % num_gpus) for rank in range(size)]
 
 
-def launched_place(device: torch.device, launch: Launch) -> Place:
-    """The place of a process that torchrun started."""
-    if device.type == "cpu":
+def launched_place(device_name: str, launch: Launch) -> Place:
+    """The place of a process that torchrun started; does not touch a GPU that is not its own."""
+    if not _is_gpu(device_name):
         return Place(launch.rank, launch.size, num_sharing=launch.local_size)
     num_gpus = torch.cuda.device_count()
     return Place(launch.rank, launch.size, -(-launch.local_size // num_gpus), launch.local_rank % num_gpus)

@@ -3,9 +3,9 @@
 Real processes over gloo, so the other ranks see nothing but pickled sequences. One engine for each architecture and
 number of ranks, and one crowded scenario: chunked prompts, shared prefixes, preemption, an abort, greedy and sampled.
 
-The bound on the logits: float32 rounding of ours and of the reference's own float32 pass are errors of the same size, so
-four times the reference's largest is not reached by rounding (tests/oracle.py). A sum over ranks is another order of the
-same additions.
+The bound on the logits: float32 rounding of ours and of the reference's own float32 pass are errors of the same size,
+so four times the reference's largest is not reached by rounding (tests/oracle.py). A sum over ranks is another order of
+the same additions.
 """
 
 import pickle

@@ -46,11 +46,14 @@ def test_ranks_take_gpus_from_rank_0s_on(gpus, num_gpus, first, size, expected, 
     assert all(place.has_own_gpu == (num_sharing == 1) for place in places)
 
 
-def test_a_launched_rank_takes_the_gpu_of_its_local_rank(gpus) -> None:
+def test_a_launched_rank_takes_the_gpu_of_its_local_rank(gpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    """D35: without a look at the current GPU, which is the first on every rank until then."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: pytest.fail("touches GPU 0"))
     gpus(2)
-    assert launched_place(torch.device("cuda", 0), Launch(5, 8, 1, 2)) == Place(5, 8, num_sharing=1, gpu=1)
-    assert launched_place(torch.device("cuda", 0), Launch(5, 8, 3, 4)) == Place(5, 8, num_sharing=2, gpu=1)
-    assert launched_place(torch.device("cpu"), Launch(5, 8, 1, 2)) == Place(5, 8, num_sharing=2)
+    assert launched_place("cuda", Launch(5, 8, 1, 2)) == Place(5, 8, num_sharing=1, gpu=1)
+    assert launched_place("auto", Launch(5, 8, 3, 4)) == Place(5, 8, num_sharing=2, gpu=1)
+    assert launched_place("cpu", Launch(5, 8, 1, 2)) == Place(5, 8, num_sharing=2)
 
 
 def test_a_launch_is_read_off_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
