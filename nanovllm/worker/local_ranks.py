@@ -147,14 +147,16 @@ class LocalRanks:
     def close(self) -> None:
         """Wait for the ranks that say_end has asked, kill those that do not end, and clear up."""
         deadline = time.monotonic() + (0 if self.is_broken else END_SECONDS)
-        for process in self._processes:
-            process.join(max(0, deadline - time.monotonic()))
-        self._kill()
-        for process in self._processes:
-            if _exit_code(process) is not None:
-                process.close()
-        self._resources.close()  # after the processes: nobody attaches to the segment any more
-        self._group = None
+        try:
+            for process in self._processes:
+                process.join(max(0, deadline - time.monotonic()))
+        finally:  # also when a second Ctrl-C ends the waiting
+            self._kill()
+            for process in self._processes:
+                if _exit_code(process) is not None:
+                    process.close()
+            self._resources.close()  # after the processes: nobody attaches to the segment any more
+            self._group = None
 
     def _kill(self) -> None:
         self._is_broken = True
@@ -207,7 +209,7 @@ class LocalRanks:
     def _how_it_ended(self, rank: int) -> str:
         code = _exit_code(self._processes[rank - 1])
         if code is not None and code < 0:
-            return f"was killed by {signal.Signals(-code).name}: by hand, or by the system for want of memory"
+            return f"was killed by {_signal_name(-code)}: by hand, or by the system for want of memory"
         if self._all_ready.done():
             return f"ended with exit code {code} and said nothing"
         return (
@@ -223,6 +225,13 @@ def _exit_code(process: Any) -> int | None:
     while process.exitcode is None and time.monotonic() < deadline:
         time.sleep(0.01)  # another thread has asked (multiprocessing.active_children() does), and will tell
     return process.exitcode
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"signal {number}"
 
 
 def _receive(pipe: Any) -> Any:

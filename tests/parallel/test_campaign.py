@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.campaign, pytest.mark.timeout(3600)]
 
 SEED = os.environ.get("NANOVLLM_TEST_SEED", "0")
 NUM_STARTS = 100
-NUM_KILLS = 40
+NUM_KILLS = 30
 MAX_SECONDS = 10  # from a rank's end to the error: the promise itself, and so a limit on time
 MAX_SECONDS_TO_START = 8  # roughly: the kills are to fall on the start and on the steps
 SUSPENDED_SECONDS = 8  # longer than PATIENCE_SECONDS
