@@ -98,6 +98,7 @@ class LocalRanks:
             self.check()
             tp = joining.result()
         except BaseException:
+            # Ends the thread, unless the rank died while sockets connect: then it ends after LOCAL_MEETING.
             disturb_meeting(self._store_path)
             wait([joining], PATIENCE_SECONDS)
             raise

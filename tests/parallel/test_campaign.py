@@ -20,12 +20,13 @@ from tests.evidence import happened, tolerated
 from tests.parallel.faults import PLACES, Fault, plant
 from tests.parallel.holdings import Watch
 from tests.parallel.test_failures import check_failure, engine, generate
+from tests.parallel.test_lifetime import wait_until
 
 pytestmark = [pytest.mark.campaign, pytest.mark.timeout(3600)]
 
 SEED = os.environ.get("NANOVLLM_TEST_SEED", "0")
 NUM_STARTS = 100
-NUM_KILLS = 30
+NUM_KILLS = 12
 MAX_SECONDS = 10  # from a rank's end to the error: the promise itself, and so a limit on time
 MAX_SECONDS_TO_START = 8  # roughly: the kills are to fall on the start and on the steps
 SUSPENDED_SECONDS = 8  # longer than PATIENCE_SECONDS
@@ -123,7 +124,8 @@ def test_a_rank_killed_at_any_moment(nothing_left: Watch) -> None:
         with pytest.raises(RankError, match=r"^rank [123] of 4 was killed by SIGKILL"):
             work_for_ever()
         seconds = time.monotonic() - killed_at[0]
-        assert nothing_left.holdings() == before, f"attempt {attempt}"
+        # A rank killed in the moment in which sockets connect: a thread waits for it, LOCAL_MEETING at most.
+        wait_until(lambda: nothing_left.holdings() == before, f"nothing is left of attempt {attempt}")
         tolerated("seconds from a rank's end to the error", seconds, MAX_SECONDS)
         assert seconds < MAX_SECONDS, f"attempt {attempt}"
         happened("a rank killed at a random moment")

@@ -138,7 +138,7 @@ class Program:
 
 
 def wait_until(is_true: Callable[[], bool], what: str) -> None:
-    for _ in range(600):
+    for _ in range(700):  # 70 s at least
         if is_true():
             return
         time.sleep(0.1)
