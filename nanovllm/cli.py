@@ -17,6 +17,7 @@ from typing import Any
 from nanovllm import __version__
 from nanovllm.config import ATTENTION_BACKENDS, DEVICES, DTYPES, Config
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.torchrun import read_launch
 from nanovllm.validation import require_unicode
 
 USER_ERROR = 2
@@ -43,7 +44,7 @@ _CONFIG_HELP = {
     "kv_cache_block_size": "tokens a KV block",
     "num_kv_cache_blocks": "blocks of the KV cache; without it, as many as memory holds",
     "gpu_memory_utilization": "share of the GPU's memory to use",
-    "tensor_parallel_size": "GPUs that share the model",
+    "tensor_parallel_size": "GPUs that share the model; under torchrun, all of its processes",
     "enforce_eager": "never use CUDA graphs",
 }
 _SAMPLING_HELP = {
@@ -61,6 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (sys.argv[1:] if None) and return its exit code; argparse's errors exit with 2."""
     arguments = _parser().parse_args(argv)
     try:
+        launch = read_launch()
+        if launch is not None and launch.rank > 0 and arguments.run is not _demo:
+            _open_llm(arguments)  # computes for rank 0, which alone reads and prints, and does not return
         with _log_on_stderr():
             code = arguments.run(arguments)
         sys.stdout.flush()  # a reader that has gone is noticed here, not at interpreter exit
@@ -126,14 +130,19 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 
 def _open_llm(arguments: argparse.Namespace) -> Any:
-    """The LLM that the options ask for; says so when it is the bundled model."""
+    """The LLM that the options ask for, on all ranks that torchrun started; says so when it is the bundled model."""
     from nanovllm import LLM, bundled_model_path
 
+    options, launch = _given(arguments, _CONFIG_HELP), read_launch()
+    if launch is not None:
+        options.setdefault("tensor_parallel_size", launch.size)
     model = arguments.model
     if model is None:
         model = str(bundled_model_path())
-        print("no --model given: using the bundled one, which knows passages of the King James Bible", file=sys.stderr)
-    return LLM(model, **_given(arguments, _CONFIG_HELP))
+        if launch is None or launch.rank == 0:
+            note = "no --model given: using the bundled one, which knows passages of the King James Bible"
+            print(note, file=sys.stderr)
+    return LLM(model, **options)
 
 
 def _sampling_params(arguments: argparse.Namespace) -> SamplingParams:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 
 from nanovllm.layers.tensor_parallel import TensorParallel
+from nanovllm.worker.process_group import LOOPBACK, FileStore, Place, join, leave
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -61,7 +62,7 @@ class ThreadedRank(TensorParallel):
 
 def threaded_ranks(size: int) -> list[TensorParallel]:
     exchange = _Exchange(size)
-    return [ThreadedRank(rank, size, exchange) for rank in range(size)]
+    return [ThreadedRank(rank, size, exchange=exchange) for rank in range(size)]
 
 
 def run_together(work: Callable[[Item], Result], items: list[Item]) -> list[Result]:
@@ -70,15 +71,12 @@ def run_together(work: Callable[[Item], Result], items: list[Item]) -> list[Resu
         return list(threads.map(work, items))
 
 
-def run_in_gloo_process(rank: int, size: int, init_file: str, results: Any) -> None:
-    """One process of a real group: puts (rank, all_reduce, gather or None) of a [2, 3] tensor that names its rank."""
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo", init_method=f"file://{init_file}", rank=rank, world_size=size)
-    try:
-        tp = TensorParallel(rank, size)
-        x = 10.0 * rank + torch.arange(6.0).view(2, 3)
-        total, gathered = tp.all_reduce(x.clone()), tp.gather(x.T.contiguous().T)
-        results.put((rank, total.tolist(), None if gathered is None else gathered.tolist()))
-    finally:
-        dist.destroy_process_group()
+def run_in_gloo_process(rank: int, size: int, store_path: str, results: Any) -> None:
+    """One process of a real group: puts (rank, all_reduce, gather or None, minimum) of a [2, 3] tensor that names its
+    rank.
+    """
+    tp = join(Place(rank, size, num_sharing=size), FileStore(store_path, size), is_nccl=False, host=LOOPBACK)
+    x = 10.0 * rank + torch.arange(6.0).view(2, 3)
+    total, gathered = tp.all_reduce(x.clone()), tp.gather(x.T.contiguous().T)
+    results.put((rank, total.tolist(), None if gathered is None else gathered.tolist(), tp.minimum(7 - rank)))
+    leave(tp)

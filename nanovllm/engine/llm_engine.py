@@ -33,6 +33,7 @@ class LLMEngine:
         config = Config(model, **options)
         model_dir = local_model_dir(config.model)
         model_config = load_model_config(model_dir)
+        model_config.check_tensor_parallel_size(config.tensor_parallel_size)  # before anything is started
         self.config = replace(config, max_model_len=min(config.max_model_len, model_config.max_supported_len))
         self.tokenizer = load_tokenizer(model_dir)
         self.vocab_size = model_config.vocab_size
@@ -63,7 +64,8 @@ class LLMEngine:
 
         A str, or one list of token ids, is one prompt. sampling_params is one for all, or a list with one for each.
         Raises ValueError, naming the prompt's index, before anything is computed. An exception on the way (Ctrl-C
-        too) aborts these prompts; the engine stays usable.
+        too) aborts these prompts; the engine stays usable, unless it has several ranks and the exception came in the
+        middle of a step: then it is closed.
         """
         requests = self._make_requests(as_prompt_list(prompts), sampling_params, is_streamed=False)
         progress = tqdm(total=len(requests), desc="Generating", unit="prompt", disable=not use_tqdm)
@@ -133,7 +135,7 @@ class LLMEngine:
         """Compute one step. Outputs of requests from add_request are handed out here, once.
 
         When computing fails, the exception passes through, the requests of that step end with finish_reason "abort",
-        and the others go on.
+        and the others go on (with one rank; with several, the engine is closed).
         """
         batch = self._advance()
         finished = [r for r in self._requests.values() if r.index is None and r.sequence.is_finished]
@@ -226,7 +228,7 @@ class LLMEngine:
         executor.close()
 
     def _check_open(self) -> None:
-        if self._executor is None:
+        if self._executor is None or self._executor.is_closed:
             raise RuntimeError("this engine is closed: make a new one")
 
     def __enter__(self) -> "LLMEngine":

@@ -1,6 +1,7 @@
 """Tensor parallelism: which share of every matrix this rank holds, and how the ranks add up what they computed."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -8,14 +9,28 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class TensorParallel:
-    """This process is `rank` of `size`. If there are several, torch.distributed must be initialised."""
+    """This process is `rank` of `size`.
+
+    group: what several ranks talk over, a gloo or NCCL backend of torch.distributed. It belongs to one engine, and is
+    not torch's default group: neither another engine nor the user's program can meet it.
+    """
 
     rank: int = 0
     size: int = 1
+    group: Any = None
 
     def __post_init__(self) -> None:
         if self.size < 1 or not 0 <= self.rank < self.size:
             raise ValueError(f"rank must be from 0 to size - 1 and size at least 1, got rank={self.rank}, {self.size=}")
+
+    @property
+    def is_nccl(self) -> bool:
+        return self.group is not None and self.group.name() == "nccl"
+
+    @property
+    def is_graph_safe(self) -> bool:
+        """Whether a CUDA graph can record what the ranks say to each other: gloo copies through the host."""
+        return self.size == 1 or self.is_nccl
 
     def share(self, name: str, value: int) -> int:
         """value / size. Raises ValueError, naming `name`, when it is not an integer."""
@@ -26,17 +41,29 @@ class TensorParallel:
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """The sum of the ranks' x, on every rank. May reuse x's memory: pass a tensor that nothing else needs."""
         if self.size > 1:
-            dist.all_reduce(x)
+            self.group.allreduce([x]).wait()
         return x
 
     def gather(self, x: torch.Tensor) -> torch.Tensor | None:
         """The ranks' x side by side along the last dimension, in rank order, on rank 0; None on the others."""
         if self.size == 1:
             return x
-        x = x.contiguous()  # NCCL takes nothing else
-        parts = [torch.empty_like(x) for _ in range(self.size)] if self.rank == 0 else None
-        dist.gather(x, parts, dst=0)
-        return torch.cat(parts, dim=-1) if parts is not None else None
+        part = x.contiguous()  # neither backend takes anything else
+        if not self.is_nccl:
+            part = part.cpu()  # gloo gathers nothing else
+        parts = [torch.empty_like(part) for _ in range(self.size)] if self.rank == 0 else None
+        options = dist.GatherOptions()
+        options.rootRank = 0
+        self.group.gather([parts] if parts is not None else [], [part], options).wait()
+        return torch.cat(parts, dim=-1).to(x.device) if parts is not None else None
+
+    def minimum(self, value: int) -> int:
+        """The smallest of the ranks' values, on every rank. Waits for all of them."""
+        if self.size == 1:
+            return value
+        smallest = torch.tensor([value], dtype=torch.int64, device="cuda" if self.is_nccl else "cpu")
+        self.group.allreduce([smallest], dist.ReduceOp.MIN).wait()
+        return int(smallest)
 
 
 SINGLE_RANK = TensorParallel()

@@ -4,7 +4,7 @@ Nothing but safetensors is read, so no code from a checkpoint can run, and an in
 """
 
 import json
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,17 @@ _MAX_LISTED = 10
 Target = tuple[nn.Parameter, Hashable]  # the parameter that a tensor goes to, and the shard_id to load it with
 
 
-def load_model(model: DecoderForCausalLM, model_dir: str | Path, use_tqdm: bool = True) -> None:
+def load_model(
+    model: DecoderForCausalLM,
+    model_dir: str | Path,
+    use_tqdm: bool = True,
+    between_tensors: Callable[[], None] | None = None,
+) -> None:
     """Fill all parameters of `model` from model_dir, each rank with its share, cast to the parameters' dtype.
 
-    use_tqdm: show progress if standard error is a terminal. Raises ValueError, listing names, when files or tensors
-    are missing, unexpected, duplicate, misshapen, quantised or not floating point.
+    use_tqdm: show progress if standard error is a terminal. between_tensors is called after each tensor.
+    Raises ValueError, listing names, when files or tensors are missing, unexpected, duplicate, misshapen, quantised or
+    not floating point.
     """
     files = checkpoint_files(Path(model_dir))
     targets = expected_weights(model)
@@ -57,6 +63,8 @@ def load_model(model: DecoderForCausalLM, model_dir: str | Path, use_tqdm: bool 
                     except ValueError as error:
                         raise ValueError(f"{name} in {file}: {error}") from None
                     progress.update()
+                    if between_tensors is not None:
+                        between_tensors()
     _refuse("weights have other shapes than config.json implies", misshapen)
 
 

@@ -1,35 +1,109 @@
-"""Executor: runs scheduled batches on the device, through the ModelRunner of each rank."""
+"""Executor: runs scheduled batches on rank 0's ModelRunner and, with several ranks, on theirs."""
 
+import weakref
+from contextlib import ExitStack
 from pathlib import Path
+from typing import NoReturn
 
 from nanovllm.config import Config
 from nanovllm.engine.scheduler import ScheduledBatch
 from nanovllm.model_config import ModelConfig
+from nanovllm.torchrun import read_launch
+from nanovllm.worker.launched_ranks import LaunchedRanks, serve_launched
+from nanovllm.worker.local_ranks import LocalRanks
 from nanovllm.worker.model_runner import ModelRunner
+from nanovllm.worker.process_group import launched_place, leave, local_places, resolve_device
+from nanovllm.worker.rank_process import Model
 
 
 class Executor:
-    """Owns the ModelRunner. Raises ValueError for a model, device or memory that will not do; then nothing is left.
+    """Owns the ModelRunner and the other ranks. When something fails, nothing of them is left.
 
-    num_kv_cache_blocks: KV blocks that were allocated.
+    Under torchrun a process of another rank never gets an Executor: the constructor computes what rank 0 sends until
+    rank 0 ends, and raises SystemExit.
+    Raises ValueError for a model, device or memory that will not do, RankError when another rank fails.
+    num_kv_cache_blocks: KV blocks that were allocated, on every rank.
     """
 
     def __init__(self, config: Config, model_config: ModelConfig, model_dir: Path) -> None:
-        if config.tensor_parallel_size > 1:
-            raise ValueError(
-                f"tensor_parallel_size must be 1, got {config.tensor_parallel_size}: several GPUs are not supported "
-                "yet; use one"
-            )
-        self._runner: ModelRunner | None = ModelRunner(config, model_config, model_dir)
+        self._resources = ExitStack()  # closed in reverse order, also when this object or the interpreter ends
+        self._finalizer = weakref.finalize(self, self._resources.close)
+        self._ranks: LocalRanks | LaunchedRanks | None = None
+        self._runner: ModelRunner | None = None
+        try:
+            self._runner = self._start(Model(config, model_config, model_dir))
+        except BaseException as error:
+            self._fail(error)
         self.num_kv_cache_blocks = self._runner.num_kv_cache_blocks
 
+    def _start(self, model: Model) -> ModelRunner:
+        if model.config.tensor_parallel_size == 1:
+            runner = ModelRunner(model.config, model.model_config, model.model_dir)
+        else:
+            self._ranks = ranks = _other_ranks(model)
+            self._resources.callback(ranks.close)
+            tp = ranks.connect()
+            self._resources.callback(lambda: leave(tp, ranks.is_broken))
+            runner = ModelRunner(
+                model.config, model.model_config, model.model_dir, tp, ranks.place.num_sharing, ranks.check
+            )
+        self._resources.callback(runner.close)
+        if self._ranks is not None:
+            self._resources.callback(self._ranks.say_end)
+        return runner
+
     def run(self, batch: ScheduledBatch) -> list[int]:
-        """Compute `batch`; the new token ids of batch.sampled_sequences, in their order."""
-        assert self._runner is not None
-        return self._runner.run(batch)
+        """Compute `batch`; the new token ids of batch.sampled_sequences, in their order.
+
+        With several ranks, an exception (Ctrl-C too) ends the executor: they may have come different ways.
+        """
+        if self._runner is None:
+            raise RuntimeError("the ranks of this engine have ended: make a new one")
+        if self._ranks is None:
+            return self._runner.run(batch)
+        try:
+            self._ranks.send(batch)
+            token_ids = self._runner.run(batch)
+            self._ranks.check()
+            return token_ids
+        except BaseException as error:
+            self._fail(error)
+
+    @property
+    def is_closed(self) -> bool:
+        return not self._finalizer.alive
 
     def close(self) -> None:
-        """Give memory back. May be called twice."""
-        if self._runner is not None:
-            self._runner.close()
-            self._runner = None
+        """Give memory and processes back. May be called twice."""
+        self._runner = None
+        self._finalizer()
+
+    def _fail(self, error: BaseException) -> NoReturn:
+        """Close, and raise what really happened."""
+        cause = error
+        if self._ranks is not None:
+            cause = self._ranks.explain(error)
+            self._ranks.break_off()
+        self.close()
+        if cause is error:
+            raise error
+        raise cause from error
+
+
+def _other_ranks(model: Model) -> LocalRanks | LaunchedRanks:
+    """Started or found; does not return in another rank of torchrun's. Raises ValueError for a device that is not there
+    and when torchrun started more or fewer ranks than were asked for.
+    """
+    size, launch = model.config.tensor_parallel_size, read_launch()
+    if launch is None:
+        return LocalRanks(model, local_places(resolve_device(model.config.device), size))
+    if launch.size != size:
+        raise ValueError(
+            f"tensor_parallel_size must be the number of processes that torchrun started, {launch.size}, got {size}; "
+            "leave it out, or change --nnodes and --nproc-per-node"
+        )
+    place = launched_place(model.config.device, launch)
+    if place.rank:
+        serve_launched(model, place)
+        raise SystemExit(0)
+    return LaunchedRanks(place)

@@ -2,6 +2,7 @@
 
 import gc
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,11 +18,13 @@ from nanovllm.layers.attention import Attention
 from nanovllm.layers.attention_backend import AttentionBackend, choose_attention_backend
 from nanovllm.layers.moe import SparseMoeBlock
 from nanovllm.layers.sampler import Sampler, SamplingTensors
+from nanovllm.layers.tensor_parallel import SINGLE_RANK, TensorParallel
 from nanovllm.model_config import ModelConfig
 from nanovllm.models.loader import load_model
 from nanovllm.models.registry import build_model
 from nanovllm.worker.cuda_graph import DecodeGraphs, graph_batch_sizes
 from nanovllm.worker.kv_cache import block_bytes, num_blocks_on_cpu, num_blocks_that_fit
+from nanovllm.worker.process_group import resolve_device
 
 BYTES_PER_GRAPH = 8 * 2**20  # of the driver, for one recorded graph beside its tensors
 
@@ -29,22 +32,35 @@ BYTES_PER_GRAPH = 8 * 2**20  # of the driver, for one recorded graph beside its 
 class ModelRunner:
     """Loads the model, warms it up, sizes the KV cache, runs steps.
 
-    kv_cache: [2, num_layers, num_kv_cache_blocks, block_size, num_kv_heads, head_dim], keys and values.
+    tp: which of the ranks this is; num_sharing: ranks that share its device's memory. All ranks have as many blocks as
+    the poorest of them. between_tensors is called now and then while weights are loaded, and may raise.
+    kv_cache: [2, num_layers, num_kv_cache_blocks, block_size, num_kv_heads, head_dim], this rank's keys and values.
     Raises ValueError for a device that is not there and for memory that does not suffice; everything the model
     loader raises passes through. torch's default dtype and device are as before, whatever happens.
     """
 
-    def __init__(self, config: Config, model_config: ModelConfig, model_dir: Path) -> None:
+    def __init__(
+        self,
+        config: Config,
+        model_config: ModelConfig,
+        model_dir: Path,
+        tp: TensorParallel = SINGLE_RANK,
+        num_sharing: int = 1,
+        between_tensors: Callable[[], None] | None = None,
+    ) -> None:
         self.config = config
+        self.tp = tp
+        self.num_sharing = num_sharing
         self.model_config = model_config if config.dtype == "auto" else replace(model_config, dtype=config.dtype)
-        self.device = _resolve_device(config.device)
+        self.device = resolve_device(config.device)
         self.dtype: torch.dtype = getattr(torch, self.model_config.dtype)
         backend = choose_attention_backend(
             config.attention_backend, self.device, self.dtype, model_config.head_dim, config.kv_cache_block_size
         )
         with self.device:
-            self.model = build_model(self.model_config, backend)
-        load_model(self.model, model_dir)
+            self.model = build_model(self.model_config, backend, tp)
+        self.num_kv_heads = self._attention_layers()[0].num_kv_heads
+        load_model(self.model, model_dir, use_tqdm=tp.rank == 0, between_tensors=between_tensors)
         self.model.eval()
         self.sampler = Sampler()
         self.graphs: DecodeGraphs | None = None
@@ -52,7 +68,9 @@ class ModelRunner:
         if self.device.type == "cuda":
             self.warmup_model()
         if config.num_kv_cache_blocks is None:
-            self.num_kv_cache_blocks = self._num_blocks_that_fit(self._measure_graph_bytes() if is_captured else 0)
+            graph_bytes = self._measure_graph_bytes() if is_captured else 0
+            tp.minimum(0)  # ranks that share a device measure when all have taken what they need
+            self.num_kv_cache_blocks = tp.minimum(self._num_blocks_that_fit(graph_bytes))
         else:
             self.num_kv_cache_blocks = config.num_kv_cache_blocks
         self.kv_cache = self.allocate_kv_cache()
@@ -83,23 +101,25 @@ class ModelRunner:
                 model.num_hidden_layers,
                 self.num_kv_cache_blocks,
                 self.config.kv_cache_block_size,
-                model.num_key_value_heads,
+                self.num_kv_heads,
                 model.head_dim,
             ),
             dtype=self.dtype,
             device=self.device,
         )
-        layers = [module for module in self.model.modules() if isinstance(module, Attention)]
-        for layer, k_cache, v_cache in zip(layers, kv_cache[0], kv_cache[1], strict=True):
+        for layer, k_cache, v_cache in zip(self._attention_layers(), kv_cache[0], kv_cache[1], strict=True):
             layer.bind_kv_cache(k_cache, v_cache)
         return kv_cache
 
+    def _attention_layers(self) -> list[Attention]:
+        return [module for module in self.model.modules() if isinstance(module, Attention)]
+
     def _num_blocks_that_fit(self, graph_bytes: int) -> int:
         model, config = self.model_config, self.config
-        bytes_per_block = block_bytes(
+        bytes_per_block = self.num_sharing * block_bytes(
             model.num_hidden_layers,
             config.kv_cache_block_size,
-            model.num_key_value_heads,
+            self.num_kv_heads,
             model.head_dim,
             self.dtype.itemsize,
         )
@@ -112,12 +132,13 @@ class ModelRunner:
             )
         free, total = torch.cuda.mem_get_info(self.device)
         stats = torch.cuda.memory_stats(self.device)
+        current = stats["allocated_bytes.all.current"]
         return num_blocks_that_fit(
             total,
             config.gpu_memory_utilization,
-            used=total - free + graph_bytes,
-            peak=stats["allocated_bytes.all.peak"],
-            current=stats["allocated_bytes.all.current"],
+            used=total - free + self.num_sharing * graph_bytes,
+            peak=current + self.num_sharing * (stats["allocated_bytes.all.peak"] - current),
+            current=current,
             bytes_per_block=bytes_per_block,
         )
 
@@ -125,9 +146,8 @@ class ModelRunner:
 
     def _is_graph_safe(self, backend: AttentionBackend) -> bool:
         """Whether decode never waits for the device, and launches the same kernels whatever the integers say."""
-        return backend.is_graph_safe and all(
-            module.is_graph_safe for module in self.model.modules() if isinstance(module, SparseMoeBlock)
-        )
+        moe_blocks = [module for module in self.model.modules() if isinstance(module, SparseMoeBlock)]
+        return self.tp.is_graph_safe and backend.is_graph_safe and all(block.is_graph_safe for block in moe_blocks)
 
     @torch.inference_mode()
     def _capture_graphs(self, batch_sizes: list[int], use_tqdm: bool = True) -> DecodeGraphs:
@@ -136,6 +156,7 @@ class ModelRunner:
                 return self.model.compute_logits(self.model(input_ids, positions))
 
         max_blocks_per_seq = math.ceil(self.config.max_model_len / self.config.kv_cache_block_size)
+        use_tqdm = use_tqdm and self.tp.rank == 0
         return DecodeGraphs(forward, batch_sizes, max_blocks_per_seq, self.config.max_model_len, self.device, use_tqdm)
 
     def _measure_graph_bytes(self) -> int:
@@ -162,7 +183,7 @@ class ModelRunner:
     prepare_decode = staticmethod(prepare_decode)
 
     def run(self, batch: ScheduledBatch) -> list[int]:
-        """Compute `batch`; the new token ids of batch.sampled_sequences, in their order."""
+        """Compute `batch`; the new token ids of batch.sampled_sequences, in their order (none on ranks but 0)."""
         prepare = self.prepare_prefill if batch.is_prefill else self.prepare_decode
         return self._launch(prepare(batch.sequences)).tolist()
 
@@ -175,7 +196,7 @@ class ModelRunner:
         return self.sampler(logits, SamplingTensors.from_rows(model_input.sampling, self.device))
 
     def _sampled_logits(self, model_input: ModelInput) -> torch.Tensor | None:
-        """[num_samples, vocab_size]; None when every prompt in the batch has another chunk to come."""
+        """[num_samples, vocab_size]; None on ranks but 0, and when every prompt has another chunk to come."""
         if self.graphs is not None and self.graphs.can_replay(model_input):
             return self.graphs.replay(model_input)
         hidden_states = self.run_model(model_input)
@@ -216,13 +237,3 @@ class ModelRunner:
         gc.collect()  # modules refer to each other in cycles
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-def _resolve_device(name: str) -> torch.device:
-    """torch.device of Config.device. Raises ValueError for cuda where there is none."""
-    has_cuda = torch.cuda.is_available()
-    if name == "cuda" and not has_cuda:
-        raise ValueError("device must be 'cpu' on a machine where torch finds no GPU, got 'cuda'; use 'auto' or 'cpu'")
-    if name == "cpu" or not has_cuda:
-        return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device())

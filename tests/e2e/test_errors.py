@@ -141,7 +141,7 @@ def test_close_gives_the_memory_back() -> None:
     ("options", "error", "words"),
     [
         ({"max_num_seq": 4}, TypeError, "did you mean 'max_num_seqs'"),
-        ({"tensor_parallel_size": 2}, ValueError, "tensor_parallel_size must be 1, got 2"),
+        ({"tensor_parallel_size": 3}, ValueError, "num_attention_heads=4, got 3; 2 would fit"),
         ({"device": "cuda"}, ValueError, "device must be 'cpu'"),
         ({"attention_backend": "triton"}, ValueError, "triton"),
     ],

@@ -20,6 +20,7 @@ BASE = {
     "nanovllm.model_config",
     "nanovllm.outputs",
     "nanovllm.sampling_params",
+    "nanovllm.torchrun",
     "nanovllm.validation",
 }
 # What each part may import of nanovllm, beside itself and BASE. Of two names that fit a module, the longer one rules.

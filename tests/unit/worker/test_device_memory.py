@@ -23,7 +23,8 @@ def test_memory_is_asked_of_the_runners_own_device(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.cuda, "memory_stats", peak_and_current.__getitem__)
     runner = object.__new__(ModelRunner)  # a whole one needs the GPU
     runner.device, runner.dtype, runner.config = device, torch.bfloat16, Config("any", gpu_memory_utilization=0.5)
-    runner.model_config = SimpleNamespace(num_hidden_layers=1, num_key_value_heads=1, head_dim=1024)  # type: ignore
+    runner.model_config = SimpleNamespace(num_hidden_layers=1, head_dim=1024)  # type: ignore
+    runner.num_kv_heads, runner.num_sharing = 1, 1
     bytes_per_block = 2 * 256 * 1024 * 2
     expected = num_blocks_that_fit(8 * GIB, 0.5, 2 * GIB, 2 * GIB, 1 * GIB, bytes_per_block)
     assert runner._num_blocks_that_fit(graph_bytes=0) == expected == GIB // bytes_per_block

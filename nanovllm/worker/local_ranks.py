@@ -1,0 +1,265 @@
+"""The other ranks of this machine, as rank 0 sees them: it starts their processes, watches them and ends them.
+
+A thread listens for their last words. When a rank has failed, it finds out which one and why, and kills them all: the
+group is lost anyway, and rank 0, perhaps inside a collective that can never end, is let go when the connections close.
+"""
+
+import os
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import ExitStack, contextmanager, suppress
+from multiprocessing import connection
+from multiprocessing.context import SpawnContext
+from typing import Any
+
+import torch
+
+from nanovllm.engine.scheduler import ScheduledBatch
+from nanovllm.layers.tensor_parallel import TensorParallel
+from nanovllm.worker.process_group import LOOPBACK, FileStore, Place, disturb_meeting, join
+from nanovllm.worker.rank_process import READY, Model, RankReport, run_rank
+from nanovllm.worker.shm_channel import ShmSender
+
+GRACE_SECONDS = 0.5  # after the first failure, for the other ranks to say what they saw
+PATIENCE_SECONDS = 5.0  # for the listening thread to explain what rank 0 ran into
+END_SECONDS = 10.0  # for ranks to end by themselves before they are killed
+
+
+class RankError(RuntimeError):
+    """Another rank failed. The message names it and the cause, and holds its traceback."""
+
+
+class RankValueError(RankError, ValueError):
+    """Another rank failed with a ValueError: something that the user chose will not do."""
+
+
+class LocalRanks:
+    """The processes of places[1:]; rank 0, at places[0], is the caller. Nothing is left if the constructor fails."""
+
+    def __init__(self, model: Model, places: list[Place]) -> None:
+        self.place = places[0]
+        self._group: Any = None
+        self._is_broken = False
+        self._all_ready: Future[Any] = Future()
+        self._failure: Future[Any] = Future()
+        self._processes: list[Any] = []
+        self._reports: dict[Any, int] = {}  # pipe -> rank
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._resources = ExitStack()
+        try:
+            self._start(model, places[1:])
+        except BaseException:
+            self.break_off()
+            self.close()
+            raise
+
+    def _start(self, model: Model, places: list[Place]) -> None:
+        context = SpawnContext()
+        self._channel = ShmSender(len(places), context)
+        self._resources.callback(self._channel.close)
+        directory = tempfile.mkdtemp(prefix="nanovllm-")  # nobody but this user can enter it
+        self._resources.callback(shutil.rmtree, directory, ignore_errors=True)
+        self._store_path = os.path.join(directory, "store")
+        self._wake, self._wake_sender = self._pipe(context)
+        with _sigint_blocked():  # the processes inherit it: Ctrl-C is for rank 0, which ends them
+            for place, receiver in zip(places, self._channel.receivers, strict=True):
+                reports, their_end = self._pipe(context)
+                self._reports[reports] = place.rank
+                arguments = (model, place, self._store_path, receiver, their_end, os.getpid())
+                process = context.Process(target=run_rank, args=arguments, daemon=True)
+                process.start()
+                self._processes.append(process)
+                their_end.close()  # so that the pipe ends when the process does
+        self._listener.start()
+
+    def _pipe(self, context: SpawnContext) -> tuple[Any, Any]:
+        """(receiver, sender)"""
+        receiver, sender = context.Pipe(duplex=False)
+        self._resources.callback(receiver.close)
+        self._resources.callback(sender.close)
+        return receiver, sender
+
+    # --- what rank 0 does with them ---
+
+    def connect(self) -> TensorParallel:
+        """Rank 0's end of the group, once all have come. Raises RankError when one does not."""
+        wait([self._all_ready, self._failure], return_when=FIRST_COMPLETED)
+        self.check()
+        store = FileStore(self._store_path, self.place.size)
+        # In a thread that can be left alone: when a rank dies before they meet, nothing tells the others.
+        joining = _in_background(lambda: join(self.place, store, self.place.has_own_gpu, LOOPBACK))
+        try:
+            wait([joining, self._failure], return_when=FIRST_COMPLETED)
+            self.check()
+            tp = joining.result()
+        except BaseException:
+            # Ends the thread, unless the rank died while sockets connect: then it ends after LOCAL_MEETING.
+            disturb_meeting(self._store_path)
+            wait([joining], PATIENCE_SECONDS)
+            raise
+        self._group = tp.group
+        return tp
+
+    def send(self, batch: ScheduledBatch) -> None:
+        """Let the other ranks compute `batch`. Raises RankError when one has failed."""
+        self._channel.send(batch, self.check)
+
+    def check(self) -> None:
+        """Raise RankError if a rank has failed."""
+        if self._failure.done():
+            raise self._failure.result()
+
+    def explain(self, error: BaseException) -> BaseException:
+        """The failure of another rank, if rank 0's `error` can be its consequence and there was one; else `error`."""
+        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
+            done, _ = wait({self._failure}, PATIENCE_SECONDS)
+            return self._failure.result() if done else error
+        return error
+
+    # --- the end ---
+
+    def break_off(self) -> None:
+        """Kill the ranks, whatever they do: the group is lost."""
+        self._stop_listening()
+        self._kill()
+
+    def say_end(self) -> None:
+        """Ask the ranks to end by themselves, unless the group is lost."""
+        self._stop_listening()
+        deadline = time.monotonic() + END_SECONDS
+
+        def check() -> None:
+            if time.monotonic() > deadline:
+                raise TimeoutError
+
+        if not self.is_broken:
+            with suppress(TimeoutError):
+                self._channel.send(None, check)
+
+    @property
+    def is_broken(self) -> bool:
+        return self._is_broken or self._failure.done()
+
+    def close(self) -> None:
+        """Wait for the ranks that say_end has asked, kill those that do not end, and clear up."""
+        deadline = time.monotonic() + (0 if self.is_broken else END_SECONDS)
+        try:
+            for process in self._processes:
+                process.join(max(0, deadline - time.monotonic()))
+        finally:  # also when a second Ctrl-C ends the waiting
+            self._kill()
+            for process in self._processes:
+                if _exit_code(process) is not None:
+                    process.close()
+            self._resources.close()  # after the processes: nobody attaches to the segment any more
+            self._group = None
+
+    def _kill(self) -> None:
+        self._is_broken = True
+        for process in self._processes:
+            process.kill()  # reaches a stopped process too; one that has ended is left alone
+
+    # --- the listening thread ---
+
+    def _stop_listening(self) -> None:
+        if self._listener.is_alive():
+            self._wake_sender.close()
+            self._listener.join()
+
+    def _listen(self) -> None:
+        """Until woken, or until a rank fails: then say why in self._failure."""
+        pipes = dict(self._reports)
+        num_ready = 0
+        last_words: dict[int, RankReport | None] = {}  # rank -> report; None if it ended without
+        deadline = None
+        while pipes and (deadline is None or time.monotonic() < deadline):
+            timeout = None if deadline is None else max(0, deadline - time.monotonic())
+            for pipe in connection.wait([*pipes, self._wake], timeout):
+                if pipe is self._wake:
+                    return
+                report = _receive(pipe)
+                if report == READY:
+                    num_ready += 1
+                    if num_ready == len(self._reports):
+                        self._all_ready.set_result(None)
+                    continue
+                del pipes[pipe]
+                last_words[self._reports[pipe]] = report
+                deadline = deadline or time.monotonic() + GRACE_SECONDS
+        self._kill()
+        if self._group is not None and self._group.name() == "nccl":
+            self._group.abort()  # nothing else ends a kernel that waits for other GPUs
+        self._failure.set_result(self._cause(last_words))
+
+    def _cause(self, last_words: dict[int, RankReport | None]) -> RankError:
+        """Of several failures the first; a rank that died without a word came before those that noticed."""
+        size = self.place.size
+        for rank, report in last_words.items():
+            if report is None:
+                return RankError(f"rank {rank} of {size} {self._how_it_ended(rank)}")
+        reports = [(report.time, rank, report) for rank, report in last_words.items() if report is not None]
+        _, rank, report = min(reports, key=lambda item: item[:2])
+        kind = RankValueError if report.is_value_error else RankError
+        return kind(f"rank {rank} of {size} failed: {report.cause}\n\nIts traceback:\n{report.traceback}")
+
+    def _how_it_ended(self, rank: int) -> str:
+        code = _exit_code(self._processes[rank - 1])
+        if code is not None and code < 0:
+            return f"was killed by {_signal_name(-code)}: by hand, or by the system for want of memory"
+        if self._all_ready.done():
+            return f"ended with exit code {code} and said nothing"
+        return (
+            f"ended with exit code {code} while it started; its own output says more. A program that starts an engine "
+            'with several ranks does so under `if __name__ == "__main__":`, since the ranks import it too'
+        )
+
+
+def _exit_code(process: Any) -> int | None:
+    """Of a process that has ended or is about to; None if somebody else has asked the system for it."""
+    deadline = time.monotonic() + END_SECONDS
+    process.join(END_SECONDS)
+    while process.exitcode is None and time.monotonic() < deadline:
+        time.sleep(0.01)  # another thread has asked (multiprocessing.active_children() does), and will tell
+    return process.exitcode
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"signal {number}"
+
+
+def _receive(pipe: Any) -> Any:
+    """READY, a RankReport, or None when the process has ended."""
+    try:
+        return pipe.recv()
+    except (EOFError, OSError):
+        return None
+
+
+def _in_background(work: Callable[[], Any]) -> "Future[Any]":
+    result: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(work())
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return result
+
+
+@contextmanager
+def _sigint_blocked() -> Iterator[None]:
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)

@@ -1,0 +1,122 @@
+"""Where each rank computes, and how the ranks find each other."""
+
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed
+
+from nanovllm.layers.tensor_parallel import TensorParallel
+from nanovllm.torchrun import Launch
+
+dist: Any = torch.distributed  # its type stubs lack what its documentation has
+FileStore, PrefixStore = dist.FileStore, dist.PrefixStore
+
+# A rank that is only slow is waited for, however long; one that has gone is noticed by other means.
+FOR_EVER = timedelta(days=365)
+LOCAL_MEETING = timedelta(minutes=1)  # of ranks that have all said that they are ready to meet
+REMOTE_MEETING = timedelta(minutes=30)  # of machines, which may be minutes apart
+LOOPBACK = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Rank `rank` of `size` computes on the GPU with index `gpu`, or on the CPU when that is None.
+
+    num_sharing: ranks that share the memory it computes in.
+    """
+
+    rank: int
+    size: int
+    num_sharing: int
+    gpu: int | None = None
+
+    @property
+    def has_own_gpu(self) -> bool:
+        return self.gpu is not None and self.num_sharing == 1
+
+    def enter(self) -> None:
+        """Make its GPU this thread's current one, before anything else touches a GPU."""
+        if self.gpu is not None:
+            torch.cuda.set_device(self.gpu)
+
+
+def resolve_device(name: str) -> torch.device:
+    """torch.device of Config.device: a GPU is the current one. Raises ValueError for cuda where there is none."""
+    return torch.device("cuda", torch.cuda.current_device()) if _is_gpu(name) else torch.device("cpu")
+
+
+def _is_gpu(name: str) -> bool:
+    has_cuda = torch.cuda.is_available()
+    if name == "cuda" and not has_cuda:
+        raise ValueError("device must be 'cpu' on a machine where torch finds no GPU, got 'cuda'; use 'auto' or 'cpu'")
+    return name != "cpu" and has_cuda
+
+
+def local_places(device: torch.device, size: int) -> list[Place]:
+    """Places of `size` ranks on this machine, from rank 0's device on."""
+    if device.type == "cpu":
+        return [Place(rank, size, num_sharing=size) for rank in range(size)]
+    num_gpus, first = torch.cuda.device_count(), device.index
+    num_sharing = -(-size // num_gpus)
+    return [Place(rank, size, num_sharing, (first + rank) % num_gpus) for rank in range(size)]
+
+
+def launched_place(device_name: str, launch: Launch) -> Place:
+    """The place of a process that torchrun started; does not touch a GPU that is not its own."""
+    if not _is_gpu(device_name):
+        return Place(launch.rank, launch.size, num_sharing=launch.local_size)
+    num_gpus = torch.cuda.device_count()
+    return Place(launch.rank, launch.size, -(-launch.local_size // num_gpus), launch.local_rank % num_gpus)
+
+
+def join(place: Place, store: Any, is_nccl: bool, host: str | None = None) -> TensorParallel:
+    """This rank's end of a new group, once every rank has come.
+
+    is_nccl: NCCL, which needs a GPU for each rank, else gloo; the same on all ranks. host: the address on which gloo
+    listens; None leaves it to gloo (GLOO_SOCKET_IFNAME, or the machine's name).
+    """
+    place.enter()
+    group = nccl(place, store) if is_nccl else gloo(place, store, host)
+    tp = TensorParallel(place.rank, place.size, group)
+    tp.minimum(0)  # NCCL connects in the first collective: let that be here
+    return tp
+
+
+def gloo(place: Place, store: Any, host: str | None = None) -> Any:
+    """A gloo group of all ranks."""
+    if host is None:
+        group = dist.ProcessGroupGloo(store, place.rank, place.size, REMOTE_MEETING)
+    else:
+        options = dist.ProcessGroupGloo._Options()  # the public ways take no address
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
+        options._timeout = LOCAL_MEETING
+        group = dist.ProcessGroupGloo(store, place.rank, place.size, options)
+    group._set_default_timeout(FOR_EVER)
+    return group
+
+
+def disturb_meeting(store_path: str) -> None:
+    """Let go whoever waits at a FileStore for ranks that will not come: a link to itself is an error to open."""
+    with suppress(OSError):
+        os.unlink(store_path)
+    with suppress(OSError):
+        os.symlink(store_path, store_path)
+
+
+def nccl(place: Place, store: Any) -> Any:
+    """An NCCL group of all ranks."""
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = FOR_EVER
+    return dist.ProcessGroupNCCL(store, place.rank, place.size, options)
+
+
+def leave(tp: TensorParallel, is_broken: bool = False) -> None:
+    """Close this rank's end; graphs that recorded its collectives must be gone. is_broken: others do not do so."""
+    if is_broken:
+        tp.group.abort()
+    else:
+        tp.group.shutdown()

@@ -1,0 +1,18 @@
+"""Engines with several ranks, and the check that they leave nothing behind."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.parallel.holdings import Watch
+
+
+@pytest.fixture
+def nothing_left(tmp_path: Path) -> Iterator[Watch]:
+    """Fails unless, after the test, this process holds what it held before."""
+    watch = Watch(tmp_path)
+    with watch.watching():
+        before = watch.holdings()
+        yield watch
+        assert watch.holdings() == before

@@ -1,0 +1,62 @@
+"""What this process holds of the system: so that a test can say that an engine left nothing behind."""
+
+import gc
+import multiprocessing
+import os
+import secrets
+import tempfile
+import threading
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import resource_tracker, shared_memory
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import psutil
+
+SHARED_MEMORY = Path("/dev/shm")
+
+
+@dataclass(frozen=True)
+class Holdings:
+    """Processes below this one, shared-memory segments and semaphores, open files (sockets too), temporary files, and
+    threads (but tqdm's, one for the whole process).
+    """
+
+    processes: frozenset[int]
+    segments: frozenset[str]
+    num_files: int
+    temporary: frozenset[str]
+    threads: frozenset[str]
+
+
+class Watch:
+    """Gives everything that engines make a prefix of its own: other programs use the machine at the same time."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.prefix = "nv" + secrets.token_hex(3)  # Python takes no longer one
+
+    @contextmanager
+    def watching(self) -> Any:
+        resource_tracker.ensure_running()  # one process that stays, whatever is tested
+        config: dict[str, Any] = multiprocessing.current_process()._config  # type: ignore[attr-defined]
+        with (
+            mock.patch.object(shared_memory, "_SHM_NAME_PREFIX", f"/{self.prefix}"),
+            mock.patch.dict(config, semprefix=f"/{self.prefix}"),  # the ranks inherit it
+            mock.patch.object(tempfile, "tempdir", str(self.directory)),
+        ):
+            yield self
+
+    def holdings(self) -> Holdings:
+        gc.collect()
+        tracker = resource_tracker._resource_tracker._pid  # type: ignore[attr-defined]
+        children = psutil.Process().children(recursive=True)
+        return Holdings(
+            processes=frozenset(child.pid for child in children if child.pid != tracker),
+            segments=frozenset(path.name for path in SHARED_MEMORY.iterdir() if self.prefix in path.name),
+            num_files=len(os.listdir("/proc/self/fd")),
+            temporary=frozenset(os.listdir(self.directory)),
+            threads=frozenset(thread.name for thread in threading.enumerate() if thread.name != "tqdm_monitor"),
+        )

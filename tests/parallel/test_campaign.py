@@ -1,0 +1,131 @@
+"""Many starts and many failures, also with four ranks and at any moment: `python -m pytest -m campaign`, some minutes.
+
+Seeds of the random moments are printed with a failure.
+"""
+
+import multiprocessing
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psutil
+import pytest
+
+from nanovllm.worker.local_ranks import RankError
+from tests.evidence import happened, tolerated
+from tests.parallel.faults import PLACES, Fault, plant
+from tests.parallel.holdings import Watch
+from tests.parallel.test_failures import check_failure, engine, generate
+from tests.parallel.test_lifetime import wait_until
+
+pytestmark = [pytest.mark.campaign, pytest.mark.timeout(3600)]
+
+SEED = os.environ.get("NANOVLLM_TEST_SEED", "0")
+NUM_STARTS = 100
+NUM_KILLS = 12
+MAX_SECONDS = 10  # from a rank's end to the error: the promise itself, and so a limit on time
+MAX_SECONDS_TO_START = 8  # roughly: the kills are to fall on the start and on the steps
+SUSPENDED_SECONDS = 8  # longer than PATIENCE_SECONDS
+
+
+def test_a_hundred_starts_and_stops_leave_nothing(nothing_left: Watch) -> None:
+    """D33 D34: processes, segments, semaphores, files, sockets, threads and temporary directories, after each."""
+    expected = None
+    before = nothing_left.holdings()
+    for start in range(NUM_STARTS):
+        llm = engine()
+        tokens = generate(llm)
+        expected = expected or tokens
+        assert tokens == expected
+        if start % 2:
+            llm.close()
+        del llm
+        assert nothing_left.holdings() == before, f"after start {start}"
+        happened("an engine with two ranks started and stopped")
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("what", ["raise", "kill", "exit", "out of memory", "value"])
+@pytest.mark.parametrize("rank", [1, 3])
+def test_one_of_four_ranks_fails(
+    nothing_left: Watch, monkeypatch: pytest.MonkeyPatch, rank: int, what: str, place: str
+) -> None:
+    """D33: the two others have done nothing wrong, and are not blamed."""
+    fault = Fault(rank, place, what)
+    plant(monkeypatch, fault)
+    check_failure(fault, 4)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_rank_suspended_anywhere_is_waited_for(
+    nothing_left: Watch, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """D33: it is slow, not dead."""
+    with engine() as llm:
+        expected = generate(llm)
+    plant(monkeypatch, Fault(1, place, "stop"))
+    with continuing(), engine() as llm:
+        assert generate(llm) == expected
+
+
+@contextmanager
+def continuing() -> Iterator[None]:
+    """Ranks that stop go on after SUSPENDED_SECONDS; fails if none did."""
+    num_continued = 0
+    is_over = threading.Event()
+
+    def watch() -> None:
+        nonlocal num_continued
+        while not is_over.wait(0.1):
+            for child in psutil.Process().children():
+                if child.status() == psutil.STATUS_STOPPED:
+                    is_over.wait(SUSPENDED_SECONDS if not num_continued else 0)
+                    child.send_signal(signal.SIGCONT)
+                    num_continued += 1
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+    assert num_continued > 0
+    happened("a rank suspended and continued")
+
+
+def work_for_ever() -> None:
+    with engine(4) as llm:
+        while True:
+            generate(llm)
+
+
+def test_a_rank_killed_at_any_moment(nothing_left: Watch) -> None:
+    """D33: while it starts, meets, loads, computes or waits; rank 0 says so in time, and nothing is left."""
+    before = nothing_left.holdings()
+    for attempt in range(NUM_KILLS):
+        rng = random.Random(f"{SEED}-{attempt}")
+        killed_at: list[float] = []
+
+        def kill(rng: random.Random = rng, killed_at: list[float] = killed_at) -> None:
+            while not multiprocessing.active_children():
+                time.sleep(0.01)
+            time.sleep(rng.uniform(0, MAX_SECONDS_TO_START))
+            pid = rng.choice(multiprocessing.active_children()).pid
+            assert pid is not None
+            killed_at.append(time.monotonic())
+            os.kill(pid, signal.SIGKILL)
+
+        threading.Thread(target=kill).start()
+        with pytest.raises(RankError, match=r"^rank [123] of 4 was killed by SIGKILL"):
+            work_for_ever()
+        seconds = time.monotonic() - killed_at[0]
+        # A rank killed in the moment in which sockets connect: a thread waits for it, LOCAL_MEETING at most.
+        wait_until(lambda: nothing_left.holdings() == before, f"nothing is left of attempt {attempt}")
+        tolerated("seconds from a rank's end to the error", seconds, MAX_SECONDS)
+        assert seconds < MAX_SECONDS, f"attempt {attempt}"
+        happened("a rank killed at a random moment")

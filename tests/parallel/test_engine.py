@@ -1,0 +1,191 @@
+"""The engine with 1, 2 and 4 ranks against reference/: the same tokens, and logits within float32's rounding.
+
+Real processes over gloo, so the other ranks see nothing but pickled sequences. One engine for each architecture and
+number of ranks, and one crowded scenario: chunked prompts, shared prefixes, preemption, an abort, greedy and sampled.
+
+The bound on the logits: float32 rounding of ours and of the reference's own float32 pass are errors of the same size,
+so four times the reference's largest is not reached by rounding (tests/oracle.py). A sum over ranks is another order of
+the same additions.
+"""
+
+import pickle
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+
+from nanovllm import LLM, SamplingParams, bundled_model_path
+from nanovllm.engine.inputs import request_seed
+from nanovllm.engine.scheduler import ScheduledBatch
+from nanovllm.worker.shm_channel import encode
+from reference.transformer import transformer
+from tests.evidence import compared, happened, tolerated
+from tests.model_probe import make_runner
+from tests.oracle import ERROR_RATIO, Oracle
+from tests.parallel.faults import MEMORY, plant_memory
+from tests.parallel.holdings import Watch
+from tests.tiny_models import tiny_model
+
+# Four query heads and two key/value heads: shared by two ranks, replicated among four.
+BLOCK_SIZES = {"llama": 4, "qwen2": 1, "qwen3": 8, "qwen3_moe": 2}  # whatever the model
+MAX_MODEL_LEN = 64
+POOL_TOKENS = 96  # the KV cache, for requests of up to 51 tokens each
+PREFIX = [7, 3, 9, 9, 2, 11, 5, 3, 8, 1, 4, 4, 10, 6, 2, 7, 12, 5, 9, 3]
+GREEDY = SamplingParams.greedy(max_tokens=16, ignore_eos=True)
+SAMPLED = SamplingParams(temperature=0.9, top_p=0.9, seed=5, max_tokens=16, ignore_eos=True)
+REQUESTS = [
+    *[([*PREFIX, *range(20, 20 + extra)], GREEDY) for extra in (0, 1, 15)],
+    *[([*PREFIX[:8], *range(40, 40 + extra)], SAMPLED) for extra in (1, 6)],
+    ([1], GREEDY),
+    ([*PREFIX, 20, 21], SAMPLED),
+]
+ABORTED = 4  # index of the request that is aborted, after NUM_TOKENS_OF_ABORTED tokens
+NUM_TOKENS_OF_ABORTED = 3
+
+
+@dataclass
+class Recorder:
+    """The logits of every sampled token, by seq_id, as rank 0 gathered them."""
+
+    logits: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+
+    def attach(self, llm: LLM) -> None:
+        executor = llm._executor
+        run, compute_logits = executor.run, executor._runner.model.compute_logits
+        rows: list[torch.Tensor] = []
+
+        def recording_logits(hidden_states: torch.Tensor) -> torch.Tensor:
+            rows[:] = compute_logits(hidden_states)
+            return torch.stack(rows)
+
+        def recording_run(batch: ScheduledBatch) -> list[int]:
+            rows.clear()
+            token_ids = run(batch)
+            assert len(rows) == len(batch.sampled_sequences)
+            for seq, row in zip(batch.sampled_sequences, rows, strict=True):
+                self.logits.setdefault(seq.seq_id, []).append(row)
+            return token_ids
+
+        executor._runner.model.compute_logits = recording_logits
+        executor.run = recording_run
+
+
+def open_engine(architecture: str, size: int) -> LLM:
+    block_size = BLOCK_SIZES[architecture]
+    return LLM(
+        str(tiny_model(architecture)), tensor_parallel_size=size, device="cpu", attention_backend="torch",
+        kv_cache_block_size=block_size, num_kv_cache_blocks=POOL_TOKENS // block_size, max_model_len=MAX_MODEL_LEN,
+        max_num_seqs=6, max_num_batched_tokens=16,
+    )  # fmt: skip
+
+
+def run_scenario(llm: LLM, recorder: Recorder) -> dict[int, Any]:
+    """Outputs by seq_id, which is the request's index in REQUESTS."""
+    recorder.attach(llm)
+    seq_ids = [llm.add_request(list(prompt), params) for prompt, params in REQUESTS]
+    outputs: dict[int, Any] = {}
+    while not llm.is_finished():
+        if len(recorder.logits.get(ABORTED, [])) == NUM_TOKENS_OF_ABORTED:
+            llm.abort(seq_ids[ABORTED])
+        outputs.update({output["seq_id"]: output for output in llm.step().finished})
+    return outputs
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("architecture", BLOCK_SIZES)
+def test_ranks_say_what_the_reference_says(architecture: str) -> None:
+    """D30 D37 D39: tokens of 1, 2 and 4 ranks are the reference's, and so, up to rounding, are their logits."""
+    oracle = Oracle(tiny_model(architecture), MAX_MODEL_LEN)
+    tokens: dict[int, list[list[int]]] = {}
+    for size in (1, 2, 4):
+        recorder = Recorder()
+        with open_engine(architecture, size) as llm:
+            outputs = run_scenario(llm, recorder)
+            events = {
+                "preemption with several ranks": llm.scheduler.num_preemptions,
+                "chunked prefill with several ranks": llm.scheduler.num_prefill_chunks,
+                "prefix hit with several ranks": llm.scheduler.block_manager.num_hit_blocks,
+            }
+        for event, count in events.items():
+            assert count > 0, f"vacuous: no {event}"
+            if size > 1:
+                happened(event, count)
+        aborted = outputs[ABORTED]
+        assert (aborted["finish_reason"], len(aborted["token_ids"])) == ("abort", NUM_TOKENS_OF_ABORTED)
+        check_outputs(oracle, outputs)
+        check_logits(oracle, outputs, recorder, size)
+        tokens[size] = [outputs[index]["token_ids"] for index in range(len(REQUESTS))]
+    assert oracle.num_excused == 0  # so that tokens are compared one by one
+    assert tokens[2] == tokens[1]
+    assert tokens[4] == tokens[1]
+    compared("tokens of several ranks", oracle.num_compared)
+
+
+def check_outputs(oracle: Oracle, outputs: dict[int, Any]) -> None:
+    for index, (prompt, params) in enumerate(REQUESTS):
+        seed = request_seed(0, index) if params.seed is None else params.seed
+        oracle.check(list(prompt), params, seed, outputs[index]["token_ids"], outputs[index]["finish_reason"])
+
+
+def check_logits(oracle: Oracle, outputs: dict[int, Any], recorder: Recorder, size: int) -> None:
+    """Every token's logits, against one float64 pass over the whole text."""
+    for index, (prompt, _) in enumerate(REQUESTS):
+        ours = torch.stack(recorder.logits[index]).double()
+        token_ids = [*prompt, *outputs[index]["token_ids"]]
+        exact = transformer(token_ids, *oracle.exact)[len(prompt) - 1 :][: len(ours)]
+        single = transformer(token_ids, *oracle.single)[len(prompt) - 1 :][: len(ours)]
+        error, bound = float((ours - exact).abs().max()), ERROR_RATIO * float((single - exact).abs().max())
+        if size > 1:
+            tolerated(f"logits of {size} ranks, float32", error, bound)
+            compared("logits of several ranks", ours.numel())
+        assert error <= bound, f"request {index}"
+
+
+def test_a_worker_needs_nothing_but_the_pickled_sequences() -> None:
+    """D03 D04: a second runner, which sees only what is sent, computes what the first does; the sender's sequences stay
+    as they were.
+    """
+    architecture = "qwen3"
+    with open_engine(architecture, 1) as llm:
+        runner = llm._executor._runner
+        fresh = make_runner(
+            tiny_model(architecture), device="cpu", attention_backend="torch", max_num_seqs=6,
+            kv_cache_block_size=BLOCK_SIZES[architecture], max_model_len=MAX_MODEL_LEN, max_num_batched_tokens=16,
+            num_kv_cache_blocks=runner.num_kv_cache_blocks,
+        )  # fmt: skip
+        for cache in (runner.kv_cache, fresh.kv_cache):
+            cache.zero_()
+        run = llm._executor.run
+        num_steps = 0
+
+        def run_both(batch: ScheduledBatch) -> list[int]:
+            nonlocal num_steps
+            before = [(list(seq.token_ids), list(seq.block_table), seq.num_cached_tokens) for seq in batch.sequences]
+            there = fresh.run(pickle.loads(encode(batch)))
+            after = [(list(seq.token_ids), list(seq.block_table), seq.num_cached_tokens) for seq in batch.sequences]
+            assert after == before
+            here = run(batch)
+            assert there == here
+            assert torch.equal(fresh.kv_cache, runner.kv_cache)
+            num_steps += 1
+            return here
+
+        llm._executor.run = run_both
+        outputs = llm.generate([list(prompt) for prompt, _ in REQUESTS], GREEDY, use_tqdm=False)
+        assert llm.scheduler.num_preemptions > 0
+        assert len(outputs) == len(REQUESTS)
+        compared("steps of a runner that sees pickled sequences only", num_steps)
+
+
+def test_the_poorest_rank_decides_how_many_blocks_there_are(
+    nothing_left: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """D30: rank 1 has a quarter of the memory that rank 0 has."""
+    sizes = []
+    for rank_1 in (MEMORY, MEMORY // 4):
+        plant_memory(monkeypatch, [MEMORY, rank_1])
+        with LLM(str(bundled_model_path()), tensor_parallel_size=2, device="cpu", max_num_seqs=512) as llm:
+            sizes.append(llm._executor.num_kv_cache_blocks)
+            assert llm._executor._runner.kv_cache.shape[2] == sizes[-1]
+    assert sizes[0] == 4 * sizes[1]

@@ -1,0 +1,117 @@
+"""A rank that fails: rank 0 says which and why, and nothing is left behind. On the CPU, over gloo.
+
+No test looks at the clock: each waits until the engine has raised, and a hang ends in the suite's time limit.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+
+from nanovllm import LLM, SamplingParams, bundled_model_path
+from nanovllm.worker.local_ranks import GRACE_SECONDS, PATIENCE_SECONDS, RankError
+from tests.evidence import happened
+from tests.parallel.faults import PLACES, WORDS, Fault, plant
+from tests.parallel.holdings import Watch
+
+OPTIONS: dict[str, Any] = {
+    "device": "cpu", "attention_backend": "torch", "kv_cache_block_size": 16, "num_kv_cache_blocks": 32,
+    "max_model_len": 64, "max_num_seqs": 8, "max_num_batched_tokens": 64,
+}  # fmt: skip
+PROMPTS = [[5, 6, 7], [8, 9]]
+GREEDY = SamplingParams.greedy(max_tokens=4, ignore_eos=True)
+
+
+def engine(size: int = 2, **options: Any) -> LLM:
+    return LLM(str(bundled_model_path()), tensor_parallel_size=size, **{**OPTIONS, **options})
+
+
+def generate(llm: LLM) -> list[list[int]]:
+    return [output["token_ids"] for output in llm.generate(PROMPTS, GREEDY, use_tqdm=False)]
+
+
+def start_and_generate(size: int) -> None:
+    with engine(size) as llm:
+        generate(llm)
+
+
+def said(fault: Fault, size: int) -> str:
+    """What the error says about a fault."""
+    if fault.what == "kill":
+        return f"rank {fault.rank} of {size} was killed by SIGKILL"
+    if fault.what == "exit":
+        return f"rank {fault.rank} of {size} ended with exit code 3"
+    kind = {"raise": "ArithmeticError", "out of memory": "OutOfMemoryError", "value": "ValueError"}[fault.what]
+    return f"rank {fault.rank} of {size} failed: {kind}: {WORDS}"
+
+
+def check_failure(fault: Fault, size: int) -> None:
+    with pytest.raises(RankError) as caught:
+        start_and_generate(size)
+    assert str(caught.value).startswith(said(fault, size))
+    assert isinstance(caught.value, ValueError) == (fault.what == "value")
+    if fault.what in ("raise", "out of memory", "value"):
+        assert "in strike\n" in str(caught.value), "the traceback of the rank that failed"
+    happened(f"a rank that failed: {fault.what} at {fault.place}")
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("what", ["raise", "kill"])
+def test_rank_0_says_which_rank_failed_and_why(
+    nothing_left: Watch, monkeypatch: pytest.MonkeyPatch, place: str, what: str
+) -> None:
+    """D33."""
+    fault = Fault(1, place, what)
+    plant(monkeypatch, fault)
+    check_failure(fault, 2)
+
+
+def test_an_error_of_rank_0_ends_the_engine_and_a_new_one_starts(
+    nothing_left: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """D33: the others sit in a collective that rank 0 does not come to. D34: close() after a failure, and twice."""
+    llm = engine()
+    expected = generate(llm)
+    runner = llm._executor._runner
+
+    def fail(batch: Any) -> list[int]:
+        raise torch.OutOfMemoryError("planted on rank 0")
+
+    monkeypatch.setattr(runner, "run", fail)
+    with pytest.raises(torch.OutOfMemoryError, match="planted on rank 0"):
+        generate(llm)
+    with pytest.raises(RuntimeError, match="this engine is closed: make a new one"):
+        generate(llm)
+    llm.close()
+    llm.close()
+    del runner
+    with engine() as fresh:
+        assert generate(fresh) == expected
+
+
+def test_a_checkpoint_that_no_rank_can_load_is_a_value_error(
+    nothing_left: Watch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Whichever rank finds it first. D33."""
+    directory = tmp_path_factory.mktemp("broken")
+    for path in bundled_model_path().glob("*.json"):
+        (directory / path.name).write_bytes(path.read_bytes())
+    (directory / "model.safetensors").write_bytes(b"broken")
+    with pytest.raises(ValueError, match="must be a safetensors file"):
+        LLM(str(directory), tensor_parallel_size=2, **OPTIONS)
+
+
+def test_sizes_that_the_ranks_cannot_share_are_refused_before_a_process_starts(
+    nothing_left: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """D36."""
+    started: list[object] = []
+    monkeypatch.setattr("multiprocessing.process.BaseProcess.start", started.append)
+    with pytest.raises(ValueError, match="tensor_parallel_size must divide the model's num_attention_heads=4, got 8"):
+        engine(8)
+    assert not started
+
+
+def test_the_limits_add_up_to_less_than_ten_seconds() -> None:
+    """D33: from a rank's end to the error: the others' last words, and rank 0's wait for the explanation."""
+    assert GRACE_SECONDS + PATIENCE_SECONDS < 10

@@ -1,0 +1,79 @@
+"""Ranks on GPUs: over NCCL where each has its own, over gloo where they share one. Not part of `make test`."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from nanovllm import LLM, SamplingParams
+from nanovllm.demo_prompts import DEMO_PROMPTS
+from nanovllm.worker.local_ranks import RankError
+from nanovllm.worker.process_group import FileStore, Place, join, leave
+from tests.parallel.faults import Fault, plant
+from tests.tiny_models import tiny_model
+
+ARCHITECTURES = ["llama", "qwen2", "qwen3", "qwen3_moe"]
+PARAMS = [SamplingParams.greedy(max_tokens=24, ignore_eos=True), SamplingParams(seed=5, max_tokens=24, ignore_eos=True)]
+PROMPTS = [list(prompt.encode()) for prompt in DEMO_PROMPTS[:8]]
+
+
+def tokens(architecture: str, size: int, **options: Any) -> list[list[int]]:
+    """Greedy and sampled, in float32, with eight heads so that eight ranks can share them."""
+    model_dir = tiny_model(architecture, head_dim=32, num_heads=8, num_kv_heads=2)
+    with LLM(
+        str(model_dir), tensor_parallel_size=size, dtype="float32", attention_backend="triton", max_model_len=256,
+        max_num_seqs=16, max_num_batched_tokens=64, gpu_memory_utilization=0.3, **options,
+    ) as llm:  # fmt: skip
+        params = [PARAMS[index % 2] for index in range(len(PROMPTS))]
+        return [output["token_ids"] for output in llm.generate(PROMPTS, params, use_tqdm=False)]
+
+
+@pytest.mark.gpu
+def test_one_rank_with_nccl(tmp_path: Any) -> None:
+    """D35: device first, graphs freed before the group; a recorded all-reduce is replayed."""
+    tp = join(Place(0, 1, num_sharing=1, gpu=0), FileStore(str(tmp_path / "store"), 1), is_nccl=True)
+    x, total = torch.arange(6.0, device="cuda"), torch.empty(6, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    tp.group.allreduce([x.clone()]).wait()
+    with torch.cuda.graph(graph):
+        total.copy_(x)
+        tp.group.allreduce([total]).wait()
+    for factor in (2.0, 3.0):
+        x.mul_(factor)
+        graph.replay()
+        assert torch.equal(total, x)
+    assert tp.is_nccl
+    graph.reset()
+    leave(tp)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_two_ranks_on_one_gpu_say_what_one_says(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over gloo, since NCCL wants a GPU for each; the cache is sized for both."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # also where there are more
+    assert tokens(architecture, 2) == tokens(architecture, 1)
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("enforce_eager", [False, True])
+@pytest.mark.parametrize("size", [2, 4, 8])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_ranks_over_nccl_say_what_one_says(architecture: str, size: int, enforce_eager: bool) -> None:
+    """D35 D37: with NCCL's collectives inside the decode graphs, and without graphs."""
+    if torch.cuda.device_count() < size:
+        pytest.skip(f"needs {size} GPUs")
+    assert tokens(architecture, size, enforce_eager=enforce_eager) == tokens(architecture, 1)
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("what", ["raise", "kill"])
+def test_a_rank_that_fails_over_nccl(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """D33: rank 0, whose GPU waits inside a collective, is let go; its memory comes back, and a new engine starts."""
+    before = torch.cuda.memory_allocated()
+    with monkeypatch.context() as planted:
+        plant(planted, Fault(1, "decode", what))
+        with pytest.raises(RankError, match="rank 1 of 2"):
+            tokens("llama", 2)
+    assert torch.cuda.memory_allocated() == before
+    assert tokens("llama", 2) == tokens("llama", 1)

@@ -1,0 +1,179 @@
+"""Engines with several ranks from their start to their end, whichever way that comes."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from nanovllm import LLM, SamplingParams, bundled_model_path
+from tests.evidence import happened
+from tests.parallel.holdings import SHARED_MEMORY, Watch
+from tests.parallel.test_failures import OPTIONS, engine, generate
+from tests.source_tree import ROOT
+
+POPULAR_PORTS = (29500, 2333)  # torch.distributed's, nano-vllm's
+
+
+# --- in this process ---
+
+
+def test_two_engines_at_once_do_not_meet(nothing_left: Watch) -> None:
+    """D21 D32: in one process, step by step in turn, with other block sizes; while the ports that others use are taken,
+    and a segment lies there with the name that nano-vllm uses.
+    """
+    prompt, params = "In the beginning", SamplingParams.greedy(max_tokens=12)
+    with LLM(str(bundled_model_path()), **OPTIONS) as alone:
+        expected = alone.generate(prompt, params, use_tqdm=False)[0]["text"]
+    with taken_ports(), stale_segment("nanovllm"), ExitStack() as stack:
+        engines = [stack.enter_context(engine(kv_cache_block_size=size, num_kv_cache_blocks=32)) for size in (16, 4)]
+        for llm in engines:
+            llm.add_request(prompt, params)
+        outputs: list[Any] = [None, None]
+        while not all(llm.is_finished() for llm in engines):
+            for index, llm in enumerate(engines):
+                for output in llm.step().finished:
+                    outputs[index] = output["text"]
+        assert outputs == [expected, expected]
+
+
+@contextmanager
+def taken_ports() -> Iterator[None]:
+    with ExitStack() as stack:
+        for port in POPULAR_PORTS:
+            listener = stack.enter_context(socket.socket())
+            with suppress(OSError):  # taken already: just as well
+                listener.bind(("127.0.0.1", port))
+                listener.listen()
+        yield
+
+
+@contextmanager
+def stale_segment(name: str) -> Iterator[None]:
+    path = SHARED_MEMORY / name
+    path.write_bytes(b"left by a program that crashed")
+    try:
+        yield
+        assert path.read_bytes() == b"left by a program that crashed"
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def test_a_slow_rank_is_waited_for(nothing_left: Watch) -> None:
+    """D33: suspended in the middle of decoding, for longer than the engine looks for a cause; then it goes on."""
+    with engine() as llm:
+        expected = generate(llm)
+        (rank_1,) = llm._executor._ranks._processes
+        params = SamplingParams.greedy(max_tokens=20, ignore_eos=True)
+        whole = llm.generate([[5, 6, 7]], params, use_tqdm=False)[0]["token_ids"]
+        stream = llm.generate_stream([[5, 6, 7]], params)
+        pieces = [next(stream)]
+        os.kill(rank_1.pid, signal.SIGSTOP)
+        threading.Timer(2, os.kill, (rank_1.pid, signal.SIGCONT)).start()
+        pieces += stream
+        assert [token for piece in pieces for token in piece["token_ids"]] == whole
+        assert generate(llm) == expected
+        happened("a rank suspended and continued")
+
+
+def test_an_engine_that_nobody_holds_ends(nothing_left: Watch) -> None:
+    """D34: `del llm` without close()."""
+    llm = engine()
+    generate(llm)
+    assert nothing_left.holdings().processes
+    del llm  # nothing_left looks for what remains
+
+
+# --- in a process of its own ---
+
+PROGRAM = """
+import sys
+from nanovllm import LLM, SamplingParams, bundled_model_path
+
+
+def segments(channel):
+    bells = [bell for receiver in channel.receivers for bell in (receiver.is_written, receiver.is_read)]
+    return [channel._segment.name, *("sem." + bell._semlock.name.lstrip("/") for bell in bells)]
+
+
+if __name__ == "__main__":
+    llm = LLM(str(bundled_model_path()), tensor_parallel_size=2, **{options!r})
+    pids = [process.pid for process in llm._executor._ranks._processes]
+    print(*pids, llm._executor._ranks._store_path, *segments(llm._executor._ranks._channel), flush=True)
+    {body}
+"""
+GENERATE_LONG = "llm.generate([[5, 6, 7]], SamplingParams(max_tokens=40, ignore_eos=True), use_tqdm=False)"
+
+
+class Program:
+    """A program that starts an engine with two ranks and says what the engine made."""
+
+    def __init__(self, directory: Path, body: str) -> None:
+        script = directory / "program.py"
+        script.write_text(PROGRAM.format(options=OPTIONS, body=body))
+        self.process = subprocess.Popen(
+            [sys.executable, str(script)], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+        )  # fmt: skip
+        assert self.process.stdout is not None
+        words = self.process.stdout.readline().split()
+        self.rank_1, self.store, self.segments = psutil.Process(int(words[0])), Path(words[1]), words[2:]
+
+    def end(self) -> tuple[int, str, str]:
+        """Exit code, output, errors; fails unless the rank, its directory and its segments have gone."""
+        out, err = self.process.communicate(timeout=60)
+        wait_until(lambda: not self.rank_1.is_running(), "rank 1 has ended")
+        wait_until(lambda: not self.store.parent.exists(), "the directory has gone")
+        wait_until(lambda: not any((SHARED_MEMORY / name).exists() for name in self.segments), "the segments have gone")
+        return self.process.returncode, out, err
+
+
+def wait_until(is_true: Callable[[], bool], what: str) -> None:
+    for _ in range(700):  # 70 s at least
+        if is_true():
+            return
+        time.sleep(0.1)
+    pytest.fail(f"it never became true that {what}")
+
+
+def test_the_interpreter_ends_without_close(tmp_path: Path) -> None:
+    """D34: exit code 0, and not a word."""
+    program = Program(tmp_path, "print(len(llm.generate([[5]], SamplingParams(max_tokens=2), use_tqdm=False)))")
+    assert program.end() == (0, "1\n", "")
+
+
+def test_ctrl_c_ends_the_ranks(tmp_path: Path) -> None:
+    """D33: the whole foreground group gets it, as at a terminal; in generate() it is a KeyboardInterrupt, as with one
+    rank.
+    """
+    body = f"""
+    try:
+        while True:
+            {GENERATE_LONG}
+            print("working", flush=True)
+    except KeyboardInterrupt:
+        print("interrupted")
+"""
+    program = Program(tmp_path, body)
+    assert program.process.stdout is not None
+    assert program.process.stdout.readline() == "working\n"
+    os.killpg(program.process.pid, signal.SIGINT)
+    code, out, err = program.end()
+    assert (code, out.splitlines()[-1], err) == (0, "interrupted", "")
+
+
+def test_ranks_end_when_rank_0_is_killed(tmp_path: Path) -> None:
+    """D33: it cannot say goodbye."""
+    program = Program(tmp_path, f"print('x', flush=True)\n    while True: {GENERATE_LONG}")
+    program.process.kill()
+    code, _, _ = program.end()
+    assert code == -signal.SIGKILL
