@@ -109,7 +109,8 @@ def _to_device(array: np.ndarray, device: torch.device | str) -> torch.Tensor:
 class Sampler(nn.Module):
     """One token id a row.
 
-    A logit of -inf is drawn only if all of the row's are; NaN counts as -inf; a row without any other logit gives 0.
+    A logit of -inf, or one that division by the temperature takes there, is drawn only if all of the row's are; NaN
+    counts as -inf; a row without any other logit gives 0. Greedy rows are not divided.
     """
 
     def forward(self, logits: torch.Tensor, rows: SamplingTensors) -> torch.Tensor:

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import event, given
+from hypothesis import event, example, given
 from hypothesis import strategies as st
 
 from nanovllm.layers.sampler import Sampler, SamplingTensors, kept
@@ -28,8 +28,10 @@ def reachable(logits: list[float], **filters: float) -> set[int]:
 
 # --- any logits, any filters ---
 
-SPECIAL = [0.0, -0.0, 1.0, 1.0, 2.5, -3.0, -INF, NAN, INF, MAX, -MAX, 1e-40]
-logit = st.one_of(st.sampled_from(SPECIAL), st.sampled_from([0.0, 1.0, 2.0, -INF]), st.floats(-20, 20, width=32))
+SPECIAL = [0.0, -0.0, 1.0, 1.0, 2.5, -3.0, -INF, NAN, INF, MAX, -MAX]
+# Equal, or apart by what a probability in float64 still shows: the reference ranks by it, the sampler by the logit.
+numbers = st.integers(-5120, 5120).map(lambda number: number / 256)
+logit = st.one_of(st.sampled_from(SPECIAL), st.sampled_from([0.0, 1.0, 2.0, -INF]), numbers)
 
 
 @given(
@@ -41,10 +43,15 @@ logit = st.one_of(st.sampled_from(SPECIAL), st.sampled_from([0.0, 1.0, 2.0, -INF
     seed=st.integers(0, 2**64 - 1),
     position=st.integers(0, 2**32 - 1),
 )
+@example(logits=[-INF, -MAX], temperature=1e-3, top_k=0, top_p=1.0, min_p=0.0, seed=0, position=0)
+@example(logits=[-INF, -MAX], temperature=1e-3, top_k=1, top_p=1.0, min_p=0.0, seed=0, position=0)
 def test_any_row_keeps_and_draws_what_float64_says(
     logits: list[float], temperature: float, top_k: int, top_p: float, min_p: float, seed: int, position: int
 ) -> None:
-    """D56: NaN is -inf, +inf the largest number; a filter that hangs on rounding may go either way, nothing else."""
+    """D56: NaN is -inf, +inf the largest number, after division by the temperature too.
+
+    A filter that hangs on rounding may go either way, nothing else.
+    """
     row, rows = torch.tensor(logits), make_rows(
         1, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, position=position
     )  # fmt: skip
@@ -52,9 +59,12 @@ def test_any_row_keeps_and_draws_what_float64_says(
     token = Sampler()(row[None], tensors).item()
     z = (row / tensors.temperature).nan_to_num(nan=-INF, neginf=-INF, posinf=MAX)
     compared("sampler")
-    if top_k == 1 or not (z > -INF).any():
+    if top_k == 1:
         clean = row.nan_to_num(nan=-INF, neginf=-INF, posinf=MAX)
         assert token == int((clean == clean.max()).nonzero()[0])
+        return
+    if not (z > -INF).any():
+        assert token == 0
         return
     top_p, min_p = float(rows.top_p[0]), float(rows.min_p[0])  # as float32 has them
     least, most = (
