@@ -72,5 +72,5 @@ format: $(STAMP) ## format the code, mend what ruff can, bring tests/DEFECTS.md 
 	$(BIN)/python -m tests.defects
 
 clean: ## remove .venv and everything that was built
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) .traces .report .mutants build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
