@@ -1,3 +1,7 @@
-"""Loads what records and replays, wherever pytest is pointed at: `pytest --replay FILE` names no folder of tests."""
+"""The plugins of the suite, loaded wherever pytest is pointed at: `pytest --replay FILE` names no folder of tests."""
 
-pytest_plugins = ["tests.replay.plugin"]
+pytest_plugins = [
+    "tests.random_order",
+    "tests.report.plugin",
+    "tests.replay.plugin",
+]

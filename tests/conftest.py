@@ -25,11 +25,6 @@ from hypothesis import HealthCheck, settings
 
 from tests.run_seed import PROFILE, SEED, how_to_repeat
 
-pytest_plugins = [
-    "tests.random_order",
-    "tests.report.plugin",
-]
-
 PROFILES = {"dev": 30, "ci": 100, "nightly": 3000}
 
 for _name, _max_examples in PROFILES.items():
