@@ -50,7 +50,8 @@ class Watch:
             yield self
 
     def holdings(self) -> Holdings:
-        gc.collect()
+        for _ in range(2):  # what the finalizer of an engine in a cycle lets go is collected in the next round
+            gc.collect()
         tracker = resource_tracker._resource_tracker._pid  # type: ignore[attr-defined]
         children = psutil.Process().children(recursive=True)
         return Holdings(

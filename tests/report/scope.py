@@ -6,7 +6,18 @@ import pytest
 
 from tests.report.facts import GPU, PART, WHOLE
 
-CUTS = ("keyword", "lf", "stepwise", "deselect", "ignore", "ignore_glob", "maxfail", "collectonly", "benchmark_only", "replay")
+CUTS = (
+    "keyword",
+    "lf",
+    "stepwise",
+    "deselect",
+    "ignore",
+    "ignore_glob",
+    "maxfail",
+    "collectonly",
+    "benchmark_only",
+    "replay",
+)
 
 
 def scope_of(config: pytest.Config) -> str:
