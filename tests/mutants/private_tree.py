@@ -56,8 +56,7 @@ class PrivateTree:
                 shutil.copytree(path, self.root / path.name, ignore=shutil.ignore_patterns(*_LEFT_OUT))
             elif path.is_file():
                 shutil.copy(path, self.root / path.name)
-        for name in ("nanovllm", "reference", "tests"):
-            compileall.compile_dir(self.root / name, quiet=2, invalidation_mode=PycInvalidationMode.CHECKED_HASH)
+        compileall.compile_dir(self.root / "nanovllm", quiet=2, invalidation_mode=PycInvalidationMode.CHECKED_HASH)
         return self
 
     def __exit__(self, *_: object) -> None:
