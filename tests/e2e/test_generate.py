@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from nanovllm import LLM, SamplingParams, bundled_model_path
+from nanovllm.model_config import load_model_config
 from tests.e2e.conftest import BUNDLED_OPTIONS
 
 GREEDY = SamplingParams.greedy(max_tokens=12)
@@ -39,9 +40,12 @@ def test_no_prompts_no_outputs(llm: LLM) -> None:
     assert llm.generate([], use_tqdm=False) == []
 
 
-def test_each_prompt_has_its_own_params(llm: LLM) -> None:
-    params = [SamplingParams.greedy(max_tokens=count) for count in (3, 1, 7)]
-    assert [len(output["token_ids"]) for output in llm.generate(PROMPTS, params, use_tqdm=False)] == [3, 1, 7]
+@pytest.mark.parametrize("counts", [(3, 1, 7), (3, 7, 1), (7, 1, 3)])
+def test_each_prompt_has_its_own_params(llm: LLM, counts: tuple[int, ...]) -> None:
+    """And whoever ends last is waited for."""
+    params = [SamplingParams.greedy(max_tokens=count) for count in counts]
+    outputs = llm.generate(PROMPTS, params, use_tqdm=False)
+    assert tuple(len(output["token_ids"]) for output in outputs) == counts
 
 
 def test_the_same_seed_gives_the_same_text_in_any_company(llm: LLM) -> None:
@@ -112,6 +116,13 @@ def test_a_sequence_ends_at_max_model_len(llm: LLM) -> None:
     assert (len(output["token_ids"]), output["finish_reason"]) == (3, "length")
 
 
+def test_max_model_len_is_lowered_to_what_the_model_supports() -> None:
+    """D11."""
+    with LLM(str(bundled_model_path()), **{**BUNDLED_OPTIONS, "max_model_len": 10**6}) as llm:
+        supported = load_model_config(bundled_model_path()).max_supported_len
+        assert llm.config.max_model_len == llm.scheduler.max_model_len == supported < 10**6
+
+
 def test_the_stream_joined_is_the_output(llm: LLM) -> None:
     params = [SamplingParams.greedy(max_tokens=30), SamplingParams(seed=3, max_tokens=17), GREEDY]
     whole = llm.generate(PROMPTS, params, use_tqdm=False)
@@ -124,6 +135,34 @@ def test_the_stream_joined_is_the_output(llm: LLM) -> None:
     assert texts == [output["text"] for output in whole]
     assert tokens == [output["token_ids"] for output in whole]
     assert reasons == [output["finish_reason"] for output in whole]
+
+
+def test_a_stream_hands_out_each_token_in_the_step_in_which_it_came(llm: LLM) -> None:
+    items = list(llm.generate_stream(PROMPTS, SamplingParams.greedy(max_tokens=3)))
+    assert [item["index"] for item in items] == [0, 1, 2] * 3
+    assert [len(item["token_ids"]) for item in items] == [1] * 9
+    assert [item["finish_reason"] for item in items] == [None] * 6 + ["length"] * 3
+    first = items[0]["seq_id"]
+    assert [item["seq_id"] for item in items] == [first, first + 1, first + 2] * 3
+
+
+def test_who_is_aborted_in_the_midst_of_a_stream_gets_an_item_that_says_so(llm: LLM) -> None:
+    stream = llm.generate_stream(PROMPTS[:2], SamplingParams.greedy(max_tokens=3))
+    seq_id = next(stream)["seq_id"]
+    assert llm.abort(seq_id)
+    items = list(stream)
+    assert [(item["index"], item["finish_reason"]) for item in items] == [(1, None)] * 2 + [(1, "length"), (0, "abort")]
+    assert (items[-1]["text"], items[-1]["token_ids"]) == ("", [])
+
+
+def test_a_stream_outlives_its_engine_and_ends() -> None:
+    llm = LLM(str(bundled_model_path()), **BUNDLED_OPTIONS)
+    stream = llm.generate_stream(PROMPTS, GREEDY)
+    assert next(stream)["seq_id"] == 0, "an engine counts its own requests"
+    sequences = [*llm.scheduler.running]
+    llm.close()
+    assert [seq.finish_reason for seq in sequences] == ["abort"] * 3
+    stream.close()
 
 
 def test_a_stream_never_shows_a_part_of_a_stop_string(llm: LLM) -> None:
@@ -165,6 +204,7 @@ def test_step_by_step(llm: LLM) -> None:
     num_prompt_tokens = sum(len(llm.tokenizer.encode(prompt)) for prompt in PROMPTS)
     assert sum(step.num_prefill_tokens for step in steps) <= num_prompt_tokens  # less what the cache had
     assert [step.num_decode_tokens for step in steps] == [0, 3, 3]
+    assert [step.num_prefill_tokens > 0 for step in steps] == [True, False, False]
     assert [output["seq_id"] for output in steps[-1].finished] == ids
 
 
@@ -226,7 +266,9 @@ def test_a_program_for_nano_vllm_runs_unchanged(tmp_path: Path) -> None:
 @pytest.mark.parametrize("use_tqdm", [True, False])
 def test_the_progress_bar_can_be_switched_off(llm: LLM, use_tqdm: bool, capsys: pytest.CaptureFixture[str]) -> None:
     llm.generate(PROMPTS, GREEDY, use_tqdm=use_tqdm)
-    assert ("decode" in capsys.readouterr().err) is use_tqdm
+    shown = capsys.readouterr().err
+    for part in ("Generating: 100%", " 3/3 ", "prompt", "decode"):
+        assert (part in shown) is use_tqdm
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
