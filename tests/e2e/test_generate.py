@@ -1,5 +1,7 @@
 """LLM.generate, generate_stream, add_request and step on the bundled model: what comes back, and in which order."""
 
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -88,6 +90,21 @@ def test_end_of_sequence_stops_and_stays_out_of_the_text(llm: LLM) -> None:
     assert (output["token_ids"], output["finish_reason"]) == (free[:end], "stop")
     assert output["text"] == llm.tokenizer.decode(free[: end - 1])
     assert eos in llm.scheduler.eos_token_ids
+
+
+def test_every_id_that_ends_a_text_counts(tmp_path: Path) -> None:
+    """D70: of config.json, of generation_config.json and of the tokenizer; without a tokenizer, of the other two."""
+    model = tmp_path / "model"
+    shutil.copytree(bundled_model_path(), model)
+    for name, ids in (("config.json", 5), ("generation_config.json", [6, 7])):
+        content = json.loads((model / name).read_text())
+        (model / name).write_text(json.dumps({**content, "eos_token_id": ids}))
+    with LLM(str(model), **BUNDLED_OPTIONS) as llm:
+        assert llm.scheduler.eos_token_ids == {5, 6, 7, llm.tokenizer.eos_token_id}
+    for path in model.glob("tokenizer*"):
+        path.unlink()
+    with LLM(str(model), **BUNDLED_OPTIONS) as llm:
+        assert llm.scheduler.eos_token_ids == {5, 6, 7}
 
 
 def test_ignore_eos_goes_on(llm: LLM) -> None:

@@ -61,6 +61,11 @@ def test_without_a_tokenizer_there_are_tokens_and_no_text() -> None:
     assert (output["text"], output["token_ids"]) == ("", [97, 98, 99])
 
 
+def test_without_a_tokenizer_a_stream_has_tokens_and_no_text() -> None:
+    item = generated("abc", tokenizer=None, is_streamed=True).take_stream_output()
+    assert (item["text"], item["token_ids"], item["seq_id"]) == ("", [97, 98, 99], 0)
+
+
 def test_streamed_pieces_join_to_the_output() -> None:
     request = Request(make_sequence([1], stop="END"), LetterTokenizer(), 3, is_streamed=True)
     items = []
