@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from nanovllm import LLM, SamplingParams, bundled_model_path
+from nanovllm.engine.scheduler import ScheduledBatch
 from tests.e2e.conftest import BUNDLED_OPTIONS
 
 GREEDY = SamplingParams.greedy(max_tokens=4)
@@ -121,8 +122,17 @@ def test_close_twice_and_use_after_it() -> None:
     llm.close()
     llm.close()
     for use in (lambda: llm.generate("a"), llm.step, lambda: llm.add_request("a"), lambda: llm.generate_stream("a")):
-        with pytest.raises(RuntimeError, match="closed"):
+        with pytest.raises(RuntimeError, match=r"^this engine is closed: make a new one$"):
             use()
+
+
+def test_a_schedule_that_is_empty_while_requests_wait_is_an_error_and_no_endless_loop(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """D10."""
+    monkeypatch.setattr(llm.scheduler, "schedule", lambda: ScheduledBatch(False, (), (), ()))
+    with pytest.raises(RuntimeError, match=r"^nothing can be scheduled although .*: please report this as a bug$"):
+        llm.generate([GOOD], GREEDY, use_tqdm=False)
 
 
 def test_close_gives_the_memory_back() -> None:

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -51,8 +52,8 @@ def test_each_prompt_has_its_own_params(llm: LLM, counts: tuple[int, ...]) -> No
 
 
 def test_the_same_seed_gives_the_same_text_in_any_company(llm: LLM) -> None:
-    """D58."""
-    params = SamplingParams(seed=11, max_tokens=20)
+    """D58. Hot, since the bundled model is so sure of its text that other noise would change nothing."""
+    params = SamplingParams(seed=11, temperature=5.0, max_tokens=20)
     alone = llm.generate(PROMPTS[1], params, use_tqdm=False)[0]["token_ids"]
     crowd = llm.generate([*PROMPTS, *PROMPTS], params, use_tqdm=False)
     assert crowd[1]["token_ids"] == crowd[4]["token_ids"] == alone
@@ -172,6 +173,28 @@ def test_who_is_aborted_in_the_midst_of_a_stream_gets_an_item_that_says_so(llm: 
     assert (items[-1]["text"], items[-1]["token_ids"]) == ("", [])
 
 
+def test_who_is_aborted_while_a_step_is_computed_gets_no_token_of_it(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """D19: the others get theirs, and nobody's text grows."""
+    run = llm._executor.run
+    stream = llm.generate_stream(PROMPTS, SamplingParams.greedy(max_tokens=3))
+    items = [next(stream) for _ in PROMPTS]
+    first = items[0]["seq_id"]
+
+    def run_and_abort(batch: Any) -> list[int]:
+        token_ids = run(batch)
+        llm.abort(first)
+        return token_ids
+
+    monkeypatch.setattr(llm._executor, "run", run_and_abort)
+    items += stream
+    monkeypatch.setattr(llm._executor, "run", run)
+    assert [(item["index"], item["finish_reason"]) for item in items[3:]] == [
+        *[(1, None), (2, None), (1, "length"), (2, "length")],
+        (0, "abort"),
+    ]
+    assert (items[-1]["text"], items[-1]["token_ids"]) == ("", [])
+
+
 def test_a_stream_outlives_its_engine_and_ends() -> None:
     llm = LLM(str(bundled_model_path()), **BUNDLED_OPTIONS)
     stream = llm.generate_stream(PROMPTS, GREEDY)
@@ -180,6 +203,17 @@ def test_a_stream_outlives_its_engine_and_ends() -> None:
     llm.close()
     assert [seq.finish_reason for seq in sequences] == ["abort"] * 3
     stream.close()
+
+
+def test_a_stop_string_that_the_last_token_completes_is_the_reason(llm: LLM) -> None:
+    """Not the length, although no more tokens were allowed."""
+    token_ids = llm.generate(PROMPTS[0], GREEDY, use_tqdm=False)[0]["token_ids"]
+    texts = [llm.tokenizer.decode(token_ids[:count]) for count in range(13)]
+    count = next(n for n in range(3, 13) if texts[n].removeprefix(texts[n - 1]) not in texts[n - 1])
+    params = SamplingParams.greedy(max_tokens=count, stop=texts[count].removeprefix(texts[count - 1]))
+    output = llm.generate(PROMPTS[0], params, use_tqdm=False)[0]
+    assert (output["text"], output["token_ids"]) == (texts[count - 1], token_ids[:count])
+    assert output["finish_reason"] == "stop"
 
 
 def test_a_stream_never_shows_a_part_of_a_stop_string(llm: LLM) -> None:
