@@ -80,8 +80,9 @@ class PrivateTree:
             return self.run(tests, cpu_limit)
 
     def run(self, tests: tuple[str, ...], cpu_limit: float) -> TestRun:
-        """Run `tests` (paths or node ids, or one file of cases for Triton's interpreter) until one fails. More than cpu_limit seconds of CPU count as a failure.
+        """Run `tests` (paths or node ids, or one file of cases for Triton's interpreter) until one fails.
 
+        More than cpu_limit seconds of CPU count as a failure.
         A generous limit of the clock stands behind it, for what waits and computes nothing. Raises BrokenRun.
         """
         if self._is_closed:
