@@ -14,6 +14,11 @@ class LetterTokenizer:
         return "".join(chr(token_id) for token_id in token_ids)
 
 
+class ByteTokenizer:
+    def decode(self, token_ids: list[int], **_: Any) -> str:
+        return bytes(token_ids).decode(errors="replace")
+
+
 def generated(text: str, is_streamed: bool = False, tokenizer: Any = LetterTokenizer(), **params: Any) -> Request:  # noqa: B008
     """A request whose model says `text`; "." is the end-of-sequence token. Ends at a stop string as the engine does."""
     scheduler = make_scheduler(eos_token_ids=frozenset({ord(".")}))
@@ -81,6 +86,16 @@ def test_streamed_pieces_join_to_the_output() -> None:
         (3, "", [69], None),
         (3, "E", [], "length"),
     ]
+
+
+@pytest.mark.parametrize("params", [{}, {"stop": "no such text"}])
+def test_a_character_that_is_never_whole_is_shown_at_the_end(params: dict[str, Any]) -> None:
+    """Streamed or not, and whether or not the text was followed for stop strings."""
+    said = "a\xe2\x82"  # the first two bytes of three
+    assert generated(said, tokenizer=ByteTokenizer(), **params).output()["text"] == "a\ufffd"
+    request = generated(said, is_streamed=True, tokenizer=ByteTokenizer(), **params)
+    assert request.take_stream_output()["text"] == "a\ufffd"
+    assert request.output()["text"] == "a\ufffd"
 
 
 def test_an_abort_is_streamed_without_tokens() -> None:
