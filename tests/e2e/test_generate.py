@@ -247,6 +247,21 @@ def test_streams_and_generate_side_by_side(llm: LLM) -> None:
     assert (output["seq_id"], output["text"]) == (seq_id, alone[2]["text"])
 
 
+def test_a_stream_hands_out_its_own_requests_alone(llm: LLM) -> None:
+    """D18: others run in the same steps, of another stream and of add_request."""
+    params = SamplingParams.greedy(max_tokens=4)
+    seq_id = llm.add_request(PROMPTS[2], params)
+    other = llm.generate_stream(PROMPTS[1], params)
+    items = [next(other)]
+    own = list(llm.generate_stream(PROMPTS[0], params))
+    assert len({item["seq_id"] for item in own}) == 1
+    assert len(own) == sum(len(item["token_ids"]) for item in own) == 4
+    items += other
+    assert sum(len(item["token_ids"]) for item in items) == 4
+    (output,) = llm.step().finished
+    assert (output["seq_id"], len(output["token_ids"])) == (seq_id, 4)
+
+
 def test_step_by_step(llm: LLM) -> None:
     ids = [llm.add_request(prompt, SamplingParams.greedy(max_tokens=3)) for prompt in PROMPTS]
     steps = []

@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from nanovllm import bundled_model_path
@@ -139,6 +139,7 @@ def test_the_text_ends_before_the_first_stop_string(text: str, stop: str) -> Non
     text=st.text(alphabet="ab", max_size=16),
     stops=st.lists(st.text(alphabet="ab", min_size=1, max_size=4), min_size=1, max_size=3),
 )
+@example(text="aab", stops=["b", "ab", "bb"])  # two are complete at once, and begin at different places
 def test_with_several_stop_strings_the_one_that_is_complete_first_ends_the_text(text: str, stops: list[str]) -> None:
     """A token a character: the shortest beginning of the text that holds any of them."""
     pieces, detokenizer = stream(ByteTokenizer(), spell(text), tuple(stops))
