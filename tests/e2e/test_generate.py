@@ -174,7 +174,8 @@ def test_who_is_aborted_in_the_midst_of_a_stream_gets_an_item_that_says_so(llm: 
 
 
 def test_who_is_aborted_while_a_step_is_computed_gets_no_token_of_it(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """D19: the others get theirs, and nobody's text grows."""
+    """D19: the others get theirs, and their text."""
+    expected = [output["text"] for output in llm.generate(PROMPTS, SamplingParams.greedy(max_tokens=3), use_tqdm=False)]
     run = llm._executor.run
     stream = llm.generate_stream(PROMPTS, SamplingParams.greedy(max_tokens=3))
     items = [next(stream) for _ in PROMPTS]
@@ -192,6 +193,7 @@ def test_who_is_aborted_while_a_step_is_computed_gets_no_token_of_it(llm: LLM, m
         *[(1, None), (2, None), (1, "length"), (2, "length")],
         (0, "abort"),
     ]
+    assert ["".join(item["text"] for item in items if item["index"] == index) for index in (1, 2)] == expected[1:]
     assert (items[-1]["text"], items[-1]["token_ids"]) == ("", [])
 
 
@@ -260,6 +262,25 @@ def test_a_stream_hands_out_its_own_requests_alone(llm: LLM) -> None:
     assert sum(len(item["token_ids"]) for item in items) == 4
     (output,) = llm.step().finished
     assert (output["seq_id"], len(output["token_ids"])) == (seq_id, 4)
+
+
+def test_step_hands_out_what_came_through_add_request_alone(llm: LLM) -> None:
+    """D18: a stream's request that ends in a step of somebody else is the stream's."""
+    stream = llm.generate_stream(PROMPTS[0], SamplingParams.greedy(max_tokens=2))
+    items = [next(stream)]
+    seq_id = llm.add_request(PROMPTS[1], SamplingParams.greedy(max_tokens=2))
+    outputs = [output for _ in range(4) for output in llm.step().finished]
+    assert [output["seq_id"] for output in outputs] == [seq_id]
+    assert sum(len(item["token_ids"]) for item in [*items, *stream]) == 2
+
+
+def test_an_output_that_waits_to_be_handed_out_is_work_left(llm: LLM) -> None:
+    """D19."""
+    seq_id = llm.add_request(PROMPTS[0], GREEDY)
+    assert llm.abort(seq_id)
+    assert not llm.is_finished()
+    assert [output["finish_reason"] for output in llm.step().finished] == ["abort"]
+    assert llm.is_finished()
 
 
 def test_step_by_step(llm: LLM) -> None:

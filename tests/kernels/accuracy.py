@@ -25,7 +25,7 @@ def assert_rounded_alike(actual: torch.Tensor, expected: torch.Tensor) -> None:
     """The same bits, but for one element in fifty.
 
     Two ways to the same float32 number differ by a few units of its last place, which float16, with 13 bits less,
-    rounds alike but for one in a thousand. A rounding that is left out, or done once too often, changes one in ten or more.
+    rounds alike but for one in a thousand. A rounding left out, or done once too often, changes one in ten or more.
     """
     assert actual.shape == expected.shape
     share = (actual != expected).double().mean().item()
