@@ -197,6 +197,20 @@ def test_who_is_aborted_while_a_step_is_computed_gets_no_token_of_it(llm: LLM, m
     assert (items[-1]["text"], items[-1]["token_ids"]) == ("", [])
 
 
+def test_who_is_aborted_before_its_first_token_gets_an_item_too(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """D19."""
+    run = llm._executor.run
+
+    def run_and_abort(batch: Any) -> list[int]:
+        token_ids = run(batch)
+        assert llm.abort(batch.sequences[0].seq_id)
+        return token_ids
+
+    monkeypatch.setattr(llm._executor, "run", run_and_abort)
+    (item,) = llm.generate_stream(PROMPTS[0], GREEDY)
+    assert (item["text"], item["token_ids"], item["finish_reason"]) == ("", [], "abort")
+
+
 def test_a_stream_outlives_its_engine_and_ends() -> None:
     llm = LLM(str(bundled_model_path()), **BUNDLED_OPTIONS)
     stream = llm.generate_stream(PROMPTS, GREEDY)

@@ -19,7 +19,7 @@ class ByteTokenizer:
 
     def decode(self, token_ids: list[int], skip_special_tokens: bool, clean_up_tokenization_spaces: bool) -> str:
         assert skip_special_tokens
-        assert not clean_up_tokenization_spaces
+        assert clean_up_tokenization_spaces is False, "None would be the tokenizer's own default"
         self.longest = max(self.longest, len(token_ids))
         return bytes(token_id for token_id in token_ids if token_id < 256).decode("utf-8", errors="replace")
 
