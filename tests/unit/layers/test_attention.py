@@ -219,12 +219,12 @@ def test_heads_may_come_flattened(case):
 
 @pytest.mark.parametrize("case", [Case(((8, 8),)), Case(((3, 8),)), Case(((1, 8),), is_prefill=False)], ids=str)
 def test_scale_is_applied(case):
-    """Zero, which makes all scores equal: torch's own default is the scale that models use."""
+    """1, since torch's own default, 1 / 4 here, is the scale that the other tests use."""
     step = make_step(case)
     k_cache, v_cache = step.expected_caches()
     lens, cu_seqlens_q = step.context.context_lens, step.context.cu_seqlens_q
-    expected = paged_attention(step.query, k_cache, v_cache, step.block_tables, lens, cu_seqlens_q, 0.0)
-    layer = Attention(4, 16, 0.0, 2, TorchAttentionBackend())
+    expected = paged_attention(step.query, k_cache, v_cache, step.block_tables, lens, cu_seqlens_q, 1.0)
+    layer = Attention(4, 16, 1.0, 2, TorchAttentionBackend())
     layer.bind_kv_cache(step.k_cache, step.v_cache)
     with set_context(step.context):
         output = layer(step.query, step.key, step.value)
