@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from nanovllm.context import set_context
+from nanovllm.context import get_context, set_context
 from nanovllm.layers import torch_attention
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.torch_attention import TorchAttentionBackend
@@ -200,6 +200,15 @@ def test_without_a_cache_cached_keys_are_an_error():
     layer = Attention(4, 16, 0.25, 2, TorchAttentionBackend())
     with set_context(step.context), pytest.raises(RuntimeError, match="bind_kv_cache"):
         layer(step.query, step.key, step.value)
+
+
+def test_forward_passes_do_not_nest_and_a_failed_one_leaves_nothing_behind():
+    context = make_step(STEPS["prefill"]).context
+    with set_context(context), pytest.raises(RuntimeError, match=r"set_context\(\) is already active"):  # noqa: SIM117
+        with set_context(context):
+            pass
+    with set_context(context):
+        assert get_context() is context
 
 
 def test_outside_a_forward_pass_is_an_error():
