@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from nanovllm import LLM, SamplingParams, bundled_model_path
+from nanovllm.engine.scheduler import ScheduledBatch
 from tests.e2e.conftest import BUNDLED_OPTIONS
 
 GREEDY = SamplingParams.greedy(max_tokens=4)
@@ -61,8 +62,8 @@ def test_a_request_that_can_never_fit_is_refused_and_others_go_on(llm: LLM) -> N
     running = llm.add_request(GOOD, GREEDY)
     with LLM(str(bundled_model_path()), **{**BUNDLED_OPTIONS, "num_kv_cache_blocks": 4}) as small:
         going = small.add_request(GOOD, GREEDY)
-        with pytest.raises(ValueError, match=r"4 blocks of 16 tokens.*60 prompt tokens and max_tokens=10"):
-            small.generate([[5] * 60], SamplingParams.greedy(max_tokens=10))
+        with pytest.raises(ValueError, match=r"^prompt 1: .*4 blocks of 16 tokens.*60 prompt tokens and max_tok"):
+            small.generate([GOOD, [5] * 60], SamplingParams.greedy(max_tokens=10))
         assert small.generate([[5] * 55], SamplingParams.greedy(max_tokens=10), use_tqdm=False)
         assert [output["seq_id"] for output in small.step().finished] == [going]
     with pytest.raises(ValueError, match="max_model_len=512"):
@@ -114,15 +115,28 @@ def test_ctrl_c_in_generate_aborts_and_the_next_call_works(llm: LLM, monkeypatch
     assert again[0]["token_ids"] == expected[0]["token_ids"]
 
 
-def test_close_twice_and_use_after_it() -> None:
+def test_close_twice_and_use_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """D34."""
-    llm = LLM(str(bundled_model_path()), **BUNDLED_OPTIONS)
-    llm.add_request(GOOD)
+    with LLM(str(bundled_model_path()), **BUNDLED_OPTIONS) as llm:
+        llm.add_request(GOOD)
+        close, calls = llm._executor.close, []
+        monkeypatch.setattr(llm._executor, "close", lambda: calls.append(close()))
+    assert len(calls) == 1, "leaving the with statement closes"
     llm.close()
     llm.close()
+    assert len(calls) == 1
     for use in (lambda: llm.generate("a"), llm.step, lambda: llm.add_request("a"), lambda: llm.generate_stream("a")):
-        with pytest.raises(RuntimeError, match="closed"):
+        with pytest.raises(RuntimeError, match=r"^this engine is closed: make a new one$"):
             use()
+
+
+def test_a_schedule_that_is_empty_while_requests_wait_is_an_error_and_no_endless_loop(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """D10."""
+    monkeypatch.setattr(llm.scheduler, "schedule", lambda: ScheduledBatch(False, (), (), ()))
+    with pytest.raises(RuntimeError, match=r"^nothing can be scheduled although .*: please report this as a bug$"):
+        llm.generate([GOOD], GREEDY, use_tqdm=False)
 
 
 def test_close_gives_the_memory_back() -> None:

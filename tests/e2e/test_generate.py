@@ -1,12 +1,16 @@
 """LLM.generate, generate_stream, add_request and step on the bundled model: what comes back, and in which order."""
 
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nanovllm import LLM, SamplingParams, bundled_model_path
+from nanovllm.model_config import load_model_config
 from tests.e2e.conftest import BUNDLED_OPTIONS
 
 GREEDY = SamplingParams.greedy(max_tokens=12)
@@ -39,14 +43,17 @@ def test_no_prompts_no_outputs(llm: LLM) -> None:
     assert llm.generate([], use_tqdm=False) == []
 
 
-def test_each_prompt_has_its_own_params(llm: LLM) -> None:
-    params = [SamplingParams.greedy(max_tokens=count) for count in (3, 1, 7)]
-    assert [len(output["token_ids"]) for output in llm.generate(PROMPTS, params, use_tqdm=False)] == [3, 1, 7]
+@pytest.mark.parametrize("counts", [(3, 1, 7), (3, 7, 1), (7, 1, 3)])
+def test_each_prompt_has_its_own_params(llm: LLM, counts: tuple[int, ...]) -> None:
+    """And whoever ends last is waited for."""
+    params = [SamplingParams.greedy(max_tokens=count) for count in counts]
+    outputs = llm.generate(PROMPTS, params, use_tqdm=False)
+    assert tuple(len(output["token_ids"]) for output in outputs) == counts
 
 
 def test_the_same_seed_gives_the_same_text_in_any_company(llm: LLM) -> None:
-    """D58."""
-    params = SamplingParams(seed=11, max_tokens=20)
+    """D58. Hot, since the bundled model is so sure of its text that other noise would change nothing."""
+    params = SamplingParams(seed=11, temperature=5.0, max_tokens=20)
     alone = llm.generate(PROMPTS[1], params, use_tqdm=False)[0]["token_ids"]
     crowd = llm.generate([*PROMPTS, *PROMPTS], params, use_tqdm=False)
     assert crowd[1]["token_ids"] == crowd[4]["token_ids"] == alone
@@ -86,6 +93,21 @@ def test_end_of_sequence_stops_and_stays_out_of_the_text(llm: LLM) -> None:
     assert eos in llm.scheduler.eos_token_ids
 
 
+def test_every_id_that_ends_a_text_counts(tmp_path: Path) -> None:
+    """D70: of config.json, of generation_config.json and of the tokenizer; without a tokenizer, of the other two."""
+    model = tmp_path / "model"
+    shutil.copytree(bundled_model_path(), model)
+    for name, ids in (("config.json", 5), ("generation_config.json", [6, 7])):
+        content = json.loads((model / name).read_text())
+        (model / name).write_text(json.dumps({**content, "eos_token_id": ids}))
+    with LLM(str(model), **BUNDLED_OPTIONS) as llm:
+        assert llm.scheduler.eos_token_ids == {5, 6, 7, llm.tokenizer.eos_token_id}
+    for path in model.glob("tokenizer*"):
+        path.unlink()
+    with LLM(str(model), **BUNDLED_OPTIONS) as llm:
+        assert llm.scheduler.eos_token_ids == {5, 6, 7}
+
+
 def test_ignore_eos_goes_on(llm: LLM) -> None:
     end_of_a_passage = "and I will dwell in the house of the LORD for"
     stopped = llm.generate(end_of_a_passage, SamplingParams.greedy(max_tokens=40), use_tqdm=False)[0]
@@ -112,6 +134,13 @@ def test_a_sequence_ends_at_max_model_len(llm: LLM) -> None:
     assert (len(output["token_ids"]), output["finish_reason"]) == (3, "length")
 
 
+def test_max_model_len_is_lowered_to_what_the_model_supports() -> None:
+    """D11."""
+    with LLM(str(bundled_model_path()), **{**BUNDLED_OPTIONS, "max_model_len": 10**6}) as llm:
+        supported = load_model_config(bundled_model_path()).max_supported_len
+        assert llm.config.max_model_len == llm.scheduler.max_model_len == supported < 10**6
+
+
 def test_the_stream_joined_is_the_output(llm: LLM) -> None:
     params = [SamplingParams.greedy(max_tokens=30), SamplingParams(seed=3, max_tokens=17), GREEDY]
     whole = llm.generate(PROMPTS, params, use_tqdm=False)
@@ -124,6 +153,83 @@ def test_the_stream_joined_is_the_output(llm: LLM) -> None:
     assert texts == [output["text"] for output in whole]
     assert tokens == [output["token_ids"] for output in whole]
     assert reasons == [output["finish_reason"] for output in whole]
+
+
+def test_a_stream_hands_out_each_token_in_the_step_in_which_it_came(llm: LLM) -> None:
+    items = list(llm.generate_stream(PROMPTS, SamplingParams.greedy(max_tokens=3)))
+    assert [item["index"] for item in items] == [0, 1, 2] * 3
+    assert [len(item["token_ids"]) for item in items] == [1] * 9
+    assert [item["finish_reason"] for item in items] == [None] * 6 + ["length"] * 3
+    first = items[0]["seq_id"]
+    assert [item["seq_id"] for item in items] == [first, first + 1, first + 2] * 3
+
+
+def test_who_is_aborted_in_the_midst_of_a_stream_gets_an_item_that_says_so(llm: LLM) -> None:
+    stream = llm.generate_stream(PROMPTS[:2], SamplingParams.greedy(max_tokens=3))
+    seq_id = next(stream)["seq_id"]
+    assert llm.abort(seq_id)
+    items = list(stream)
+    assert [(item["index"], item["finish_reason"]) for item in items] == [(1, None)] * 2 + [(1, "length"), (0, "abort")]
+    assert (items[-1]["text"], items[-1]["token_ids"]) == ("", [])
+
+
+def test_who_is_aborted_while_a_step_is_computed_gets_no_token_of_it(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """D19: the others get theirs, and their text."""
+    expected = [output["text"] for output in llm.generate(PROMPTS, SamplingParams.greedy(max_tokens=3), use_tqdm=False)]
+    run = llm._executor.run
+    stream = llm.generate_stream(PROMPTS, SamplingParams.greedy(max_tokens=3))
+    items = [next(stream) for _ in PROMPTS]
+    first = items[0]["seq_id"]
+
+    def run_and_abort(batch: Any) -> list[int]:
+        token_ids = run(batch)
+        llm.abort(first)
+        return token_ids
+
+    monkeypatch.setattr(llm._executor, "run", run_and_abort)
+    items += stream
+    monkeypatch.setattr(llm._executor, "run", run)
+    assert [(item["index"], item["finish_reason"]) for item in items[3:]] == [
+        *[(1, None), (2, None), (1, "length"), (2, "length")],
+        (0, "abort"),
+    ]
+    assert ["".join(item["text"] for item in items if item["index"] == index) for index in (1, 2)] == expected[1:]
+    assert (items[-1]["text"], items[-1]["token_ids"]) == ("", [])
+
+
+def test_who_is_aborted_before_its_first_token_gets_an_item_too(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """D19."""
+    run = llm._executor.run
+
+    def run_and_abort(batch: Any) -> list[int]:
+        token_ids = run(batch)
+        assert llm.abort(batch.sequences[0].seq_id)
+        return token_ids
+
+    monkeypatch.setattr(llm._executor, "run", run_and_abort)
+    (item,) = llm.generate_stream(PROMPTS[0], GREEDY)
+    assert (item["text"], item["token_ids"], item["finish_reason"]) == ("", [], "abort")
+
+
+def test_a_stream_outlives_its_engine_and_ends() -> None:
+    llm = LLM(str(bundled_model_path()), **BUNDLED_OPTIONS)
+    stream = llm.generate_stream(PROMPTS, GREEDY)
+    assert next(stream)["seq_id"] == 0, "an engine counts its own requests"
+    sequences = [*llm.scheduler.running]
+    llm.close()
+    assert [seq.finish_reason for seq in sequences] == ["abort"] * 3
+    stream.close()
+
+
+def test_a_stop_string_that_the_last_token_completes_is_the_reason(llm: LLM) -> None:
+    """Not the length, although no more tokens were allowed."""
+    token_ids = llm.generate(PROMPTS[0], GREEDY, use_tqdm=False)[0]["token_ids"]
+    texts = [llm.tokenizer.decode(token_ids[:count]) for count in range(13)]
+    count = next(n for n in range(3, 13) if texts[n].removeprefix(texts[n - 1]) not in texts[n - 1])
+    params = SamplingParams.greedy(max_tokens=count, stop=texts[count].removeprefix(texts[count - 1]))
+    output = llm.generate(PROMPTS[0], params, use_tqdm=False)[0]
+    assert (output["text"], output["token_ids"]) == (texts[count - 1], token_ids[:count])
+    assert output["finish_reason"] == "stop"
 
 
 def test_a_stream_never_shows_a_part_of_a_stop_string(llm: LLM) -> None:
@@ -157,6 +263,40 @@ def test_streams_and_generate_side_by_side(llm: LLM) -> None:
     assert (output["seq_id"], output["text"]) == (seq_id, alone[2]["text"])
 
 
+def test_a_stream_hands_out_its_own_requests_alone(llm: LLM) -> None:
+    """D18: others run in the same steps, of another stream and of add_request."""
+    params = SamplingParams.greedy(max_tokens=4)
+    seq_id = llm.add_request(PROMPTS[2], params)
+    other = llm.generate_stream(PROMPTS[1], params)
+    items = [next(other)]
+    own = list(llm.generate_stream(PROMPTS[0], params))
+    assert len({item["seq_id"] for item in own}) == 1
+    assert len(own) == sum(len(item["token_ids"]) for item in own) == 4
+    items += other
+    assert sum(len(item["token_ids"]) for item in items) == 4
+    (output,) = llm.step().finished
+    assert (output["seq_id"], len(output["token_ids"])) == (seq_id, 4)
+
+
+def test_step_hands_out_what_came_through_add_request_alone(llm: LLM) -> None:
+    """D18: a stream's request that ends in a step of somebody else is the stream's."""
+    stream = llm.generate_stream(PROMPTS[0], SamplingParams.greedy(max_tokens=2))
+    items = [next(stream)]
+    seq_id = llm.add_request(PROMPTS[1], SamplingParams.greedy(max_tokens=2))
+    outputs = [output for _ in range(4) for output in llm.step().finished]
+    assert [output["seq_id"] for output in outputs] == [seq_id]
+    assert sum(len(item["token_ids"]) for item in [*items, *stream]) == 2
+
+
+def test_an_output_that_waits_to_be_handed_out_is_work_left(llm: LLM) -> None:
+    """D19."""
+    seq_id = llm.add_request(PROMPTS[0], GREEDY)
+    assert llm.abort(seq_id)
+    assert not llm.is_finished()
+    assert [output["finish_reason"] for output in llm.step().finished] == ["abort"]
+    assert llm.is_finished()
+
+
 def test_step_by_step(llm: LLM) -> None:
     ids = [llm.add_request(prompt, SamplingParams.greedy(max_tokens=3)) for prompt in PROMPTS]
     steps = []
@@ -165,6 +305,7 @@ def test_step_by_step(llm: LLM) -> None:
     num_prompt_tokens = sum(len(llm.tokenizer.encode(prompt)) for prompt in PROMPTS)
     assert sum(step.num_prefill_tokens for step in steps) <= num_prompt_tokens  # less what the cache had
     assert [step.num_decode_tokens for step in steps] == [0, 3, 3]
+    assert [step.num_prefill_tokens > 0 for step in steps] == [True, False, False]
     assert [output["seq_id"] for output in steps[-1].finished] == ids
 
 
@@ -226,7 +367,9 @@ def test_a_program_for_nano_vllm_runs_unchanged(tmp_path: Path) -> None:
 @pytest.mark.parametrize("use_tqdm", [True, False])
 def test_the_progress_bar_can_be_switched_off(llm: LLM, use_tqdm: bool, capsys: pytest.CaptureFixture[str]) -> None:
     llm.generate(PROMPTS, GREEDY, use_tqdm=use_tqdm)
-    assert ("decode" in capsys.readouterr().err) is use_tqdm
+    shown = capsys.readouterr().err
+    for part in ("Generating: 100%", " 3/3 ", "prompt", "decode"):
+        assert (part in shown) is use_tqdm
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

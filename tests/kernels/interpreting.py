@@ -30,6 +30,8 @@ ORDERS = ("in order", "reversed", "shuffled")
 class Guards(TorchFunctionMode):
     """Gives tensors between margins of NaN (the largest number, if integers), in one buffer each.
 
+    Each buffer has another NaN, told by its bits: one that a kernel computes of a margin and stores in another is seen.
+
     Inside `with guards:` torch.empty and its like are guarded too, and start as NaN: so are a launcher's outputs and
     scratch. assert_intact() raises unless all margins, and all tensors given by `read`, are as they were.
     """
@@ -37,7 +39,7 @@ class Guards(TorchFunctionMode):
     def __init__(self, device: str) -> None:
         super().__init__()
         self.device = torch.device(device)
-        self._buffers: list[tuple[torch.Tensor, tuple[slice, ...]]] = []
+        self._buffers: list[tuple[torch.Tensor, tuple[slice, ...], torch.Tensor]] = []
         self._read: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def read(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -57,16 +59,18 @@ class Guards(TorchFunctionMode):
         return self._make(shape, torch.empty(shape, device="meta").stride(), dtype)
 
     def assert_intact(self) -> None:
-        for buffer, margins in self._buffers:
+        for buffer, margins, poison in self._buffers:
             for margin in margins:
-                assert _is_poison(buffer[margin]), f"written outside a tensor of {buffer.numel() - 2 * MARGIN} elements"
+                is_intact = _same_bits(buffer[margin], poison.expand(MARGIN))
+                assert is_intact, f"written outside a tensor of {buffer.numel() - 2 * MARGIN} elements"
         for tensor, before in self._read:
             assert _same_bits(tensor, before), f"an input of shape {list(tensor.shape)} was changed"
 
     def _make(self, shape: Any, stride: Any, dtype: torch.dtype) -> torch.Tensor:
         size = 1 + sum((length - 1) * step for length, step in zip(shape, stride, strict=True)) if 0 not in shape else 0
-        buffer = torch.full((size + 2 * MARGIN,), _poison(dtype), dtype=dtype, device=self.device)
-        self._buffers.append((buffer, (slice(0, MARGIN), slice(MARGIN + size, None))))
+        poison = _poison(dtype, len(self._buffers)).to(self.device)
+        buffer = poison.repeat(size + 2 * MARGIN)
+        self._buffers.append((buffer, (slice(0, MARGIN), slice(MARGIN + size, None)), poison))
         return buffer.as_strided(shape, stride, MARGIN)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -85,14 +89,12 @@ _ALLOCATIONS = {
 }
 
 
-def _poison(dtype: torch.dtype) -> float | int | bool:
-    if dtype == torch.bool:
-        return True
-    return float("nan") if dtype.is_floating_point else torch.iinfo(dtype).max
-
-
-def _is_poison(tensor: torch.Tensor) -> bool:
-    return bool((tensor.isnan() if tensor.is_floating_point() else tensor == _poison(tensor.dtype)).all())
+def _poison(dtype: torch.dtype, number: int) -> torch.Tensor:
+    """[1]: a NaN whose last bits say `number` (up to 63), the largest integer, or True."""
+    if not dtype.is_floating_point:
+        return torch.tensor([True if dtype == torch.bool else torch.iinfo(dtype).max], dtype=dtype)
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    return (torch.tensor([torch.nan], dtype=dtype).view(bits) | (1 + number % 63)).view(dtype)
 
 
 def _same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:

@@ -11,7 +11,7 @@ from tests.kernels.interpreting import Guards
 
 @dataclass(frozen=True)
 class Case:
-    """scale 0 makes all logits equal. row_padding: columns between two rows."""
+    """scale 0 makes all logits equal, and offset is added to all. row_padding: columns between two rows."""
 
     num_tokens: int
     num_experts: int
@@ -20,6 +20,7 @@ class Case:
     block_size: int = 4
     dtype: torch.dtype = torch.float32
     scale: float = 1.0
+    offset: float = 0.0
     row_padding: int = 3
     tile_size: int = 64
     chunk_size: int = 16
@@ -36,6 +37,8 @@ CASES = {
     "one assignment a block": Case(9, 5, 2, block_size=1),
     "one block an expert": Case(9, 5, 2, block_size=32),
     "equal logits": Case(11, 6, 2, scale=0.0),
+    "logits whose exponentials overflow": Case(11, 6, 2, offset=200.0),
+    "logits whose exponentials vanish": Case(11, 6, 2, offset=-200.0),
     "assignments fill chunks": Case(16, 8, 2, chunk_size=32),
     "one token a tile": Case(6, 12, 3, tile_size=8),
     "float16": Case(13, 12, 3, dtype=torch.float16),
@@ -48,7 +51,8 @@ def check(case: Case, device: str) -> None:
     from nanovllm.kernels.moe_routing import moe_routing
 
     generator = torch.Generator().manual_seed(case.seed)
-    wide = case.scale * torch.randn(case.num_tokens, case.num_experts + case.row_padding, generator=generator)
+    shape = (case.num_tokens, case.num_experts + case.row_padding)
+    wide = case.scale * torch.randn(shape, generator=generator) + case.offset
     wide[:, case.num_experts :] = 1e4  # an expert that is read from beyond the last would be chosen
     logits = wide.to(case.dtype)[:, : case.num_experts]
     guards = Guards(device)

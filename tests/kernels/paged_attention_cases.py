@@ -63,6 +63,7 @@ CASES = {
     "block size 256": Case((256, 257), block_size=256, tiling=(64, 4, 2)),
     "2 splits": Case(num_splits=2, tiling=(16, 4, 2)),
     "3 splits of several tiles": Case(num_splits=3, block_size=32, tiling=(16, 4, 2)),
+    "head size 64, split": Case(head_dim=64, num_splits=3, tiling=(16, 4, 2)),  # several programs combine a head
     "more splits than tiles": Case((70, 5), num_splits=8, tiling=(16, 4, 2)),
     "7 query heads a kv head, split": Case(num_heads=7, num_kv_heads=1, num_splits=4, tiling=(16, 4, 2)),
     "more splits than are combined at once": Case((1280,), 16, 1, num_splits=80, tiling=(16, 4, 2)),

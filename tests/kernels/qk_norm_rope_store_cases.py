@@ -9,7 +9,7 @@ from nanovllm.layers.rotary_embedding import apply_rotary_embedding
 from reference.rms_norm import rms_norm
 from reference.store_kvcache import store_kvcache
 from tests.attention_cases import assert_same_bits
-from tests.kernels.accuracy import assert_within_twice_the_error_of_plain_torch, counted
+from tests.kernels.accuracy import assert_rounded_alike, assert_within_twice_the_error_of_plain_torch, counted
 from tests.kernels.interpreting import Guards
 from tests.kernels.rotary_embedding_cases import tables
 
@@ -83,6 +83,25 @@ def check_case(case: Case, device: str) -> None:
     assert_within_twice_the_error_of_plain_torch("qk_norm_rope_store", actual, plain, exact)
 
 
+def check_rounding(device: str) -> None:
+    """Rounds where the kernels that it stands for round: rms_norm, then rotary_embedding."""
+    from nanovllm.kernels.qk_norm_rope_store import qk_norm_rope_store
+    from nanovllm.kernels.rms_norm import rms_norm
+    from nanovllm.kernels.rotary_embedding import rotary_embedding
+
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(6, 8, 32, generator=generator).to(device, torch.float16)
+    q_weight, k_weight = ((1 + 0.3 * torch.randn(32, generator=generator)).to(device, torch.float16) for _ in "qk")
+    cos, sin = (table.to(device) for table in tables(6, 32))
+    weights = (q_weight, k_weight)
+    fused = qk_norm_rope_store(
+        qkv.flatten(1), cos, sin, *weights, EPS, 4, None, None, None, num_kv_heads=2, returns_key=True
+    )
+    query, key = rms_norm(qkv[:, :4], q_weight, EPS), rms_norm(qkv[:, 4:6], k_weight, EPS)
+    for actual, expected in zip(fused, rotary_embedding(query, key, cos, sin), strict=True):
+        assert_rounded_alike(actual, expected)
+
+
 def check_far_slot(device: str) -> None:
     """D52: a slot whose elements lie beyond 2**31, from an int32 mapping; one cache for both, in which all is equal."""
     from nanovllm.kernels.qk_norm_rope_store import qk_norm_rope_store
@@ -115,4 +134,7 @@ CASES = {
     "no tokens": replace(SMALL, slots=()),
     "every slot": replace(SMALL, slots=tuple(reversed(range(48)))),
 }
-CHECKS = {name: partial(check_case, case) for name, case in CASES.items()} | {"far slot": check_far_slot}
+CHECKS = {name: partial(check_case, case) for name, case in CASES.items()} | {
+    "rounding": check_rounding,
+    "far slot": check_far_slot,
+}

@@ -5,7 +5,7 @@ from functools import partial
 import torch
 
 from reference.rms_norm import rms_norm as reference_rms_norm
-from tests.kernels.accuracy import assert_within_twice_the_error_of_plain_torch
+from tests.kernels.accuracy import assert_rounded_alike, assert_within_twice_the_error_of_plain_torch
 from tests.kernels.interpreting import Guards
 
 EPS = 1e-5
@@ -58,6 +58,33 @@ def check_views(dtype: torch.dtype, device: str) -> None:
     assert torch.equal(total, key + wide[:, 1:, 6:])
 
 
+def check_heads_apart(device: str) -> None:
+    """Every other head of a wider tensor."""
+    from nanovllm.kernels.rms_norm import rms_norm
+
+    guards, generator = Guards(device), torch.Generator().manual_seed(0)
+    x = guards.read(torch.randn(3, 8, 16, generator=generator))[:, 1::2]
+    weight = guards.read(torch.randn(16, generator=generator))
+    with guards:
+        normed = rms_norm(x, weight, EPS)
+    guards.assert_intact()
+    exact = reference_rms_norm(x.double(), weight.double(), EPS)
+    assert_within_twice_the_error_of_plain_torch(normed, reference_rms_norm(x, weight, EPS), exact)
+
+
+def check_rounding(device: str) -> None:
+    """The sum is rounded before it is normalised, and what is normalised before it is multiplied, as in training."""
+    from nanovllm.kernels.rms_norm import add_rms_norm
+
+    generator = torch.Generator().manual_seed(0)
+    x, residual = (torch.randn(20, 64, generator=generator).to(device, torch.float16) for _ in range(2))
+    weight = (1 + 0.3 * torch.randn(64, generator=generator)).to(device, torch.float16)
+    normed, total = add_rms_norm(x, residual, weight, EPS)
+    wide = total.float()
+    expected = (wide * torch.rsqrt(wide.pow(2).mean(dim=1, keepdim=True) + EPS)).half() * weight
+    assert_rounded_alike(normed, expected)
+
+
 def check_large_squares(device: str) -> None:
     """300 ** 2 is beyond float16: squares are summed in float32."""
     from nanovllm.kernels.rms_norm import rms_norm
@@ -88,4 +115,5 @@ CHECKS |= {
     f"several rows a program, {rows}": partial(check_rms_norm, (7, 48), torch.float32, rows=rows) for rows in (2, 8)
 }
 CHECKS |= {f"views {dtype}": partial(check_views, dtype) for dtype in (torch.float32, torch.float16)}
+CHECKS |= {"heads apart": check_heads_apart, "rounding": check_rounding}
 CHECKS |= {"large squares": check_large_squares, "far row": check_far_row}

@@ -47,10 +47,22 @@ def check_far_head(device: str) -> None:
     assert torch.equal(key, x[:, 1:])
 
 
+def check_far_token(device: str) -> None:
+    """D52: tokens whose elements lie beyond 2**31."""
+    from nanovllm.kernels.rotary_embedding import rotary_embedding
+
+    x = torch.empty(2**31 + 64, dtype=torch.float16, device=device).as_strided((3, 1, 64), (2**30, 64, 1))
+    x.copy_(torch.arange(3).view(3, 1, 1) + 1)
+    cos, sin = torch.ones(3, 32, device=device), torch.zeros(3, 32, device=device)
+    query, key = rotary_embedding(x, x, cos, sin)
+    assert torch.equal(query, x)
+    assert torch.equal(key, x)
+
+
 SHAPES = [(1, (1, 1), 2), (5, (3, 1), 16), (3, (6, 2), 24), (4, (4, 4), 80), (0, (2, 1), 16)]
 CHECKS = {
     f"{num_tokens} x {heads} x {head_dim} {dtype}": partial(check_shape, num_tokens, heads, head_dim, dtype)
     for num_tokens, heads, head_dim in SHAPES
     for dtype in (torch.float32, torch.float16)
 }
-CHECKS |= {"far head": check_far_head}
+CHECKS |= {"far head": check_far_head, "far token": check_far_token}

@@ -78,12 +78,14 @@ def expected_tokens(logits: torch.Tensor, rows: dict[str, torch.Tensor]) -> list
     ]
 
 
-def sample(guards: Guards, logits: torch.Tensor, rows: dict[str, torch.Tensor], **options: int) -> list[int]:
-    """The launcher's tokens; nothing else may have been written."""
+def sample(
+    guards: Guards, logits: torch.Tensor, rows: dict[str, torch.Tensor], *, row_padding: int = 0, **options: int
+) -> list[int]:
+    """The launcher's tokens of all columns but the last row_padding; nothing else may have been written."""
     from nanovllm.kernels.sampling import sampling
 
     guarded = {name: guards.read(tensor) for name, tensor in rows.items()}
-    logits = guards.read(logits)
+    logits = guards.read(logits)[:, : logits.shape[1] - row_padding]
     with guards:
         token_ids = sampling(logits, **guarded, **options)
     guards.assert_intact()
@@ -96,9 +98,11 @@ def check(case: Case, device: str) -> None:
     shape = (case.num_rows, case.vocab_size + case.row_padding)
     wide = case.scale * torch.randn(shape, generator=torch.Generator().manual_seed(case.seed))
     wide[:, case.vocab_size :] = 1e4  # a token that is read from beyond the vocabulary would win
-    logits = wide.to(case.dtype)[:, : case.vocab_size]
-    assert sample(Guards(device), logits, rows, tile_size=case.tile_size) == expected_tokens(logits, rows)
-    counted("sampling", logits[:, 0].to(device))  # a token a row, chosen from logits of this dtype
+    wide = wide.to(case.dtype)
+    expected = expected_tokens(wide[:, : case.vocab_size], rows)
+    options = {"tile_size": case.tile_size, "row_padding": case.row_padding}
+    assert sample(Guards(device), wide, rows, **options) == expected
+    counted("sampling", wide[:, 0].to(device))  # a token a row, chosen from logits of this dtype
 
 
 def check_degenerate_rows(device: str) -> None:
@@ -136,6 +140,27 @@ def check_temperatures(device: str) -> None:
     tokens = sample(Guards(device), logits, rows, tile_size=4)
     assert set(tokens[:2]) == {2}
     assert set(tokens[2:]) == {0, 2, 3}
+
+
+def check_near_ties(device: str) -> None:
+    """Two tokens whose exact scores differ by less than float32 can tell: in a tile, in two, in two parts of one.
+
+    The logit of one is the noise it lacks, rounded to float32; all others are -inf.
+    """
+    num_rows = 40
+    rows = make_rows(num_rows, 1.0, seed=5) | {"is_greedy": torch.zeros(num_rows, dtype=torch.bool)}
+    rows["temperature"] = torch.ones(num_rows)
+    for vocab_size, tile_size, tokens in ((4, 4, (0, 1)), (9, 4, (1, 6)), (1000, 1024, (3, 700))):
+        logits = torch.full((num_rows, vocab_size), -torch.inf)
+        for row in range(num_rows):
+            key, position = (int(rows["seed_low"][row]), int(rows["seed_high"][row])), int(rows["position"][row])
+            words = torch.tensor([philox(key, (token // 4, position, 0, 0))[token % 4] for token in tokens])
+            u = ((words.double() + 0.5) * 2.0**-32).clamp(max=1 - 2**-24)
+            first, second = -torch.log(-torch.log1p(-u))
+            logits[row, tokens[0]], logits[row, tokens[1]] = (second - first).float(), 0.0
+        expected = expected_tokens(logits, rows)
+        assert len(set(expected)) == 2, "both win now and then"
+        assert sample(Guards(device), logits, rows, tile_size=tile_size) == expected
 
 
 def check_rows_alone(device: str) -> None:
@@ -187,6 +212,7 @@ CHECKS = {
     "degenerate rows": check_degenerate_rows,
     "ties": check_ties,
     "temperatures": check_temperatures,
+    "near ties": check_near_ties,
     "rows alone": check_rows_alone,
     "words": check_words,
     "noise": check_noise,

@@ -29,7 +29,7 @@ def main() -> int:
     os.nice(10)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # leaves as Ctrl-C does: nothing behind
     try:
-        results = run_mutants(mutants, Results(), arguments.workers, arguments.minutes)
+        results = run_mutants(mutants, Results(), arguments.workers, arguments.minutes, arguments.tests_pass)
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from here", file=sys.stderr)
         return 130
@@ -55,6 +55,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--minutes", type=float, help="start no more after so many")
     parser.add_argument("--workers", type=int, default=1, help="processes at a time (default 1)")
+    parser.add_argument(
+        "--tests-pass", action="store_true", help="the tests are known to pass on the code as it is: begin at once"
+    )
     parser.add_argument("--list", action="store_true", help="show the mutants and run nothing")
     return parser.parse_args()
 

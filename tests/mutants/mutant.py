@@ -1,7 +1,8 @@
 """Mutant: one small wrong change to nanovllm's code, as data. Reads them from data/*.mutants, one file a component.
 
 file: nanovllm/engine/block_manager.py            of the mutants that follow
-tests: tests/unit/engine/test_block_manager.py    run first, in this order, until one fails
+tests: tests/unit/engine/test_block_manager.py    run first, in this order, until one fails; a file of
+                                                  tests/kernels/*_cases.py is run by Triton's interpreter
 then: tests/unit/engine/test_state_machine.py     run only for what survives those
 
 [hash-without-parent] D09                         id, and the defects of DEFECTS.md that it puts back
@@ -84,6 +85,8 @@ class _Reader:
         elif self.current is None:
             if key not in ("file", "tests", "then"):
                 raise MutantError(f"neither a mutant nor one of file, tests, then: {line!r}")
+            if key == "file":
+                self.defaults.clear()
             self.defaults[key] = tuple(value.split())
         else:
             self._add(self.current, line, key, value.strip())

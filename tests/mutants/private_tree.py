@@ -7,6 +7,7 @@ change of a file is seen even within one tick of the clock, and all other files 
 import compileall
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -56,8 +57,7 @@ class PrivateTree:
                 shutil.copytree(path, self.root / path.name, ignore=shutil.ignore_patterns(*_LEFT_OUT))
             elif path.is_file():
                 shutil.copy(path, self.root / path.name)
-        for name in ("nanovllm", "reference", "tests"):
-            compileall.compile_dir(self.root / name, quiet=2, invalidation_mode=PycInvalidationMode.CHECKED_HASH)
+        compileall.compile_dir(self.root / "nanovllm", quiet=2, invalidation_mode=PycInvalidationMode.CHECKED_HASH)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -80,16 +80,15 @@ class PrivateTree:
             return self.run(tests, cpu_limit)
 
     def run(self, tests: tuple[str, ...], cpu_limit: float) -> TestRun:
-        """Run `tests` (paths or node ids) until one fails. More than cpu_limit seconds of CPU count as a failure.
+        """Run `tests` (paths or node ids, or one file of cases for Triton's interpreter) until one fails.
 
+        More than cpu_limit seconds of CPU count as a failure.
         A generous limit of the clock stands behind it, for what waits and computes nothing. Raises BrokenRun.
         """
         if self._is_closed:
             raise BrokenRun("the tree is closed")
-        pytest = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-        options = ["-p", "tests.mutants.pytest_plugin", "--hypothesis-seed=0"]
         limits = f'ulimit -t {int(cpu_limit) + 1}; ulimit -d {_MEMORY_KIB}; exec "$@"'
-        command = ["sh", "-c", limits, "sh", *pytest, *options, *tests]
+        command = ["sh", "-c", limits, "sh", *_command(tests)]
         log = self.root.parent / "log"
         with log.open("wb") as output:
             self._process = process = subprocess.Popen(
@@ -121,8 +120,9 @@ class PrivateTree:
             return TestRun(False, seconds, f"killed by {signal.Signals(-code).name}: too long, too large, or crashed")
         if code not in (_FAILED, _INTERRUPTED):
             raise BrokenRun(f"pytest ended with {code}:\n{output[-3000:]}")
-        failed = [line.split(" ")[1] for line in output.splitlines() if line.startswith(("FAILED ", "ERROR "))]
-        return TestRun(False, seconds, failed[0] if failed else "the run itself")
+        failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)[:1]
+        last_case = re.findall(r"^(.* \((?:in order|reversed|shuffled)\))$", output, re.MULTILINE)[-1:]
+        return TestRun(False, seconds, (failed or last_case or ["the run itself"])[0])
 
 
 class _Changed:
@@ -138,6 +138,15 @@ class _Changed:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._path.write_bytes(self._original)
+
+
+def _command(tests: tuple[str, ...]) -> list[str]:
+    if tests[0].endswith("_cases.py"):
+        (cases,) = tests
+        module = cases.removesuffix(".py").replace("/", ".")
+        return ["env", "TRITON_INTERPRET=1", sys.executable, "-m", "tests.kernels.interpreting", module]
+    pytest = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    return [*pytest, "-p", "tests.mutants.pytest_plugin", "--hypothesis-seed=0", *tests]
 
 
 def _kill(group: int) -> None:

@@ -3,7 +3,7 @@
 import queue
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from typing import TypeVar
@@ -16,14 +16,20 @@ from tests.mutants.results import Result, Results, key_of, key_of_tests
 
 _Item = TypeVar("_Item")
 _BASELINE_LIMIT = 300.0  # seconds of CPU that a test file may take on the code as it is
+_GUESS = 20.0  # seconds of CPU that it takes, where it was not measured
 
 
 def run_mutants(
-    mutants: list[Mutant], results: Results, workers: int = 1, minutes: float | None = None
+    mutants: list[Mutant],
+    results: Results,
+    workers: int = 1,
+    minutes: float | None = None,
+    do_tests_pass: bool = False,
 ) -> list[Result]:
     """The results of `mutants` in order, known ones from `results`; fewer when the minutes are over.
 
-    Raises BrokenRun when a test fails on the code as it is: then no failure means anything.
+    do_tests_pass: it is known that the tests pass on the code as it is. Otherwise they are run, and BrokenRun is raised
+    when one fails: then no failure means anything.
     """
     keys = {mutant.id: key_of(mutant) for mutant in mutants}
     todo = [mutant for mutant in mutants if results.get(keys[mutant.id]) is None]
@@ -31,39 +37,47 @@ def run_mutants(
     with ExitStack() as stack:
         trees = [stack.enter_context(PrivateTree()) for _ in range(min(workers, len(todo)))]
         if trees:
-            seconds = _baseline(trees[0], todo, results)
-            executor = stack.enter_context(ThreadPoolExecutor(len(trees)))
-            free: queue.SimpleQueue[PrivateTree] = queue.SimpleQueue()
-            for tree in trees:
-                free.put(tree)
-
-            def judge(mutant: Mutant) -> Result | None:
-                if time.monotonic() > end:
-                    return None
-                tree = free.get()
-                try:
-                    return judged(mutant, tree, seconds)
-                finally:
-                    free.put(tree)
-
-            futures = {executor.submit(judge, mutant): mutant for mutant in todo}
-            try:
-                for future in _progress(as_completed(futures), "mutants", len(futures)):
-                    result = future.result()
-                    if result is not None:
-                        results.add(keys[result.id], result)
-            except BaseException:
-                executor.shutdown(wait=False, cancel_futures=True)
-                for tree in trees:
-                    tree.kill()
-                raise
+            seconds = _baseline(None if do_tests_pass else trees[0], todo, results)
+            for result in _judge_all(todo, trees, seconds, end):
+                results.add(keys[result.id], result)
     found = (results.get(key) for key in keys.values())
     return [result for result in found if result is not None]
 
 
-def judged(mutant: Mutant, tree: PrivateTree, seconds: dict[str, float]) -> Result:
+def _judge_all(
+    mutants: list[Mutant], trees: list[PrivateTree], seconds: dict[str, float], end: float
+) -> Iterator[Result]:
+    """Results as they come, a mutant a tree at a time; none is begun after `end`."""
+    free: queue.SimpleQueue[PrivateTree] = queue.SimpleQueue()
+    for tree in trees:
+        free.put(tree)
+
+    def judge(mutant: Mutant) -> Result | None:
+        if time.monotonic() > end:
+            return None
+        tree = free.get()
+        try:
+            return _judged(mutant, tree, seconds)
+        finally:
+            free.put(tree)
+
+    with ThreadPoolExecutor(len(trees)) as executor:
+        futures = [executor.submit(judge, mutant) for mutant in mutants]
+        try:
+            for future in _progress(as_completed(futures), "mutants", len(futures)):
+                result = future.result()
+                if result is not None:
+                    yield result
+        except BaseException:
+            executor.shutdown(wait=False, cancel_futures=True)
+            for tree in trees:
+                tree.kill()
+            raise
+
+
+def _judged(mutant: Mutant, tree: PrivateTree, seconds: dict[str, float]) -> Result:
     """Run the tests of `mutant`; `seconds` is what each of them takes on the code as it is."""
-    source, total = mutant.apply(source_of(mutant)), 0.0
+    source, total = mutant.apply(source_of(mutant, tree.root)), 0.0
     for tests in filter(None, (mutant.tests, mutant.then)):
         limit = 20 + 5 * sum(seconds[test] for test in tests)
         run = tree.run_changed(mutant.file, source, tests, limit)
@@ -73,10 +87,15 @@ def judged(mutant: Mutant, tree: PrivateTree, seconds: dict[str, float]) -> Resu
     return Result(mutant.id, False, "", round(total, 1))
 
 
-def _baseline(tree: PrivateTree, mutants: Iterable[Mutant], results: Results) -> dict[str, float]:
-    """Seconds of CPU that each test takes on the code as it is. Raises BrokenRun if one fails there."""
-    seconds = {}
+def _baseline(tree: PrivateTree | None, mutants: Iterable[Mutant], results: Results) -> dict[str, float]:
+    """Seconds of CPU that each test takes on the code as it is; guessed without a tree, where they are known to pass.
+
+    Raises BrokenRun if one fails there.
+    """
     tests = sorted({test for mutant in mutants for test in (*mutant.tests, *mutant.then)})
+    if tree is None:
+        return dict.fromkeys(tests, _GUESS)
+    seconds = {}
     for test in _progress(tests, "tests on the code as it is", len(tests)):
         key = key_of_tests([test])
         known = results.get(key)

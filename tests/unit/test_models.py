@@ -124,6 +124,8 @@ def test_model_that_the_ranks_cannot_share_is_refused_by_name(changes, named):
         ValueError, match=f"tensor_parallel_size must divide the model's {named}.*got 4; [12] would fit"
     ):
         config("qwen3_moe", **changes).check_tensor_parallel_size(4)
+    with pytest.raises(ValueError, match=f"tensor_parallel_size must divide the model's {named}"):
+        build_model(config("qwen3_moe", **changes), TorchAttentionBackend(), TensorParallel(0, 4))
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 8])

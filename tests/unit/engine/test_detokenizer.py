@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from nanovllm import bundled_model_path
@@ -20,7 +20,7 @@ class ByteTokenizer:
 
     def decode(self, token_ids: list[int], skip_special_tokens: bool, clean_up_tokenization_spaces: bool) -> str:
         assert skip_special_tokens
-        assert not clean_up_tokenization_spaces
+        assert clean_up_tokenization_spaces is False, "None would be the tokenizer's own default"
         self.longest = max(self.longest, len(token_ids))
         return bytes(token_id for token_id in token_ids if token_id < 256).decode("utf-8", errors="replace")
 
@@ -141,6 +141,7 @@ def test_the_text_ends_before_the_first_stop_string(text: str, stop: str) -> Non
     text=st.text(alphabet="ab", max_size=16),
     stops=st.lists(st.text(alphabet="ab", min_size=1, max_size=4), min_size=1, max_size=3),
 )
+@example(text="aab", stops=["b", "ab", "bb"])  # two are complete at once, and begin at different places
 def test_with_several_stop_strings_the_one_that_is_complete_first_ends_the_text(text: str, stops: list[str]) -> None:
     """A token a character: the shortest beginning of the text that holds any of them."""
     pieces, detokenizer = stream(ByteTokenizer(), spell(text), tuple(stops))

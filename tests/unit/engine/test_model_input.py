@@ -106,6 +106,12 @@ def test_decode_computes_the_last_position_in_its_slot(num_tokens: int, block_si
     assert model_input.sampling.position.tolist() == [num_tokens]
 
 
+def test_slots_beyond_2_31() -> None:
+    """D52: a small model's pool on a large GPU."""
+    block = 2**23 + 5
+    assert prepare_decode([scheduled(3, 2, 1, [block], block_size=256)]).slot_mapping.tolist() == [block * 256 + 2]
+
+
 def test_a_first_decode_has_block_tables_too() -> None:
     model_input = prepare_decode([scheduled(1, 0, 1, [3])])
     assert model_input.block_tables is not None

@@ -14,6 +14,11 @@ class LetterTokenizer:
         return "".join(chr(token_id) for token_id in token_ids)
 
 
+class ByteTokenizer:
+    def decode(self, token_ids: list[int], **_: Any) -> str:
+        return bytes(token_ids).decode(errors="replace")
+
+
 def generated(text: str, is_streamed: bool = False, tokenizer: Any = LetterTokenizer(), **params: Any) -> Request:  # noqa: B008
     """A request whose model says `text`; "." is the end-of-sequence token. Ends at a stop string as the engine does."""
     scheduler = make_scheduler(eos_token_ids=frozenset({ord(".")}))
@@ -61,6 +66,11 @@ def test_without_a_tokenizer_there_are_tokens_and_no_text() -> None:
     assert (output["text"], output["token_ids"]) == ("", [97, 98, 99])
 
 
+def test_without_a_tokenizer_a_stream_has_tokens_and_no_text() -> None:
+    item = generated("abc", tokenizer=None, is_streamed=True).take_stream_output()
+    assert (item["text"], item["token_ids"], item["seq_id"]) == ("", [97, 98, 99], 0)
+
+
 def test_streamed_pieces_join_to_the_output() -> None:
     request = Request(make_sequence([1], stop="END"), LetterTokenizer(), 3, is_streamed=True)
     items = []
@@ -76,6 +86,16 @@ def test_streamed_pieces_join_to_the_output() -> None:
         (3, "", [69], None),
         (3, "E", [], "length"),
     ]
+
+
+@pytest.mark.parametrize("params", [{}, {"stop": "no such text"}])
+def test_a_character_that_is_never_whole_is_shown_at_the_end(params: dict[str, Any]) -> None:
+    """Streamed or not, and whether or not the text was followed for stop strings."""
+    said = "a\xe2\x82"  # the first two bytes of three
+    assert generated(said, tokenizer=ByteTokenizer(), **params).output()["text"] == "a\ufffd"
+    request = generated(said, is_streamed=True, tokenizer=ByteTokenizer(), **params)
+    assert request.take_stream_output()["text"] == "a\ufffd"
+    assert request.output()["text"] == "a\ufffd"
 
 
 def test_an_abort_is_streamed_without_tokens() -> None:

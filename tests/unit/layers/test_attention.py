@@ -5,11 +5,12 @@ import dataclasses
 import pytest
 import torch
 
-from nanovllm.context import set_context
+from nanovllm.context import get_context, set_context
 from nanovllm.layers import torch_attention
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.torch_attention import TorchAttentionBackend
 from reference.packing import varlen_attention
+from reference.paged_attention import paged_attention
 from tests.attention_cases import (
     Case,
     assert_same_bits,
@@ -144,6 +145,14 @@ def test_padded_tokens_are_not_stored(padding):
     assert_same_bits(step.v_cache, v_cache)
 
 
+def test_the_first_slot_is_a_slot():
+    step = make_step(Case(((2, 2),)))
+    k_cache, v_cache = (torch.full_like(step.k_cache, torch.nan) for _ in "kv")
+    TorchAttentionBackend().store(step.key, step.value, k_cache, v_cache, torch.tensor([0, 1]))
+    assert torch.equal(k_cache.flatten(0, 1)[:2], step.key)
+    assert torch.equal(v_cache.flatten(0, 1)[:2], step.value)
+
+
 def test_last_token_of_a_cached_prompt_is_computed_without_being_stored():
     """D05, D14: one query, slot -1, all keys in the cache; a key that is wrong on purpose must not be seen."""
     stored = make_step(Case(((1, 32),)))
@@ -197,6 +206,15 @@ def test_without_a_cache_cached_keys_are_an_error():
         layer(step.query, step.key, step.value)
 
 
+def test_forward_passes_do_not_nest_and_a_failed_one_leaves_nothing_behind():
+    context = make_step(STEPS["prefill"]).context
+    with set_context(context), pytest.raises(RuntimeError, match=r"set_context\(\) is already active"):  # noqa: SIM117
+        with set_context(context):
+            pass
+    with set_context(context):
+        assert get_context() is context
+
+
 def test_outside_a_forward_pass_is_an_error():
     step = make_step(STEPS["prefill"])
     layer = Attention(4, 16, 0.25, 2, TorchAttentionBackend())
@@ -212,14 +230,18 @@ def test_heads_may_come_flattened(case):
     assert_same_bits(flat.run(TorchAttentionBackend()), expected)
 
 
-def test_scale_is_applied():
-    """A scale of zero makes all scores equal, so that the last query gets the mean of the values."""
-    step = make_step(Case(((8, 8),)))
-    layer = Attention(4, 16, 0.0, 2, TorchAttentionBackend())
+@pytest.mark.parametrize("case", [Case(((8, 8),)), Case(((3, 8),)), Case(((1, 8),), is_prefill=False)], ids=str)
+def test_scale_is_applied(case):
+    """1, since torch's own default, 1 / 4 here, is the scale that the other tests use."""
+    step = make_step(case)
+    k_cache, v_cache = step.expected_caches()
+    lens, cu_seqlens_q = step.context.context_lens, step.context.cu_seqlens_q
+    expected = paged_attention(step.query, k_cache, v_cache, step.block_tables, lens, cu_seqlens_q, 1.0)
+    layer = Attention(4, 16, 1.0, 2, TorchAttentionBackend())
+    layer.bind_kv_cache(step.k_cache, step.v_cache)
     with set_context(step.context):
         output = layer(step.query, step.key, step.value)
-    mean = step.value.mean(dim=0).repeat_interleave(2, dim=0)
-    assert_close(ATTENTION, output[-1], mean, rtol=0, atol=FLOAT64_TOLERANCE)
+    assert_close(ATTENTION, output, expected, rtol=0, atol=FLOAT64_TOLERANCE)
 
 
 @pytest.mark.gpu

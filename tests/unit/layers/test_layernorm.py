@@ -9,6 +9,7 @@ from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.parameter import ShapeError
 from reference.rms_norm import rms_norm
 from tests import comparing
+from tests.kernels.accuracy import assert_rounded_alike
 
 E, EPS = 48, 1e-5
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -42,6 +43,14 @@ def test_residual_is_added_first_and_the_sum_returned(dtype):
     expected_normed, expected_stream = rms_norm(x, weight, EPS, residual)
     assert torch.equal(stream, expected_stream)
     assert_close(normed, expected_normed)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_it_rounds_before_the_weight_as_in_training(dtype):
+    """And not after it: then more than one element in ten would differ."""
+    layer, weight = norm_and_weight(dtype)
+    x = (3 * torch.randn(50, E)).to(dtype)
+    assert_rounded_alike(layer(x), rms_norm(x, weight, EPS))
 
 
 @DTYPES

@@ -86,7 +86,7 @@ def test_input_stays_as_it_was():
 
 
 def test_two_models_do_not_share_anything():
-    """D54: another theta or head_dim beside it changes nothing."""
+    """D54: another theta or head_dim beside it changes nothing, nor does a like one that goes to another device."""
     positions, x = torch.arange(50), torch.randn(50, 2, D)
     first = RotaryEmbedding(D, RopeConfig())
     alone = rotate(first, positions, x)
@@ -96,6 +96,8 @@ def test_two_models_do_not_share_anything():
     rotate(third, positions, torch.randn(50, 2, 2 * D))
     assert torch.equal(rotate(first, positions, x), alone)
     assert second.inv_freq.data_ptr() != first.inv_freq.data_ptr()
+    RotaryEmbedding(D, RopeConfig()).to("meta")
+    assert first.inv_freq.device.type == "cpu"
 
 
 @pytest.mark.parametrize("cast", [lambda m: m.half(), lambda m: m.bfloat16(), lambda m: m.double()])

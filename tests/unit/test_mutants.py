@@ -1,0 +1,109 @@
+"""tests/mutants: every mutant still fits its file, and the data say what they must. Running them is `make mutants`."""
+
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.defects import TABLE
+from tests.mutants.mutant import Mutant, MutantError, read_mutants, source_of
+from tests.mutants.private_tree import PrivateTree
+from tests.mutants.report import is_good, scores
+from tests.mutants.results import Result
+from tests.source_tree import ROOT
+
+MUTANTS = read_mutants()
+# What a CPU cannot reach: other ranks, CUDA graphs, devices.
+NOT_REACHABLE = {"D30", "D32", "D33", "D35", "D37", "D41", "D45"}
+
+
+def test_every_mutant_fits_its_file_and_compiles() -> None:
+    for mutant in MUTANTS:
+        source = source_of(mutant)
+        changed = mutant.apply(source)
+        assert changed != source, mutant.id
+        if mutant.file.endswith(".py"):
+            compile(changed, mutant.file, "exec")
+
+
+def test_every_mutants_tests_exist() -> None:
+    for mutant in MUTANTS:
+        assert mutant.tests, mutant.id
+        for test in (*mutant.tests, *mutant.then):
+            path, _, name = test.partition("::")
+            assert not name or f"def {name}(" in (ROOT / path).read_text(encoding="utf-8"), f"{mutant.id}: {test}"
+            assert (ROOT / path).is_file(), f"{mutant.id}: {test}"
+
+
+def test_there_are_enough_of_them_and_no_two_have_one_name() -> None:
+    assert len(MUTANTS) >= 150
+    assert max(Counter(mutant.id for mutant in MUTANTS).values()) == 1
+
+
+def test_every_defect_that_a_cpu_can_reach_is_put_back() -> None:
+    known = set(re.findall(r"^\| (D\d\d) \|", TABLE.read_text(encoding="utf-8"), re.MULTILINE))
+    put_back = {defect for mutant in MUTANTS for defect in mutant.defects if not mutant.equivalent}
+    assert put_back <= known
+    assert known - put_back == NOT_REACHABLE
+
+
+# --- the tool itself ---
+
+HEAD = "file: pyproject.toml\ntests: tests/unit/test_packaging.py\n\n"
+
+
+def read(folder: Path, text: str) -> list[Mutant]:
+    (folder / "component.mutants").write_text(HEAD + text, encoding="utf-8")
+    return read_mutants(folder)
+
+
+def test_a_mutant_is_read(tmp_path: Path) -> None:
+    text = "[some-name] D01 D02\nWrong, and\nso on.\n- a\n-   b\n+ c\noccurrence: 2 of 3\nequivalent: since\nit is\n"
+    (mutant,) = read(tmp_path, text)
+    assert (mutant.id, mutant.component, mutant.file) == ("some-name", "component", "pyproject.toml")
+    assert (mutant.old, mutant.new, mutant.occurrence) == ("a\n  b", "c", (2, 3))
+    assert (mutant.why, mutant.equivalent, mutant.defects) == ("Wrong, and so on.", "since it is", ("D01", "D02"))
+
+
+@pytest.mark.parametrize(
+    "text", ["[no-reason]\n- a\n+ b\n", "[no-old-text]\nWhy.\n+ b\n", "[no-change]\nWhy.\n- a\n+ a\n", "words\n"]
+)
+def test_a_mutant_that_says_too_little_is_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(MutantError, match="component"):
+        read(tmp_path, text)
+
+
+def test_the_stated_occurrence_is_changed_and_another_number_refused(tmp_path: Path) -> None:
+    (mutant,) = read(tmp_path, "[x]\nWhy.\n- ab\n+ cd\noccurrence: 2 of 3\n")
+    assert mutant.apply("ab ab ab") == "ab cd ab"
+    with pytest.raises(MutantError, match="must occur 3 times in pyproject"):
+        mutant.apply("ab ab")
+
+
+def test_a_private_copy_judges_and_the_checkout_stays_as_it_is(tmp_path: Path) -> None:
+    """A right change passes, a wrong one fails, one that never ends is killed; then the copy is as before."""
+    file, test = "nanovllm/engine/throughput.py", ("tests/unit/engine/test_throughput.py",)
+    source = (ROOT / file).read_text(encoding="utf-8")
+    with PrivateTree() as tree:
+        assert tree.run_changed(file, source + "\n", test, 20).passed
+        assert "test_throughput.py" in tree.run_changed(file, source.replace("+= batch", "-= batch"), test, 20).by
+        assert "killed" in tree.run_changed(file, source + "while True:\n    pass\n", test, 1).by
+        assert (tree.root / file).read_text(encoding="utf-8") == source
+        folder = tree.root
+    assert not folder.exists()
+    assert (ROOT / file).read_text(encoding="utf-8") == source
+
+
+def test_the_score_is_of_those_that_can_be_noticed(tmp_path: Path) -> None:
+    mutants = read(
+        tmp_path,
+        "[a]\nWhy.\n- a\n+ b\n\n[b]\nWhy.\n- a\n+ b\n\n[c]\nWhy.\n- a\n+ b\nequivalent: so\n\n[d]\nWhy.\n- a\n",
+    )
+    results = [Result("a", True, "test", 1), Result("b", False, "", 1), Result("c", False, "", 1)]
+    total = scores(mutants, results)["total"]
+    assert (total.num_mutants, total.num_caught, total.num_equivalent, total.num_survivors) == (3, 1, 1, 1)
+    assert total.percent == 50
+    assert not is_good(mutants, results)
+    assert is_good(mutants, [results[0], results[2]])
+    assert not is_good(mutants, [Result("c", True, "test", 1)]), "a proof that a test refutes"
