@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -40,8 +41,8 @@ def run_mutants(
             seconds = _baseline(None if do_tests_pass else trees[0], todo, results)
             for result in _judge_all(todo, trees, seconds, end):
                 results.add(keys[result.id], result)
-    found = (results.get(key) for key in keys.values())
-    return [result for result in found if result is not None]
+    found = ((name, results.get(key)) for name, key in keys.items())
+    return [replace(result, id=name) for name, result in found if result is not None]
 
 
 def _judge_all(

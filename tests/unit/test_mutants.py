@@ -36,9 +36,10 @@ def test_every_mutants_tests_exist() -> None:
             assert (ROOT / path).is_file(), f"{mutant.id}: {test}"
 
 
-def test_there_are_enough_of_them_and_no_two_have_one_name() -> None:
+def test_there_are_enough_of_them_and_no_two_are_one() -> None:
     assert len(MUTANTS) >= 150
     assert max(Counter(mutant.id for mutant in MUTANTS).values()) == 1
+    assert max(Counter((mutant.file, mutant.apply(source_of(mutant))) for mutant in MUTANTS).values()) == 1
 
 
 def test_every_defect_that_a_cpu_can_reach_is_put_back() -> None:
