@@ -14,7 +14,7 @@ TEST_ENV := $(QUIET) OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-gpu sanitize bench benchmarks lint format clean
+.PHONY: help install demo test test-gpu sanitize bench benchmarks mutants mutants-sample lint format clean
 
 help: ## explain the targets
 	@echo "nanovllm: a small LLM inference engine that anyone can read, and a test suite that proves it"
@@ -60,6 +60,12 @@ bench: $(STAMP) ## measure throughput (ARGS='--model DIR --num-seqs 256'; see na
 
 benchmarks: ## time every kernel against the GPU's ceiling, and the host side, with the machine's own python (PYTHON=...)
 	$(QUIET) "$(PYTHON)" -m pytest --benchmark-only $(ARGS)
+
+mutants: $(STAMP) ## put small errors into the code, one at a time: do the tests notice? (hours; goes on where it stopped)
+	$(TEST_ENV) NANOVLLM_TEST_SEED=0 $(BIN)/python -m tests.mutants --workers $(WORKERS) $(ARGS)
+
+mutants-sample: $(STAMP) ## a few of them, drawn at random
+	$(TEST_ENV) NANOVLLM_TEST_SEED=0 $(BIN)/python -m tests.mutants --workers $(WORKERS) --sample 12 --minutes 4 --tests-pass $(ARGS)
 
 lint: $(STAMP) ## check format, style and types
 	$(BIN)/ruff format --check .
