@@ -69,7 +69,7 @@ def check_heads_apart(device: str) -> None:
         normed = rms_norm(x, weight, EPS)
     guards.assert_intact()
     exact = reference_rms_norm(x.double(), weight.double(), EPS)
-    assert_within_twice_the_error_of_plain_torch(normed, reference_rms_norm(x, weight, EPS), exact)
+    assert_within_twice_the_error_of_plain_torch("rms_norm", normed, reference_rms_norm(x, weight, EPS), exact)
 
 
 def check_rounding(device: str) -> None:

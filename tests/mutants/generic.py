@@ -26,6 +26,7 @@ PASSES = {
             f"{_UNIT}test_request.py",
             f"{_UNIT}test_tokenizer.py",
             "tests/e2e/test_generate.py",
+            "tests/e2e/test_stream.py",
             "tests/e2e/test_errors.py",
         ],
     ),
