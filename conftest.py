@@ -4,4 +4,5 @@ pytest_plugins = [
     "tests.random_order",
     "tests.report.plugin",
     "tests.replay.plugin",
+    "tests.gpu_sharing",
 ]

@@ -78,8 +78,9 @@ def paged_attention(
         starts_early = is_split and can_start_early(query.device)
     partial_out, partial_lse = out, None
     if is_split:
-        partial_out = torch.empty(num_seqs, num_heads, num_splits, head_dim, dtype=torch.float32, device=query.device)
-        partial_lse = torch.empty(num_seqs, num_heads, num_splits, dtype=torch.float32, device=query.device)
+        wide = torch.float64 if query.dtype == torch.float32 else torch.float32
+        partial_out = torch.empty(num_seqs, num_heads, num_splits, head_dim, dtype=wide, device=query.device)
+        partial_lse = torch.empty(num_seqs, num_heads, num_splits, dtype=wide, device=query.device)
     group_size = num_heads // num_kv_heads
     paged_attention_kernel[(num_kv_heads, num_splits, num_seqs)](
         query,
@@ -127,7 +128,7 @@ def paged_attention(
 
 
 def choose_tiling(head_dim: int, element_size: int, is_split: bool) -> Tiling:
-    """Large tiles keep more bytes under way, small ones begin sooner. float32, multiplied in registers: small tiles."""
+    """Large tiles keep more bytes under way, small ones begin sooner. float32, computed in float64: small tiles."""
     if element_size == 4:
         return Tiling(tile_size=16, num_warps=4, num_stages=2)
     if is_split:
@@ -240,13 +241,17 @@ def paged_attention_kernel(
             mask=in_group[:, None],
             other=0.0,
         )
+        # What is summed has twice the bits of float32 where that is the dtype: tl.dot adds product after product, which
+        # over long heads and contexts errs by far more than the partial sums of a matrix library.
+        multiplied: tl.constexpr = tl.float64 if query.dtype == tl.float32 else query.dtype
+        summed: tl.constexpr = tl.float64 if query.dtype == tl.float32 else tl.float32
         k_ptr = k_cache_ptr + kv_head.to(tl.int64) * k_head_stride + dim[None, :]
         v_ptr = v_cache_ptr + kv_head.to(tl.int64) * v_head_stride + dim[None, :]
         table_ptr = block_tables_ptr + seq * table_stride
 
-        highest = tl.full([ROWS], float("-inf"), tl.float32)  # score so far, times log2(e)
-        total = tl.zeros([ROWS], tl.float32)  # of the weights, relative to 2**highest
-        accumulator = tl.zeros([ROWS, HEAD_DIM], tl.float32)
+        highest = tl.full([ROWS], float("-inf"), summed)  # score so far, times log2(e)
+        total = tl.zeros([ROWS], summed)  # of the weights, relative to 2**highest
+        accumulator = tl.zeros([ROWS, HEAD_DIM], summed)
         if TILE_SIZE <= BLOCK_SIZE:
             next_block = tl.load(table_ptr + start // BLOCK_SIZE, mask=start < end, other=0)
         else:
@@ -270,14 +275,14 @@ def paged_attention_kernel(
             v_row = block * v_block_stride + slot * v_slot_stride
             value = tl.load(v_ptr + v_row[:, None], mask=in_context[:, None], other=0.0)
 
-            score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale_log2_e
+            score = tl.dot(query.to(multiplied), tl.trans(key.to(multiplied)), out_dtype=summed) * scale_log2_e
             score = tl.where(in_context[None, :], score, float("-inf"))
             new_highest = tl.maximum(highest, tl.max(score, axis=1))
             weight = tl.exp2(score - new_highest[:, None])
             decay = tl.exp2(highest - new_highest)
             total = total * decay + tl.sum(weight, axis=1)
             accumulator = accumulator * decay[:, None]
-            accumulator = tl.dot(weight.to(value.dtype), value, accumulator, input_precision="ieee")
+            accumulator = tl.dot(weight.to(multiplied), value.to(multiplied), accumulator, out_dtype=summed)
             highest = new_highest
 
         is_whole = split_len >= context_len
@@ -323,9 +328,9 @@ def combine_splits_kernel(
     if split_len < context_len:  # else one split had all keys and wrote out itself
         num_used = tl.cdiv(context_len, split_len)
         first_part = (seq * tl.num_programs(1) + head) * num_splits
-        highest = float("-inf")
-        total = 0.0
-        accumulator = tl.zeros([DIMS], tl.float32)
+        highest = tl.full([], float("-inf"), partial_lse_ptr.dtype.element_ty)
+        total = tl.zeros([], partial_lse_ptr.dtype.element_ty)
+        accumulator = tl.zeros([DIMS], partial_lse_ptr.dtype.element_ty)
         for first in range(0, num_used, SPLITS_AT_ONCE):
             split = first + tl.arange(0, SPLITS_AT_ONCE)
             is_used = split < num_used

@@ -24,7 +24,6 @@ from tests.oracle import ERROR_RATIO, Oracle
 from tests.tiny_models import tiny_model
 
 ARCHITECTURES = ["qwen2", "qwen3_moe"]  # between them: biases, norms of heads, a mixture of experts
-FLOAT32_DECODE_RATIO = 16.0  # to which paged_attention_cases.py holds decode in float32, and why
 
 
 def preempt_every_third_step(llm: LLM, num_steps: int) -> None:
@@ -161,7 +160,7 @@ def test_ways_stay_within_rounding_on_a_gpu(backend: str, options: dict[str, Any
     """Alone in CUDA graphs against each way, eager among them. bfloat16: twice plain PyTorch's error, and an ulp."""
     alone = on_gpu(backend, options, ALONE)
     if options["dtype"] == "float32":
-        bound = FLOAT32_DECODE_RATIO * rounding_of(gpu_model(), alone)
+        bound = ERROR_RATIO * rounding_of(gpu_model(), alone)
     else:
         texts = [[*prompt, *one.token_ids] for prompt, one in zip(PROMPTS, alone, strict=True)]
         bound = max(map(bfloat16_bound, texts))

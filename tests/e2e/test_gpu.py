@@ -135,6 +135,7 @@ def test_bfloat16_through_preemption_chunks_and_prefix_hits(backend: str) -> Non
         assert (best == chosen).float().mean() >= 0.95
 
 
+@pytest.mark.whole_gpu
 @pytest.mark.parametrize(
     ("dtype", "backend"),
     [("float32", "torch"), ("float32", "triton"), *(("bfloat16", backend) for backend in BACKENDS)],
@@ -154,10 +155,17 @@ def test_sampled_tokens_on_a_gpu_are_those_of_the_cpu() -> None:
     params = SamplingParams(seed=5, temperature=1.0, max_tokens=48)
 
     def tokens(device: str) -> list[list[int]]:
-        with LLM(str(bundled_model_path()), device=device, dtype="float32", attention_backend="torch") as llm:
+        options: dict[str, Any] = {"device": device, "dtype": "float32", "attention_backend": "torch"}
+        with LLM(str(bundled_model_path()), num_kv_cache_blocks=32, **options) as llm:
             return [output["token_ids"] for output in llm.generate(list(DEMO_PROMPTS), params, use_tqdm=False)]
 
     assert tokens("cuda") == tokens("cpu")
+
+
+def share_in_use() -> float:
+    """Of the GPU's memory, by other processes too."""
+    free, total = torch.cuda.mem_get_info()
+    return 1 - free / total
 
 
 def test_close_gives_gpu_memory_back() -> None:
@@ -171,19 +179,20 @@ def test_close_gives_gpu_memory_back() -> None:
     assert torch.cuda.memory_allocated() == before
 
 
+@pytest.mark.whole_gpu
 def test_the_cache_fills_the_memory_it_may_and_no_more() -> None:
     """D42: after warm-up, the largest step fits beside the cache."""
+    share = share_in_use() + 0.05
     with LLM(
-        str(bundled_model_path()), gpu_memory_utilization=0.05, max_num_seqs=256, max_model_len=2048, **EAGER
+        str(bundled_model_path()), gpu_memory_utilization=share, max_num_seqs=256, max_model_len=2048, **EAGER
     ) as llm:
-        free, total = torch.cuda.mem_get_info()
-        assert total - free <= 0.06 * total
+        assert share_in_use() <= share + 0.01
         prompts = [[5 + index % 400] * 60 for index in range(256)]
         outputs = llm.generate(
             prompts, SamplingParams(top_p=0.9, seed=1, max_tokens=4, ignore_eos=True), use_tqdm=False
         )
         assert len(outputs) == 256
-        assert torch.cuda.mem_get_info()[0] >= 0.93 * total
+        assert share_in_use() <= share + 0.02
 
 
 def test_too_little_memory_is_said_with_figures() -> None:

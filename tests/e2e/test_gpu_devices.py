@@ -11,6 +11,7 @@ from tests.source_tree import ROOT
 
 
 @pytest.mark.gpu
+@pytest.mark.whole_gpu
 def test_the_engine_runs_on_a_gpu_named_by_its_uuid() -> None:
     """D45"""
     uuid = str(torch.cuda.get_device_properties(0).uuid).removeprefix("GPU-")

@@ -106,7 +106,7 @@ def test_the_engine_says_the_same_with_and_without_graphs(backend: str, dtype: s
     def tokens(enforce_eager: bool) -> list[list[int]]:
         with LLM(
             str(bundled_model_path()), device="cuda", dtype=dtype, attention_backend=backend, max_model_len=512,
-            max_num_seqs=20, enforce_eager=enforce_eager, gpu_memory_utilization=0.3,
+            max_num_seqs=20, enforce_eager=enforce_eager, num_kv_cache_blocks=48,
         ) as llm:  # fmt: skip
             assert (llm._executor._runner.graphs is None) is enforce_eager
             return [output["token_ids"] for output in llm.generate(list(DEMO_PROMPTS), params, use_tqdm=False)]
@@ -114,12 +114,15 @@ def test_the_engine_says_the_same_with_and_without_graphs(backend: str, dtype: s
     assert tokens(enforce_eager=False) == tokens(enforce_eager=True)
 
 
+@pytest.mark.whole_gpu
 def test_graph_memory_is_reserved() -> None:
     """D42: graphs and cache together stay within the share of memory that was asked for, but for the context."""
+    free, total = torch.cuda.mem_get_info()
+    share = 1 - free / total + 0.1
     with LLM(
         str(bundled_model_path()), device="cuda", attention_backend="triton", max_model_len=2048, max_num_seqs=256,
-        gpu_memory_utilization=0.1,
+        gpu_memory_utilization=share,
     ) as llm:  # fmt: skip
         free, total = torch.cuda.mem_get_info()
-        assert total - free <= 0.105 * total
+        assert total - free <= (share + 0.005) * total
         assert llm._executor._runner.graphs is not None

@@ -14,20 +14,13 @@ def assert_within_twice_the_error_of_plain_torch(
     largest element: it is the rounding of the output itself. NaN anywhere fails. kernel: for the evidence.
     """
     assert (actual.dtype, actual.shape) == (plain.dtype, plain.shape)
-    assert_within_the_error_of_plain_torch(kernel, actual, plain, exact, factor=2)
-
-
-def assert_within_the_error_of_plain_torch(
-    kernel: str, actual: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor, factor: int
-) -> None:
-    """The same with another factor than two."""
     assert exact.dtype == torch.float64
     if exact.numel() == 0:
         return
     last_place = torch.finfo(actual.dtype).eps * exact.abs().max()
     plain_error = (plain.double() - exact).abs().max()
     error = (actual.double() - exact).abs().max()
-    allowed = factor * plain_error + last_place
+    allowed = 2 * plain_error + last_place
     assert error <= allowed, f"error {error}, plain PyTorch's {plain_error}, unit {last_place}"
     counted(kernel, actual)
     if allowed:  # not where all is 0

@@ -106,7 +106,15 @@ def assert_fits(
 def _dtype(kernel) -> str:
     types = (re.match(r"(?:\*|tensordesc<)([a-z]+\d+)", kind) for kind in kernel.src.signature.values())
     name = next(match[1] for match in types if match)
-    return {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "i32": "int32", "i64": "int64"}[name]
+    names = {
+        "bf16": "bfloat16",
+        "fp16": "float16",
+        "fp32": "float32",
+        "fp64": "float64",
+        "i32": "int32",
+        "i64": "int64",
+    }
+    return names[name]
 
 
 def _read_resources(kernel, file: str, capability: int) -> Compiled:

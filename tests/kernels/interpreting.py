@@ -61,7 +61,7 @@ class Guards(TorchFunctionMode):
     def assert_intact(self) -> None:
         for buffer, margins, poison in self._buffers:
             for margin in margins:
-                is_intact = _same_bits(buffer[margin], poison.expand(MARGIN))
+                is_intact = _same_bits(buffer[margin], poison.repeat(MARGIN))
                 assert is_intact, f"written outside a tensor of {buffer.numel() - 2 * MARGIN} elements"
         for tensor, before in self._read:
             assert _same_bits(tensor, before), f"an input of shape {list(tensor.shape)} was changed"

@@ -191,7 +191,7 @@ def test_real_shapes_on_a_gpu(num_heads, num_kv_heads, head_dim, dtype, num_seqs
     num_splits=st.none() | st.integers(1, 80),
     is_ordered=st.booleans(),
 )
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_any_shape_on_a_gpu(
     context_lens, num_kv_heads, group_size, head_dim, block_size, dtype, num_splits, is_ordered
 ):

@@ -48,6 +48,7 @@ def test_one_rank_with_nccl(tmp_path: Any) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.whole_gpu
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_two_ranks_on_one_gpu_say_what_one_says(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over gloo, since NCCL wants a GPU for each; the cache is sized for both."""

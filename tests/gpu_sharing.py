@@ -1,0 +1,65 @@
+"""Plugin: `pytest -m gpu` runs in several processes, since Triton's compiler, not the GPU, takes the time.
+
+Two thousand variants of kernels are compiled, a second each, on one core: in one process three times as long as the
+eight minutes that the tests may take. So several run side by side on one GPU, unless -n says how many. Tests marked
+`whole_gpu`, which fill the GPU's memory or measure it, run while no other test does: a file lock is held shared by
+every GPU test and exclusively by those.
+"""
+
+import fcntl
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+MOST_WORKERS = 8  # each holds half a GiB of the GPU for itself, and a few GiB while a test runs
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist's own, which reads the number
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    option = config.option
+    if option.markexpr != "gpu" or getattr(option, "numprocesses", 0) is not None or option.usepdb:
+        return  # another part of the tests; no xdist, or -n was given; a debugger wants one process
+    if option.collectonly or any("::" in argument for argument in config.args):
+        return  # starting processes would take longer than a few tests
+    option.numprocesses = min(MOST_WORKERS, (os.cpu_count() or 1) // 2)
+    option.dist = "worksteal"  # for some tests take a hundred times as long as others
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # around pytest-timeout's: waiting is not the test's time
+def pytest_runtest_protocol(item: pytest.Item) -> Any:
+    if item.get_closest_marker("gpu") is None:
+        return (yield)
+    with held(_folder(), exclusively=item.get_closest_marker("whole_gpu") is not None):
+        try:
+            return (yield)
+        finally:
+            torch = sys.modules.get("torch")
+            if torch is not None and torch.cuda.is_initialized():
+                torch.cuda.empty_cache()  # for the tests of other processes
+
+
+@contextmanager
+def held(folder: Path, exclusively: bool) -> Iterator[None]:
+    """The lock of `folder`, with any number of other sharers or with none, across processes.
+
+    Who wants it exclusively waits for the sharers holding a second lock, which whoever comes must take first: so
+    newcomers do not overtake.
+    """
+    with ExitStack() as stack:
+        door, room = (stack.enter_context(open(folder / name, "w")) for name in ("door", "room"))
+        fcntl.flock(door, fcntl.LOCK_EX)
+        fcntl.flock(room, fcntl.LOCK_EX if exclusively else fcntl.LOCK_SH)
+        fcntl.flock(door, fcntl.LOCK_UN)
+        yield
+
+
+def _folder() -> Path:
+    folder = Path(tempfile.gettempdir()) / f"nanovllm-gpu-tests-{os.getuid()}"
+    folder.mkdir(exist_ok=True)
+    return folder
