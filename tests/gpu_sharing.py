@@ -23,6 +23,8 @@ MOST_WORKERS = 8  # each holds half a GiB of the GPU for itself, and a few GiB w
 @pytest.hookimpl(tryfirst=True)  # before xdist's own, which reads the number
 def pytest_cmdline_main(config: pytest.Config) -> None:
     option = config.option
+    if hasattr(config, "workerinput"):
+        return  # this is such a process
     if option.markexpr != "gpu" or getattr(option, "numprocesses", 0) is not None or option.usepdb:
         return  # another part of the tests; no xdist, or -n was given; a debugger wants one process
     if option.collectonly or any("::" in argument for argument in config.args):

@@ -1,5 +1,8 @@
 """How the GPU tests share a GPU: who runs beside whom, and in how many processes."""
 
+import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.gpu_sharing import held, pytest_cmdline_main
+from tests.source_tree import ROOT
 
 LONG = 20  # seconds, after which a thread that should have come is missing
 SHORT = 0.2  # seconds, in which a thread that may not come does not
@@ -83,3 +87,28 @@ def test_only_a_run_of_gpu_tests_gets_processes(monkeypatch: pytest.MonkeyPatch)
     assert workers(arguments=["tests/e2e/test_gpu.py::test_close_gives_gpu_memory_back"]) is None
     monkeypatch.setattr("os.cpu_count", lambda: 4)
     assert workers() == 2
+
+
+def test_the_processes_start_no_processes(tmp_path: Path) -> None:
+    """A run of its own, in which every test says who runs it."""
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n  gpu\n  whole_gpu\n")
+    (tmp_path / "conftest.py").write_text(
+        "import os\nos.cpu_count = lambda: 4\npytest_plugins = ['tests.gpu_sharing']\n"
+    )
+    (tmp_path / "test_who.py").write_text(
+        "import os, pathlib, pytest\n"
+        "@pytest.mark.gpu\n"
+        "@pytest.mark.parametrize('index', range(12))\n"
+        "def test_who(index):\n"
+        "    here = pathlib.Path(__file__).with_name(f'{index}.txt')\n"
+        "    here.write_text(f'{os.environ[\"PYTEST_XDIST_WORKER\"]} {os.getppid()}')\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(tmp_path)]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment["PYTHONPATH"] = str(ROOT)
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        output, _ = process.communicate(timeout=100)
+        assert "12 passed" in output
+        who = [path.read_text().split() for path in tmp_path.glob("*.txt")]
+        assert {worker for worker, _ in who} <= {"gw0", "gw1"}
+        assert {parent for _, parent in who} == {str(process.pid)}
