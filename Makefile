@@ -45,13 +45,13 @@ test: $(STAMP) ## run every test that needs no GPU, on WORKERS=2 cores
 test-gpu: ## run the tests that need a GPU, with the machine's own python (PYTHON=...)
 	$(TEST_ENV) "$(PYTHON)" -m pytest -m gpu $(ARGS)
 
-# Torch's own kernels are left out: what they read beside ours (the ends of outputs, compared whole) is no fault of ours.
-SANITIZE = PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 --kernel-regex-exclude kns=at::
+SANITIZE = PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1
+TOOLS ?= memcheck initcheck racecheck
 
 sanitize: ## watch every kernel with compute-sanitizer's memcheck, initcheck and racecheck, on a GPU (PYTHON=...)
 	@command -v compute-sanitizer >/dev/null || { echo "error: no compute-sanitizer here: it comes with the CUDA toolkit, and watches kernels on an NVIDIA GPU" >&2; exit 1; }
 	@"$(PYTHON)" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "error: '$(PYTHON)' finds no NVIDIA GPU (or no torch) here; name the python that does: make sanitize PYTHON=..." >&2; exit 1; }
-	@for tool in memcheck initcheck racecheck; do \
+	@for tool in $(TOOLS); do \
 	  echo "== $$tool"; $(TEST_ENV) $(SANITIZE) --tool $$tool "$(PYTHON)" -m tests.kernels.sanitize_run $(ARGS) || exit 1; \
 	done
 

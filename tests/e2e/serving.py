@@ -52,9 +52,9 @@ class Way:
     happens: Callable[[LLM], int] | None = None
 
 
-def serve(model_dir: Path, way: Way, **options: Any) -> list[Served]:
-    """PROMPTS, served in this way, in their order."""
-    groups = [[prompt] for prompt in PROMPTS] if way.is_alone else [PROMPTS]
+def serve(model_dir: Path, way: Way, prompts: list[list[int]] = PROMPTS, **options: Any) -> list[Served]:
+    """The prompts, served in this way, in their order."""
+    groups = [[prompt] for prompt in prompts] if way.is_alone else [prompts]
     return [served for group in groups for served in _serve_together(model_dir, group, way, options)]
 
 

@@ -50,9 +50,7 @@ class Guards(TorchFunctionMode):
 
     def written(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy, strides included, that kernels may change."""
-        copy = self._make(tensor.shape, tensor.stride(), tensor.dtype)
-        copy.copy_(tensor)
-        return copy
+        return self._make(tensor.shape, tensor.stride(), tensor.dtype, tensor)
 
     def unwritten(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
         """A contiguous tensor full of NaN."""
@@ -66,11 +64,15 @@ class Guards(TorchFunctionMode):
         for tensor, before in self._read:
             assert _same_bits(tensor, before), f"an input of shape {list(tensor.shape)} was changed"
 
-    def _make(self, shape: Any, stride: Any, dtype: torch.dtype) -> torch.Tensor:
+    def _make(self, shape: Any, stride: Any, dtype: torch.dtype, content: torch.Tensor | None = None) -> torch.Tensor:
+        """Filled on the CPU and moved in one copy, margins and all: compute-sanitizer sees that as writing."""
         size = 1 + sum((length - 1) * step for length, step in zip(shape, stride, strict=True)) if 0 not in shape else 0
-        poison = _poison(dtype, len(self._buffers)).to(self.device)
+        poison = _poison(dtype, len(self._buffers))
         buffer = poison.repeat(size + 2 * MARGIN)
-        self._buffers.append((buffer, (slice(0, MARGIN), slice(MARGIN + size, None)), poison))
+        if content is not None:
+            buffer.as_strided(shape, stride, MARGIN).copy_(content)
+        buffer = buffer.to(self.device)
+        self._buffers.append((buffer, (slice(0, MARGIN), slice(MARGIN + size, None)), poison.to(self.device)))
         return buffer.as_strided(shape, stride, MARGIN)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):

@@ -26,15 +26,28 @@ def hopper(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
 
 
+@pytest.mark.parametrize(("dtype", "head_dim"), [(BF16, 64), (BF16, 128), (FP16, 64), (FP16, 128)])
+def test_auto_takes_what_was_measured_to_be_faster(hopper, dtype, head_dim, monkeypatch, caplog):
+    """On a Hopper GPU triton, if its blocks fit, and it says why; on others flash_attn."""
+    with caplog.at_level(logging.INFO, logger="nanovllm"):
+        assert choose_attention_backend("auto", CUDA, dtype, head_dim, 256).name == "triton"
+    assert caplog.messages == [
+        f"attention backend: triton (measured to be faster than flash_attn on such a GPU at head_dim {head_dim})"
+    ]
+    assert choose_attention_backend("auto", CUDA, dtype, head_dim, 768).name == "flash_attn"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    assert choose_attention_backend("auto", CUDA, dtype, head_dim, 256).name == "flash_attn"
+
+
 @pytest.mark.parametrize("block_size", [256, 512, 768])
-@pytest.mark.parametrize(("dtype", "head_dim"), [(BF16, 32), (BF16, 64), (BF16, 128), (FP16, 64), (FP16, 128)])
-def test_auto_takes_flash_attention(hopper, dtype, head_dim, block_size):
-    assert choose_attention_backend("auto", CUDA, dtype, head_dim, block_size).name == "flash_attn"
+def test_auto_takes_flash_attention_where_nobody_measured(hopper, block_size):
+    assert choose_attention_backend("auto", CUDA, BF16, 32, block_size).name == "flash_attn"
 
 
 # What flash_attn cannot do, the words that say so, and what "auto" takes instead.
 UNFIT = {
     "CPU": ((CPU, BF16, 64, 256), "GPU, the device is cpu", "torch"),
+    "block size of no power of two": ((CUDA, BF16, 64, 48), "must be a multiple of 256, got 48", "torch"),
     "float32": ((CUDA, FP32, 64, 256), "bfloat16 or float16, the dtype is float32", "triton"),
     "bfloat16 head size": ((CUDA, BF16, 80, 256), r"\(32, 64, 128\), the model's is 80", "torch"),
     "float16 head size": ((CUDA, FP16, 32, 256), r"\(64, 128\), the model's is 32", "triton"),
