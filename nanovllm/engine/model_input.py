@@ -12,6 +12,7 @@ import numpy as np
 from nanovllm.engine.sequence import Sequence
 from nanovllm.sampling_params import SamplingParams
 
+LONG_CONTEXT = 512  # keys from which the prefill kernel for Hopper GPUs is taken
 PADDING_SLOT = -1  # in slot_mapping: compute the token, do not store its key and value
 PADDING_BLOCK = -1  # in block_tables, after a row's last block
 
@@ -99,6 +100,23 @@ def warmup_lengths(max_num_batched_tokens: int, max_model_len: int, max_num_seqs
     """At most max_num_seqs lengths of at most max_model_len that add up to as much of the token budget as they can."""
     num_whole, rest = divmod(max_num_batched_tokens, max_model_len)
     return ([max_model_len] * num_whole + [rest] * (rest > 0))[:max_num_seqs]
+
+
+def prepare_kinds_of_prefill(max_model_len: int, num_blocks: int, block_size: int) -> list[ModelInput]:
+    """Small prefills of the kinds that prepare_warmup leaves out, as far as model and cache have room for them.
+
+    Few keys; few that are cached; LONG_CONTEXT cached ones. Kernels are chosen and compiled by such differences.
+    Nothing is stored. What is read of the cache may be anything: the outputs are not used.
+    """
+    kinds = []
+    for num_tokens, num_cached in ((2, 0), (2, 1), (LONG_CONTEXT + 1, LONG_CONTEXT)):
+        seq = Sequence([0] * num_tokens, SamplingParams(), block_size=block_size)
+        if num_tokens <= max_model_len and seq.num_blocks <= num_blocks:
+            seq.block_table = list(range(seq.num_blocks))
+            seq.num_cached_tokens, seq.num_scheduled_tokens = num_cached, num_tokens - num_cached
+            seq.num_stored_tokens = num_tokens
+            kinds.append(prepare_prefill([seq]))
+    return kinds
 
 
 def _prepare(sequences: Sequences[Sequence], is_prefill: bool) -> ModelInput:

@@ -133,7 +133,7 @@ def _check(
         raise ValueError(f"tiles must be powers of two from 16, got {tiles}")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_assignments"])
 def grouped_gemm_kernel(
     x_ptr,
     weight_ptr,

@@ -114,7 +114,7 @@ def moe_routing(
     return routing
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def choose_experts_kernel(
     logits_ptr,
     weights_ptr,
@@ -155,7 +155,7 @@ def choose_experts_kernel(
     tl.store(experts_ptr + place, tl.broadcast_to(expert, (TILE_ROWS, ROW_SIZE)), mask=is_stored)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_assignments"])
 def sort_assignments_kernel(
     experts_ptr,
     sorted_assignments_ptr,

@@ -102,7 +102,7 @@ def _launch(
     return normed, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def rms_norm_kernel(
     x_ptr,
     residual_ptr,

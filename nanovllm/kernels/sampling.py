@@ -97,7 +97,11 @@ def _check(logits: torch.Tensor, temperature: torch.Tensor, *others: torch.Tenso
             )
 
 
-@triton.jit
+# Rows of one tensor, so their addresses are multiples of 16 or not as the number of requests has it.
+ROW_POINTERS = ["temperature_ptr", "seed_low_ptr", "seed_high_ptr", "position_ptr", "is_greedy_ptr"]
+
+
+@triton.jit(do_not_specialize_on_alignment=ROW_POINTERS)
 def sampling_tile_kernel(
     logits_ptr,
     temperature_ptr,
@@ -128,7 +132,7 @@ def sampling_tile_kernel(
     tl.store(maxima_ptr + program, largest)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=ROW_POINTERS)
 def sampling_row_kernel(
     logits_ptr,
     temperature_ptr,

@@ -65,7 +65,7 @@ def store_kvcache(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def store_kvcache_kernel(
     key_ptr,
     value_ptr,

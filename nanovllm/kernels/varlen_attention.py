@@ -197,7 +197,7 @@ def _describe(tensor: torch.Tensor) -> str:
     return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} of strides {list(tensor.stride())}"
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["block_tables_stride"])
 def varlen_attention_kernel(
     query_ptr,
     key_ptr,

@@ -124,7 +124,7 @@ def _descriptor(tensor: torch.Tensor, copied_keys: int) -> TensorDescriptor:
     return TensorDescriptor(tensor, [num_slots, row_size], strides, [copied_keys, tensor.shape[-1]], layout)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["block_tables_stride"])
 def varlen_attention_hopper_kernel(
     query_ptr,
     key_desc,

@@ -19,8 +19,8 @@ FLASH_ATTENTION_HEAD_DIMS = {torch.bfloat16: (32, 64, 128), torch.float16: (64, 
 # What kernels/varlen_attention.py and kernels/paged_attention.py take.
 TRITON_HEAD_DIMS = (32, 64, 128, 256)
 MIN_COMPUTE_CAPABILITY = (8, 0)  # Ampere: of both
-# Where triton was faster than flash_attn in every shape of `pytest --benchmark-only`, prefill and decode: the README has
-# the figures. Elsewhere nobody has measured, and flash_attn is the one that its authors tuned.
+# Where triton was faster than flash_attn in every shape of `pytest --benchmark-only`, prefill and decode. Elsewhere
+# nobody has measured, and flash_attn is the one that its authors tuned.
 TRITON_IS_FASTER_ON = (9, 0)  # compute capability of an H100 and an H200
 TRITON_IS_FASTER_AT = (64, 128)  # head_dim
 

@@ -12,7 +12,13 @@ import torch
 
 from nanovllm.config import Config
 from nanovllm.context import Context, set_context
-from nanovllm.engine.model_input import ModelInput, prepare_decode, prepare_prefill, prepare_warmup
+from nanovllm.engine.model_input import (
+    ModelInput,
+    prepare_decode,
+    prepare_kinds_of_prefill,
+    prepare_prefill,
+    prepare_warmup,
+)
 from nanovllm.engine.scheduler import ScheduledBatch
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.attention_backend import AttentionBackend, choose_attention_backend
@@ -74,6 +80,8 @@ class ModelRunner:
         else:
             self.num_kv_cache_blocks = config.num_kv_cache_blocks
         self.kv_cache = self.allocate_kv_cache()
+        if self.device.type == "cuda":
+            self._compile_kinds_of_prefill()
         if is_captured:
             self.graphs = self._capture_graphs(graph_batch_sizes(config.max_num_seqs))
 
@@ -91,6 +99,15 @@ class ModelRunner:
         )
         torch.cuda.synchronize(self.device)
         torch.cuda.empty_cache()
+
+    def _compile_kinds_of_prefill(self) -> None:
+        """So that no request waits for the compiler: warmup_model, before there is a cache, meets one kind only."""
+        config = self.config
+        for model_input in prepare_kinds_of_prefill(
+            config.max_model_len, self.num_kv_cache_blocks, config.kv_cache_block_size
+        ):
+            self._launch(model_input)
+        torch.cuda.synchronize(self.device)
 
     def allocate_kv_cache(self) -> torch.Tensor:
         """The cache tensor, bound to the model's attention layers. Never-written slots hold what was in memory."""

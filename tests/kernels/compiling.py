@@ -41,7 +41,8 @@ TARGETS = pytest.mark.parametrize(
 class Compiled:
     """One kernel as compiled. registers: of a thread; stack_bytes: of a thread, 0 unless it spills.
 
-    file: the last part of its module's name. dtype: of what its first pointer points to.
+    file: the last part of its module's name. dtype: of what its first pointer points to. variant: what Triton tells it
+    from other compilations of the same kernel by.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Compiled:
     stack_bytes: int
     shared_bytes: int
     ptx: str = field(repr=False)
+    variant: str = field(repr=False)
 
 
 def compile_launches(launch: Callable[[], object], capability: int = 90) -> list[Compiled]:
@@ -136,4 +138,5 @@ def _read_resources(kernel, file: str, capability: int) -> Compiled:
         stack_bytes=usage["STACK"] + usage["LOCAL"],
         shared_bytes=kernel.metadata.shared,
         ptx=kernel.asm["ptx"],
+        variant=kernel.hash,
     )

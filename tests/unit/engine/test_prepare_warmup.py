@@ -4,7 +4,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanovllm.engine.model_input import PADDING_SLOT, prepare_warmup, warmup_lengths
+from nanovllm.engine.model_input import (
+    LONG_CONTEXT,
+    PADDING_SLOT,
+    prepare_kinds_of_prefill,
+    prepare_warmup,
+    warmup_lengths,
+)
 
 
 @pytest.mark.parametrize(
@@ -55,3 +61,29 @@ def test_every_filter_of_the_sampler_is_on() -> None:
     assert (sampling.top_k > 1).all()
     assert (sampling.top_p < 1).all()
     assert (sampling.min_p > 0).all()
+
+
+@pytest.mark.parametrize("block_size", [16, 256, 1024])
+def test_the_other_kinds_of_prefill(block_size: int) -> None:
+    """Few keys, few cached ones, many cached ones; nothing is stored, and every block is one of the cache."""
+    num_blocks = -(-(LONG_CONTEXT + 1) // block_size)
+    kinds = prepare_kinds_of_prefill(4096, num_blocks, block_size)
+    assert [(kind.max_seqlen_q, kind.max_seqlen_k) for kind in kinds] == [(2, 2), (1, 2), (1, LONG_CONTEXT + 1)]
+    assert [kind.block_tables is None for kind in kinds] == [True, False, False]
+    for kind in kinds:
+        assert kind.is_prefill
+        assert (kind.slot_mapping == PADDING_SLOT).all()
+        assert kind.block_tables is None or kind.block_tables.max() < num_blocks
+
+
+@pytest.mark.parametrize(("max_model_len", "num_blocks"), [(LONG_CONTEXT, 100), (4096, 2)])
+def test_kinds_for_which_there_is_no_room_are_left_out(max_model_len: int, num_blocks: int) -> None:
+    kinds = prepare_kinds_of_prefill(max_model_len, num_blocks, 256)
+    assert [kind.max_seqlen_k for kind in kinds] == [2, 2]
+
+
+def test_a_long_context_is_what_the_kernel_takes_for_one() -> None:
+    pytest.importorskip("triton")
+    from nanovllm.kernels.varlen_attention import MIN_HOPPER_KEYS
+
+    assert LONG_CONTEXT == MIN_HOPPER_KEYS
