@@ -1,5 +1,6 @@
 """Executor: runs scheduled batches on rank 0's ModelRunner and, with several ranks, on theirs."""
 
+import traceback
 import weakref
 from contextlib import ExitStack
 from pathlib import Path
@@ -81,10 +82,15 @@ class Executor:
     def _fail(self, error: BaseException) -> NoReturn:
         """Close, and raise what really happened."""
         cause = error
-        if self._ranks is not None:
-            cause = self._ranks.explain(error)
-            self._ranks.break_off()
-        self.close()
+        try:
+            if self._ranks is not None:
+                cause = self._ranks.explain(error)
+        finally:  # also when Ctrl-C ends the waiting for an explanation
+            if self._ranks is not None:
+                self._ranks.break_off()
+            self.close()
+            # Whoever keeps the error keeps its traceback, and with it would keep weights, cache and sockets.
+            traceback.clear_frames(error.__traceback__)
         if cause is error:
             raise error
         raise cause from error

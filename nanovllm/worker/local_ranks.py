@@ -21,7 +21,8 @@ import torch
 
 from nanovllm.engine.scheduler import ScheduledBatch
 from nanovllm.layers.tensor_parallel import TensorParallel
-from nanovllm.worker.process_group import LOOPBACK, FileStore, Place, disturb_meeting, join
+from nanovllm.worker.meeting import meet
+from nanovllm.worker.process_group import FileStore, Place, join
 from nanovllm.worker.rank_process import READY, Model, RankReport, run_rank
 from nanovllm.worker.shm_channel import ShmSender
 
@@ -91,16 +92,24 @@ class LocalRanks:
         wait([self._all_ready, self._failure], return_when=FIRST_COMPLETED)
         self.check()
         store = FileStore(self._store_path, self.place.size)
-        # In a thread that can be left alone: when a rank dies before they meet, nothing tells the others.
-        joining = _in_background(lambda: join(self.place, store, self.place.has_own_gpu, LOOPBACK))
+        is_over = threading.Event()
+
+        def check() -> None:
+            if is_over.is_set():
+                raise RuntimeError("nobody waits for the ranks to meet any more")
+
+        # In a thread, since whoever waits for a rank that died waits too long, with NCCL for ever.
+        joining = _in_background(
+            lambda: join(self.place, store, self.place.has_own_gpu, lambda place, store: meet(place, store, check))
+        )
         try:
             wait([joining, self._failure], return_when=FIRST_COMPLETED)
             self.check()
             tp = joining.result()
         except BaseException:
-            # Ends the thread, unless the rank died while sockets connect: then it ends after LOCAL_MEETING.
-            disturb_meeting(self._store_path)
+            is_over.set()
             wait([joining], PATIENCE_SECONDS)
+            del joining  # and its result: the traceback keeps this frame
             raise
         self._group = tp.group
         return tp

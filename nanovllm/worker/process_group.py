@@ -1,7 +1,6 @@
 """Where each rank computes, and how the ranks find each other."""
 
-import os
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -17,9 +16,7 @@ FileStore, PrefixStore = dist.FileStore, dist.PrefixStore
 
 # A rank that is only slow is waited for, however long; one that has gone is noticed by other means.
 FOR_EVER = timedelta(days=365)
-LOCAL_MEETING = timedelta(minutes=1)  # of ranks that have all said that they are ready to meet
 REMOTE_MEETING = timedelta(minutes=30)  # of machines, which may be minutes apart
-LOOPBACK = "127.0.0.1"
 
 
 @dataclass(frozen=True)
@@ -73,38 +70,14 @@ def launched_place(device_name: str, launch: Launch) -> Place:
     return Place(launch.rank, launch.size, -(-launch.local_size // num_gpus), launch.local_rank % num_gpus)
 
 
-def join(place: Place, store: Any, is_nccl: bool, host: str | None = None) -> TensorParallel:
-    """This rank's end of a new group, once every rank has come.
+def gloo(place: Place, store: Any) -> Any:
+    """A gloo group of all ranks, which may be on several machines.
 
-    is_nccl: NCCL, which needs a GPU for each rank, else gloo; the same on all ranks. host: the address on which gloo
-    listens; None leaves it to gloo (GLOO_SOCKET_IFNAME, or the machine's name).
+    It listens where GLOO_SOCKET_IFNAME says, or at the machine's name.
     """
-    place.enter()
-    group = nccl(place, store) if is_nccl else gloo(place, store, host)
-    tp = TensorParallel(place.rank, place.size, group)
-    tp.minimum(0)  # NCCL connects in the first collective: let that be here
-    return tp
-
-
-def gloo(place: Place, store: Any, host: str | None = None) -> Any:
-    """A gloo group of all ranks."""
-    if host is None:
-        group = dist.ProcessGroupGloo(store, place.rank, place.size, REMOTE_MEETING)
-    else:
-        options = dist.ProcessGroupGloo._Options()  # the public ways take no address
-        options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
-        options._timeout = LOCAL_MEETING
-        group = dist.ProcessGroupGloo(store, place.rank, place.size, options)
+    group = dist.ProcessGroupGloo(store, place.rank, place.size, REMOTE_MEETING)
     group._set_default_timeout(FOR_EVER)
     return group
-
-
-def disturb_meeting(store_path: str) -> None:
-    """Let go whoever waits at a FileStore for ranks that will not come: a link to itself is an error to open."""
-    with suppress(OSError):
-        os.unlink(store_path)
-    with suppress(OSError):
-        os.symlink(store_path, store_path)
 
 
 def nccl(place: Place, store: Any) -> Any:
@@ -112,6 +85,18 @@ def nccl(place: Place, store: Any) -> Any:
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = FOR_EVER
     return dist.ProcessGroupNCCL(store, place.rank, place.size, options)
+
+
+def join(place: Place, store: Any, is_nccl: bool, make_gloo: Callable[[Place, Any], Any] = gloo) -> TensorParallel:
+    """This rank's end of a new group, once every rank has come.
+
+    is_nccl: NCCL, which needs a GPU for each rank, else what make_gloo makes; the same on all ranks.
+    """
+    place.enter()
+    group = nccl(place, store) if is_nccl else make_gloo(place, store)
+    tp = TensorParallel(place.rank, place.size, group)
+    tp.minimum(0)  # NCCL connects in the first collective: let that be here
+    return tp
 
 
 def leave(tp: TensorParallel, is_broken: bool = False) -> None:

@@ -18,8 +18,9 @@ from tqdm import tqdm
 from nanovllm.config import Config
 from nanovllm.layers.tensor_parallel import TensorParallel
 from nanovllm.model_config import ModelConfig
+from nanovllm.worker.meeting import meet
 from nanovllm.worker.model_runner import ModelRunner
-from nanovllm.worker.process_group import LOOPBACK, FileStore, Place, join, leave
+from nanovllm.worker.process_group import FileStore, Place, join, leave
 from nanovllm.worker.shm_channel import ShmReceiver
 
 READY = "ready"  # said once torch is imported and the message channel is open
@@ -62,7 +63,7 @@ def run_rank(
         reports.send(READY)
         if "OMP_NUM_THREADS" not in os.environ:  # else all ranks would compete for all cores
             torch.set_num_threads(max(1, torch.get_num_threads() // place.num_sharing))
-        tp = join(place, FileStore(store_path, place.size), place.has_own_gpu, LOOPBACK)
+        tp = join(place, FileStore(store_path, place.size), place.has_own_gpu, meet)
         serve(model, place, tp, receiver.receive)
     except BaseException as error:
         reports.send(RankReport.of(error))

@@ -9,6 +9,12 @@ from tests.parallel.holdings import Watch
 
 
 @pytest.fixture
+def diary(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For Fault, outside the directory that nothing_left watches."""
+    return tmp_path_factory.mktemp("diary") / "time"
+
+
+@pytest.fixture
 def nothing_left(tmp_path: Path) -> Iterator[Watch]:
     """Fails unless, after the test, this process holds what it held before."""
     watch = Watch(tmp_path)

@@ -3,49 +3,66 @@
 import functools
 import os
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
-from nanovllm.worker import local_ranks, model_runner, rank_process
+from nanovllm.worker import local_ranks, meeting, model_runner, rank_process
 
 PLACES = ("joining", "load", "sizing", "prefill", "decode")  # in the order in which a rank comes to them
+CONNECTING = "connecting"  # after "joining": the others know this rank's address, and it does not connect
+WARM_UP = "warm-up"  # after "load", on GPUs only
 MEMORY = 2**30  # holds fewer blocks of the bundled model than its 512 sequences could use
 WORDS = "planted on purpose"
 
 
 @dataclass(frozen=True)
 class Fault:
-    """Rank `rank` does `what` when it comes to `place`: raise, kill, exit, run out of memory, stop."""
+    """Rank `rank` does `what` when it comes to `place`: raise, kill, exit, run out of memory, stop.
+
+    diary: a file in which the rank writes when it did so.
+    """
 
     rank: int
     place: str
     what: str
+    diary: Path | None = None
 
     def strike(self) -> None:
-        if self.what == "raise":
-            raise ArithmeticError(WORDS)
-        if self.what == "out of memory":
-            raise torch.OutOfMemoryError(WORDS)
-        if self.what == "value":
-            raise ValueError(WORDS)
+        if self.diary is not None:
+            self.diary.write_text(repr(time.monotonic()))
+        errors = {"raise": ArithmeticError, "value": ValueError, "host memory": MemoryError}
+        errors["device memory"] = torch.OutOfMemoryError
+        if self.what in errors:
+            raise errors[self.what](WORDS)
         if self.what == "exit":
             os._exit(3)
         os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[self.what])
 
+    def seconds_since(self) -> float:
+        """Between the rank's last entry in the diary and now; one clock for all processes of a machine."""
+        assert self.diary is not None
+        return time.monotonic() - float(self.diary.read_text())
+
 
 def plant(monkeypatch: Any, fault: Fault) -> None:
-    """From now on, engines of this process start ranks with the fault."""
-    monkeypatch.setattr(local_ranks, "run_rank", functools.partial(run_rank_with, fault))
+    """From now on, engines of this process have the fault."""
+    if fault.rank == 0:
+        plant_here(fault, monkeypatch.setattr)
+    else:
+        monkeypatch.setattr(local_ranks, "run_rank", functools.partial(run_rank_with, fault))
 
 
 def run_rank_with(fault: Fault, model: Any, place: Any, *rest: Any) -> None:
     """What the process of a rank runs."""
     if place.rank == fault.rank:
-        _plant_here(fault)
+        plant_here(fault)
     rank_process.run_rank(model, place, *rest)
 
 
@@ -60,14 +77,21 @@ def _run_rank_with_memory(available: list[int], model: Any, place: Any, *rest: A
     rank_process.run_rank(model, place, *rest)
 
 
-def _plant_here(fault: Fault) -> None:
+def plant_here(fault: Fault, patch: Callable[[Any, str, Any], None] = setattr) -> None:
+    """Plant the fault in this process, whichever rank it is."""
     Runner = model_runner.ModelRunner
-    if fault.place == "joining":
-        rank_process.join = _first(fault.strike, rank_process.join)
-    elif fault.place == "load":
-        model_runner.load_model = _first(fault.strike, model_runner.load_model)
-    elif fault.place == "sizing":
-        Runner.allocate_kv_cache = _first(fault.strike, Runner.allocate_kv_cache)  # type: ignore[method-assign]
+    functions: dict[str, tuple[Any, str]] = {
+        "joining": (rank_process, "join"),
+        "load": (model_runner, "load_model"),
+        WARM_UP: (Runner, "warmup_model"),
+        "sizing": (Runner, "allocate_kv_cache"),
+    }
+    if fault.place in functions:
+        where, name = functions[fault.place]
+        patch(where, name, _first(fault.strike, getattr(where, name)))
+    elif fault.place == CONNECTING:
+        connect = meeting._connect
+        patch(meeting, "_connect", lambda place, store: connect(place, _StrikingStore(store, fault)))
     else:
         run = Runner.run
 
@@ -76,7 +100,25 @@ def _plant_here(fault: Fault) -> None:
                 fault.strike()
             return run(self, batch)
 
-        Runner.run = faulty_run  # type: ignore[method-assign]
+        patch(Runner, "run", faulty_run)
+
+
+class _StrikingStore(dist.Store):
+    """Strikes when gloo has told the others this rank's address."""
+
+    def __init__(self, store: Any, fault: Fault) -> None:
+        super().__init__()
+        self._store, self._fault = store, fault
+
+    def set(self, key: str, value: Any) -> None:
+        self._store.set(key, value)
+        self._fault.strike()
+
+    def get(self, key: str) -> Any:
+        return self._store.get(key)
+
+    def wait(self, keys: list[str], *timeout: Any) -> None:  # type: ignore[override]
+        self._store.wait(keys, *timeout)
 
 
 def _first(strike: Callable[[], None], work: Callable[..., Any]) -> Callable[..., Any]:

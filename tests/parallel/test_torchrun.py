@@ -67,9 +67,9 @@ def test_rank_0_says_what_ended_a_rank_on_another_machine(tmp_path: Path, place:
     program.write_text(
         "import os\n"
         "from nanovllm import LLM, SamplingParams, bundled_model_path\n"
-        "from tests.parallel.faults import Fault, _plant_here\n"
+        "from tests.parallel.faults import Fault, plant_here\n"
         "if os.environ['RANK'] == '1':\n"
-        f"    _plant_here(Fault(1, {place!r}, 'raise'))\n"
+        f"    plant_here(Fault(1, {place!r}, 'raise'))\n"
         f"with LLM(str(bundled_model_path()), tensor_parallel_size=2, **{OPTIONS!r}) as llm:\n"
         "    llm.generate([[5, 6]], SamplingParams(max_tokens=4, ignore_eos=True), use_tqdm=False)\n"
     )

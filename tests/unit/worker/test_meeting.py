@@ -1,0 +1,121 @@
+"""Ranks that meet over gloo, each in a thread: one is slow, one cannot connect, one never comes."""
+
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nanovllm.worker import meeting
+from nanovllm.worker.meeting import meet
+from nanovllm.worker.process_group import FileStore, Place
+from tests.evidence import happened
+
+SLOW_SECONDS = 1.5  # longer than a FileStore waits at least, which is one second
+
+
+@pytest.fixture
+def store_path() -> Iterator[str]:
+    with tempfile.TemporaryDirectory() as directory:
+        yield str(Path(directory) / "store")
+
+
+@pytest.fixture
+def attempts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Ranks in the order in which they tried to connect."""
+    ranks: list[int] = []
+    connect = meeting._connect
+
+    def counted(place: Place, store: Any) -> tuple[Any, RuntimeError | None]:
+        ranks.append(place.rank)
+        return connect(place, store)
+
+    monkeypatch.setattr(meeting, "_connect", counted)
+    return ranks
+
+
+def meet_in_threads(store_path: str, size: int) -> list[Any]:
+    """What each rank's meet() returned or raised."""
+
+    def one(rank: int) -> Any:
+        try:
+            return meet(Place(rank, size, num_sharing=size), FileStore(store_path, size))
+        except RuntimeError as error:
+            return error
+
+    with ThreadPoolExecutor(size) as threads:
+        return list(threads.map(one, range(size)))
+
+
+def sums(groups: list[Any]) -> list[float]:
+    """What an all-reduce of the ranks' numbers, from 1 on, gives each of them."""
+
+    def one(rank: int) -> float:
+        x = torch.tensor([rank + 1.0])
+        groups[rank].allreduce([x]).wait()
+        return float(x)
+
+    with ThreadPoolExecutor(len(groups)) as threads:
+        return list(threads.map(one, range(len(groups))))
+
+
+@pytest.mark.parametrize("size", [2, 3, 8])
+def test_ranks_meet(store_path: str, size: int) -> None:
+    groups = meet_in_threads(store_path, size)
+    assert sums(groups) == [size * (size + 1) / 2] * size
+
+
+@pytest.mark.parametrize("slow", [0, 1, 2])
+def test_when_a_rank_is_slow_all_try_again(
+    store_path: str, monkeypatch: pytest.MonkeyPatch, attempts: list[int], slow: int
+) -> None:
+    """D33: it is waited for, for longer than an attempt lasts. The two others may have connected to each other."""
+    monkeypatch.setattr(meeting, "CONNECT_SECONDS", 0.1)
+    connect = meeting._connect
+    is_first = True
+
+    def slowly(place: Place, store: Any) -> tuple[Any, RuntimeError | None]:
+        nonlocal is_first
+        if place.rank == slow and is_first:
+            is_first = False
+            time.sleep(SLOW_SECONDS)
+        return connect(place, store)
+
+    monkeypatch.setattr(meeting, "_connect", slowly)
+    groups = meet_in_threads(store_path, 3)
+    assert sums(groups) == [6.0] * 3
+    assert attempts.count(0) == attempts.count(1) == attempts.count(2) >= 2
+    happened("ranks that tried again to connect")
+
+
+def test_a_rank_that_cannot_connect_says_why(store_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After MAX_ATTEMPTS, and the others say that they were not the cause."""
+    monkeypatch.setattr(meeting, "MAX_ATTEMPTS", 3)
+    tried: list[int] = []
+
+    def connect(place: Place, store: Any) -> tuple[Any, RuntimeError | None]:
+        tried.append(place.rank)
+        return (None, RuntimeError("too many open files")) if place.rank == 1 else ("connected", None)
+
+    monkeypatch.setattr(meeting, "_connect", connect)
+    texts = [str(error) for error in meet_in_threads(store_path, 3)]
+    assert texts == ["1 of 3 ranks failed to connect over gloo", "too many open files", texts[0]]
+    assert sorted(tried) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+
+
+def test_check_ends_the_waiting_for_a_rank_that_never_comes(store_path: str) -> None:
+    num_checks = 0
+
+    def check() -> None:
+        nonlocal num_checks
+        num_checks += 1
+        if num_checks == 5:
+            raise InterruptedError("over")
+
+    with pytest.raises(InterruptedError, match=r"^over$"):
+        meet(Place(0, 2, num_sharing=2), FileStore(store_path, 2), check)
+    assert num_checks == 5
