@@ -39,8 +39,8 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP) ## generate text from the bundled model and compare it with transformers (no GPU, no download)
 	@$(QUIET) $(BIN)/nanovllm demo $(ARGS)
 
-test: $(STAMP) ## run every test that needs no GPU, on WORKERS=2 cores
-	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --benchmark-disable $(ARGS)
+test: $(STAMP) ## run every test that needs no GPU, on WORKERS=2 cores, and report what was compared in .report/
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --benchmark-disable --report=.report $(ARGS)
 
 test-gpu: ## run the tests that need a GPU, with the machine's own python (PYTHON=...)
 	$(TEST_ENV) "$(PYTHON)" -m pytest -m gpu $(ARGS)

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
+from hypothesis.internal.conjecture import providers
 
 from tests.run_seed import PROFILE, SEED, how_to_repeat
 
@@ -37,6 +38,11 @@ for _name, _max_examples in PROFILES.items():
         suppress_health_check=[HealthCheck.too_slow],
     )
 settings.load_profile(PROFILE)
+
+# Hypothesis mixes constants of whatever modules of ours are loaded into its draws: a test alone would draw other cases
+# than among all tests, and the same seed would not find its failure again. Older versions do not.
+if hasattr(providers, "_get_local_constants"):
+    providers._get_local_constants = lambda: providers._local_constants  # as it is now: empty
 
 _connect, _connect_ex = socket.socket.connect, socket.socket.connect_ex
 
@@ -84,10 +90,16 @@ def pytest_report_header(config: pytest.Config) -> str:
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
     report = yield
     if report.failed:
-        text = f"{how_to_repeat()} python -m pytest '{item.nodeid}'"
+        text = f"{how_to_repeat()} python -m pytest {_marked(item.config)}'{item.nodeid}'"
         text += "\n(without the test's name: all tests in the same order)"
         report.sections.append(("repeat with", text))
     return report
+
+
+def _marked(config: pytest.Config) -> str:
+    """The option -m if the run has one of its own: without it, a GPU's test would be left out."""
+    markers = config.option.markexpr
+    return "" if not markers or markers in config.getini("addopts") else f"-m '{markers}' "
 
 
 @pytest.fixture(autouse=True)

@@ -66,7 +66,10 @@ def run_rank(
         tp = join(place, FileStore(store_path, place.size), place.has_own_gpu, meet)
         serve(model, place, tp, receiver.receive)
     except BaseException as error:
-        reports.send(RankReport.of(error))
+        try:
+            reports.send(RankReport.of(error))
+        except OSError:  # what this rank has noticed is that rank 0 has gone
+            _clear_up(store_path)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)  # at once: the other ranks, inside a collective, notice by the connections that close
@@ -85,5 +88,10 @@ def _end_with(parent_pid: int, store_path: str) -> None:
     """End this process when its parent has gone, whatever it waits for then: rank 0 may have been killed."""
     while os.getppid() == parent_pid:
         time.sleep(PARENT_POLL_SECONDS)
-    shutil.rmtree(os.path.dirname(store_path), ignore_errors=True)
+    _clear_up(store_path)
     os._exit(1)
+
+
+def _clear_up(store_path: str) -> None:
+    """What rank 0 would do."""
+    shutil.rmtree(os.path.dirname(store_path), ignore_errors=True)

@@ -146,7 +146,7 @@ def _command(tests: tuple[str, ...]) -> list[str]:
         module = cases.removesuffix(".py").replace("/", ".")
         return ["env", "TRITON_INTERPRET=1", sys.executable, "-m", "tests.kernels.interpreting", module]
     pytest = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    return [*pytest, "-p", "tests.mutants.pytest_plugin", "--hypothesis-seed=0", *tests]
+    return [*pytest, "-p", "tests.mutants.pytest_plugin", *tests]
 
 
 def _kill(group: int) -> None:
@@ -155,6 +155,7 @@ def _kill(group: int) -> None:
 
 
 def _environment() -> dict[str, str]:
+    """One seed for all runs, so that a mutant meets the same fate again."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "NANOVLLM_"))}
     kept.pop("PYTHONPATH", None)
-    return {**kept, "HYPOTHESIS_PROFILE": "dev", "OMP_NUM_THREADS": "1"}
+    return {**kept, "HYPOTHESIS_PROFILE": "dev", "NANOVLLM_TEST_SEED": "0", "OMP_NUM_THREADS": "1"}

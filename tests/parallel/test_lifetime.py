@@ -130,11 +130,17 @@ class Program:
 
     def end(self) -> tuple[int, str, str]:
         """Exit code, output, errors; fails unless the rank, its directory and its segments have gone."""
-        out, err = self.process.communicate(timeout=60)
-        wait_until(lambda: not self.rank_1.is_running(), "rank 1 has ended")
-        wait_until(lambda: not self.store.parent.exists(), "the directory has gone")
-        wait_until(lambda: not any((SHARED_MEMORY / name).exists() for name in self.segments), "the segments have gone")
-        return self.process.returncode, out, err
+        try:
+            out, err = self.process.communicate(timeout=60)
+            wait_until(lambda: not self.rank_1.is_running(), "rank 1 has ended")
+            wait_until(lambda: not self.store.parent.exists(), "the directory has gone")
+            for path in (SHARED_MEMORY / name for name in self.segments):
+                wait_until(lambda path=path: not path.exists(), f"{path} has gone")
+            return self.process.returncode, out, err
+        except BaseException:
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            raise
 
 
 def wait_until(is_true: Callable[[], bool], what: str) -> None:
@@ -171,9 +177,21 @@ def test_ctrl_c_ends_the_ranks(tmp_path: Path) -> None:
     assert (code, out.splitlines()[-1], err) == (0, "interrupted", "")
 
 
-def test_ranks_end_when_rank_0_is_killed(tmp_path: Path) -> None:
-    """D33: it cannot say goodbye."""
-    program = Program(tmp_path, f"print('x', flush=True)\n    while True: {GENERATE_LONG}")
+@pytest.mark.parametrize("where", ["between steps", "in a collective"])
+def test_ranks_end_when_rank_0_is_killed(tmp_path: Path, where: str) -> None:
+    """D33 D34: it cannot say goodbye, nor clear up. In a collective, rank 1 notices at once, by the connections."""
+    body = f"""
+    import time
+    if {where == "in a collective"}:
+        llm._executor._runner.run = lambda batch: print("sent", flush=True) or time.sleep(1000)
+        {GENERATE_LONG}
+    print("idle", flush=True)
+    time.sleep(1000)
+"""
+    program = Program(tmp_path, body)
+    assert program.process.stdout is not None
+    assert program.process.stdout.readline() in ("sent\n", "idle\n")
+    time.sleep(0.2)  # for rank 1 to come to the collective; if it does not, this is as between steps
     program.process.kill()
     code, _, _ = program.end()
     assert code == -signal.SIGKILL

@@ -7,27 +7,32 @@ import pytest
 import torch
 
 from nanovllm import Config
-from nanovllm.worker.kv_cache import num_blocks_that_fit
 from nanovllm.worker.model_runner import ModelRunner
 from tests.source_tree import ROOT, imports, parse, python_files
 
 GIB = 2**30
 
 
-def test_memory_is_asked_of_the_runners_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """D45: by torch's number, which CUDA_VISIBLE_DEVICES has translated already; not the machine's first GPU."""
+@pytest.mark.parametrize(("num_sharing", "graph_bytes"), [(1, 0), (1, GIB // 2), (2, GIB // 4)])
+def test_memory_is_asked_of_the_runners_own_device(
+    monkeypatch: pytest.MonkeyPatch, num_sharing: int, graph_bytes: int
+) -> None:
+    """D45: by torch's number, which CUDA_VISIBLE_DEVICES has translated already; not the machine's first GPU.
+
+    Each of the ranks that share it needs blocks, graphs and room for a step.
+    """
     device = torch.device("cuda", 3)
-    free_and_total = {device: (6 * GIB, 8 * GIB)}
+    free_and_total = {device: (14 * GIB, 16 * GIB)}
     peak_and_current = {device: {"allocated_bytes.all.peak": 2 * GIB, "allocated_bytes.all.current": 1 * GIB}}
     monkeypatch.setattr(torch.cuda, "mem_get_info", free_and_total.__getitem__)
     monkeypatch.setattr(torch.cuda, "memory_stats", peak_and_current.__getitem__)
     runner = object.__new__(ModelRunner)  # a whole one needs the GPU
     runner.device, runner.dtype, runner.config = device, torch.bfloat16, Config("any", gpu_memory_utilization=0.5)
     runner.model_config = SimpleNamespace(num_hidden_layers=1, head_dim=1024)  # type: ignore
-    runner.num_kv_heads, runner.num_sharing = 1, 1
-    bytes_per_block = 2 * 256 * 1024 * 2
-    expected = num_blocks_that_fit(8 * GIB, 0.5, 2 * GIB, 2 * GIB, 1 * GIB, bytes_per_block)
-    assert runner._num_blocks_that_fit(graph_bytes=0) == expected == GIB // bytes_per_block
+    runner.num_kv_heads, runner.num_sharing = 1, num_sharing
+    bytes_per_block = num_sharing * 2 * 256 * 1024 * 2
+    free_bytes = 8 * GIB - 2 * GIB - num_sharing * (graph_bytes + 1 * GIB)  # of the share; less what is used
+    assert runner._num_blocks_that_fit(graph_bytes) == free_bytes // bytes_per_block
 
 
 def test_nothing_reads_cuda_visible_devices_or_asks_the_driver_itself() -> None:

@@ -52,7 +52,7 @@ def test_a_launched_rank_takes_the_gpu_of_its_local_rank(gpus, monkeypatch: pyte
     monkeypatch.setattr(torch.cuda, "current_device", lambda: pytest.fail("touches GPU 0"))
     gpus(2)
     assert launched_place("cuda", Launch(5, 8, 1, 2)) == Place(5, 8, num_sharing=1, gpu=1)
-    assert launched_place("auto", Launch(5, 8, 3, 4)) == Place(5, 8, num_sharing=2, gpu=1)
+    assert launched_place("auto", Launch(4, 8, 3, 4)) == Place(4, 8, num_sharing=2, gpu=1)
     assert launched_place("cpu", Launch(5, 8, 1, 2)) == Place(5, 8, num_sharing=2)
 
 

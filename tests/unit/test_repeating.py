@@ -1,0 +1,87 @@
+"""The line that is printed with a failure repeats it: alone, in another checkout, with an empty database.
+
+The suite that fails is a small one of its own, under tests/conftest.py.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.source_tree import ROOT
+
+# Runs first, and loads a module full of constants: Hypothesis likes to draw those.
+TEST_A = "def test_loads_a_module():\n    import ours\n"
+OURS = f"NUMBERS = {[10**6 + 7 * number for number in range(100)]}\n"
+# What fails depends on every draw; without shrinking, which would lead from any failure to the same smallest one.
+TEST_B = """
+import pytest, random
+from hypothesis import Phase, given, settings, strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, rule
+
+@settings(phases=[Phase.generate])
+@given(st.lists(st.integers(0, 10**7), min_size=100, max_size=100))
+def test_property(numbers):
+    assert sum(numbers) % 2 == 0
+
+class Machine(RuleBasedStateMachine):
+    num_steps = total = 0
+    @rule(number=st.integers(0, 10**7))
+    def add(self, number):
+        self.num_steps += 1
+        self.total += number
+        assert self.num_steps < 30 or self.total % 2 == 0
+
+TestMachine = Machine.TestCase
+TestMachine.settings = settings(phases=[Phase.generate])
+
+@pytest.mark.gpu
+def test_of_a_gpu():
+    drawn = random.random()
+    assert drawn > 2
+"""
+INI = """[pytest]
+addopts = -p tests.conftest -m "not gpu"
+markers = gpu: run with -m gpu
+"""
+
+
+@pytest.fixture
+def checkouts(tmp_path: Path) -> list[Path]:
+    """Two of the same."""
+    folders = [tmp_path / "here", tmp_path / "there"]
+    for folder in folders:
+        folder.mkdir()
+        for name, text in {"test_a.py": TEST_A, "ours.py": OURS, "test_b.py": TEST_B, "pytest.ini": INI}.items():
+            (folder / name).write_text(text)
+    return folders
+
+
+def output_of(command: str, checkout: Path) -> str:
+    """What `command`, for a shell, prints. It fails."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "NANOVLLM_"))}
+    paths = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, shell=True, cwd=checkout, env=kept | paths, capture_output=True, text=True)
+    assert result.returncode == 1, result.stdout + result.stderr
+    return result.stdout
+
+
+def failures(output: str) -> dict[str, str]:
+    """Line that repeats it -> what the failed assertion said, and the failing example."""
+    lines = re.findall(r"^(HYPOTHESIS_PROFILE=.* python -m pytest .*)$", output, re.MULTILINE)
+    examples = re.split(r"^_{3,} .* _{3,}$", output, flags=re.MULTILINE)[1:]
+    said = ["\n".join(re.findall(r"^(?:E  |    state).*$", example, re.MULTILINE)) for example in examples]
+    return dict(zip(lines, said, strict=True))
+
+
+@pytest.mark.parametrize(("options", "number"), [("", 2), ("-m gpu", 1)])
+def test_the_printed_line_repeats_the_failure(checkouts: list[Path], options: str, number: int) -> None:
+    here, there = checkouts
+    found = failures(output_of(f"python -m pytest -p no:cacheprovider {options}", here))
+    assert len(found) == number
+    for line, example in found.items():
+        assert example
+        assert failures(output_of(line, there)) == {line: example}
