@@ -28,8 +28,8 @@ _OF_THE_CPU_SUITE = {
     # its parts
     "BlockManager against reference": Floor(4_000, DRAWN),
     "Scheduler against reference": Floor(100_000, DRAWN),
-    "symbolic model": Floor(4_500, DRAWN),
-    "sampler statistics": Floor(950_000, FIXED),
+    "symbolic model: tokens against what was attended": Floor(4_500, DRAWN),
+    "sampler statistics against exact probabilities": Floor(950_000, FIXED),
     "BlockManager: hashes against the reference": Floor(30, "the dev profile's examples, each one hash"),
     "model input: tokens, positions and slots against the definition": Floor(70, DRAWN),
     "model input: tokens of pickled sequences against those of the sender": Floor(100, DRAWN),

@@ -69,7 +69,7 @@ def test_every_message_reaches_every_receiver_whole_and_in_order(
         assert received_by_each(sender, messages) == [messages] * num_receivers
     finally:
         sender.close()
-    compared("shared-memory messages", len(messages) * num_receivers)
+    compared("ranks: messages received against those sent", len(messages) * num_receivers)
 
 
 def test_a_message_of_three_segments_and_a_byte() -> None:
