@@ -8,6 +8,7 @@ every GPU test and exclusively by those.
 
 import fcntl
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -62,6 +63,8 @@ def held(folder: Path, exclusively: bool) -> Iterator[None]:
 
 
 def _folder() -> Path:
-    folder = Path(tempfile.gettempdir()) / f"nanovllm-gpu-tests-{os.getuid()}"
+    """One for each GPU, as far as CUDA_VISIBLE_DEVICES tells them apart."""
+    gpu = re.sub(r"\W", "-", os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+    folder = Path(tempfile.gettempdir()) / f"nanovllm-gpu-tests-{os.getuid()}{gpu and '-'}{gpu}"
     folder.mkdir(exist_ok=True)
     return folder

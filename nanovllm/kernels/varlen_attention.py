@@ -325,5 +325,8 @@ def _attend_tile(
     else:
         value = tl.load(value_ptr + value_offset[:, None] + dim[None, :])
     total = total * correction + tl.sum(weight, 1)
-    output = tl.dot(weight.to(value.dtype), value, output * correction[:, None], input_precision="ieee")
+    if value.dtype == tl.float32:  # a tile's sum by itself: fewer roundings of large sums
+        output = output * correction[:, None] + tl.dot(weight, value, input_precision="ieee")
+    else:
+        output = tl.dot(weight.to(value.dtype), value, output * correction[:, None])
     return new_best, total, output

@@ -7,7 +7,7 @@ does not. Where the cases are fixed, it is about nine tenths: one or two may go,
 
 from typing import NamedTuple
 
-from tests.evidence import COMPILED, INTERPRETED, KERNELS
+from tests.evidence import COMPILED, INTERPRETED, KERNELS, ON_A_GPU
 from tests.report.facts import GPU, WHOLE, Facts
 
 
@@ -81,6 +81,20 @@ _COLUMNS = [
     *((t, COMPILED) for t in ("bfloat16", "float16", "float32")),
 ]
 
+# kernel: values compared on a GPU in bfloat16, float16 and float32; in thousands
+_KERNELS_ON_A_GPU = {
+    "grouped_gemm": (190, 190, 190),
+    "paged_attention": (630, 700, 630),
+    "qk_norm_rope_store": (420, 420, 430),
+    "rms_norm": (69_000, 69_000, 69_000),
+    "rotary_embedding": (15_000, 15_000, 15_000),
+    "sampling": (0.2, 0.2, 0.2),
+    "silu_and_mul": (25_000, 25_000, 25_000),
+    "store_kvcache": (4, 4, 70),
+    "varlen_attention": (13_000, 11_000, 13_000),
+    "varlen_attention_hopper": (11_000, 6_400, 0),
+}
+
 COMPARISONS: dict[str, dict[str, Floor]] = {
     WHOLE: _OF_THE_CPU_SUITE
     | {
@@ -89,7 +103,22 @@ COMPARISONS: dict[str, dict[str, Floor]] = {
         for (dtype, way), least in zip(_COLUMNS, numbers, strict=True)
         if least
     },
-    GPU: {},  # to be set from what a run of all GPU tests reaches
+    GPU: {
+        "attention: flash_attn backend against the reference": Floor(2_200_000, DRAWN),
+        "engine: greedy tokens against transformers' logits": Floor(31_000, FIXED),
+        "engine: logits on a GPU against the reference": Floor(115_000, FIXED),
+        "engine: tokens against reference.generate": Floor(2_500, FIXED),
+        "equalities: logits bit for bit against the prompt alone": Floor(51_000, FIXED),
+        "equalities: logits within rounding against the prompt alone": Floor(1_200, FIXED),
+        "poison: computed rows against NaN": Floor(1_000, FIXED),
+        "replay: decisions and tokens against the trace": Floor(5_300, FIXED),
+    }
+    | {
+        f"{KERNELS}: {kernel}, {dtype}, {ON_A_GPU}": Floor(int(1000 * thousands), DRAWN)
+        for kernel, numbers in _KERNELS_ON_A_GPU.items()
+        for dtype, thousands in zip(("bfloat16", "float16", "float32"), numbers, strict=True)
+        if thousands
+    },
 }
 EVENTS: dict[str, dict[str, Floor]] = {
     WHOLE: {
@@ -101,7 +130,12 @@ EVENTS: dict[str, dict[str, Floor]] = {
         "abort": Floor(26, DRAWN),
         "graph replay": Floor(0, "CUDA graphs are replayed on a GPU only"),
     },
-    GPU: {"graph replay": Floor(1, "test_gpu_graphs replays at every batch size")},
+    GPU: {
+        "graph replay": Floor(660, FIXED),
+        "preemption": Floor(32, FIXED),
+        "block hit": Floor(470, FIXED),
+        "block poisoned": Floor(79, FIXED),
+    },
 }
 LEAST_MUTATION_SCORE = 1.0  # of the listed mutants that are not equivalent
 LEAST_GENERIC_SCORE = 0.95  # of a generic tool's, among which nobody looked for the equivalent ones
