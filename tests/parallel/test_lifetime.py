@@ -187,6 +187,9 @@ def test_ctrl_c_ends_the_ranks(tmp_path: Path) -> None:
     program = Program(tmp_path, body)
     assert program.process.stdout is not None
     assert program.process.stdout.readline() == "working\n"
+    program.rank_1.send_signal(signal.SIGINT)  # is for rank 0: it ends the ranks in order
+    for _ in range(2):  # a step that had been computed by then, and one that had not
+        assert program.process.stdout.readline() == "working\n"
     os.killpg(program.process.pid, signal.SIGINT)
     code, out, err = program.end()
     assert (code, out.splitlines()[-1], err) == (0, "interrupted", "")
