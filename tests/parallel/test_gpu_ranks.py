@@ -1,5 +1,6 @@
 """Ranks on GPUs: over NCCL where each has its own, over gloo where they share one. Not part of `make test`."""
 
+import multiprocessing
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from tests.tiny_models import tiny_model
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "qwen3_moe"]
 PARAMS = [SamplingParams.greedy(max_tokens=24, ignore_eos=True), SamplingParams(seed=5, max_tokens=24, ignore_eos=True)]
 PROMPTS = [list(prompt.encode()) for prompt in DEMO_PROMPTS[:8]]
+NUM_BLOCKS = 32  # of 256 tokens, max_model_len: enough for max_num_seqs; so nobody measures what others leave free
 
 
 def tokens(architecture: str, size: int, **options: Any) -> list[list[int]]:
@@ -22,7 +24,7 @@ def tokens(architecture: str, size: int, **options: Any) -> list[list[int]]:
     model_dir = tiny_model(architecture, head_dim=32, num_heads=8, num_kv_heads=2)
     with LLM(
         str(model_dir), tensor_parallel_size=size, dtype="float32", attention_backend="triton", max_model_len=256,
-        max_num_seqs=16, max_num_batched_tokens=64, gpu_memory_utilization=0.3, **options,
+        max_num_seqs=16, max_num_batched_tokens=64, **options,
     ) as llm:  # fmt: skip
         params = [PARAMS[index % 2] for index in range(len(PROMPTS))]
         return [output["token_ids"] for output in llm.generate(PROMPTS, params, use_tqdm=False)]
@@ -52,7 +54,7 @@ def test_one_rank_with_nccl(tmp_path: Any) -> None:
 def test_two_ranks_on_one_gpu_say_what_one_says(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over gloo, since NCCL wants a GPU for each; the cache is sized for both."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # also where there are more
-    assert tokens(architecture, 2) == tokens(architecture, 1)
+    assert tokens(architecture, 2, gpu_memory_utilization=0.3) == tokens(architecture, 1, gpu_memory_utilization=0.3)
 
 
 @pytest.mark.multi_gpu
@@ -63,7 +65,8 @@ def test_ranks_over_nccl_say_what_one_says(architecture: str, size: int, enforce
     """D35 D37: with NCCL's collectives inside the decode graphs, and without graphs."""
     if torch.cuda.device_count() < size:
         pytest.skip(f"needs {size} GPUs")
-    assert tokens(architecture, size, enforce_eager=enforce_eager) == tokens(architecture, 1)
+    several = tokens(architecture, size, enforce_eager=enforce_eager, num_kv_cache_blocks=NUM_BLOCKS)
+    assert several == tokens(architecture, 1, num_kv_cache_blocks=NUM_BLOCKS)
 
 
 @pytest.mark.multi_gpu
@@ -74,6 +77,7 @@ def test_a_rank_that_fails_over_nccl(what: str, monkeypatch: pytest.MonkeyPatch)
     with monkeypatch.context() as planted:
         plant(planted, Fault(1, "decode", what))
         with pytest.raises(RankError, match="rank 1 of 2"):
-            tokens("llama", 2)
+            tokens("llama", 2, num_kv_cache_blocks=NUM_BLOCKS)
     assert torch.cuda.memory_allocated() == before
-    assert tokens("llama", 2) == tokens("llama", 1)
+    assert not multiprocessing.active_children()
+    assert tokens("llama", 2, num_kv_cache_blocks=NUM_BLOCKS) == tokens("llama", 1, num_kv_cache_blocks=NUM_BLOCKS)
