@@ -10,7 +10,7 @@ from nanovllm import LLM, SamplingParams
 from nanovllm.demo_prompts import DEMO_PROMPTS
 from nanovllm.worker.local_ranks import RankError
 from nanovllm.worker.process_group import FileStore, Place, join, leave
-from tests.parallel.faults import Fault, plant
+from tests.parallel.faults import WARM_UP, Fault, plant
 from tests.tiny_models import tiny_model
 
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "qwen3_moe"]
@@ -70,12 +70,13 @@ def test_ranks_over_nccl_say_what_one_says(architecture: str, size: int, enforce
 
 
 @pytest.mark.multi_gpu
+@pytest.mark.parametrize("place", [WARM_UP, "decode"])
 @pytest.mark.parametrize("what", ["raise", "kill"])
-def test_a_rank_that_fails_over_nccl(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_that_fails_over_nccl(what: str, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """D33: rank 0, whose GPU waits inside a collective, is let go; its memory comes back, and a new engine starts."""
     before = torch.cuda.memory_allocated()
     with monkeypatch.context() as planted:
-        plant(planted, Fault(1, "decode", what))
+        plant(planted, Fault(1, place, what))
         with pytest.raises(RankError, match="rank 1 of 2"):
             tokens("llama", 2, num_kv_cache_blocks=NUM_BLOCKS)
     assert torch.cuda.memory_allocated() == before
