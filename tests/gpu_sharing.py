@@ -34,6 +34,12 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     option.dist = "worksteal"  # for some tests take a hundred times as long as others
 
 
+@pytest.hookimpl(trylast=True)  # after random_order's, which was loaded before
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whoever needs the whole GPU comes last: in between, all others would wait for the longest test under way."""
+    items.sort(key=lambda item: item.get_closest_marker("whole_gpu") is not None)
+
+
 @pytest.hookimpl(wrapper=True, tryfirst=True)  # around pytest-timeout's: waiting is not the test's time
 def pytest_runtest_protocol(item: pytest.Item) -> Any:
     if item.get_closest_marker("gpu") is None:

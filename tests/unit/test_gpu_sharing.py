@@ -6,11 +6,11 @@ import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
-from tests.gpu_sharing import held, pytest_cmdline_main
+from tests.gpu_sharing import held, pytest_cmdline_main, pytest_collection_modifyitems
 from tests.source_tree import ROOT
 
 LONG = 20  # seconds, after which a thread that should have come is missing
@@ -112,3 +112,17 @@ def test_the_processes_start_no_processes(tmp_path: Path) -> None:
         who = [path.read_text().split() for path in tmp_path.glob("*.txt")]
         assert {worker for worker, _ in who} <= {"gw0", "gw1"}
         assert {parent for _, parent in who} == {str(process.pid)}
+
+
+def test_who_needs_the_whole_gpu_comes_last() -> None:
+    items: list[Any] = [Item(name, marker) for name, marker in (("a", "whole_gpu"), ("b", "gpu"), ("c", "gpu"))]
+    pytest_collection_modifyitems(items)
+    assert [item.name for item in items] == ["b", "c", "a"]
+
+
+class Item(NamedTuple):
+    name: str
+    marker: str
+
+    def get_closest_marker(self, name: str) -> str | None:
+        return name if name == self.marker else None
