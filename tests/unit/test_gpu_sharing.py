@@ -75,7 +75,16 @@ def workers(**options: Any) -> Any:
     return config.option.numprocesses
 
 
+def test_without_a_gpu_the_run_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.gpu_sharing.has_gpu", lambda: False)
+    with pytest.raises(pytest.UsageError, match="need an NVIDIA GPU"):
+        workers()
+    assert workers(markexpr="not gpu") is None
+    assert workers(collectonly=True) is None
+
+
 def test_only_a_run_of_gpu_tests_gets_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.gpu_sharing.has_gpu", lambda: True)
     monkeypatch.setattr("os.cpu_count", lambda: 16)
     assert workers() == 8
     assert workers(numprocesses=0) == 0
@@ -93,7 +102,10 @@ def test_the_processes_start_no_processes(tmp_path: Path) -> None:
     """A run of its own, in which every test says who runs it."""
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n  gpu\n  whole_gpu\n")
     (tmp_path / "conftest.py").write_text(
-        "import os\nos.cpu_count = lambda: 4\npytest_plugins = ['tests.gpu_sharing']\n"
+        "import os, tests.gpu_sharing\n"
+        "os.cpu_count = lambda: 4\n"
+        "tests.gpu_sharing.has_gpu = lambda: True\n"
+        "pytest_plugins = ['tests.gpu_sharing']\n"
     )
     (tmp_path / "test_who.py").write_text(
         "import os, pathlib, pytest\n"
