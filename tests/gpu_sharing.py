@@ -24,14 +24,28 @@ MOST_WORKERS = 8  # each holds half a GiB of the GPU for itself, and a few GiB w
 @pytest.hookimpl(tryfirst=True)  # before xdist's own, which reads the number
 def pytest_cmdline_main(config: pytest.Config) -> None:
     option = config.option
-    if hasattr(config, "workerinput"):
-        return  # this is such a process
-    if option.markexpr != "gpu" or getattr(option, "numprocesses", 0) is not None or option.usepdb:
-        return  # another part of the tests; no xdist, or -n was given; a debugger wants one process
-    if option.collectonly or any("::" in argument for argument in config.args):
+    if option.markexpr != "gpu" or option.collectonly or hasattr(config, "workerinput"):
+        return  # another part of the tests, or nothing is run, or this is such a process
+    if not has_gpu():
+        raise pytest.UsageError("-m gpu: these tests need an NVIDIA GPU, and torch finds none here")
+    if getattr(option, "numprocesses", 0) is not None or option.usepdb:
+        return  # no xdist, or -n was given; a debugger wants one process
+    if any("::" in argument for argument in config.args):
         return  # starting processes would take longer than a few tests
     option.numprocesses = min(MOST_WORKERS, (os.cpu_count() or 1) // 2)
     option.dist = "worksteal"  # for some tests take a hundred times as long as others
+
+
+def has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+@pytest.hookimpl(trylast=True)  # after random_order's, which was loaded before
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whoever needs the whole GPU comes last: in between, all others would wait for the longest test under way."""
+    items.sort(key=lambda item: item.get_closest_marker("whole_gpu") is not None)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)  # around pytest-timeout's: waiting is not the test's time

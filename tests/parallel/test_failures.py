@@ -121,6 +121,27 @@ def test_an_error_of_rank_0_ends_the_engine_and_a_new_one_starts(
         assert generate(fresh) == expected
 
 
+def test_ctrl_c_while_rank_0_looks_for_the_cause_ends_the_engine(
+    nothing_left: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """D33: the ranks are killed, and none computes a later request from where the lost one left it."""
+    llm = engine()
+
+    def fail(batch: Any) -> list[int]:
+        raise RuntimeError("planted on rank 0")
+
+    def interrupt(error: BaseException) -> BaseException:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(llm._executor._runner, "run", fail)
+    monkeypatch.setattr(llm._executor._ranks, "explain", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        generate(llm)
+    assert not nothing_left.holdings().processes
+    with pytest.raises(RuntimeError, match="this engine is closed: make a new one"):
+        generate(llm)
+
+
 def test_a_checkpoint_that_no_rank_can_load_is_a_value_error(
     nothing_left: Watch, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -13,13 +13,13 @@ from nanovllm import LLM, SamplingParams
 from nanovllm.demo_prompts import DEMO_PROMPTS
 from nanovllm.worker.local_ranks import RankError
 from nanovllm.worker.process_group import FileStore, Place, join, leave
-from tests.parallel.faults import Fault, plant
+from tests.parallel.faults import WARM_UP, Fault, plant
 from tests.tiny_models import tiny_model
 
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "qwen3_moe"]
 PARAMS = [SamplingParams.greedy(max_tokens=24, ignore_eos=True), SamplingParams(seed=5, max_tokens=24, ignore_eos=True)]
-NUM_BLOCKS = 16  # of 256 tokens: one a sequence
 PROMPTS = [list(prompt.encode()) for prompt in DEMO_PROMPTS[:8]]
+NUM_BLOCKS = 32  # of 256 tokens, max_model_len: enough for max_num_seqs; so nobody measures what others leave free
 
 
 def tokens(architecture: str, size: int, **options: Any) -> list[list[int]]:
@@ -69,17 +69,18 @@ def test_ranks_over_nccl_say_what_one_says(architecture: str, size: int, enforce
     """D35 D37: with NCCL's collectives inside the decode graphs, and without graphs."""
     if torch.cuda.device_count() < size:
         pytest.skip(f"needs {size} GPUs")
-    options: dict[str, Any] = {"enforce_eager": enforce_eager, "num_kv_cache_blocks": NUM_BLOCKS}
-    assert tokens(architecture, size, **options) == tokens(architecture, 1, num_kv_cache_blocks=NUM_BLOCKS)
+    several = tokens(architecture, size, enforce_eager=enforce_eager, num_kv_cache_blocks=NUM_BLOCKS)
+    assert several == tokens(architecture, 1, num_kv_cache_blocks=NUM_BLOCKS)
 
 
 @pytest.mark.multi_gpu
+@pytest.mark.parametrize("place", [WARM_UP, "decode"])
 @pytest.mark.parametrize("what", ["raise", "kill"])
-def test_a_rank_that_fails_over_nccl(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_that_fails_over_nccl(what: str, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """D33: rank 0, whose GPU waits inside a collective, is let go; its memory comes back, and a new engine starts."""
     before = torch.cuda.memory_allocated()
     with monkeypatch.context() as planted:
-        plant(planted, Fault(1, "decode", what))
+        plant(planted, Fault(1, place, what))
         with pytest.raises(RankError, match="rank 1 of 2"):
             tokens("llama", 2, num_kv_cache_blocks=NUM_BLOCKS)
     assert torch.cuda.memory_allocated() == before

@@ -6,11 +6,11 @@ import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
-from tests.gpu_sharing import held, pytest_cmdline_main
+from tests.gpu_sharing import held, pytest_cmdline_main, pytest_collection_modifyitems
 from tests.source_tree import ROOT
 
 LONG = 20  # seconds, after which a thread that should have come is missing
@@ -75,7 +75,16 @@ def workers(**options: Any) -> Any:
     return config.option.numprocesses
 
 
+def test_without_a_gpu_the_run_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.gpu_sharing.has_gpu", lambda: False)
+    with pytest.raises(pytest.UsageError, match="need an NVIDIA GPU"):
+        workers()
+    assert workers(markexpr="not gpu") is None
+    assert workers(collectonly=True) is None
+
+
 def test_only_a_run_of_gpu_tests_gets_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.gpu_sharing.has_gpu", lambda: True)
     monkeypatch.setattr("os.cpu_count", lambda: 16)
     assert workers() == 8
     assert workers(numprocesses=0) == 0
@@ -93,7 +102,10 @@ def test_the_processes_start_no_processes(tmp_path: Path) -> None:
     """A run of its own, in which every test says who runs it."""
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n  gpu\n  whole_gpu\n")
     (tmp_path / "conftest.py").write_text(
-        "import os\nos.cpu_count = lambda: 4\npytest_plugins = ['tests.gpu_sharing']\n"
+        "import os, tests.gpu_sharing\n"
+        "os.cpu_count = lambda: 4\n"
+        "tests.gpu_sharing.has_gpu = lambda: True\n"
+        "pytest_plugins = ['tests.gpu_sharing']\n"
     )
     (tmp_path / "test_who.py").write_text(
         "import os, pathlib, pytest\n"
@@ -112,3 +124,17 @@ def test_the_processes_start_no_processes(tmp_path: Path) -> None:
         who = [path.read_text().split() for path in tmp_path.glob("*.txt")]
         assert {worker for worker, _ in who} <= {"gw0", "gw1"}
         assert {parent for _, parent in who} == {str(process.pid)}
+
+
+def test_who_needs_the_whole_gpu_comes_last() -> None:
+    items: list[Any] = [Item(name, marker) for name, marker in (("a", "whole_gpu"), ("b", "gpu"), ("c", "gpu"))]
+    pytest_collection_modifyitems(items)
+    assert [item.name for item in items] == ["b", "c", "a"]
+
+
+class Item(NamedTuple):
+    name: str
+    marker: str
+
+    def get_closest_marker(self, name: str) -> str | None:
+        return name if name == self.marker else None
