@@ -36,7 +36,7 @@ _OF_THE_CPU_SUITE = {
     "ranks: messages received against those sent": Floor(20, DRAWN),
     # its parts
     "BlockManager against reference": Floor(4_000, DRAWN),
-    "Scheduler against reference": Floor(100_000, DRAWN),
+    "Scheduler against reference": Floor(40_000, DRAWN),
     "symbolic model: tokens against what was attended": Floor(4_500, DRAWN),
     "sampler: drawn tokens against float64": Floor(30, "the dev profile's examples"),
     "sampler statistics against exact probabilities": Floor(950_000, FIXED),
