@@ -65,7 +65,7 @@ _OF_THE_CPU_SUITE = {
 _KERNELS = {
     "grouped_gemm": (4_000, 1_600, 21, 21, 21),
     "moe_routing": (860, 0, 8, 8, 8),
-    "paged_attention": (49_000, 14_600, 15, 3, 14),
+    "paged_attention": (49_000, 14_600, 15, 3, 10),
     "qk_norm_rope_store": (94_000, 12_700, 32, 10, 10),
     "rms_norm": (25_600, 23_800, 54, 18, 18),
     "rotary_embedding": (9_300, 9_300, 13, 4, 4),
