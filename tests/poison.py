@@ -163,7 +163,7 @@ class Poison:
 
     def _check(self, rows: torch.Tensor, bounds: np.ndarray, model_input: ModelInput) -> None:
         """rows [num_rows, size]; those of sequence i begin at bounds[i]."""
-        compared("poison: rows without NaN", len(rows))
+        compared("poison: computed rows against NaN", len(rows))
         is_nan = rows.isnan().any(dim=1).cpu().numpy()
         if self._batch is not None and is_nan.any():
             index = int(np.searchsorted(bounds, is_nan.argmax(), side="right")) - 1

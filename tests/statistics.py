@@ -80,7 +80,7 @@ def check_differences(a: np.ndarray, b: np.ndarray, num_values: int, what: str) 
 def _count_comparisons(number: int) -> None:
     global _num_comparisons
     _num_comparisons += number
-    compared("sampler statistics", number)
+    compared("sampler statistics against exact probabilities", number)
     assert _num_comparisons <= MAX_COMPARISONS, "more comparisons than the rate of false alarms allows: raise its share"
 
 

@@ -60,7 +60,7 @@ def assert_equal(ours: list[Served], theirs: list[Served]) -> None:
     for one, other in zip(ours, theirs, strict=True):
         assert one.token_ids == other.token_ids
         assert torch.equal(one.logits, other.logits), f"off by {(one.logits - other.logits).abs().max()}"
-        compared("equalities, bit for bit", one.logits.numel())
+        compared("equalities: logits bit for bit against the prompt alone", one.logits.numel())
 
 
 def assert_close(ours: list[Served], theirs: list[Served], bound: float, name: str) -> None:
@@ -76,7 +76,7 @@ def assert_close(ours: list[Served], theirs: list[Served], bound: float, name: s
                 margin = other.logits[step][expected] - other.logits[step][token]
                 assert margin <= 2 * bound, f"token {step} is {token}, not {expected}, by a margin of {margin}"
                 break
-    compared("equalities, within rounding", num_tokens)
+    compared("equalities: logits within rounding against the prompt alone", num_tokens)
     assert num_tokens >= 0.9 * sum(len(other.token_ids) for other in theirs), "too many near ties to show anything"
 
 

@@ -38,9 +38,10 @@ def main() -> int:
         return 2
     print(text(mutants, results))
     if arguments.sample:
-        print(f"\na sample of {len(mutants)} of {len(every)} mutants: repeat with --seed {arguments.seed}")
+        size = f"--sample {arguments.sample} --seed {arguments.seed}"
+        print(f"\na sample of {len(mutants)} of {len(every)} mutants: repeat with {size}")
     if len(results) < len(mutants):
-        print(f"\n{len(mutants) - len(results)} mutants were not run: the minutes were over")
+        print(f"\n{len(mutants) - len(results)} of them were not run: the minutes were over")
     elif len(mutants) == len(every):
         write_score(mutants, results)
         print(f"\nwritten to {SCORE}")
@@ -52,14 +53,17 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("ids", nargs="*", help="mutants to run; all of them by default")
     parser.add_argument("--component", action="append", default=[], help="only those of a component; may be repeated")
     parser.add_argument("--sample", type=int, help="so many of them, drawn at random")
-    parser.add_argument("--seed", type=int, default=0, help="of the sample")
+    parser.add_argument("--seed", type=int, help="of the sample; a fresh one by default")
     parser.add_argument("--minutes", type=float, help="start no more after so many")
     parser.add_argument("--workers", type=int, default=1, help="processes at a time (default 1)")
     parser.add_argument(
         "--tests-pass", action="store_true", help="the tests are known to pass on the code as it is: begin at once"
     )
     parser.add_argument("--list", action="store_true", help="show the mutants and run nothing")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.seed is None:
+        arguments.seed = random.SystemRandom().randrange(10**6)
+    return arguments
 
 
 def _chosen(mutants: list[Mutant], arguments: argparse.Namespace) -> list[Mutant]:

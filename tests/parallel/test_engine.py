@@ -119,7 +119,7 @@ def test_ranks_say_what_the_reference_says(architecture: str) -> None:
     assert oracle.num_excused == 0  # so that tokens are compared one by one
     assert tokens[2] == tokens[1]
     assert tokens[4] == tokens[1]
-    compared("tokens of several ranks", oracle.num_compared)
+    compared("ranks: tokens against reference.generate", oracle.num_compared)
 
 
 def check_outputs(oracle: Oracle, outputs: dict[int, Any]) -> None:
@@ -138,7 +138,7 @@ def check_logits(oracle: Oracle, outputs: dict[int, Any], recorder: Recorder, si
         error, bound = float((ours - exact).abs().max()), ERROR_RATIO * float((single - exact).abs().max())
         if size > 1:
             tolerated(f"logits of {size} ranks, float32", error, bound)
-            compared("logits of several ranks", ours.numel())
+            compared("ranks: logits against the reference, float64", ours.numel())
         assert error <= bound, f"request {index}"
 
 
@@ -175,7 +175,7 @@ def test_a_worker_needs_nothing_but_the_pickled_sequences() -> None:
         outputs = llm.generate([list(prompt) for prompt, _ in REQUESTS], GREEDY, use_tqdm=False)
         assert llm.scheduler.num_preemptions > 0
         assert len(outputs) == len(REQUESTS)
-        compared("steps of a runner that sees pickled sequences only", num_steps)
+        compared("ranks: steps on pickled sequences against rank 0's own", num_steps)
 
 
 def test_the_poorest_rank_decides_how_many_blocks_there_are(

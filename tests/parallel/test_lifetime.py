@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from nanovllm import LLM, SamplingParams, bundled_model_path
+from nanovllm.worker.local_ranks import LocalRanks
 from tests.evidence import happened
 from tests.parallel.holdings import SHARED_MEMORY, Watch
 from tests.parallel.test_failures import OPTIONS, engine, generate
@@ -91,6 +92,20 @@ def test_an_engine_that_nobody_holds_ends(nothing_left: Watch) -> None:
     generate(llm)
     assert nothing_left.holdings().processes
     del llm  # nothing_left looks for what remains
+
+
+def test_ranks_end_by_themselves(nothing_left: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """D34: close() lets them leave the group and free what they hold; nobody is killed."""
+    exit_codes: list[int | None] = []
+    kill = LocalRanks._kill
+
+    def look_and_kill(ranks: LocalRanks) -> None:
+        exit_codes.extend(process.exitcode for process in ranks._processes)
+        kill(ranks)
+
+    monkeypatch.setattr(LocalRanks, "_kill", look_and_kill)
+    engine().close()
+    assert exit_codes == [0]
 
 
 # --- in a process of its own ---
@@ -172,6 +187,9 @@ def test_ctrl_c_ends_the_ranks(tmp_path: Path) -> None:
     program = Program(tmp_path, body)
     assert program.process.stdout is not None
     assert program.process.stdout.readline() == "working\n"
+    program.rank_1.send_signal(signal.SIGINT)  # is for rank 0: it ends the ranks in order
+    for _ in range(2):  # a step that had been computed by then, and one that had not
+        assert program.process.stdout.readline() == "working\n"
     os.killpg(program.process.pid, signal.SIGINT)
     code, out, err = program.end()
     assert (code, out.splitlines()[-1], err) == (0, "interrupted", "")

@@ -56,7 +56,7 @@ def test_two_machines_say_what_one_process_says() -> None:
     assert (first.returncode, first.stdout) == (0, "".join(expected)), first.stderr
     assert (second.returncode, second.stdout) == (0, ""), second.stderr
     assert "using the bundled one" not in second.stderr
-    compared("texts of ranks on two machines", len(PROMPTS))
+    compared("ranks: texts of two machines against one process's", len(PROMPTS))
 
 
 @pytest.mark.campaign

@@ -55,7 +55,7 @@ def play(trace: Trace, machine: Machine) -> Score:
     player = _Player(machine)
     for event in trace.events:
         getattr(player, f"do_{event['do']}")(event)
-    compared("replay", player.score.num_decisions + player.score.num_tokens)
+    compared("replay: decisions and tokens against the trace", player.score.num_decisions + player.score.num_tokens)
     happened("replayed step", player.score.num_steps)
     return player.score
 

@@ -51,9 +51,10 @@ class Page:
 
 def make_page(facts: Facts, problems: list[str]) -> Page:
     failed = facts.outcomes["failed"] + facts.outcomes["error"]
-    problems = [*([f"{failed} tests failed"] if failed else []), *problems]
+    if failed:
+        problems = [f"{failed} {'test' if failed == 1 else 'tests'} failed, so no floor was applied", *problems]
     compared = sum(n for name, n in facts.counts.comparisons.items() if not name.endswith(f", {COMPILED}"))
-    verdict = f"{facts.outcomes['passed']:,} tests passed, {failed:,} failed, {len(facts.skips):,} were skipped. They "
+    verdict = f"Tests: {facts.outcomes['passed']:,} passed, {failed:,} failed, {len(facts.skips):,} skipped. They "
     verdict += f"compared {compared:,} values with what an oracle says that they must be."
     good = "Nothing is wrong: every figure is above its floor, every skip is stated."
     if facts.scope == PART:
@@ -101,19 +102,24 @@ def _comparisons(facts: Facts) -> Section:
 
 
 def _kernels(facts: Facts) -> Section:
-    table: dict[tuple[str, str], dict[str, int]] = {}
-    for name, number in facts.counts.comparisons.items():
-        if name.startswith(f"{KERNELS}: "):
-            kernel, dtype, way = name.removeprefix(f"{KERNELS}: ").split(", ")
-            table.setdefault((kernel, dtype), {})[way] = number
+    figures = facts.counts.comparisons
+    known = floors.COMPARISONS.get(facts.scope, {})
+    names = [name for name in figures.keys() | known.keys() if name.startswith(f"{KERNELS}: ")]
+    cases = sorted({tuple(name.removeprefix(f"{KERNELS}: ").split(", ")[:2]) for name in names})
+    rows: list[tuple[Cell, ...]] = []
+    for kernel, dtype in cases:
+        row: list[Cell] = [kernel, dtype]
+        for name in (f"{KERNELS}: {kernel}, {dtype}, {way}" for way in WAYS):
+            row += [figures[name], _floor(known.get(name))]
+        rows.append(tuple(row))
     return Section(
         "Kernels",
         "Interpreted: values that Triton's interpreter computed on the CPU and that were compared with a reference; in "
         "bfloat16 only where nothing is computed, since the interpreter computes it wrongly. Compiled: "
-        "variants that were compiled for GPUs of compute capability 8.0, 9.0 or 10.0, which need not be there, with "
-        "registers and shared memory within what is allowed. On a GPU: values compared there. Each kernel has floors.",
-        ("kernel", "dtype", *WAYS),
-        [(*key, *(ways.get(way, 0) for way in WAYS)) for key, ways in sorted(table.items())],
+        "variants that were compiled for GPUs of compute capability 8.0, 9.0 or 10.0, which need not be there, "
+        "with registers and shared memory within what is allowed. On a GPU: values compared there.",
+        ("kernel", "dtype", *(title for way in WAYS for title in (way, "floor"))),
+        rows,
         empty="no test of a kernel was in this run",
     )
 
@@ -180,10 +186,10 @@ def _defects(facts: Facts) -> Section:
     return Section(
         "Known defects",
         f"tests/DEFECTS.md lists {len(facts.defects)} defects that reached users of engines of this kind. {covered} of "
-        "them have tests that say they would notice; these have none:",
+        "them have tests that say they would notice. Those without:",
         ("id", "what must hold"),
         list(without),
-        empty="none: every one has a test",
+        empty="none",
     )
 
 

@@ -8,6 +8,7 @@ that tests start.
 """
 
 import os
+import shlex
 import shutil
 import tempfile
 from pathlib import Path
@@ -66,7 +67,8 @@ class Reporter:
 
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
-        self.facts = Facts(scope=scope_of(config), repeat=how_to_repeat())
+        command = shlex.join(["python", "-m", "pytest", *map(str, config.invocation_params.args)])
+        self.facts = Facts(scope=scope_of(config), repeat=f"{how_to_repeat()} {command}")
         self.problems: list[str] = []
         self.written: list[Path] = []
         self.folder: str | None = None  # of the evidence

@@ -41,6 +41,8 @@ def _planted_floors(monkeypatch: pytest.MonkeyPatch) -> None:
     known = {
         "engine: tokens against the reference": Floor(500, "planted"),
         "a figure that is missing": Floor(4, "planted"),
+        "kernel: rms_norm, float16, compiled": Floor(3, "planted"),
+        "kernel: missing, float16, compiled": Floor(2, "planted"),
     }
     monkeypatch.setattr(floors, "COMPARISONS", {WHOLE: known})
     monkeypatch.setattr(floors, "EVENTS", {WHOLE: {"preemption": Floor(2, "planted")}})
@@ -52,11 +54,12 @@ def lines_with(text: str, word: str) -> list[list[str]]:
 
 def test_the_text_has_every_figure_in_its_row() -> None:
     text = to_text(make_page(FACTS, []))
-    assert "7 tests passed, 0 failed, 1 were skipped. They compared 13,072 values" in text  # without what was compiled
+    assert "Tests: 7 passed, 0 failed, 1 skipped. They compared 13,072 values" in text  # without what was compiled
     assert lines_with(text, "engine: tokens")[0][:5] == ["engine:", "tokens", "the", "reference", "12,345"]
     assert lines_with(text, "engine: tokens")[0][5] == "500"
     assert lines_with(text, "is missing")[0][5:7] == ["0", "4"]
-    assert lines_with(text, "rms_norm  float16") == [["rms_norm", "float16", "640", "5", "0"]]
+    assert lines_with(text, "rms_norm  float16") == [["rms_norm", "float16", "640", "5", "3", "0"]]
+    assert lines_with(text, "missing   float16") == [["missing", "float16", "0", "0", "2", "0"]]
     assert lines_with(text, "rms_norm  bfloat16") == [["rms_norm", "bfloat16", "0", "0", "77"]]
     assert ["preemption", "3", "2"] in lines_with(text, "preemption")
     assert ["collision", "0"] in lines_with(text, "collision")
@@ -87,7 +90,7 @@ def test_problems_stand_first_and_a_good_run_says_so() -> None:
 
 def test_failed_tests_are_a_problem() -> None:
     page = make_page(Facts(outcomes=Counter(passed=1, failed=2, error=1)), [])
-    assert page.problems == ["3 tests failed"]
+    assert page.problems == ["3 tests failed, so no floor was applied"]
 
 
 def test_a_run_without_evidence_has_a_page() -> None:

@@ -92,7 +92,8 @@ def test_evidence_of_all_processes_is_added_up(suite: Path, workers: tuple[str, 
     assert re.search(r"event +8", text)
     assert re.search(r"bound +4 +10 .* 40 %", text)
     assert re.search(r"test_one.py::test_skipped +no x +planted", text)
-    assert "12 tests passed, 0 failed, 1 were skipped" in text
+    assert "Tests: 12 passed, 0 failed, 1 skipped" in text
+    assert re.search(r"NANOVLLM_TEST_SEED=\d+ python -m pytest -v .*--report$", text, re.MULTILINE)
     assert (suite / ".report" / "report.html").read_text().startswith("<!doctype html>")
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.defects import TABLE
+from tests.mutants import __main__ as command_line
 from tests.mutants.mutant import Mutant, MutantError, read_mutants, source_of
 from tests.mutants.private_tree import PrivateTree
 from tests.mutants.report import is_good, scores
@@ -14,8 +15,7 @@ from tests.mutants.results import Result
 from tests.source_tree import ROOT
 
 MUTANTS = read_mutants()
-# What a CPU cannot reach: other ranks, CUDA graphs, devices.
-NOT_REACHABLE = {"D30", "D32", "D33", "D35", "D37", "D41", "D45"}
+NOT_REACHABLE = {"D41"}  # by a CPU: CUDA graphs
 
 
 def test_every_mutant_fits_its_file_and_compiles() -> None:
@@ -108,3 +108,39 @@ def test_the_score_is_of_those_that_can_be_noticed(tmp_path: Path) -> None:
     assert not is_good(mutants, results)
     assert is_good(mutants, [results[0], results[2]])
     assert not is_good(mutants, [Result("c", True, "test", 1)]), "a proof that a test refutes"
+
+
+@pytest.mark.parametrize(
+    ("num_run", "survivors", "code", "said"),
+    [
+        (4, [], 0, "repeat with --sample 4 --seed 3"),
+        (3, [], 0, "1 of them were not run: the minutes were over"),
+        (4, [2], 1, "SURVIVED"),
+        (1, [0], 1, "SURVIVED"),
+    ],
+)
+def test_a_survivor_fails_the_command_and_too_few_minutes_do_not(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    num_run: int,
+    survivors: list[int],
+    code: int,
+    said: str,
+) -> None:
+    noticeable = [mutant for mutant in MUTANTS if not mutant.equivalent]
+
+    def run_mutants(mutants: list[Mutant], *_: object) -> list[Result]:
+        assert len(mutants) == 4
+        return [Result(mutants[i].id, i not in survivors, "a test", 1) for i in range(num_run)]
+
+    monkeypatch.setattr(command_line, "read_mutants", lambda: noticeable)
+    monkeypatch.setattr(command_line, "run_mutants", run_mutants)
+    monkeypatch.setattr(command_line.os, "nice", lambda _: 0)
+    monkeypatch.setattr(command_line.signal, "signal", lambda *_: None)
+    monkeypatch.setattr("sys.argv", ["tests.mutants", "--sample", "4", "--seed", "3", "--minutes", "1"])
+    assert command_line.main() == code
+    output = capsys.readouterr().out
+    assert said in output
+    assert output.count("SURVIVED") == len(survivors)
+    chosen = command_line._chosen(noticeable, command_line._arguments())
+    assert all(f"{chosen[i].id}: SURVIVED: {chosen[i].why}" in output for i in survivors)

@@ -195,7 +195,7 @@ class EngineMachine(RuleBasedStateMachine):
             for seq, digest in zip(batch.sampled_sequences, self.digests, strict=True):
                 expected = expected_digest(tuple(seq.token_ids), seq.sampling_params, seq.seed)
                 assert digest == expected, f"D09: {seq} read what it should not"
-            compared("symbolic model", len(self.digests))
+            compared("symbolic model: tokens against what was attended", len(self.digests))
         return batch
 
     def check_writes(self, batch: ScheduledBatch) -> None:

@@ -103,7 +103,7 @@ def play(scenario: Scenario, start_model: Callable[[int, int], Model]) -> None:
     for seq in sequences:
         text = expected_text(seq, scenario.max_model_len)
         assert seq.token_ids == text, f"{seq} did not read what it should: tokens {seq.token_ids}, expected {text}"
-    compared("symbolic model", sum(seq.num_completion_tokens for seq in sequences))
+    compared("symbolic model: tokens against what was attended", sum(seq.num_completion_tokens for seq in sequences))
     happened("preemption", scheduler.num_preemptions)
     happened("prefill chunk", scheduler.num_prefill_chunks)
     happened("block hit", scheduler.block_manager.num_hit_blocks)

@@ -58,7 +58,7 @@ def test_any_row_keeps_and_draws_what_float64_says(
     tensors = SamplingTensors.from_rows(rows, "cpu")
     token = Sampler()(row[None], tensors).item()
     z = (row / tensors.temperature).nan_to_num(nan=-INF, neginf=-INF, posinf=MAX)
-    compared("sampler")
+    compared("sampler: drawn tokens against float64")
     if top_k == 1:
         clean = row.nan_to_num(nan=-INF, neginf=-INF, posinf=MAX)
         assert token == int((clean == clean.max()).nonzero()[0])

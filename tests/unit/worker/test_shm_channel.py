@@ -5,6 +5,8 @@ import os
 import pickle
 import signal
 import threading
+import time
+from collections.abc import Callable
 from multiprocessing import shared_memory
 from multiprocessing.shared_memory import SharedMemory
 from typing import Any
@@ -20,6 +22,7 @@ from nanovllm.worker.shm_channel import CAPACITY, ShmReceiver, ShmSender, encode
 from tests.evidence import compared, tolerated
 
 SPAWN = multiprocessing.get_context("spawn")
+LIMIT_SECONDS = 20  # for messages that take microseconds: by then, something hangs
 
 
 class ReceiverGone(Exception):
@@ -34,6 +37,16 @@ def never() -> None:
     """The check of a sender whose receivers are all well."""
 
 
+def give_up_after(seconds: float) -> Callable[[], None]:
+    """The check of a sender that is not to wait for ever."""
+    end = time.monotonic() + seconds
+
+    def check() -> None:
+        assert time.monotonic() < end, "a receiver never reads what was sent"
+
+    return check
+
+
 def receive_all(receiver: ShmReceiver, count: int) -> list[Any]:
     return [receiver.receive() for _ in range(count)]
 
@@ -45,13 +58,15 @@ def received_by_each(sender: ShmSender, messages: list[Any]) -> list[list[Any]]:
     def run(index: int, receiver: ShmReceiver) -> None:
         results[index] = receive_all(receiver, len(messages))
 
-    threads = [threading.Thread(target=run, args=item) for item in enumerate(sender.receivers)]
+    # Daemons: a message that never comes fails the test, and is not waited for at the end of the run as well.
+    threads = [threading.Thread(target=run, args=item, daemon=True) for item in enumerate(sender.receivers)]
     for thread in threads:
         thread.start()
     for message in messages:
-        sender.send(message, never)
+        sender.send(message, give_up_after(LIMIT_SECONDS))
     for thread in threads:
-        thread.join(60)
+        thread.join(LIMIT_SECONDS)
+        assert not thread.is_alive(), "a receiver waits for a message that was sent"
     return results
 
 
@@ -69,7 +84,7 @@ def test_every_message_reaches_every_receiver_whole_and_in_order(
         assert received_by_each(sender, messages) == [messages] * num_receivers
     finally:
         sender.close()
-    compared("shared-memory messages", len(messages) * num_receivers)
+    compared("ranks: messages received against those sent", len(messages) * num_receivers)
 
 
 def test_a_message_of_three_segments_and_a_byte() -> None:
@@ -113,7 +128,7 @@ def test_a_slow_receiver_is_waited_for_and_looked_after() -> None:
         assert checked.wait(60)  # the sender has come to wait, and has looked
         results.append(receiver.receive())
 
-    thread = threading.Thread(target=read_late)
+    thread = threading.Thread(target=read_late, daemon=True)
     thread.start()
     sender.send(message, checked.set)
     thread.join(60)
