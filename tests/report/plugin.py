@@ -26,6 +26,7 @@ from tests.report.text import to_text
 from tests.run_seed import how_to_repeat
 
 DEFAULT = ".report"
+MOST_UNFINISHED = 40  # that are named
 NEVER_COLLECTED = "never_collected"  # key of xdist's workeroutput
 
 
@@ -71,6 +72,7 @@ class Reporter:
         self.facts = Facts(scope=scope_of(config), repeat=f"{how_to_repeat()} {command}")
         self.problems: list[str] = []
         self.written: list[Path] = []
+        self.unfinished: dict[str, None] = {}  # tests that have not ended, in their order
         self.folder: str | None = None  # of the evidence
         if config.option.report:
             self.folder = tempfile.mkdtemp(prefix="nanovllm-evidence-")
@@ -82,6 +84,13 @@ class Reporter:
     @pytest.hookimpl(tryfirst=True)  # before tests are deselected
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         self.facts.never_collected = never_collected(items)
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        self.unfinished.update(dict.fromkeys(item.nodeid for item in session.items))
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, ids: list[str]) -> None:
+        self.unfinished.update(dict.fromkeys(ids))  # the same of every worker, before any of them runs
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any) -> None:
@@ -96,6 +105,8 @@ class Reporter:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self.facts.seconds[report.nodeid] += report.duration
+        if report.when == "teardown":
+            self.unfinished.pop(report.nodeid, None)
         if report.skipped and not hasattr(report, "wasxfail"):
             self.facts.skips.append(_skip(report))
         elif report.when == "call":
@@ -133,7 +144,13 @@ class Reporter:
             self.written.append(target / name)
 
     @pytest.hookimpl(trylast=True)  # where people look
-    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+    def pytest_terminal_summary(self, terminalreporter: Any, exitstatus: int) -> None:
+        if exitstatus == pytest.ExitCode.INTERRUPTED and self.unfinished:
+            terminalreporter.section(f"interrupted: {len(self.unfinished)} tests have not ended", yellow=True)
+            for test in [*self.unfinished][:MOST_UNFINISHED]:
+                terminalreporter.write_line(test)
+            if len(self.unfinished) > MOST_UNFINISHED:
+                terminalreporter.write_line("...")
         if self.problems:
             terminalreporter.section("the run fails", red=True)
             for problem in self.problems:

@@ -52,6 +52,9 @@ def test_fails_if_told_to():
 def test_skips_if_told_to():
     if "SKIP" in os.environ:
         pytest.skip("CUDA out of memory")
+def test_interrupts_if_told_to():
+    if "INTERRUPT" in os.environ:
+        raise KeyboardInterrupt
 """
 
 
@@ -92,7 +95,7 @@ def test_evidence_of_all_processes_is_added_up(suite: Path, workers: tuple[str, 
     assert re.search(r"event +8", text)
     assert re.search(r"bound +4 +10 .* 40 %", text)
     assert re.search(r"test_one.py::test_skipped +no x +planted", text)
-    assert "Tests: 12 passed, 0 failed, 1 skipped" in text
+    assert "Tests: 13 passed, 0 failed, 1 skipped" in text
     assert re.search(r"NANOVLLM_TEST_SEED=\d+ python -m pytest -v .*--report$", text, re.MULTILINE)
     assert (suite / ".report" / "report.html").read_text().startswith("<!doctype html>")
 
@@ -127,7 +130,7 @@ def test_a_file_that_is_not_collected_fails_a_whole_run(suite: Path) -> None:
 def test_the_order_is_the_seeds_and_files_stay_together(suite: Path) -> None:
     orders = {seed: order(run(suite, NANOVLLM_TEST_SEED=seed)[1]) for seed in ("1", "2")}
     again = order(run(suite, NANOVLLM_TEST_SEED="1")[1])
-    assert len(again) == 13
+    assert len(again) == 14
     assert orders["1"] == again
     assert orders["1"] != orders["2"]
     assert sorted(orders["1"]) == sorted(orders["2"])
@@ -140,3 +143,14 @@ def test_tests_are_not_taken_for_the_folder_of_the_report(suite: Path) -> None:
     code, output = run(suite, "--report", "tests")
     assert code == pytest.ExitCode.USAGE_ERROR
     assert "--report tests: those are tests; write --report=FOLDER" in output
+
+
+@pytest.mark.parametrize("workers", [(), ("-p", "xdist", "-n", "1")], ids=["one process", "xdist"])
+def test_an_interrupted_run_names_what_has_not_ended(suite: Path, workers: tuple[str, ...]) -> None:
+    _, output = run(suite, *workers, INTERRUPT="1")
+    assert "interrupted" in output
+    named = output.split("tests have not ended")[1].split("!!!")[0]
+    assert "tests/test_two.py::test_interrupts_if_told_to" in named
+    ended = re.findall(r"(tests/\S+) PASSED|PASSED (?:\[.*?\] )?(tests/\S+)", output.split("tests have not ended")[0])
+    assert not any((first or second) in named for first, second in ended)
+    assert "tests have not ended" not in run(suite, *workers)[1]
