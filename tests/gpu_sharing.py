@@ -1,7 +1,7 @@
 """Plugin: `pytest -m gpu` runs in several processes, since Triton's compiler, not the GPU, takes the time.
 
-Two thousand variants of kernels are compiled, a second each, on one core: in one process three times as long as the
-eight minutes that the tests may take. So several run side by side on one GPU, unless -n says how many. Tests marked
+In one process a third of the tests took seven and a half of the eight minutes that all of them may take, nearly all of
+it on one core. So several run side by side on one GPU, unless -n says how many. Tests marked
 `whole_gpu`, which fill the GPU's memory or measure it, run while no other test does: a file lock is held shared by
 every GPU test and exclusively by those.
 """
@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-MOST_WORKERS = 8  # each holds half a GiB of the GPU for itself, and a few GiB while a test runs
+MOST_WORKERS = 8  # each holds memory of the GPU, some tests 4 GiB and more
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist's own, which reads the number
