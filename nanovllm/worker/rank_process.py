@@ -7,6 +7,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -26,6 +27,7 @@ from nanovllm.worker.shm_channel import ShmReceiver
 READY = "ready"  # said once torch is imported and the message channel is open
 MAX_TRACEBACK_CHARS = 20_000
 PARENT_POLL_SECONDS = 0.5
+END_SECONDS = 5.0  # for rank 0 to end a rank that has failed
 
 
 @dataclass(frozen=True)
@@ -66,13 +68,14 @@ def run_rank(
         tp = join(place, FileStore(store_path, place.size), place.has_own_gpu, meet)
         serve(model, place, tp, receiver.receive)
     except BaseException as error:
-        try:
+        with suppress(OSError):
             reports.send(RankReport.of(error))
-        except OSError:  # what this rank has noticed is that rank 0 has gone
-            _clear_up(store_path)
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(1)  # at once: the other ranks, inside a collective, notice by the connections that close
+        # Rank 0 has read it, and kills this process; or it has gone, and _end_with clears up. Only time shows which: a
+        # pipe takes a report that nobody reads as long as anybody has its other end.
+        time.sleep(END_SECONDS)
+        os._exit(1)
 
 
 def serve(model: Model, place: Place, tp: TensorParallel, receive: Callable[[], Any]) -> None:
@@ -88,10 +91,5 @@ def _end_with(parent_pid: int, store_path: str) -> None:
     """End this process when its parent has gone, whatever it waits for then: rank 0 may have been killed."""
     while os.getppid() == parent_pid:
         time.sleep(PARENT_POLL_SECONDS)
-    _clear_up(store_path)
+    shutil.rmtree(os.path.dirname(store_path), ignore_errors=True)  # as rank 0 would
     os._exit(1)
-
-
-def _clear_up(store_path: str) -> None:
-    """What rank 0 would do."""
-    shutil.rmtree(os.path.dirname(store_path), ignore_errors=True)
