@@ -76,7 +76,7 @@ def run_in_gloo_process(rank: int, size: int, store_path: str, results: Any) -> 
     """One process of a real group: puts (rank, all_reduce, gather or None, minimum) of a [2, 3] tensor that names its
     rank.
     """
-    tp = join(Place(rank, size, num_sharing=size), FileStore(store_path, size), is_nccl=False, make_gloo=meet)
+    tp = join(Place(rank, size, num_sharing=size), FileStore(store_path, size), meet)
     x = 10.0 * rank + torch.arange(6.0).view(2, 3)
     total, gathered = tp.all_reduce(x.clone()), tp.gather(x.T.contiguous().T)
     results.put((rank, total.tolist(), None if gathered is None else gathered.tolist(), tp.minimum(7 - rank)))

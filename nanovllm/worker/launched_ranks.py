@@ -15,7 +15,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from nanovllm.layers.tensor_parallel import TensorParallel
 from nanovllm.worker.local_ranks import PATIENCE_SECONDS, RankError
-from nanovllm.worker.process_group import Place, PrefixStore, gloo, join
+from nanovllm.worker.process_group import Place, PrefixStore, gloo, join, nccl
 from nanovllm.worker.rank_process import Model, RankReport, serve
 from nanovllm.worker.shm_channel import encode
 
@@ -43,7 +43,7 @@ class LaunchedRanks:
         self._control = gloo(self.place, PrefixStore("nanovllm/messages", self._store))
         everyone = TensorParallel(self.place.rank, self.place.size, self._control)
         has_nccl = everyone.minimum(self.place.has_own_gpu) == 1  # the machines may differ
-        return join(self.place, PrefixStore("nanovllm/tensors", self._store), has_nccl)
+        return join(self.place, PrefixStore("nanovllm/tensors", self._store), nccl if has_nccl else gloo)
 
     def send(self, message: object) -> None:
         """Rank 0: let the other ranks have `message`."""

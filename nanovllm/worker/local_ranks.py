@@ -98,10 +98,8 @@ class LocalRanks:
             if is_over.is_set():
                 raise RuntimeError("nobody waits for the ranks to meet any more")
 
-        # In a thread, since whoever waits for a rank that died waits too long, with NCCL for ever.
-        joining = _in_background(
-            lambda: join(self.place, store, self.place.has_own_gpu, lambda place, store: meet(place, store, check))
-        )
+        # In a thread, since whoever waits for a rank that died waits too long, with NCCL perhaps for ever.
+        joining = _in_background(lambda: join(self.place, store, lambda place, store: meet(place, store, check)))
         try:
             wait([joining, self._failure], return_when=FIRST_COMPLETED)
             self.check()

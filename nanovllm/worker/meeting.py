@@ -1,8 +1,12 @@
-"""How the ranks of one machine connect over gloo, though one may die or be suspended at any moment.
+"""How the ranks of one machine connect, though one may die or be suspended at any moment.
+
+NCCL cannot be called off while it waits for a rank that has not come. So all say first that they are there; one that
+dies later is noticed by its connections.
 
 gloo's own connecting cannot be called off: a rank that listens for one which has died listens until its time is up. So
-that time is short, and it begins when all ranks have come. When it did not suffice, a rank was slow: after each attempt
-all ranks wait, for as long as it takes, for what the others say of it, and unless all have connected, all try again.
+that time is short, and it too begins when all ranks have come. When it did not suffice, a rank was slow: after each
+attempt all ranks wait, for as long as it takes, for what the others say of it, and unless all have connected, all try
+again.
 """
 
 import itertools
@@ -13,7 +17,7 @@ from typing import Any
 
 import torch.distributed
 
-from nanovllm.worker.process_group import FOR_EVER, Place, PrefixStore
+from nanovllm.worker.process_group import FOR_EVER, Place, PrefixStore, nccl
 
 dist: Any = torch.distributed  # its type stubs lack what its documentation has
 
@@ -25,15 +29,19 @@ POLL_SECONDS = 0.005
 
 
 def meet(place: Place, store: Any, check: Callable[[], None] = lambda: None) -> Any:
-    """A gloo group of all ranks, once every rank has come.
+    """A group of all ranks, once every rank has come: over NCCL where each has a GPU of its own, else over gloo.
 
     Nothing here notices that a rank has died: `check` is called now and then, and ends the waiting when it raises, at
     the latest when an attempt is over. Raises RuntimeError when MAX_ATTEMPTS have failed.
     """
+    if place.has_own_gpu:
+        torch.cuda.synchronize()  # makes this process's context on its GPU, which takes a while
+        _hear_all(PrefixStore("come", store), place, "here", check)
+        return nccl(place, store)
     for attempt in itertools.count(1):
         here = PrefixStore(f"attempt {attempt}", store)
         _hear_all(PrefixStore("come", here), place, "here", check)
-        group, error = _connect(place, PrefixStore("gloo", here))
+        group, error = _connect_gloo(place, PrefixStore("gloo", here))
         words = _hear_all(PrefixStore("connected", here), place, "no" if group is None else "yes", check)
         if group is not None and set(words) == {"yes"}:
             group._set_default_timeout(FOR_EVER)
@@ -42,7 +50,7 @@ def meet(place: Place, store: Any, check: Callable[[], None] = lambda: None) -> 
             raise error or RuntimeError(f"{words.count('no')} of {place.size} ranks failed to connect over gloo")
 
 
-def _connect(place: Place, store: Any) -> tuple[Any, RuntimeError | None]:
+def _connect_gloo(place: Place, store: Any) -> tuple[Any, RuntimeError | None]:
     """(group, None), or (None, why not)."""
     options = dist.ProcessGroupGloo._Options()  # the public ways take no address
     options._devices = [dist.ProcessGroupGloo.create_device(hostname=LOOPBACK)]

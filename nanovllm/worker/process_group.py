@@ -81,20 +81,19 @@ def gloo(place: Place, store: Any) -> Any:
 
 
 def nccl(place: Place, store: Any) -> Any:
-    """An NCCL group of all ranks."""
+    """An NCCL group of all ranks, each of which has its own GPU."""
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = FOR_EVER
     return dist.ProcessGroupNCCL(store, place.rank, place.size, options)
 
 
-def join(place: Place, store: Any, is_nccl: bool, make_gloo: Callable[[Place, Any], Any] = gloo) -> TensorParallel:
+def join(place: Place, store: Any, connect: Callable[[Place, Any], Any]) -> TensorParallel:
     """This rank's end of a new group, once every rank has come.
 
-    is_nccl: NCCL, which needs a GPU for each rank, else what make_gloo makes; the same on all ranks.
+    connect: makes the group of all ranks, from place and store: gloo, nccl or meet; the same on all ranks.
     """
     place.enter()
-    group = nccl(place, store) if is_nccl else make_gloo(place, store)
-    tp = TensorParallel(place.rank, place.size, group)
+    tp = TensorParallel(place.rank, place.size, connect(place, store))
     tp.minimum(0)  # NCCL connects in the first collective: let that be here
     return tp
 

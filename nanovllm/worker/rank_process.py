@@ -65,7 +65,7 @@ def run_rank(
         reports.send(READY)
         if "OMP_NUM_THREADS" not in os.environ:  # else all ranks would compete for all cores
             torch.set_num_threads(max(1, torch.get_num_threads() // place.num_sharing))
-        tp = join(place, FileStore(store_path, place.size), place.has_own_gpu, meet)
+        tp = join(place, FileStore(store_path, place.size), meet)
         serve(model, place, tp, receiver.receive)
     except BaseException as error:
         with suppress(OSError):

@@ -90,8 +90,8 @@ def plant_here(fault: Fault, patch: Callable[[Any, str, Any], None] = setattr) -
         where, name = functions[fault.place]
         patch(where, name, _first(fault.strike, getattr(where, name)))
     elif fault.place == CONNECTING:
-        connect = meeting._connect
-        patch(meeting, "_connect", lambda place, store: connect(place, _StrikingStore(store, fault)))
+        connect = meeting._connect_gloo
+        patch(meeting, "_connect_gloo", lambda place, store: connect(place, _StrikingStore(store, fault)))
     else:
         run = Runner.run
 

@@ -12,7 +12,7 @@ import torch
 from nanovllm import LLM, SamplingParams
 from nanovllm.demo_prompts import DEMO_PROMPTS
 from nanovllm.worker.local_ranks import RankError
-from nanovllm.worker.process_group import FileStore, Place, join, leave
+from nanovllm.worker.process_group import FileStore, Place, join, leave, nccl
 from tests.parallel.faults import WARM_UP, Fault, plant
 from tests.tiny_models import tiny_model
 
@@ -36,7 +36,7 @@ def tokens(architecture: str, size: int, **options: Any) -> list[list[int]]:
 @pytest.mark.gpu
 def test_one_rank_with_nccl(tmp_path: Any) -> None:
     """D35: device first, graphs freed before the group; a recorded all-reduce is replayed."""
-    tp = join(Place(0, 1, num_sharing=1, gpu=0), FileStore(str(tmp_path / "store"), 1), is_nccl=True)
+    tp = join(Place(0, 1, num_sharing=1, gpu=0), FileStore(str(tmp_path / "store"), 1), nccl)
     x, total = torch.arange(6.0, device="cuda"), torch.empty(6, device="cuda")
     graph = torch.cuda.CUDAGraph()
     tp.group.allreduce([x.clone()]).wait()

@@ -1,4 +1,4 @@
-"""Ranks that meet over gloo, each in a thread: one is slow, one cannot connect, one never comes."""
+"""Ranks that meet, each in a thread: one is slow, one cannot connect, one never comes."""
 
 import tempfile
 import time
@@ -28,13 +28,13 @@ def store_path() -> Iterator[str]:
 def attempts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Ranks in the order in which they tried to connect."""
     ranks: list[int] = []
-    connect = meeting._connect
+    connect = meeting._connect_gloo
 
     def counted(place: Place, store: Any) -> tuple[Any, RuntimeError | None]:
         ranks.append(place.rank)
         return connect(place, store)
 
-    monkeypatch.setattr(meeting, "_connect", counted)
+    monkeypatch.setattr(meeting, "_connect_gloo", counted)
     return ranks
 
 
@@ -75,7 +75,7 @@ def test_when_a_rank_is_slow_all_try_again(
 ) -> None:
     """D33: it is waited for, for longer than an attempt lasts. The two others may have connected to each other."""
     monkeypatch.setattr(meeting, "CONNECT_SECONDS", 0.1)
-    connect = meeting._connect
+    connect = meeting._connect_gloo
     is_first = True
 
     def slowly(place: Place, store: Any) -> tuple[Any, RuntimeError | None]:
@@ -85,7 +85,7 @@ def test_when_a_rank_is_slow_all_try_again(
             time.sleep(SLOW_SECONDS)
         return connect(place, store)
 
-    monkeypatch.setattr(meeting, "_connect", slowly)
+    monkeypatch.setattr(meeting, "_connect_gloo", slowly)
     groups = meet_in_threads(store_path, 3)
     assert sums(groups) == [6.0] * 3
     assert attempts.count(0) == attempts.count(1) == attempts.count(2) >= 2
@@ -101,13 +101,34 @@ def test_a_rank_that_cannot_connect_says_why(store_path: str, monkeypatch: pytes
         tried.append(place.rank)
         return (None, RuntimeError("too many open files")) if place.rank == 1 else ("connected", None)
 
-    monkeypatch.setattr(meeting, "_connect", connect)
+    monkeypatch.setattr(meeting, "_connect_gloo", connect)
     texts = [str(error) for error in meet_in_threads(store_path, 3)]
     assert texts == ["1 of 3 ranks failed to connect over gloo", "too many open files", texts[0]]
     assert sorted(tried) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
 
 
-def test_check_ends_the_waiting_for_a_rank_that_never_comes(store_path: str) -> None:
+def test_nccl_begins_when_all_have_come(store_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """D33: it cannot be called off while it waits for a rank, which may have died on its way here."""
+    events: list[str] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: events.append("context"))
+    monkeypatch.setattr(meeting, "nccl", lambda place, store: events.append("nccl") or f"nccl of rank {place.rank}")
+
+    def one(rank: int) -> Any:
+        time.sleep(0.2 * rank)
+        return meet(Place(rank, 3, num_sharing=1, gpu=rank), FileStore(store_path, 3))
+
+    with ThreadPoolExecutor(3) as threads:
+        assert list(threads.map(one, range(3))) == [f"nccl of rank {rank}" for rank in range(3)]
+    assert events == ["context"] * 3 + ["nccl"] * 3
+
+
+@pytest.mark.parametrize("gpu", [None, 0])
+def test_check_ends_the_waiting_for_a_rank_that_never_comes(
+    store_path: str, monkeypatch: pytest.MonkeyPatch, gpu: int | None
+) -> None:
+    """D33: over gloo, and over NCCL."""
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    num_sharing = 2 if gpu is None else 1
     num_checks = 0
 
     def check() -> None:
@@ -117,5 +138,5 @@ def test_check_ends_the_waiting_for_a_rank_that_never_comes(store_path: str) -> 
             raise InterruptedError("over")
 
     with pytest.raises(InterruptedError, match=r"^over$"):
-        meet(Place(0, 2, num_sharing=2), FileStore(store_path, 2), check)
+        meet(Place(0, 2, num_sharing, gpu), FileStore(store_path, 2), check)
     assert num_checks == 5

@@ -93,8 +93,7 @@ def test_a_rank_enters_its_device_before_it_joins(monkeypatch: pytest.MonkeyPatc
         return Group()
 
     monkeypatch.setattr(torch.cuda, "set_device", calls.append)
-    monkeypatch.setattr(process_group, "nccl", make_group)
-    process_group.join(Place(0, 2, num_sharing=1, gpu=1), store=None, is_nccl=True)
+    process_group.join(Place(0, 2, num_sharing=1, gpu=1), None, make_group)
     assert calls == [1, "group"]
 
 
