@@ -46,6 +46,7 @@ _CONFIG_HELP = {
     "gpu_memory_utilization": "share of the GPU's memory to use",
     "tensor_parallel_size": "GPUs that share the model; under torchrun, all of its processes",
     "enforce_eager": "never use CUDA graphs",
+    "async_scheduling": "begin a decode step while the one before is being computed (one rank)",
 }
 _SAMPLING_HELP = {
     "max_tokens": "most tokens to generate for each prompt",

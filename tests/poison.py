@@ -30,6 +30,7 @@ from nanovllm import LLM
 from nanovllm.engine.model_input import PADDING_BLOCK, ModelInput
 from nanovllm.engine.scheduler import ScheduledBatch
 from nanovllm.engine.sequence import Sequence
+from nanovllm.worker.launched_step import LaunchedStep
 from tests.evidence import compared, happened
 
 UNINITIALISED = {
@@ -85,9 +86,10 @@ class Poison:
         with ExitStack() as stack:
             for owner, name, around in (
                 (self._manager, "allocate", self._allocate),
-                (self._manager, "append", self._append),
+                (self._manager, "open_block", self._open_block),
                 (self._manager, "deallocate", self._deallocate),
                 (self._runner, "run", self._run),
+                (self._runner, "launch", self._launch),
                 (self._runner, "run_model", self._run_model),
             ):
                 stack.enter_context(wrapped(owner, name, around))
@@ -108,10 +110,9 @@ class Poison:
         num_hits = seq.num_stored_tokens // seq.block_size
         self.fill(seq.block_table[num_hits:], f"taken by sequence {seq.seq_id}")
 
-    def _append(self, append: Callable[..., None], seq: Sequence) -> None:
-        num_before = len(seq.block_table)
-        append(seq)
-        self.fill(seq.block_table[num_before:], f"taken by sequence {seq.seq_id}")
+    def _open_block(self, open_block: Callable[..., None], seq: Sequence) -> None:
+        open_block(seq)
+        self.fill(seq.block_table[-1:], f"taken by sequence {seq.seq_id}")
 
     def _deallocate(self, deallocate: Callable[..., None], seq: Sequence) -> None:
         table = list(seq.block_table)
@@ -134,29 +135,43 @@ class Poison:
         self._batch = batch
         with PoisonedEmpty():
             token_ids = run(batch)
-        for seq, token_id in zip(batch.sampled_sequences, token_ids, strict=True):
-            if not 0 <= token_id < self._llm.vocab_size:
-                raise PoisonError(f"step {self.num_steps}: sequence {seq.seq_id} got {token_id}, which is no token")
+        self._check_tokens(batch, token_ids)
         self._batch = None
         return token_ids
 
-    def _run_model(self, run_model: Callable[..., torch.Tensor], model_input: ModelInput) -> torch.Tensor:
+    def _launch(self, launch: Callable[..., LaunchedStep], batch: ScheduledBatch, *before: Any) -> LaunchedStep:
+        self.num_steps += 1
+        self._batch = batch
+        with PoisonedEmpty():
+            launched = launch(batch, *before)
+        self._check_tokens(batch, launched.token_ids())
+        self._batch = None
+        return launched
+
+    def _check_tokens(self, batch: ScheduledBatch, token_ids: list[int]) -> None:
+        for seq, token_id in zip(batch.sampled_sequences, token_ids, strict=True):
+            if not 0 <= token_id < self._llm.vocab_size:
+                raise PoisonError(f"step {self.num_steps}: sequence {seq.seq_id} got {token_id}, which is no token")
+
+    def _run_model(self, run_model: Callable[..., torch.Tensor], model_input: ModelInput, *rest: Any) -> torch.Tensor:
         if model_input.block_tables is not None:
             tables = model_input.block_tables
             trapped = np.where(tables == PADDING_BLOCK, self._trap(), tables).astype(tables.dtype)
             model_input = replace(model_input, block_tables=trapped)
-        hidden_states = run_model(model_input)
+        hidden_states = run_model(model_input, *rest)
         self._check(hidden_states, model_input.cu_seqlens_q, model_input)
         return hidden_states
 
-    def _replay(self, replay: Callable[..., torch.Tensor | None], model_input: ModelInput) -> torch.Tensor | None:
+    def _replay(
+        self, replay: Callable[..., torch.Tensor | None], model_input: ModelInput, *rest: Any
+    ) -> torch.Tensor | None:
         """Rows that pad the batch, and columns behind each table, name a block of NaN; logits begin as NaN."""
         graphs = self._runner.graphs
         graphs._host_tables[2:] = self._trap()
         for logits in graphs._logits.values():
             if logits is not None:
                 logits.fill_(torch.nan)
-        logits = replay(model_input)
+        logits = replay(model_input, *rest)
         if logits is not None:
             self._check(logits, np.arange(len(logits) + 1), model_input)
         return logits

@@ -135,7 +135,11 @@ class BlockManager:
     def append(self, seq: Sequence) -> None:
         """Open the block of the token appended last, if it needs one. Requires can_append(seq)."""
         while len(seq.block_table) < seq.num_blocks:
-            seq.block_table.append(self._take_free_block())
+            self.open_block(seq)
+
+    def open_block(self, seq: Sequence) -> None:
+        """Give `seq` one more block. Requires that one is free."""
+        seq.block_table.append(self._take_free_block())
 
     # --- prefix cache ---
 

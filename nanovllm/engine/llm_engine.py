@@ -49,6 +49,7 @@ class LLMEngine:
             max_model_len=self.config.max_model_len,
             eos_token_ids=model_config.eos_token_ids | ({tokenizer_eos} if tokenizer_eos is not None else set()),
         )
+        self._ahead: Any = None  # LaunchedStep of the step after the current one
         self._requests: dict[int, Request] = {}
         self._num_arrivals = 0
 
@@ -157,15 +158,17 @@ class LLMEngine:
         return not self._requests
 
     def _advance(self) -> ScheduledBatch:
-        """Schedule, compute and take in one step."""
+        """Schedule, compute and take in one step; with async_scheduling, the next one is begun meanwhile."""
         self._check_open()
-        batch = self.scheduler.schedule()
+        launched, batch = self._take_up()
         if batch.is_empty:
             if not self.scheduler.is_finished:
                 raise RuntimeError("nothing can be scheduled although requests wait: please report this as a bug")
             return batch
         try:
-            token_ids = self._executor.run(batch)
+            token_ids = (
+                self._compute_ahead(batch, launched) if self.config.async_scheduling else self._executor.run(batch)
+            )
         except BaseException:
             for seq in batch.sequences:  # their keys and values are in doubt; nothing of them was cached
                 self.abort(seq.seq_id)
@@ -180,6 +183,24 @@ class LLMEngine:
             elif is_stopped:
                 seq.finish_reason = "stop"  # the stop string goes before max_tokens
         return batch
+
+    def _take_up(self) -> tuple[Any, ScheduledBatch]:
+        """The step to take in next, and its LaunchedStep if it has been begun."""
+        launched, self._ahead = self._ahead, None
+        if launched is not None:
+            batch = self.scheduler.take_up(launched.batch)
+            if not batch.is_empty:
+                return launched, batch
+        return None, self.scheduler.schedule()
+
+    def _compute_ahead(self, batch: ScheduledBatch, launched: Any) -> list[int]:
+        """The new tokens of `batch`. The step after it is begun before they are waited for, if it is known by then."""
+        launched = launched or self._executor.launch(batch)
+        ahead = self.scheduler.schedule_ahead(batch)
+        if ahead is not None:
+            self._ahead = self._executor.launch(ahead, launched)
+        tokens = dict(zip(launched.batch.sampled_sequences, launched.token_ids(), strict=True))
+        return [tokens[seq] for seq in batch.sampled_sequences]  # without those of sequences that had ended
 
     # --- requests ---
 
@@ -224,6 +245,7 @@ class LLMEngine:
         for seq_id in list(self._requests):
             self.abort(seq_id)
         self._requests.clear()
+        self._ahead = None
         executor, self._executor = self._executor, None
         executor.close()
 

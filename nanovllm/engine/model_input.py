@@ -1,8 +1,9 @@
-"""prepare_prefill and prepare_decode: scheduled sequences -> ModelInput, the integers of one forward pass.
+"""prepare_prefill, prepare_decode, prepare_ahead: scheduled sequences -> ModelInput, the integers of one forward pass.
 
 Pure functions of the sequences, called by every rank, so that the ranks cannot disagree. No torch.
 """
 
+from collections.abc import Iterable
 from collections.abc import Sequence as Sequences
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -15,6 +16,7 @@ from nanovllm.sampling_params import SamplingParams
 LONG_CONTEXT = 512  # keys from which the prefill kernel for Hopper GPUs is taken
 PADDING_SLOT = -1  # in slot_mapping: compute the token, do not store its key and value
 PADDING_BLOCK = -1  # in block_tables, after a row's last block
+UNKNOWN_TOKEN = -1  # in input_ids, of a token that the step before is still computing
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class ModelInput:
     sample_indices: [num_samples] int64, the packed tokens whose logits are sampled: the last token of each sequence
         that has no token left to compute afterwards.
     sampling: their SamplingRows.
+    unknown: [num_tokens] int64, for each UNKNOWN_TOKEN of input_ids its row among those that the step before samples,
+        -1 for the others; None when all are known.
     """
 
     is_prefill: bool
@@ -62,16 +66,35 @@ class ModelInput:
     block_tables: np.ndarray | None
     sample_indices: np.ndarray
     sampling: SamplingRows
+    unknown: np.ndarray | None = None
 
 
 def prepare_prefill(sequences: Sequences[Sequence]) -> ModelInput:
     """The scheduled tokens of each sequence; block tables only where some sequence has cached keys before them."""
-    return _prepare(sequences, is_prefill=True)
+    return _prepare_scheduled(sequences, is_prefill=True)
 
 
 def prepare_decode(sequences: Sequences[Sequence]) -> ModelInput:
     """The last token of each sequence: position len-1, slot block * block_size + (len-1) % block_size."""
-    return _prepare(sequences, is_prefill=False)
+    return _prepare_scheduled(sequences, is_prefill=False)
+
+
+def prepare_ahead(sequences: Sequences[Sequence], sampled: Sequences[Sequence]) -> ModelInput:
+    """As prepare_decode will, when the scheduled step has been taken in: but its tokens, which `sampled` get in this
+    order, are unknown.
+    """
+    row_of = {seq: row for row, seq in enumerate(sampled)}
+    unknown = np.array([row_of.get(seq, -1) for seq in sequences], dtype=np.int64)
+    model_input = _prepare(
+        sequences,
+        is_prefill=False,
+        starts=_numbers(sequences, "num_computed_tokens"),
+        query_lens=np.ones(len(sequences), dtype=np.int64),
+        num_stored=_numbers(sequences, "num_stored_tokens"),
+        token_ids=[UNKNOWN_TOKEN if seq in row_of else seq.last_token for seq in sequences],
+        sampled=list(range(len(sequences))),
+    )
+    return replace(model_input, unknown=unknown if (unknown >= 0).any() else None)
 
 
 def prepare_warmup(max_num_batched_tokens: int, max_model_len: int, max_num_seqs: int, block_size: int) -> ModelInput:
@@ -92,7 +115,7 @@ def prepare_warmup(max_num_batched_tokens: int, max_model_len: int, max_num_seqs
     return replace(
         model_input,
         sample_indices=rows % len(model_input.input_ids),
-        sampling=sampling_rows([sequences[row % len(sequences)] for row in rows]),
+        sampling=sampling_rows([sequences[row % len(sequences)] for row in rows], rows),
     )
 
 
@@ -119,23 +142,46 @@ def prepare_kinds_of_prefill(max_model_len: int, num_blocks: int, block_size: in
     return kinds
 
 
-def _prepare(sequences: Sequences[Sequence], is_prefill: bool) -> ModelInput:
-    """Array operations over all sequences: at some hundreds of them, a loop would cost more than the GPU's step."""
-    num_seqs = len(sequences)
-    starts = np.fromiter((seq.num_cached_tokens for seq in sequences), np.int64, num_seqs)
-    query_lens = np.fromiter((seq.num_scheduled_tokens for seq in sequences), np.int64, num_seqs)
-    num_stored = np.fromiter((seq.num_stored_tokens for seq in sequences), np.int64, num_seqs)
+def _numbers(sequences: Sequences[Sequence], name: str) -> np.ndarray:
+    return np.fromiter((getattr(seq, name) for seq in sequences), np.int64, len(sequences))
+
+
+def _prepare_scheduled(sequences: Sequences[Sequence], is_prefill: bool) -> ModelInput:
+    return _prepare(
+        sequences,
+        is_prefill,
+        starts=_numbers(sequences, "num_cached_tokens"),
+        query_lens=_numbers(sequences, "num_scheduled_tokens"),
+        num_stored=_numbers(sequences, "num_stored_tokens"),
+        token_ids=chain.from_iterable(seq.scheduled_token_ids for seq in sequences),
+        sampled=[index for index, seq in enumerate(sequences) if seq.is_sampled],
+    )
+
+
+def _prepare(
+    sequences: Sequences[Sequence],
+    is_prefill: bool,
+    *,
+    starts: np.ndarray,
+    query_lens: np.ndarray,
+    num_stored: np.ndarray,
+    token_ids: Iterable[int],
+    sampled: list[int],
+) -> ModelInput:
+    """query_lens tokens of each sequence from position starts on; those before num_stored are not stored again.
+
+    Array operations over all sequences: at some hundreds of them, a loop would cost more than the GPU's step.
+    """
     context_lens = starts + query_lens
     query_ends = np.cumsum(query_lens)
     num_tokens = int(query_ends[-1])
-    row = np.repeat(np.arange(num_seqs), query_lens)  # the sequence of each token
+    row = np.repeat(np.arange(len(sequences)), query_lens)  # the sequence of each token
     positions = np.arange(num_tokens) + (context_lens - query_ends)[row]
     block_tables = _block_tables(sequences)
     is_tabled = not is_prefill or bool(starts.any())  # some sequence has cached keys
-    sampled = [index for index, seq in enumerate(sequences) if seq.is_sampled]
     return ModelInput(
         is_prefill=is_prefill,
-        input_ids=np.fromiter(chain.from_iterable(seq.scheduled_token_ids for seq in sequences), np.int64, num_tokens),
+        input_ids=np.fromiter(token_ids, np.int64, num_tokens),
         positions=positions,
         slot_mapping=_slots(block_tables, row, positions, num_stored, sequences[0].block_size),
         cu_seqlens_q=_running_sum(query_lens),
@@ -146,7 +192,7 @@ def _prepare(sequences: Sequences[Sequence], is_prefill: bool) -> ModelInput:
         longest_first=np.argsort(-context_lens, kind="stable").astype(np.int32),
         block_tables=block_tables if is_tabled else None,
         sample_indices=query_ends[sampled] - 1,
-        sampling=sampling_rows([sequences[index] for index in sampled]),
+        sampling=sampling_rows([sequences[index] for index in sampled], context_lens[sampled]),
     )
 
 
@@ -163,8 +209,8 @@ def _slots(
     return np.where(positions < num_stored[row], PADDING_SLOT, blocks * block_size + positions % block_size)
 
 
-def sampling_rows(sequences: Sequences[Sequence]) -> SamplingRows:
-    """The SamplingRows of sequences that are sampled in this step."""
+def sampling_rows(sequences: Sequences[Sequence], positions: np.ndarray) -> SamplingRows:
+    """The SamplingRows of sequences that are sampled in this step, for the tokens that they get at `positions`."""
     params = [seq.sampling_params for seq in sequences]
     return SamplingRows(
         temperature=np.array([p.temperature for p in params], dtype=np.float32),
@@ -172,7 +218,7 @@ def sampling_rows(sequences: Sequences[Sequence]) -> SamplingRows:
         top_p=np.array([p.top_p for p in params], dtype=np.float32),
         min_p=np.array([p.min_p for p in params], dtype=np.float32),
         seed=np.array([seq.seed for seq in sequences], dtype=np.uint64),
-        position=np.array([seq.num_tokens for seq in sequences], dtype=np.int64),
+        position=positions,
     )
 
 

@@ -133,16 +133,20 @@ class Scheduler:
         for seq in self.running:
             if budget and not seq.is_decodable:
                 schedule_chunk(seq)
-        while budget and self.waiting and len(self.running) < self.max_num_seqs:
-            seq = self.waiting[0]
-            if not self.block_manager.can_allocate(seq, self._num_reserved_blocks(seq)):
-                break
-            self.waiting.popleft()
+        while budget and self._can_admit():
+            seq = self.waiting.popleft()
             self.block_manager.allocate(seq)
             seq.status = SequenceStatus.RUNNING
             self.running.append(seq)
             schedule_chunk(seq)
         return scheduled
+
+    def _can_admit(self) -> bool:
+        """Whether a sequence waits, and there is room for the first one."""
+        if not self.waiting or len(self.running) >= self.max_num_seqs:
+            return False
+        seq = self.waiting[0]
+        return self.block_manager.can_allocate(seq, self._num_reserved_blocks(seq))
 
     def _num_reserved_blocks(self, candidate: Sequence) -> int:
         """Blocks that stay free when `candidate` is admitted: one for each sequence that can outgrow its blocks.
@@ -204,9 +208,52 @@ class Scheduler:
         is_eos = not params.ignore_eos and seq.last_token in self.eos_token_ids
         if is_eos or seq.last_token in params.stop_token_ids:
             return "stop"
-        if seq.num_completion_tokens >= params.max_tokens or seq.num_tokens >= self.max_model_len:
-            return "length"
-        return None
+        return "length" if self._is_full_length(seq, seq.num_tokens) else None
+
+    def _is_full_length(self, seq: Sequence, num_tokens: int) -> bool:
+        """Whether `seq` ends with num_tokens tokens, whatever they are."""
+        return num_tokens - seq.num_prompt_tokens >= seq.sampling_params.max_tokens or num_tokens >= self.max_model_len
+
+    # --- one step ahead ---
+
+    def schedule_ahead(self, batch: ScheduledBatch) -> ScheduledBatch | None:
+        """The decode step after `batch`, which has been scheduled and not been postprocessed; allocates its blocks.
+
+        It does not know the tokens of `batch`: a sequence that one of them ends is computed once in vain. None where
+        another step would follow, or may: when a prompt has tokens left, when a waiting sequence can be admitted or a
+        place becomes free for it, when blocks do not suffice, when nothing is left to decode.
+        After postprocess(batch), take_up makes it the current step, and schedule() is not called in between.
+        """
+        sampled = set(batch.sampled_sequences)
+        sequences: list[Sequence] = []
+        for seq in self.running:
+            num_tokens = seq.num_tokens + (seq in sampled)
+            if num_tokens - seq.num_computed_tokens != 1:
+                return None
+            if seq not in sampled or not self._is_full_length(seq, num_tokens):
+                sequences.append(seq)
+        if self.waiting and (len(sequences) < len(self.running) or self._can_admit()):
+            return None
+        block_size = self.block_manager.block_size
+        outgrown = [seq for seq in sequences if seq.num_computed_tokens == len(seq.block_table) * block_size]
+        if not sequences or len(outgrown) > self.block_manager.num_free_blocks:
+            return None
+        for seq in outgrown:
+            self.block_manager.open_block(seq)
+        self._num_prefills_in_a_row = 0
+        return ScheduledBatch(
+            is_prefill=False,
+            sequences=tuple(sequences),
+            num_scheduled_tokens=(1,) * len(sequences),
+            sampled_sequences=tuple(sequences),
+        )
+
+    def take_up(self, ahead: ScheduledBatch) -> ScheduledBatch:
+        """What schedule_ahead chose, as the current step: less the sequences that no longer run, perhaps all."""
+        sequences = [seq for seq in ahead.sequences if seq.status is SequenceStatus.RUNNING]
+        for seq in sequences:
+            seq.num_scheduled_tokens = 1
+        return self._batch(sequences, is_prefill=False)
 
     # --- the end ---
 

@@ -104,7 +104,12 @@ class Sequence:
     @property
     def is_sampled(self) -> bool:
         """The scheduled step computes the last token, so a new one is sampled from its logits."""
-        return self.num_cached_tokens + self.num_scheduled_tokens == self.num_tokens
+        return self.num_computed_tokens == self.num_tokens
+
+    @property
+    def num_computed_tokens(self) -> int:
+        """Leading tokens that need no computing any more when the scheduled step is over."""
+        return self.num_cached_tokens + self.num_scheduled_tokens
 
     @property
     def scheduled_token_ids(self) -> list[int]:

@@ -50,8 +50,8 @@ class DecodeGraphs:
         self.batch_sizes = batch_sizes
         self._max_model_len = max_model_len
         num_rows = batch_sizes[-1]
-        # Host copies are pinned and filled in place. A step's tokens are read before the next step is prepared, so no
-        # copy to the device is under way then.
+        # Host copies are pinned and filled in place, when the copy to the device that was made last is done.
+        self._is_copied = torch.cuda.Event()
         self._host_rows = torch.zeros((3, num_rows), dtype=torch.int64, pin_memory=True)
         self._host_tables = torch.zeros((2 + max_blocks_per_seq, num_rows), dtype=torch.int32, pin_memory=True)
         self._host_rows[2] = PADDING_SLOT
@@ -100,12 +100,16 @@ class DecodeGraphs:
         """Whether there is a graph for so many sequences."""
         return not model_input.is_prefill and len(model_input.input_ids) <= self.batch_sizes[-1]
 
-    def replay(self, model_input: ModelInput) -> torch.Tensor | None:
-        """What forward returned, for a decode step: logits [num_seqs, V]. The next replay overwrites them."""
+    def replay(self, model_input: ModelInput, input_ids: torch.Tensor | None = None) -> torch.Tensor | None:
+        """What forward returned, for a decode step: logits [num_seqs, V]. The next replay overwrites them.
+
+        input_ids: [num_seqs] int64 on the device, instead of model_input's.
+        """
         num_seqs = len(model_input.input_ids)
         size = self.batch_sizes[bisect_left(self.batch_sizes, num_seqs)]
         tables = model_input.block_tables
         assert tables is not None
+        self._is_copied.synchronize()
         rows, host_tables = self._host_rows.numpy(), self._host_tables.numpy()
         rows[:, :num_seqs] = model_input.input_ids, model_input.positions, model_input.slot_mapping
         rows[:2, num_seqs:] = 0
@@ -118,6 +122,9 @@ class DecodeGraphs:
         used = 2 * host_tables.shape[1] + size * block_tables.shape[1]
         self._rows.copy_(self._host_rows, non_blocking=True)
         self._tables.view(-1)[:used].copy_(self._host_tables.view(-1)[:used], non_blocking=True)
+        self._is_copied.record()
+        if input_ids is not None:
+            self._rows[0, :num_seqs].copy_(input_ids)
         self._graphs[size].replay()
         logits = self._logits[size]
         return None if logits is None else logits[:num_seqs]

@@ -11,6 +11,7 @@ from nanovllm.engine.scheduler import ScheduledBatch
 from nanovllm.model_config import ModelConfig
 from nanovllm.torchrun import read_launch
 from nanovllm.worker.launched_ranks import LaunchedRanks, serve_launched
+from nanovllm.worker.launched_step import LaunchedStep
 from nanovllm.worker.local_ranks import LocalRanks
 from nanovllm.worker.model_runner import ModelRunner
 from nanovllm.worker.process_group import launched_place, leave, local_places, resolve_device
@@ -69,6 +70,12 @@ class Executor:
             return token_ids
         except BaseException as error:
             self._fail(error)
+
+    def launch(self, batch: ScheduledBatch, before: LaunchedStep | None = None) -> LaunchedStep:
+        """Begin to compute `batch`, as ModelRunner.launch. One rank only."""
+        if self._runner is None:
+            raise RuntimeError("this engine is closed: make a new one")
+        return self._runner.launch(batch, before)
 
     @property
     def is_closed(self) -> bool:

@@ -3,6 +3,7 @@
 import gc
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from nanovllm.config import Config
 from nanovllm.context import Context, set_context
 from nanovllm.engine.model_input import (
     ModelInput,
+    prepare_ahead,
     prepare_decode,
     prepare_kinds_of_prefill,
     prepare_prefill,
@@ -30,6 +32,7 @@ from nanovllm.models.loader import load_model
 from nanovllm.models.registry import build_model
 from nanovllm.worker.cuda_graph import DecodeGraphs, graph_batch_sizes
 from nanovllm.worker.kv_cache import block_bytes, num_blocks_on_cpu, num_blocks_that_fit
+from nanovllm.worker.launched_step import LaunchedStep
 from nanovllm.worker.process_group import resolve_device
 
 BYTES_PER_GRAPH = 8 * 2**20  # of the driver, for one recorded graph beside its tensors
@@ -198,34 +201,61 @@ class ModelRunner:
     # Sequences -> ModelInput: pure functions, the same on every rank, so that the ranks cannot disagree.
     prepare_prefill = staticmethod(prepare_prefill)
     prepare_decode = staticmethod(prepare_decode)
+    prepare_ahead = staticmethod(prepare_ahead)
 
     def run(self, batch: ScheduledBatch) -> list[int]:
         """Compute `batch`; the new token ids of batch.sampled_sequences, in their order (none on ranks but 0)."""
-        prepare = self.prepare_prefill if batch.is_prefill else self.prepare_decode
-        return self._launch(prepare(batch.sequences)).tolist()
+        return self._launch(self._prepare(batch)).tolist()
+
+    def launch(self, batch: ScheduledBatch, before: LaunchedStep | None = None) -> LaunchedStep:
+        """As run, but does not wait. `before` was launched last, and `batch` is what Scheduler.schedule_ahead chose to
+        follow it; None when `batch` has been scheduled as always. One rank only.
+        """
+        if before is None:
+            return LaunchedStep(batch, self._launch(self._prepare(batch)))
+        model_input = self.prepare_ahead(batch.sequences, before.batch.sampled_sequences)
+        return LaunchedStep(batch, self._launch(model_input, before.sampled))
+
+    def _prepare(self, batch: ScheduledBatch) -> ModelInput:
+        return (self.prepare_prefill if batch.is_prefill else self.prepare_decode)(batch.sequences)
 
     @torch.inference_mode()
-    def _launch(self, model_input: ModelInput) -> torch.Tensor:
-        """Token ids [num_samples] int64, on the device: a GPU may still be computing them."""
-        logits = self._sampled_logits(model_input)
+    def _launch(self, model_input: ModelInput, sampled_before: torch.Tensor | None = None) -> torch.Tensor:
+        """Token ids [num_samples] int64, on the device: a GPU may still be computing them.
+
+        sampled_before: those of the step before, when model_input has unknown tokens.
+        """
+        logits = self._sampled_logits(model_input, sampled_before)
         if logits is None:
             return torch.empty(0, dtype=torch.int64)
         return self.sampler(logits, SamplingTensors.from_rows(model_input.sampling, self.device))
 
-    def _sampled_logits(self, model_input: ModelInput) -> torch.Tensor | None:
+    def _sampled_logits(self, model_input: ModelInput, sampled_before: torch.Tensor | None) -> torch.Tensor | None:
         """[num_samples, vocab_size]; None on ranks but 0, and when every prompt has another chunk to come."""
+        input_ids = None if model_input.unknown is None else self._input_ids(model_input, sampled_before)
         if self.graphs is not None and self.graphs.can_replay(model_input):
-            return self.graphs.replay(model_input)
-        hidden_states = self.run_model(model_input)
+            return self.graphs.replay(model_input, input_ids)
+        hidden_states = self.run_model(model_input, input_ids)
         if not len(model_input.sample_indices):
             return None
         return self.model.compute_logits(hidden_states[self._tensor(model_input.sample_indices)])
 
+    def _input_ids(self, model_input: ModelInput, sampled_before: torch.Tensor | None) -> torch.Tensor:
+        """model_input.input_ids on the device, with those of the unknown tokens."""
+        assert model_input.unknown is not None
+        assert sampled_before is not None
+        rows = self._tensor(model_input.unknown)
+        return torch.where(rows >= 0, sampled_before[rows.clamp(min=0)], self._tensor(model_input.input_ids))
+
     @torch.inference_mode()
-    def run_model(self, model_input: ModelInput) -> torch.Tensor:
-        """Hidden states [num_tokens, hidden_size] of one forward pass; writes the KV cache."""
+    def run_model(self, model_input: ModelInput, input_ids: torch.Tensor | None = None) -> torch.Tensor:
+        """Hidden states [num_tokens, hidden_size] of one forward pass; writes the KV cache. input_ids: instead of
+        model_input's.
+        """
+        if input_ids is None:
+            input_ids = self._tensor(model_input.input_ids)
         with set_context(self._context(model_input)):
-            return self.model(self._tensor(model_input.input_ids), self._tensor(model_input.positions))
+            return self.model(input_ids, self._tensor(model_input.positions))
 
     def _context(self, model_input: ModelInput) -> Context:
         block_tables = model_input.block_tables
@@ -247,6 +277,9 @@ class ModelRunner:
 
     def close(self) -> None:
         """Drop graphs, model and cache, and give their memory back to the device."""
+        if self.device.type == "cuda" and self.tp.size == 1:
+            with suppress(RuntimeError):  # a step's own error, which was said or is of no interest any more
+                torch.cuda.synchronize(self.device)  # a launched step may still use them
         if self.graphs is not None:
             self.graphs.close()
             self.graphs = None

@@ -3,7 +3,7 @@ change. Under poison: what may not be read is NaN.
 """
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import hypothesis.strategies as st
 import pytest
@@ -37,6 +37,7 @@ class Scenario:
     max_num_seqs: int
     num_spare_tokens: int  # of the budget, beyond max_num_seqs
     arrivals: tuple[Arrival, ...]
+    is_async: bool
 
 
 # Few of each, so that prefixes, blocks and whole requests repeat, and the oracle computes each request once.
@@ -71,6 +72,7 @@ def scenarios() -> st.SearchStrategy[Scenario]:
         arrivals=st.lists(arrival, min_size=4, max_size=10).map(
             lambda items: tuple(sorted(items, key=lambda arrival: arrival.step))
         ),
+        is_async=st.booleans(),
     )
 
 
@@ -84,6 +86,7 @@ CROWDED = Scenario(
         Arrival(index // 4, PROMPTS[3 * index % len(PROMPTS)], PARAMS[2 + index % 5], 9 if index == 7 else None)
         for index in range(10)
     ),
+    is_async=False,
 )
 
 
@@ -102,6 +105,7 @@ def run(model_dir: str, scenario: Scenario, oracle: Oracle) -> Counter[str]:
         num_kv_cache_blocks=-(-largest // scenario.block_size) + scenario.num_spare_blocks,
         max_num_seqs=scenario.max_num_seqs,
         max_num_batched_tokens=scenario.max_num_seqs + scenario.num_spare_tokens,
+        async_scheduling=scenario.is_async,
     ) as llm:
         arrivals, outputs, step = {}, {}, 0
         pending = list(scenario.arrivals)
@@ -142,6 +146,7 @@ def test_outputs_never_change(architecture: str) -> None:
     @settings(max_examples=max(20, settings().max_examples // 4))
     @given(scenario=scenarios())
     @example(scenario=CROWDED)
+    @example(scenario=replace(CROWDED, is_async=True))
     def campaign(scenario: Scenario) -> None:
         counts.update(run(str(model_dir), scenario, oracle))
 

@@ -35,6 +35,7 @@ ALONE = Way(is_alone=True)
 IN_A_BATCH = Way()
 SAME_SHAPES = {
     "pickled": Way(is_pickled=True),
+    "one step ahead": Way({"async_scheduling": True}),
     "blocks of 1": Way({"kv_cache_block_size": 1, "num_kv_cache_blocks": 400}),
     "blocks of 4": Way({"kv_cache_block_size": 4, "num_kv_cache_blocks": 100}),
     "blocks of 64": Way({"kv_cache_block_size": 64}),
@@ -137,6 +138,7 @@ GPU_SETUPS = [
     ("flash_attn", {"dtype": "bfloat16", "kv_cache_block_size": 256}),
 ]
 GPU_WAYS = {**OTHER_SHAPES, "blocks of 256": Way({"kv_cache_block_size": 256}), "eager": Way({"enforce_eager": True})}
+GPU_SAME_SHAPES = {way: SAME_SHAPES[way] for way in ("pickled", "one step ahead")}
 
 
 # For blocks of 256, of which one must be full to be found again. Of the seeds to 60, the two after whose prompts no two
@@ -156,9 +158,12 @@ def gpu_model() -> Path:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("way", GPU_SAME_SHAPES)
 @pytest.mark.parametrize(("backend", "options"), GPU_SETUPS)
-def test_pickled_or_not_gives_the_same_bits_on_a_gpu(backend: str, options: dict[str, Any]) -> None:
-    assert_equal(on_gpu(backend, options, Way(is_pickled=True)), on_gpu(backend, options, IN_A_BATCH))
+def test_ways_that_leave_the_shapes_alone_give_the_same_bits_on_a_gpu(
+    backend: str, options: dict[str, Any], way: str
+) -> None:
+    assert_equal(on_gpu(backend, options, GPU_SAME_SHAPES[way]), on_gpu(backend, options, IN_A_BATCH))
 
 
 @pytest.mark.gpu

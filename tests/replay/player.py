@@ -66,6 +66,7 @@ class _Player:
         self.score = Score()
         self.sequences: dict[int, Sequence] = {}
         self.batch: ScheduledBatch | None = None
+        self.ahead: ScheduledBatch | None = None
         self.tokens: list[int] | None = None
         self.compute_error: str | None = None
 
@@ -91,8 +92,23 @@ class _Player:
         self._call(event, self.scheduler.finish, self.sequences[event["seq"]], event["reason"])
 
     def do_schedule(self, event: dict[str, Any]) -> None:
+        self._decide(event, self.scheduler.schedule)
+
+    def do_schedule_ahead(self, event: dict[str, Any]) -> None:
+        """It is computed when it is taken up: a replay waits for tokens in any case."""
+        self.ahead = self._call(event, self.scheduler.schedule_ahead, self.batch)
+        if "raised" in event:
+            return
+        self._compare("whether a step is begun ahead", event["ahead"] is not None, self.ahead is not None)
+        if self.ahead is not None:
+            self._compare_decision(event["ahead"], decision_of(self.scheduler, self.ahead))
+
+    def do_take_up(self, event: dict[str, Any]) -> None:
+        self._decide(event, self.scheduler.take_up, self.ahead)
+
+    def _decide(self, event: dict[str, Any], decide: Callable[..., ScheduledBatch], *args: Any) -> None:
         self.score.num_steps = event["step"] + 1
-        self.batch = self._call(event, self.scheduler.schedule)
+        self.batch = self._call(event, decide, *args)
         if self.batch is None:
             return
         self._compare_decision(event, decision_of(self.scheduler, self.batch))

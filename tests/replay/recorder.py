@@ -85,12 +85,12 @@ class Recording:
         finally:
             self.is_inside = False
 
-    def watched_run(self, run: Callable[[ScheduledBatch], list[int]]) -> Callable[[ScheduledBatch], list[int]]:
-        """Executor.run, which makes an event of what it raises; its tokens are seen in postprocess."""
+    def watched(self, compute: Callable[..., Any]) -> Callable[..., Any]:
+        """Executor.run or launch, which makes an event of what it raises; its tokens are seen in postprocess."""
 
-        def watched(batch: ScheduledBatch) -> list[int]:
+        def watched(*args: Any) -> Any:
             try:
-                return run(batch)
+                return compute(*args)
             except BaseException as error:
                 self.events.append({"do": "compute", "raised": described(error)})
                 raise
@@ -171,6 +171,8 @@ def install() -> None:
     _wrap_constructors()
     _wrap("add", lambda scheduler, seq: request_of(seq), _note_arrival)
     _wrap("schedule", lambda scheduler: {"step": _recordings[scheduler].num_steps}, _decided)
+    _wrap("schedule_ahead", lambda *_: {}, _decided_ahead)
+    _wrap("take_up", lambda scheduler, _: {"step": _recordings[scheduler].num_steps}, _decided)
     _wrap("postprocess", _tokens, lambda scheduler, _, batch, token_ids: {"finished": endings_of(batch)})
     _wrap("abort", lambda scheduler, seq_id: {"seq": seq_id}, lambda scheduler, found, seq_id: {"found": found})
     _wrap("preempt", lambda scheduler, seq: {"seq": seq.seq_id}, lambda *_: {})
@@ -199,9 +201,13 @@ def _note_arrival(scheduler: Scheduler, _: None, seq: Sequence) -> dict[str, Any
     return {}
 
 
-def _decided(scheduler: Scheduler, batch: ScheduledBatch) -> dict[str, Any]:
+def _decided(scheduler: Scheduler, batch: ScheduledBatch, *_: Any) -> dict[str, Any]:
     _recordings[scheduler].num_steps += 1
     return decision_of(scheduler, batch)
+
+
+def _decided_ahead(scheduler: Scheduler, ahead: ScheduledBatch | None, _: ScheduledBatch) -> dict[str, Any]:
+    return {"ahead": None if ahead is None else decision_of(scheduler, ahead)}
 
 
 def _tokens(scheduler: Scheduler, batch: ScheduledBatch, token_ids: list[int]) -> dict[str, Any]:
@@ -225,6 +231,7 @@ def _wrap_constructors() -> None:
         recording = _recordings.get(self.scheduler)
         if recording is not None:
             recording.engine = (os.fspath(model), options)
-            self._executor.run = recording.watched_run(self._executor.run)
+            self._executor.run = recording.watched(self._executor.run)
+            self._executor.launch = recording.watched(self._executor.launch)
 
     Scheduler.__init__, LLMEngine.__init__ = scheduler_init, engine_init

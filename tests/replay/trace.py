@@ -7,6 +7,9 @@
     {"do": "postprocess", "step": 0, "tokens": [[0, 7]], "finished": []}
     {"end": 4}
 
+With async_scheduling, "schedule_ahead" stands before "postprocess", with "ahead": null or what is to follow, and
+"take_up" in place of the next "schedule": what is left of it.
+
 engine: null for a bare scheduler, else its model (see models.py) and options. hashes: null where blocks are hashed as
 ever; else the [tokens, parent, hash] that a test's own hash function gave. caveat: why the run cannot be repeated
 exactly, if it cannot. Other events: abort, preempt and finish as a caller asked for them, compute when it raised, test
@@ -21,10 +24,14 @@ from typing import Any
 
 VERSION = 1
 
+DECISION = {"is_prefill", "batch", "sampled", "running", "waiting", "free_blocks"}
+
 # Event -> the keys it must have, and those it has unless it raised.
 EVENTS: dict[str, tuple[set[str], set[str]]] = {
     "add": ({"seq", "prompt", "params", "seed"}, set()),
-    "schedule": ({"step"}, {"is_prefill", "batch", "sampled", "running", "waiting", "free_blocks"}),
+    "schedule": ({"step"}, DECISION),
+    "schedule_ahead": (set(), {"ahead"}),
+    "take_up": ({"step"}, DECISION),
     "compute": ({"raised"}, set()),
     "postprocess": ({"step", "tokens"}, {"finished"}),
     "abort": ({"seq"}, {"found"}),

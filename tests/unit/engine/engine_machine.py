@@ -1,18 +1,21 @@
 """EngineMachine: everything that can happen to a Scheduler, as rules that Hypothesis puts in any order.
 
 Tokens come from a symbolic model, which computes what is left of each batch after pickling; what a step reads is held
-against the formula at once. Subclasses put another hash or an oracle of the decisions beside it.
+against the formula at once. Half of the machines begin each step ahead of the one before, where it can be. Subclasses
+put another hash or an oracle of the decisions beside it.
 """
 
 from collections import Counter
+from dataclasses import replace
 from typing import ClassVar
 
+import numpy as np
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from nanovllm.engine.block_manager import BlockHash, block_hash
-from nanovllm.engine.model_input import PADDING_SLOT, prepare_decode, prepare_prefill
+from nanovllm.engine.model_input import PADDING_SLOT, ModelInput, prepare_ahead, prepare_decode, prepare_prefill
 from nanovllm.engine.scheduler import MAX_CONSECUTIVE_PREFILLS, ScheduledBatch
 from nanovllm.engine.sequence import Sequence
 from tests.evidence import compared, happened
@@ -30,6 +33,7 @@ def as_token(digest: int) -> int:
 
 class EngineMachine(RuleBasedStateMachine):
     hash_function: BlockHash = staticmethod(block_hash)
+    can_go_ahead = True
     seen: ClassVar[Counter[str]] = Counter()  # what happened, over all runs
 
     @initialize(
@@ -37,8 +41,13 @@ class EngineMachine(RuleBasedStateMachine):
         block_size=st.integers(1, 4),
         max_num_seqs=st.integers(1, 4),
         spare_budget=st.integers(0, 4),
+        goes_ahead=st.booleans(),
     )
-    def start(self, num_blocks: int, block_size: int, max_num_seqs: int, spare_budget: int) -> None:
+    def start(
+        self, num_blocks: int, block_size: int, max_num_seqs: int, spare_budget: int, goes_ahead: bool = False
+    ) -> None:
+        self.goes_ahead = goes_ahead and self.can_go_ahead
+        self.ahead: ScheduledBatch | None = None  # begun, and not the current step yet
         self.block_size = block_size
         self.scheduler = make_scheduler(
             num_blocks,
@@ -180,7 +189,7 @@ class EngineMachine(RuleBasedStateMachine):
     def start_step(self) -> ScheduledBatch:
         self.num_steps += 1
         before = set(self.scheduler.running)
-        batch = self.scheduler.schedule()
+        batch, is_begun = self.take_up_or_schedule()
         self.has_scheduled(batch)
         assert bool(self.live) != batch.is_empty, "there is always something to compute"
         assert batch.num_tokens <= self.scheduler.max_num_batched_tokens
@@ -190,16 +199,43 @@ class EngineMachine(RuleBasedStateMachine):
         for seq in self.scheduler.running:
             self.num_decodes[seq] = 0 if seq not in before else self.num_decodes[seq] + (not batch.is_prefill)
         if not batch.is_empty:
-            self.check_writes(batch)
-            self.digests = self.model.run(batch)
+            if not is_begun:
+                prepare = prepare_prefill if batch.is_prefill else prepare_decode
+                self.check_writes(prepare(batch.sequences))
+                self.digests = self.model.run(batch)
             for seq, digest in zip(batch.sampled_sequences, self.digests, strict=True):
                 expected = expected_digest(tuple(seq.token_ids), seq.sampling_params, seq.seed)
                 assert digest == expected, f"D09: {seq} read what it should not"
             compared("symbolic model: tokens against what was attended", len(self.digests))
         return batch
 
-    def check_writes(self, batch: ScheduledBatch) -> None:
-        slots = (prepare_prefill if batch.is_prefill else prepare_decode)(batch.sequences).slot_mapping
+    def take_up_or_schedule(self) -> tuple[ScheduledBatch, bool]:
+        """The step, and whether it has been computed already; self.digests are its then."""
+        if self.ahead is not None:
+            begun, self.ahead = self.ahead, None
+            batch = self.scheduler.take_up(begun)
+            if not batch.is_empty:
+                digests = dict(zip(begun.sampled_sequences, self.digests, strict=True))
+                self.digests = [digests[seq] for seq in batch.sampled_sequences]
+                self.report("step ahead")
+                self.report("computed in vain", len(begun.sequences) - len(batch.sequences))
+                return batch, True
+        return self.scheduler.schedule(), False
+
+    def go_ahead(self, batch: ScheduledBatch, tokens: list[int]) -> list[int]:
+        """Begin the step after `batch`, whose `tokens` the scheduler does not know yet; its digests."""
+        self.ahead = self.scheduler.schedule_ahead(batch)
+        if self.ahead is None:
+            return []
+        inputs = prepare_ahead(self.ahead.sequences, batch.sampled_sequences)
+        self.check_writes(inputs)
+        if inputs.unknown is not None:
+            known = np.where(inputs.unknown >= 0, np.array(tokens)[inputs.unknown], inputs.input_ids)
+            inputs = replace(inputs, input_ids=known)
+        return self.model.compute(inputs)
+
+    def check_writes(self, inputs: ModelInput) -> None:
+        slots = inputs.slot_mapping
         self.report("not stored again", int((slots == PADDING_SLOT).sum()))
         for slot in slots[slots != PADDING_SLOT].tolist():
             block = self.manager.blocks[slot // self.block_size]
@@ -208,6 +244,8 @@ class EngineMachine(RuleBasedStateMachine):
 
     def finish_step(self, batch: ScheduledBatch) -> None:
         tokens = [as_token(digest) for digest in self.digests] if batch.sampled_sequences else []
+        if self.goes_ahead and not batch.is_empty:
+            self.digests = self.go_ahead(batch, tokens)
         self.scheduler.postprocess(batch, tokens)
         self.has_postprocessed(dict(zip([seq.seq_id for seq in batch.sampled_sequences], tokens, strict=True)))
         for seq in batch.sampled_sequences:

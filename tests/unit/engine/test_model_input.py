@@ -51,6 +51,7 @@ def test_prefill_of_whole_prompts_by_hand() -> None:
         "longest_first": [1, 0],
         "block_tables": None,
         "sample_indices": [2, 7],
+        "unknown": None,
     }
     assert model_input.sampling.position.tolist() == [3, 5]
 
@@ -128,7 +129,8 @@ def test_sampling_rows_hold_each_sequences_parameters() -> None:
         [
             make_sequence([1, 2], temperature=0.5, top_k=7, top_p=0.9, min_p=0.1, seed=2**64 - 1),
             make_sequence([1], temperature=2.0, seed=3),
-        ]
+        ],
+        positions=np.array([2, 1]),
     )
     assert rows.temperature.tolist() == [0.5, 2.0]
     assert rows.top_k.tolist() == [7, 0]

@@ -16,7 +16,11 @@ from tests.unit.engine.harness import two_bit_hash
 
 
 class LockStep(EngineMachine):
-    """EngineMachine with the reference beside it; the two share nothing but the tokens."""
+    """EngineMachine with the reference beside it; the two share nothing but the tokens. No step ahead: where a token
+    ends a sequence, the decisions are others then.
+    """
+
+    can_go_ahead = False
 
     def has_started(self) -> None:
         pool = BlockManager(len(self.manager.blocks), self.block_size)

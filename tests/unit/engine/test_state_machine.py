@@ -37,9 +37,10 @@ def test_long_runs_in_which_everything_happens() -> None:
     """D05, D08, D09, D15, D17: as above, with every event for certain."""
     EngineMachine.seen.clear()
     rng = random.Random(random.getrandbits(32))  # NANOVLLM_TEST_SEED decides
-    for _ in range(25):
+    for run in range(25):
         machine = MachineWithCollisions()
-        machine.start(rng.randint(6, 12), rng.randint(1, 4), rng.randint(2, 4), rng.randint(0, 2))
+        goes_ahead = run % 2 == 1
+        machine.start(rng.randint(6, 12), rng.randint(1, 4), rng.randint(2, 4), rng.randint(0, 2), goes_ahead)
         for number in range(40):
             prompts = [[rng.randint(0, 1) for _ in range(rng.randint(1, 18))] for _ in range(rng.randint(0, 2))]
             machine.add(prompts, rng.randint(1, 12), ignore_eos=rng.random() < 0.7)
@@ -53,6 +54,6 @@ def test_long_runs_in_which_everything_happens() -> None:
     flood(MachineWithCollisions())
     events = (
         "preemption", "prefill chunk", "block hit", "block evicted", "hash collision", "forced decode",
-        "not stored again", "refused at the door",
+        "not stored again", "refused at the door", "step ahead", "computed in vain",
     )  # fmt: skip
     assert all(EngineMachine.seen[event] for event in events), EngineMachine.seen

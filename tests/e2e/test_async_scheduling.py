@@ -1,0 +1,178 @@
+"""async_scheduling: a step is begun before the tokens of the one before have come; what comes out is the same."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from nanovllm import LLM, SamplingParams, bundled_model_path
+from nanovllm.demo_prompts import DEMO_PROMPTS
+from nanovllm.worker.launched_step import LaunchedStep
+from tests.e2e.conftest import BUNDLED_OPTIONS
+from tests.evidence import compared
+from tests.poison import poisoned_llm
+from tests.replay.player import BareScheduler, play
+from tests.replay.recorder import install, recording_of
+
+PROMPTS = list(DEMO_PROMPTS[:8])
+GREEDY = SamplingParams.greedy(max_tokens=12)
+# They end at different steps, by a token, by a text and by their length.
+PARAMS = [
+    GREEDY,
+    SamplingParams(seed=3, max_tokens=20),
+    SamplingParams.greedy(max_tokens=40, stop="the"),
+    SamplingParams.greedy(max_tokens=1),
+    SamplingParams(temperature=0.7, top_k=20, top_p=0.9, seed=4, max_tokens=30),
+    SamplingParams.greedy(max_tokens=25, stop_token_ids=list(range(0, 400, 7))),
+    SamplingParams(min_p=0.05, seed=5, max_tokens=9),
+    SamplingParams.greedy(max_tokens=33, ignore_eos=True),
+]
+
+
+@pytest.fixture(scope="module")
+def ahead() -> Iterator[LLM]:
+    with poisoned_llm(bundled_model_path(), **BUNDLED_OPTIONS, async_scheduling=True) as llm:
+        yield llm
+
+
+@pytest.fixture
+def llm(ahead: LLM) -> Iterator[LLM]:
+    yield ahead
+    assert ahead.is_finished()
+    assert ahead.scheduler.block_manager.num_free_blocks == len(ahead.scheduler.block_manager.blocks)
+    ahead.scheduler.block_manager.check_invariants([])
+
+
+def without_ids(outputs: list[Any]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in output.items() if name != "seq_id"} for output in outputs]
+
+
+def test_outputs_are_the_same_however_requests_end() -> None:
+    """Twice, so that the second time begins with what the first has left in flight, and with a full prefix cache."""
+    outputs = {}
+    for is_async in (False, True):
+        with LLM(str(bundled_model_path()), **BUNDLED_OPTIONS, async_scheduling=is_async) as llm:
+            first = llm.generate(PROMPTS, PARAMS, use_tqdm=False)
+            outputs[is_async] = without_ids(first + llm.generate(PROMPTS[::-1], PARAMS, use_tqdm=False))
+    assert outputs[True] == outputs[False]
+    assert {output["finish_reason"] for output in outputs[True]} == {"stop", "length"}
+    compared("async_scheduling against waiting for each step: outputs", len(outputs[True]))
+
+
+def test_the_next_step_is_begun_before_the_tokens_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five tokens, of a prefill and four decode steps; the last is known to be the last."""
+    events: list[str] = []
+    with LLM(str(bundled_model_path()), **BUNDLED_OPTIONS, async_scheduling=True) as llm:
+        launch, token_ids = llm._executor.launch, LaunchedStep.token_ids
+        monkeypatch.setattr(llm._executor, "launch", lambda *args: events.append("begin") or launch(*args))
+        monkeypatch.setattr(LaunchedStep, "token_ids", lambda self: events.append("wait") or token_ids(self))
+        llm.generate([[5, 6, 7]], SamplingParams.greedy(max_tokens=5, ignore_eos=True), use_tqdm=False)
+    assert events == ["begin", *["begin", "wait"] * 4, "wait"]
+
+
+def test_a_stream_is_the_output(llm: LLM) -> None:
+    whole = llm.generate(PROMPTS, PARAMS, use_tqdm=False)
+    texts, tokens = [""] * len(PROMPTS), [[] for _ in PROMPTS]
+    for item in llm.generate_stream(PROMPTS, PARAMS):
+        texts[item["index"]] += item["text"]
+        tokens[item["index"]] += item["token_ids"]
+    assert texts == [output["text"] for output in whole]
+    assert tokens == [output["token_ids"] for output in whole]
+
+
+def test_who_is_aborted_while_its_next_step_is_computed_gets_no_more_tokens(llm: LLM) -> None:
+    """D19: and the others theirs."""
+    alone = [output["text"] for output in llm.generate(PROMPTS[:3], GREEDY, use_tqdm=False)]
+    stream = llm.generate_stream(PROMPTS[:3], GREEDY)
+    items = [next(stream) for _ in range(3)]
+    assert llm.abort(items[1]["seq_id"])
+    items += stream
+    texts = ["".join(item["text"] for item in items if item["index"] == index) for index in range(3)]
+    assert [texts[0], texts[2]] == [alone[0], alone[2]]
+    assert alone[1].startswith(texts[1])
+    assert [item["finish_reason"] for item in items if item["index"] == 1][-1] == "abort"
+    assert sum(len(item["token_ids"]) for item in items if item["index"] == 1) == 1
+
+
+def test_closing_a_stream_leaves_nothing_that_the_next_call_meets(llm: LLM) -> None:
+    alone = llm.generate(PROMPTS[1], GREEDY, use_tqdm=False)[0]["text"]
+    stream = llm.generate_stream(PROMPTS[:3], SamplingParams.greedy(max_tokens=60))
+    next(stream)
+    stream.close()
+    assert llm.generate(PROMPTS[1], GREEDY, use_tqdm=False)[0]["text"] == alone
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("planted"), KeyboardInterrupt()])
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_step_that_fails_ends_its_requests_and_no_others(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, number: int, error: BaseException
+) -> None:
+    """D18: the first (with nothing before it), or one that was begun ahead."""
+    expected = llm.generate(PROMPTS[0], GREEDY, use_tqdm=False)[0]["token_ids"]
+    launch, calls = llm._executor.launch, []
+
+    def failing_launch(*args: Any) -> LaunchedStep:
+        calls.append(args)
+        if len(calls) == number:
+            raise error
+        return launch(*args)
+
+    with monkeypatch.context() as planted:
+        planted.setattr(llm._executor, "launch", failing_launch)
+        with pytest.raises(type(error)):
+            llm.generate(PROMPTS[1:3], GREEDY, use_tqdm=False)
+    assert llm.generate(PROMPTS[0], GREEDY, use_tqdm=False)[0]["token_ids"] == expected
+
+
+def test_an_engine_closes_with_a_step_in_flight() -> None:
+    with LLM(str(bundled_model_path()), **BUNDLED_OPTIONS, async_scheduling=True) as llm:
+        llm.add_request(PROMPTS[0], GREEDY)
+        llm.step()
+        assert llm._ahead is not None
+    with pytest.raises(RuntimeError, match=r"^this engine is closed: make a new one$"):
+        llm.step()
+
+
+def test_its_trace_replays() -> None:
+    install()
+    with LLM(str(bundled_model_path()), **{**BUNDLED_OPTIONS, "num_kv_cache_blocks": 6}, async_scheduling=True) as llm:
+        llm.generate(PROMPTS[:5], SamplingParams.greedy(max_tokens=40, ignore_eos=True), use_tqdm=False)
+        assert llm.scheduler.num_preemptions > 0
+        trace = recording_of(llm.scheduler).trace()
+    kinds = {event["do"] for event in trace.events}
+    assert {"schedule", "schedule_ahead", "take_up", "postprocess"} <= kinds
+    assert play(trace, BareScheduler(trace)).num_steps > 40
+
+
+def test_several_ranks_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"^async_scheduling must be False with several ranks, .* got True and tensor_p"
+    ):
+        LLM(str(bundled_model_path()), device="cpu", tensor_parallel_size=2, async_scheduling=True)
+
+
+# --- on a GPU, where it is for ---
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("enforce_eager", [True, False])
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [("triton", "float32"), ("triton", "bfloat16"), ("flash_attn", "bfloat16")]
+)
+def test_outputs_are_the_same_on_a_gpu(backend: str, dtype: str, enforce_eager: bool) -> None:
+    """More prompts than graphs have rows; they end at different steps, some by a token that nobody knew. Greedy, since
+    whoever ends leaves one batch a step later than the other, and in bfloat16 the size of a batch shows.
+    """
+    prompts = list(DEMO_PROMPTS)
+    greedy = [params for params in PARAMS if params.top_k == 1]
+    params = [greedy[index % len(greedy)] for index in range(len(prompts))]
+
+    def outputs(is_async: bool) -> list[dict[str, Any]]:
+        with LLM(
+            str(bundled_model_path()), device="cuda", dtype=dtype, attention_backend=backend, max_model_len=512,
+            max_num_seqs=20, enforce_eager=enforce_eager, num_kv_cache_blocks=48, async_scheduling=is_async,
+        ) as llm:  # fmt: skip
+            return without_ids(llm.generate(prompts, params, use_tqdm=False))
+
+    assert outputs(is_async=True) == outputs(is_async=False)
