@@ -1,6 +1,7 @@
 """Throughput of the whole engine on a model of random weights, and where the time of a decode step goes.
 
-    python -m benchmarks.engine [--scenario headline single] [--backend triton flash_attn] [--mode graphs] [--profile]
+    python -m benchmarks.engine [--scenario headline single] [--backend triton flash_attn] [--mode graphs async]
+        [--profile]
 
 One line a run: output tokens a second for decode-heavy scenarios, prompt tokens a second for the others, over one
 generate() of all requests, everything included but start-up and a warm-up. Prompts are new in every run, so nothing is
@@ -23,6 +24,11 @@ from nanovllm import LLM, SamplingParams
 from nanovllm.bench import draw_requests
 
 PROFILED_STEPS = 20
+MODES: dict[str, dict[str, bool]] = {
+    "graphs": {},
+    "eager": {"enforce_eager": True},
+    "async": {"async_scheduling": True},  # with graphs, too
+}
 
 
 @dataclass(frozen=True)
@@ -86,7 +92,7 @@ def profile_decode(llm: Any, num_seqs: int, input_len: int) -> None:
 
     ids = start_decoding(llm, num_seqs, input_len, 4 * PROFILED_STEPS)
     wall = steps()
-    schedule, compute = time_host_parts(llm, PROFILED_STEPS)
+    host = "" if llm.config.async_scheduling else time_host_parts(llm, PROFILED_STEPS)
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         steps()
     for seq_id in ids:
@@ -96,16 +102,15 @@ def profile_decode(llm: Any, num_seqs: int, input_len: int) -> None:
     count = sum(event.count for event in events) / PROFILED_STEPS
     print(
         f"  decode step of {num_seqs} sequences of about {input_len} tokens: {wall:.0f} us wall, "
-        f"GPU busy {busy:.0f} us in {count:.0f} kernels and copies, idle {max(0.0, wall - busy):.0f} us; "
-        f"of the wall time {schedule:.0f} us are outside executor.run, {compute:.0f} us inside"
+        f"GPU busy {busy:.0f} us in {count:.0f} kernels and copies, idle {max(0.0, wall - busy):.0f} us{host}"
     )
     for event in sorted(events, key=lambda event: -event.self_device_time_total)[:15]:
         each = event.self_device_time_total / PROFILED_STEPS
         print(f"    {each:8.1f} us {each / busy:6.1%} {event.count / PROFILED_STEPS:6.1f} x  {event.key[:90]}")
 
 
-def time_host_parts(llm: Any, num_steps: int) -> tuple[float, float]:
-    """Mean microseconds a step spends outside and inside executor.run (which waits for the GPU)."""
+def time_host_parts(llm: Any, num_steps: int) -> str:
+    """Mean microseconds a step spends outside and inside executor.run (which waits for the GPU), in words."""
     inside = 0.0
     run = llm._executor.run
 
@@ -122,13 +127,14 @@ def time_host_parts(llm: Any, num_steps: int) -> tuple[float, float]:
         llm.step()
     total = time.perf_counter() - start
     del llm._executor.run
-    return (total - inside) / num_steps * 1e6, inside / num_steps * 1e6
+    per_step = 1e6 / num_steps
+    return f"; of {total * per_step:.0f} us {(total - inside) * per_step:.0f} are outside executor.run, the rest inside"
 
 
 def measure(model: str, backend: str, mode: str, arguments: argparse.Namespace, results: list[dict[str, Any]]) -> None:
     """Start an engine, run the scenarios, print and append what came out."""
     start = time.perf_counter()
-    options = {"attention_backend": backend, "enforce_eager": mode == "eager", "dtype": "bfloat16"}
+    options = {"attention_backend": backend, "dtype": "bfloat16", **MODES[mode]}
     with LLM(model, max_model_len=4096, max_num_seqs=arguments.max_num_seqs, **options) as llm:
         llm.generate([[1] * 100] * 4, SamplingParams(max_tokens=8, ignore_eos=True), use_tqdm=False)
         print(f"{backend}, {mode}: started in {time.perf_counter() - start:.1f} s", flush=True)
@@ -173,7 +179,7 @@ def parse(words: Iterable[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--like", default="qwen3-0.6b", help="see tools/make_random_model.py")
     parser.add_argument("--scenario", nargs="+", choices=SCENARIOS, default=["headline", "single", "small", "prefill"])
     parser.add_argument("--backend", nargs="+", default=["triton", "flash_attn"])
-    parser.add_argument("--mode", nargs="+", choices=("graphs", "eager"), default=["graphs", "eager"])
+    parser.add_argument("--mode", nargs="+", choices=MODES, default=["graphs", "eager"])
     parser.add_argument("--max-num-seqs", type=int, default=256)
     parser.add_argument("--repeat", type=int, default=1, help="runs of each scenario, with other prompts each")
     parser.add_argument("--profile", action="store_true", help="where a decode step's time goes")

@@ -28,6 +28,7 @@ PASSES = {
             "tests/e2e/test_generate.py",
             "tests/e2e/test_stream.py",
             "tests/e2e/test_errors.py",
+            "tests/e2e/test_async_scheduling.py",
         ],
     ),
 }
