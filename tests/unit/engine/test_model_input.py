@@ -75,9 +75,13 @@ def test_keys_of_a_chunk_end_where_the_chunk_ends() -> None:
 
 
 def test_only_sequences_that_end_in_this_step_are_sampled() -> None:
-    model_input = prepare_prefill([scheduled(4, 2, 2, [0]), scheduled(9, 0, 3, [1, 2, 3]), scheduled(2, 0, 2, [4])])
+    sequences = [scheduled(4, 2, 2, [0]), scheduled(9, 0, 3, [1, 2, 3]), scheduled(2, 0, 2, [4])]
+    for seed, seq in enumerate(sequences):
+        seq.seed = seed
+    model_input = prepare_prefill(sequences)
     assert model_input.sample_indices.tolist() == [1, 6]
     assert model_input.sampling.position.tolist() == [4, 2]
+    assert model_input.sampling.seed.tolist() == [0, 2]
     assert model_input.block_tables is not None
     assert model_input.block_tables.tolist() == [[0, -1, -1], [1, 2, 3], [4, -1, -1]]
 
