@@ -159,7 +159,7 @@ class Program:
 
 
 def wait_until(is_true: Callable[[], bool], what: str) -> None:
-    for _ in range(700):  # 70 s at least
+    for _ in range(300):  # 30 s at least
         if is_true():
             return
         time.sleep(0.1)
