@@ -15,6 +15,8 @@ from nanovllm.worker.meeting import meet
 from nanovllm.worker.process_group import FileStore, Place
 from tests.evidence import happened
 
+pytestmark = pytest.mark.timeout(30)  # ranks that do not meet wait for ever
+
 SLOW_SECONDS = 1.5  # longer than a FileStore waits at least, which is one second
 
 
@@ -67,6 +69,21 @@ def sums(groups: list[Any]) -> list[float]:
 def test_ranks_meet(store_path: str, size: int) -> None:
     groups = meet_in_threads(store_path, size)
     assert sums(groups) == [size * (size + 1) / 2] * size
+
+
+def test_a_rank_that_comes_late_costs_no_attempt(
+    store_path: str, monkeypatch: pytest.MonkeyPatch, attempts: list[int]
+) -> None:
+    """The time of an attempt begins when all have come, however long that takes."""
+    monkeypatch.setattr(meeting, "CONNECT_SECONDS", 0.1)
+
+    def come(rank: int) -> Any:
+        time.sleep(SLOW_SECONDS * rank)
+        return meet(Place(rank, 2, num_sharing=2), FileStore(store_path, 2))
+
+    with ThreadPoolExecutor(2) as threads:
+        assert sums(list(threads.map(come, range(2)))) == [3.0] * 2
+    assert sorted(attempts) == [0, 1]
 
 
 @pytest.mark.parametrize("slow", [0, 1, 2])
