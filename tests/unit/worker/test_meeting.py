@@ -1,9 +1,10 @@
 """Ranks that meet, each in a thread: one is slow, one cannot connect, one never comes."""
 
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from nanovllm.worker.meeting import meet
 from nanovllm.worker.process_group import FileStore, Place
 from tests.evidence import happened
 
-pytestmark = pytest.mark.timeout(30)  # ranks that do not meet wait for ever
+pytestmark = pytest.mark.timeout(15)  # ranks that do not meet wait for ever
 
 SLOW_SECONDS = 1.5  # longer than a FileStore waits at least, which is one second
 
@@ -49,8 +50,22 @@ def meet_in_threads(store_path: str, size: int) -> list[Any]:
         except RuntimeError as error:
             return error
 
-    with ThreadPoolExecutor(size) as threads:
-        return list(threads.map(one, range(size)))
+    return together(one, size)
+
+
+def together(work: Callable[[int], Any], size: int) -> list[Any]:
+    """work(rank) of each rank, in a thread of its own, which does not outlive the tests if it never ends."""
+    results: list[Future[Any]] = [Future() for _ in range(size)]
+
+    def run(rank: int) -> None:
+        try:
+            results[rank].set_result(work(rank))
+        except BaseException as error:
+            results[rank].set_exception(error)
+
+    for rank in range(size):
+        threading.Thread(target=run, args=(rank,), daemon=True).start()
+    return [result.result() for result in results]
 
 
 def sums(groups: list[Any]) -> list[float]:
@@ -61,8 +76,7 @@ def sums(groups: list[Any]) -> list[float]:
         groups[rank].allreduce([x]).wait()
         return float(x)
 
-    with ThreadPoolExecutor(len(groups)) as threads:
-        return list(threads.map(one, range(len(groups))))
+    return together(one, len(groups))
 
 
 @pytest.mark.parametrize("size", [2, 3, 8])
@@ -81,8 +95,7 @@ def test_a_rank_that_comes_late_costs_no_attempt(
         time.sleep(SLOW_SECONDS * rank)
         return meet(Place(rank, 2, num_sharing=2), FileStore(store_path, 2))
 
-    with ThreadPoolExecutor(2) as threads:
-        assert sums(list(threads.map(come, range(2)))) == [3.0] * 2
+    assert sums(together(come, 2)) == [3.0] * 2
     assert sorted(attempts) == [0, 1]
 
 
@@ -134,9 +147,31 @@ def test_nccl_begins_when_all_have_come(store_path: str, monkeypatch: pytest.Mon
         time.sleep(0.2 * rank)
         return meet(Place(rank, 3, num_sharing=1, gpu=rank), FileStore(store_path, 3))
 
-    with ThreadPoolExecutor(3) as threads:
-        assert list(threads.map(one, range(3))) == [f"nccl of rank {rank}" for rank in range(3)]
+    assert together(one, 3) == [f"nccl of rank {rank}" for rank in range(3)]
     assert events == ["context"] * 3 + ["nccl"] * 3
+
+
+def test_what_was_said_in_one_attempt_is_not_heard_in_the_next(
+    store_path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 1 fails once; the other waits for what it says of the second attempt."""
+    tried: list[int] = []
+
+    def connect(place: Place, store: Any) -> tuple[Any, RuntimeError | None]:
+        tried.append(place.rank)
+        if place.rank == 0:
+            return Group(), None
+        if tried.count(1) == 2:
+            time.sleep(0.5)
+            return Group(), None
+        return None, RuntimeError("once")
+
+    class Group:
+        def _set_default_timeout(self, _: object) -> None: ...
+
+    monkeypatch.setattr(meeting, "_connect_gloo", connect)
+    assert all(isinstance(group, Group) for group in meet_in_threads(store_path, 2))
+    assert sorted(tried) == [0, 0, 1, 1]
 
 
 @pytest.mark.parametrize("gpu", [None, 0])
