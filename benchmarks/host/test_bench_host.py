@@ -11,7 +11,7 @@ import pytest
 from benchmarks.shapes import draw_lens
 from nanovllm import SamplingParams
 from nanovllm.engine.block_manager import BlockManager
-from nanovllm.engine.model_input import prepare_decode, prepare_prefill
+from nanovllm.engine.model_input import prepare_ahead, prepare_decode, prepare_prefill
 from nanovllm.engine.scheduler import ScheduledBatch, Scheduler
 from nanovllm.engine.sequence import Sequence
 
@@ -57,6 +57,29 @@ def test_scheduler_decode_step(benchmark, running):
     """schedule and postprocess."""
     batch = benchmark.pedantic(lambda: advance(running), rounds=ROUNDS, warmup_rounds=5)
     assert batch.num_scheduled_tokens == (1,) * NUM_SEQS
+
+
+def test_scheduler_decode_step_ahead(benchmark, running):
+    """schedule_ahead, postprocess and take_up."""
+    batch = running.schedule()
+
+    def advance_ahead():
+        nonlocal batch
+        ahead = running.schedule_ahead(batch)
+        running.postprocess(batch, [7] * NUM_SEQS)
+        batch = running.take_up(ahead)
+
+    benchmark.pedantic(advance_ahead, rounds=ROUNDS, warmup_rounds=5)
+    assert batch.num_scheduled_tokens == (1,) * NUM_SEQS
+
+
+def test_prepare_ahead(benchmark, running):
+    batch = running.schedule()
+    sequences = running.schedule_ahead(batch).sequences
+    model_input = benchmark.pedantic(
+        lambda: prepare_ahead(sequences, batch.sampled_sequences), rounds=ROUNDS, warmup_rounds=5
+    )
+    assert len(model_input.input_ids) == NUM_SEQS
 
 
 def test_prepare_decode(benchmark, running):
