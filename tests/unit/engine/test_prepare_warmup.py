@@ -67,7 +67,7 @@ def test_every_filter_of_the_sampler_is_on() -> None:
 def test_the_other_kinds_of_prefill(block_size: int) -> None:
     """Few keys, few cached ones, many cached ones; nothing is stored, and every block is one of the cache."""
     num_blocks = -(-(LONG_CONTEXT + 1) // block_size)
-    kinds = prepare_kinds_of_prefill(4096, num_blocks, block_size)
+    kinds = prepare_kinds_of_prefill(LONG_CONTEXT + 1, num_blocks, block_size)  # just room for the longest
     assert [(kind.max_seqlen_q, kind.max_seqlen_k) for kind in kinds] == [(2, 2), (1, 2), (1, LONG_CONTEXT + 1)]
     assert [kind.block_tables is None for kind in kinds] == [True, False, False]
     for kind in kinds:
