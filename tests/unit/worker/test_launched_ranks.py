@@ -1,6 +1,7 @@
 """Ranks that torchrun started, here each in a thread: what they send each other, and the word that a failing one leaves.
 
-Their store is torchrun's kind. What they connect over gloo ends after some seconds, so that nothing waits for ever.
+A store in memory stands in for torchrun's. What they connect over gloo ends after some seconds, so that nothing waits
+for ever.
 """
 
 import threading
@@ -28,13 +29,9 @@ MODEL: Any = Model(Config("any", tensor_parallel_size=2, device="cpu"), None, No
 
 @pytest.fixture(autouse=True)
 def _torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its store, to which each rank connects, and a program that has started no engine yet."""
-    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-
-    def rendezvous(url: str) -> Any:
-        yield dist.TCPStore("127.0.0.1", server.port, is_master=False), None, None
-
-    monkeypatch.setattr(launched_ranks, "rendezvous", rendezvous)
+    """Its store, and a program that has started no engine yet."""
+    store = dist.HashStore()
+    monkeypatch.setattr(launched_ranks, "rendezvous", lambda url: iter([(store, None, None)]))
     monkeypatch.setattr(launched_ranks, "_has_joined", False)
     monkeypatch.setattr(process_group, "REMOTE_MEETING", HANG)
     monkeypatch.setattr(process_group, "FOR_EVER", HANG)
