@@ -2,11 +2,13 @@
 
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -16,6 +18,7 @@ from nanovllm.worker.process_group import FileStore, Place
 from tests.evidence import happened
 
 SLOW_SECONDS = 1.5  # longer than a FileStore waits at least, which is one second
+HANG_SECONDS = 20  # a rank that waits for longer waits for ever
 
 
 @pytest.fixture
@@ -38,12 +41,18 @@ def attempts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return ranks
 
 
-def meet_in_threads(store_path: str, size: int) -> list[Any]:
-    """What each rank's meet() returned or raised."""
+def meet_in_threads(store_path: str, size: int, come: Callable[[int], None] = lambda rank: None) -> list[Any]:
+    """What each rank's meet() returned or raised; each comes when come(rank) has returned."""
+    end = time.monotonic() + HANG_SECONDS
+
+    def check() -> None:
+        if time.monotonic() > end:
+            raise RuntimeError("waits for ever")
 
     def one(rank: int) -> Any:
+        come(rank)
         try:
-            return meet(Place(rank, size, num_sharing=size), FileStore(store_path, size))
+            return meet(Place(rank, size, num_sharing=size), FileStore(store_path, size), check)
         except RuntimeError as error:
             return error
 
@@ -51,10 +60,12 @@ def meet_in_threads(store_path: str, size: int) -> list[Any]:
         return list(threads.map(one, range(size)))
 
 
-def sums(groups: list[Any]) -> list[float]:
-    """What an all-reduce of the ranks' numbers, from 1 on, gives each of them."""
+def sums(groups: list[Any], slow: int | None = None) -> list[float]:
+    """What an all-reduce of the ranks' numbers, from 1 on, gives each of them; rank `slow` comes to it late."""
 
     def one(rank: int) -> float:
+        if rank == slow:
+            time.sleep(SLOW_SECONDS)
         x = torch.tensor([rank + 1.0])
         groups[rank].allreduce([x]).wait()
         return float(x)
@@ -92,6 +103,87 @@ def test_when_a_rank_is_slow_all_try_again(
     happened("ranks that tried again to connect")
 
 
+class Connected:
+    """A group that nothing is asked of."""
+
+    def _set_default_timeout(self, timeout: object) -> None:
+        pass
+
+
+def test_a_rank_that_comes_late_costs_no_attempt(store_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """D33: nobody begins to connect before all have come, or its time would run out."""
+    events: list[str] = []
+    monkeypatch.setattr(meeting, "_connect_gloo", lambda place, store: events.append("connect") or (Connected(), None))
+
+    def come(rank: int) -> None:
+        time.sleep(0.2 * rank)
+        events.append("come")
+
+    groups = meet_in_threads(store_path, 3, come)
+    assert events == ["come"] * 3 + ["connect"] * 3
+    assert all(isinstance(group, Connected) for group in groups)
+
+
+def test_an_attempt_begins_when_all_have_come_to_it(store_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """D33: it has its own words. What the ranks said of the one before, in which one of them failed, has been said."""
+    monkeypatch.setattr(meeting, "_hear_all", slow_to_come(meeting._hear_all))
+    tried = [0, 0, 0]
+
+    def connect(place: Place, store: Any) -> tuple[Any, RuntimeError | None]:
+        tried[place.rank] += 1
+        is_lost = place.rank == 1 and tried[1] == 1
+        return (None, RuntimeError("too slow")) if is_lost else (Connected(), None)
+
+    monkeypatch.setattr(meeting, "_connect_gloo", connect)
+    groups = meet_in_threads(store_path, 3)
+    assert all(isinstance(group, Connected) for group in groups)
+    assert tried == [2, 2, 2]
+
+
+def slow_to_come(hear_all: Callable[..., list[str]]) -> Callable[..., list[str]]:
+    """Rank 1 says everything a little later than the others."""
+
+    def heard(store: Any, place: Place, *rest: Any) -> list[str]:
+        time.sleep(0.1 * (place.rank == 1))
+        return hear_all(store, place, *rest)
+
+    return heard
+
+
+def test_ranks_that_have_met_wait_for_a_slow_one(store_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """D33: the time of an attempt is not that of a collective, in which one rank may compute for longer."""
+    monkeypatch.setattr(meeting, "CONNECT_SECONDS", 1.0)  # gloo's own limit is a fifth of it
+    groups = meet_in_threads(store_path, 2)
+    assert sums(groups, slow=1) == [3.0] * 2
+
+
+def test_ranks_listen_to_their_own_machine_only(store_path: str) -> None:
+    """Nobody on the network can send them anything. Whatever the machine's name is, they find each other."""
+
+    def listening() -> set[Any]:
+        return {c.laddr for c in psutil.Process().net_connections("inet") if c.status == psutil.CONN_LISTEN}
+
+    before = listening()
+    groups = meet_in_threads(store_path, 2)
+    new = listening() - before
+    assert new, "gloo listens as long as there is a group"
+    assert {address.ip for address in new} == {"127.0.0.1"}
+    assert sums(groups) == [3.0] * 2
+
+
+def test_ranks_on_one_gpu_meet_over_gloo(store_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """D36: NCCL refuses two ranks on one GPU."""
+    monkeypatch.setattr(meeting, "nccl", lambda place, store: pytest.fail("NCCL on a shared GPU"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(meeting, "_connect_gloo", lambda place, store: (Connected(), None))
+
+    def one(rank: int) -> Any:
+        return meet(Place(rank, 2, num_sharing=2, gpu=0), FileStore(store_path, 2))
+
+    with ThreadPoolExecutor(2) as threads:
+        assert all(isinstance(group, Connected) for group in threads.map(one, range(2)))
+
+
 def test_a_rank_that_cannot_connect_says_why(store_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """After MAX_ATTEMPTS, and the others say that they were not the cause."""
     monkeypatch.setattr(meeting, "MAX_ATTEMPTS", 3)
@@ -99,7 +191,8 @@ def test_a_rank_that_cannot_connect_says_why(store_path: str, monkeypatch: pytes
 
     def connect(place: Place, store: Any) -> tuple[Any, RuntimeError | None]:
         tried.append(place.rank)
-        return (None, RuntimeError("too many open files")) if place.rank == 1 else ("connected", None)
+        assert len(tried) <= 9, "never gives up"
+        return (None, RuntimeError("too many open files")) if place.rank == 1 else (Connected(), None)
 
     monkeypatch.setattr(meeting, "_connect_gloo", connect)
     texts = [str(error) for error in meet_in_threads(store_path, 3)]
@@ -129,7 +222,7 @@ def test_check_ends_the_waiting_for_a_rank_that_never_comes(
     """D33: over gloo, and over NCCL."""
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     num_sharing = 2 if gpu is None else 1
-    num_checks = 0
+    num_checks, sleeps = 0, iter(range(20))
 
     def check() -> None:
         nonlocal num_checks
@@ -137,6 +230,8 @@ def test_check_ends_the_waiting_for_a_rank_that_never_comes(
         if num_checks == 5:
             raise InterruptedError("over")
 
+    # Ends a test that waits without a look.
+    monkeypatch.setattr(meeting, "time", SimpleNamespace(sleep=lambda seconds: next(sleeps)))
     with pytest.raises(InterruptedError, match=r"^over$"):
         meet(Place(0, 2, num_sharing, gpu), FileStore(store_path, 2), check)
     assert num_checks == 5
