@@ -4,6 +4,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,7 @@ from nanovllm.worker.process_group import FileStore, Place
 from tests.evidence import happened
 
 SLOW_SECONDS = 1.5  # longer than a FileStore waits at least, which is one second
-HANG_SECONDS = 20  # a rank that waits for longer waits for ever
+HANG_SECONDS = 10  # a rank that waits for longer waits for ever
 
 
 @pytest.fixture
@@ -41,6 +42,13 @@ def attempts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return ranks
 
 
+def open_store(path: str, size: int) -> Any:
+    """Whoever waits in it for a word that nobody says waits not for ever, where no `check` would be called."""
+    store = FileStore(path, size)
+    store.set_timeout(timedelta(seconds=HANG_SECONDS))
+    return store
+
+
 def meet_in_threads(store_path: str, size: int, come: Callable[[int], None] = lambda rank: None) -> list[Any]:
     """What each rank's meet() returned or raised; each comes when come(rank) has returned."""
     end = time.monotonic() + HANG_SECONDS
@@ -52,7 +60,7 @@ def meet_in_threads(store_path: str, size: int, come: Callable[[int], None] = la
     def one(rank: int) -> Any:
         come(rank)
         try:
-            return meet(Place(rank, size, num_sharing=size), FileStore(store_path, size), check)
+            return meet(Place(rank, size, num_sharing=size), open_store(store_path, size), check)
         except RuntimeError as error:
             return error
 
@@ -178,7 +186,7 @@ def test_ranks_on_one_gpu_meet_over_gloo(store_path: str, monkeypatch: pytest.Mo
     monkeypatch.setattr(meeting, "_connect_gloo", lambda place, store: (Connected(), None))
 
     def one(rank: int) -> Any:
-        return meet(Place(rank, 2, num_sharing=2, gpu=0), FileStore(store_path, 2))
+        return meet(Place(rank, 2, num_sharing=2, gpu=0), open_store(store_path, 2))
 
     with ThreadPoolExecutor(2) as threads:
         assert all(isinstance(group, Connected) for group in threads.map(one, range(2)))
@@ -208,7 +216,7 @@ def test_nccl_begins_when_all_have_come(store_path: str, monkeypatch: pytest.Mon
 
     def one(rank: int) -> Any:
         time.sleep(0.2 * rank)
-        return meet(Place(rank, 3, num_sharing=1, gpu=rank), FileStore(store_path, 3))
+        return meet(Place(rank, 3, num_sharing=1, gpu=rank), open_store(store_path, 3))
 
     with ThreadPoolExecutor(3) as threads:
         assert list(threads.map(one, range(3))) == [f"nccl of rank {rank}" for rank in range(3)]
@@ -230,8 +238,13 @@ def test_check_ends_the_waiting_for_a_rank_that_never_comes(
         if num_checks == 5:
             raise InterruptedError("over")
 
+    def connect(*_: object) -> None:
+        pytest.fail("connects without a rank")
+
+    monkeypatch.setattr(meeting, "_connect_gloo", connect)
+    monkeypatch.setattr(meeting, "nccl", connect)
     # Ends a test that waits without a look.
     monkeypatch.setattr(meeting, "time", SimpleNamespace(sleep=lambda seconds: next(sleeps)))
     with pytest.raises(InterruptedError, match=r"^over$"):
-        meet(Place(0, 2, num_sharing, gpu), FileStore(store_path, 2), check)
+        meet(Place(0, 2, num_sharing, gpu), open_store(store_path, 2), check)
     assert num_checks == 5
