@@ -1,4 +1,4 @@
-"""Ranks that torchrun started, here each in a thread: what they send each other, and the word that a failing one leaves.
+"""Ranks that torchrun started, here each in a thread: what they send each other, and the word of one that fails.
 
 A store in memory stands in for torchrun's. What they connect over gloo ends after some seconds, so that nothing waits
 for ever.

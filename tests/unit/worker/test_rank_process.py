@@ -1,4 +1,4 @@
-"""The life of a rank that rank 0 started, with stand-ins for what it calls: run_rank, here in the process of the test."""
+"""The life of a rank that rank 0 started, with stand-ins for what it calls: run_rank in the test's process."""
 
 import sys
 from collections.abc import Iterator
