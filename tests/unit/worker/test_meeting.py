@@ -14,9 +14,11 @@ import pytest
 import torch
 
 from nanovllm.worker import meeting
+from nanovllm.worker.local_ranks import PATIENCE_SECONDS
 from nanovllm.worker.meeting import meet
 from nanovllm.worker.process_group import FileStore, Place
-from tests.evidence import happened
+from tests.evidence import happened, tolerated
+from tests.parallel.faults import CONNECTING, WORDS, Fault, StrikingStore
 
 SLOW_SECONDS = 1.5  # longer than a FileStore waits at least, which is one second
 HANG_SECONDS = 10  # a rank that waits for longer waits for ever
@@ -172,8 +174,11 @@ def test_ranks_that_have_met_wait_for_a_slow_one(store_path: str, monkeypatch: p
     assert sums(groups, slow=1) == [3.0] * 2
 
 
-def test_ranks_listen_to_their_own_machine_only(store_path: str) -> None:
-    """Nobody on the network can send them anything. Whatever the machine's name is, they find each other."""
+def test_ranks_listen_to_their_own_machine_only(store_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody on the network can send them anything. They find each other whatever the machine's name is, and whatever
+    is said of its interfaces for programs that run on several machines.
+    """
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no-such-interface")
 
     def listening() -> set[Any]:
         return {c.laddr for c in psutil.Process().net_connections("inet") if c.status == psutil.CONN_LISTEN}
@@ -197,6 +202,22 @@ def test_ranks_on_one_gpu_meet_over_gloo(store_path: str, monkeypatch: pytest.Mo
 
     with ThreadPoolExecutor(2) as threads:
         assert all(isinstance(group, Connected) for group in threads.map(one, range(2)))
+
+
+def test_an_attempt_with_a_rank_that_died_is_over_while_it_is_waited_for(store_path: str) -> None:
+    """D33: rank 1 said where it is, and rank 0 listens for it. LocalRanks.connect waits PATIENCE_SECONDS for the end of
+    an attempt, in which check is not called.
+    """
+    died = StrikingStore(open_store(store_path, 2), Fault(1, CONNECTING, "raise"))
+    with pytest.raises(ArithmeticError, match=WORDS):
+        meeting._connect_gloo(Place(1, 2, num_sharing=2), died)
+    begin = time.monotonic()
+    group, error = meeting._connect_gloo(Place(0, 2, num_sharing=2), open_store(store_path, 2))
+    seconds = time.monotonic() - begin
+    assert group is None
+    assert isinstance(error, RuntimeError)
+    tolerated("seconds of an attempt to connect to a rank that died", seconds, PATIENCE_SECONDS)
+    assert seconds < PATIENCE_SECONDS
 
 
 def test_a_rank_that_cannot_connect_says_why(store_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
