@@ -91,7 +91,7 @@ def plant_here(fault: Fault, patch: Callable[[Any, str, Any], None] = setattr) -
         patch(where, name, _first(fault.strike, getattr(where, name)))
     elif fault.place == CONNECTING:
         connect = meeting._connect_gloo
-        patch(meeting, "_connect_gloo", lambda place, store: connect(place, _StrikingStore(store, fault)))
+        patch(meeting, "_connect_gloo", lambda place, store: connect(place, StrikingStore(store, fault)))
     else:
         run = Runner.run
 
@@ -103,7 +103,7 @@ def plant_here(fault: Fault, patch: Callable[[Any, str, Any], None] = setattr) -
         patch(Runner, "run", faulty_run)
 
 
-class _StrikingStore(dist.Store):
+class StrikingStore(dist.Store):
     """Strikes when gloo has told the others this rank's address."""
 
     def __init__(self, store: Any, fault: Fault) -> None:

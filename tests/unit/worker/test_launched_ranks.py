@@ -1,182 +1,237 @@
-"""LaunchedRanks without torchrun: a store in this process, and a control group that is a queue."""
+"""Ranks that torchrun started, here each in a thread: what they send each other, and the word of one that fails.
 
+A store in memory stands in for torchrun's. What they connect over gloo ends after some seconds, so that nothing waits
+for ever.
+"""
+
+import threading
+import weakref
 from collections.abc import Callable
-from queue import SimpleQueue
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from nanovllm.worker import launched_ranks
+from nanovllm import Config
+from nanovllm.torchrun import Launch
+from nanovllm.worker import executor, launched_ranks, process_group
 from nanovllm.worker.launched_ranks import LaunchedRanks, serve_launched
 from nanovllm.worker.local_ranks import RankError
-from nanovllm.worker.process_group import Place, gloo, nccl
+from nanovllm.worker.process_group import Place
+from nanovllm.worker.rank_process import Model
 
-SIZE = 3
+HANG = timedelta(seconds=10)
+MODEL: Any = Model(Config("any", tensor_parallel_size=2, device="cpu"), None, None)  # type: ignore[arg-type]
 
 
-@pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> Callable[..., LaunchedRanks]:
-    """Makes the LaunchedRanks of a rank; all of a test meet in one store."""
+@pytest.fixture(autouse=True)
+def _torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its store, and a program that has started no engine yet."""
     store = dist.HashStore()
     monkeypatch.setattr(launched_ranks, "rendezvous", lambda url: iter([(store, None, None)]))
-    monkeypatch.setattr(launched_ranks, "PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(launched_ranks, "_has_joined", False)
+    monkeypatch.setattr(process_group, "REMOTE_MEETING", HANG)
+    monkeypatch.setattr(process_group, "FOR_EVER", HANG)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
 
-    def make(rank: int, **place: Any) -> LaunchedRanks:
-        monkeypatch.setattr(launched_ranks, "_has_joined", False)
-        return LaunchedRanks(Place(rank, SIZE, num_sharing=1, **place))
 
-    return make
+def make_ranks(*places: Place) -> list[LaunchedRanks]:
+    """Each as if it were alone in its process."""
+    ranks = []
+    for place in places:
+        launched_ranks._has_joined = False
+        ranks.append(LaunchedRanks(place))
+    return ranks
+
+
+def on_cpus(size: int) -> list[LaunchedRanks]:
+    return make_ranks(*(Place(rank, size, num_sharing=size) for rank in range(size)))
+
+
+def on_all(ranks: list[LaunchedRanks], work: Callable[[LaunchedRanks], Any]) -> list[Any]:
+    with ThreadPoolExecutor(len(ranks)) as threads:
+        return list(threads.map(work, ranks))
+
+
+def test_messages_arrive_whole_and_in_order_until_the_end() -> None:
+    """Of any length: the receivers learn it first."""
+    messages = ["x" * 300, b"\0" * 2**17, {"a": [1, 2]}]
+
+    def work(ranks: LaunchedRanks) -> list[Any]:
+        ranks.connect()
+        if ranks.place.rank:
+            return list(iter(ranks.receive, None))
+        for message in messages:
+            ranks.send(message)
+        ranks.say_end()
+        return messages
+
+    assert on_all(on_cpus(3), work) == [messages] * 3
+
+
+def test_tensors_go_over_a_group_of_their_own() -> None:
+    def work(ranks: LaunchedRanks) -> tuple[float, bool]:
+        tp = ranks.connect()
+        return float(tp.all_reduce(torch.tensor([tp.rank + 1.0]))), tp.group is ranks._control
+
+    assert on_all(on_cpus(3), work) == [(6.0, False)] * 3
+
+
+@pytest.mark.parametrize(
+    ("sharing", "expected"), [([1, 1], "nccl"), ([2, 1], "gloo"), ([1, 2], "gloo"), ([2, 2], "gloo")]
+)
+def test_nccl_needs_a_gpu_for_every_rank(monkeypatch: pytest.MonkeyPatch, sharing: list[int], expected: str) -> None:
+    """D36: on one machine ranks may share a GPU, and on another not; all must connect in the same way."""
+    monkeypatch.setattr(launched_ranks, "join", lambda place, store, connect: connect.__name__)
+    ranks = make_ranks(*(Place(rank, 2, num_sharing, gpu=0) for rank, num_sharing in enumerate(sharing)))
+    assert on_all(ranks, lambda ranks: ranks.connect()) == [expected] * 2
+
+
+def test_a_second_engine_is_refused() -> None:
+    """The other processes have ended with the first: it would wait for them."""
+    first = LaunchedRanks(Place(0, 2, num_sharing=2))
+    first.close()
+    with pytest.raises(RuntimeError, match="a program under torchrun starts one engine with several ranks"):
+        LaunchedRanks(Place(0, 2, num_sharing=2))
+
+
+# --- when one fails ---
+
+
+def test_the_first_failure_explains_what_rank_0_ran_into() -> None:
+    """D33: those after it are its consequences."""
+    rank_0, rank_1, rank_2 = on_cpus(3)
+    rank_2.leave_word(2, planted(ArithmeticError("the cause")))
+    rank_1.leave_word(1, RuntimeError("connection closed"))
+    explained = rank_0.explain(RuntimeError("connection closed"))
+    assert type(explained) is RankError
+    first, _, traceback = str(explained).partition("\n\nIts traceback:\n")
+    assert first == "rank 2 of 3 failed: ArithmeticError: the cause"
+    assert "in planted\n" in traceback
+
+
+def planted(error: Exception) -> Exception:
+    try:
+        raise error
+    except Exception as caught:
+        return caught
+
+
+def test_rank_0_waits_for_the_word_of_a_rank_that_fails() -> None:
+    """D33: a connection closes before the word of the rank at its other end has come."""
+    rank_0, rank_1 = on_cpus(2)
+    threading.Timer(0.3, rank_1.leave_word, (1, ArithmeticError("late"))).start()
+    assert str(rank_0.explain(RuntimeError("connection closed"))).startswith("rank 1 of 2 failed: ArithmeticError")
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("none left"), ValueError("wrong"), KeyboardInterrupt()])
+def test_rank_0s_own_error_is_not_explained_by_another_rank(error: BaseException) -> None:
+    """D33."""
+    rank_0, rank_1 = on_cpus(2)
+    rank_1.leave_word(1, RuntimeError("rank 0 has gone"))
+    assert rank_0.explain(error) is error
+
+
+@pytest.mark.parametrize("is_store_gone", [False, True])
+def test_an_error_without_a_word_of_another_rank_stays(monkeypatch: pytest.MonkeyPatch, is_store_gone: bool) -> None:
+    monkeypatch.setattr(launched_ranks, "PATIENCE_SECONDS", 0.1)
+    (rank_0,) = make_ranks(Place(0, 2, num_sharing=2))
+    if is_store_gone:
+        rank_0._store = None
+    error = RuntimeError("a bug of rank 0")
+    assert rank_0.explain(error) is error
+
+
+class Failing:
+    """Serves as rank 1 of 2 and fails with `error` when it comes to `where`: connect or serve."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, where: str, error: BaseException) -> None:
+        self.error = error
+        monkeypatch.setattr(LaunchedRanks, "connect", lambda ranks: self._strike(where == "connect"))
+        monkeypatch.setattr(launched_ranks, "serve", lambda *_: self._strike(where == "serve"))
+
+    def _strike(self, is_here: bool) -> None:
+        if is_here:
+            raise self.error
+
+    def serve(self) -> None:
+        """Ends with the error: torchrun sees that the process failed, and ends the others."""
+        with pytest.raises(type(self.error)) as caught:
+            serve_launched(MODEL, Place(1, 2, num_sharing=2))
+        assert caught.value is self.error
+
+
+@pytest.mark.parametrize("where", ["connect", "serve"])
+@pytest.mark.parametrize("error", [ArithmeticError("oh"), SystemExit("oh")])
+def test_a_rank_that_fails_leaves_word(monkeypatch: pytest.MonkeyPatch, where: str, error: BaseException) -> None:
+    """D33."""
+    (rank_0,) = make_ranks(Place(0, 2, num_sharing=2))
+    launched_ranks._has_joined = False
+    Failing(monkeypatch, where, error).serve()
+    said = str(rank_0.explain(RuntimeError("connection closed")))
+    assert said.startswith(f"rank 1 of 2 failed: {type(error).__name__}: oh\n")
+
+
+def test_a_rank_that_cannot_leave_word_ends_with_its_own_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store goes with rank 0."""
+    monkeypatch.setattr(launched_ranks, "rendezvous", lambda url: iter([(None, None, None)]))
+    Failing(monkeypatch, "serve", ArithmeticError("oh")).serve()
+
+
+# --- the end ---
 
 
 class Control:
-    """What rank 0 broadcasts, the others get, in its order."""
+    """A group that writes down what is broadcast, or fails."""
 
-    def __init__(self, rank: int, sent: SimpleQueue) -> None:
-        self._rank, self._sent = rank, sent
+    def __init__(self, fails: bool = False) -> None:
+        self.fails = fails
+        self.num_broadcasts = 0
 
-    def broadcast(self, tensors: list[torch.Tensor], options: object) -> "Control":
-        if self._rank == 0:
-            self._sent.put(tensors[0].clone())
-        else:
-            tensors[0].copy_(self._sent.get_nowait())
+    def broadcast(self, *_: object) -> "Control":
+        self.num_broadcasts += 1
+        if self.fails:
+            raise RuntimeError("connection closed by peer")
         return self
 
-    def wait(self) -> None: ...
+    def wait(self) -> None:
+        pass
 
 
-def test_a_second_engine_is_refused(launched: Callable[..., LaunchedRanks]) -> None:
-    """D32: the processes that torchrun started have gone with the first."""
-    launched(0)
-    with pytest.raises(RuntimeError, match=r"^a program under torchrun starts one engine with several ranks"):
-        LaunchedRanks(Place(0, SIZE, num_sharing=1))
+def test_a_lost_group_is_not_asked_to_end() -> None:
+    """D35: the others do not listen any more."""
+    (rank_0,) = make_ranks(Place(0, 2, num_sharing=2))
+    rank_0._control = control = Control()
+    rank_0.break_off()
+    rank_0.say_end()
+    assert rank_0.is_broken
+    assert control.num_broadcasts == 0
 
 
-@pytest.mark.parametrize("message", [None, [1, 2, 3], {"text": "x" * 100_000}])
-def test_messages_of_any_size_arrive(launched: Callable[..., LaunchedRanks], message: Any) -> None:
-    """D31."""
-    sent: SimpleQueue = SimpleQueue()
-    sender, receiver = launched(0), launched(1)
-    sender._control, receiver._control = Control(0, sent), Control(1, sent)
-    for each in (message, "and another"):
-        sender.send(each)
-        assert receiver.receive() == each
-    assert sent.empty()
+def test_a_rank_that_has_gone_already_does_not_spoil_the_end() -> None:
+    """D34: close() does not raise. The group's connections close when nobody holds it."""
+    (rank_0,) = make_ranks(Place(0, 2, num_sharing=2))
+    rank_0._control = Control(fails=True)
+    control = weakref.ref(rank_0._control)
+    rank_0.say_end()
+    assert control().num_broadcasts == 1
+    rank_0.close()
+    assert control() is None
 
 
-# --- failures ---
+# --- who gets an engine ---
 
 
-def test_the_first_word_is_what_rank_0_says(launched: Callable[..., LaunchedRanks]) -> None:
-    """D33: the rank, the cause and its traceback; who failed later may have failed in consequence."""
-    try:
-        raise ArithmeticError("planted")
-    except ArithmeticError as error:
-        launched(2).leave_word(2, error)
-    launched(1).leave_word(1, RuntimeError("connection closed"))
-    said = launched(0).explain(RuntimeError("connection closed"))
-    assert isinstance(said, RankError)
-    assert str(said).startswith("rank 2 of 3 failed: ArithmeticError: planted\n\nIts traceback:\nTraceback")
-    assert 'raise ArithmeticError("planted")' in str(said)
-
-
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("mine"), ValueError("mine"), KeyboardInterrupt()])
-def test_what_nobody_else_can_have_caused_is_rank_0_s_own(
-    launched: Callable[..., LaunchedRanks], error: BaseException
-) -> None:
-    """D33."""
-    launched(1).leave_word(1, RuntimeError("another"))
-    assert launched(0).explain(error) is error
-
-
-def test_without_a_word_rank_0_says_its_own_error(launched: Callable[..., LaunchedRanks]) -> None:
-    error = RuntimeError("mine")
-    assert launched(0).explain(error) is error
-
-
-def test_a_word_that_comes_late_is_waited_for(
-    launched: Callable[..., LaunchedRanks], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """D33: rank 0 may notice the connection before the other rank has written why."""
-    other, rank_0 = launched(1), launched(0)
-    sleeps: list[float] = []
-
-    def speak(seconds: float) -> None:
-        sleeps.append(seconds)
-        other.leave_word(1, ValueError("late"))
-
-    monkeypatch.setattr(launched_ranks.time, "sleep", speak)
-    assert str(rank_0.explain(RuntimeError("connection closed"))).startswith("rank 1 of 3 failed: ValueError: late")
-    assert len(sleeps) == 1
-
-
-def test_a_rank_that_fails_leaves_word_and_fails(
-    launched: Callable[..., LaunchedRanks], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """D33: torchrun sees its exit code."""
-    rank_0 = launched(0)
-    monkeypatch.setattr(launched_ranks, "_has_joined", False)
-    monkeypatch.setattr(LaunchedRanks, "connect", lambda self: "a group")
-
-    def serve(model: Any, place: Place, tp: Any, receive: Any) -> None:
-        assert (model, place.rank, tp) == ("a model", 1, "a group")
-        raise LookupError("planted")
-
-    monkeypatch.setattr(launched_ranks, "serve", serve)
-    model: Any = "a model"
-    with pytest.raises(LookupError, match="planted"):
-        serve_launched(model, Place(1, SIZE, num_sharing=1))
-    assert str(rank_0.explain(RuntimeError("gone"))).startswith("rank 1 of 3 failed: LookupError: planted")
-
-
-# --- the groups ---
-
-
-@pytest.mark.parametrize(("smallest", "connect"), [(1, nccl), (0, gloo)])
-@pytest.mark.parametrize("gpu", [None, 0])
-def test_nccl_takes_a_gpu_for_each_rank_of_all_machines(
-    launched: Callable[..., LaunchedRanks],
-    monkeypatch: pytest.MonkeyPatch,
-    smallest: int,
-    connect: Any,
-    gpu: int | None,
-) -> None:
-    """D36: what this rank has does not decide."""
-    asked: list[Any] = []
-
-    class Everyone:
-        def __init__(self, rank: int, size: int, group: Any) -> None:
-            asked.append((rank, size, group))
-
-        def minimum(self, value: int) -> int:
-            asked.append(value)
-            return smallest
-
-    joined: list[Any] = []
-    monkeypatch.setattr(launched_ranks, "TensorParallel", Everyone)
-    monkeypatch.setattr(launched_ranks, "gloo", lambda place, store: "control")
-    monkeypatch.setattr(launched_ranks, "join", lambda place, store, connect: joined.append(connect))
-    launched(1, gpu=gpu).connect()
-    assert asked == [(1, SIZE, "control"), gpu is not None]
-    assert joined == [nccl if connect is nccl else launched_ranks.gloo]
-
-
-def test_the_end_is_said_once_and_not_to_a_broken_group(launched: Callable[..., LaunchedRanks]) -> None:
-    """D34: to a rank that has gone already, too."""
-    sent: SimpleQueue = SimpleQueue()
-    ranks, other = launched(0), launched(1)
-    ranks._control, other._control = Control(0, sent), Control(1, sent)
-    ranks.say_end()
-    assert other.receive() is None
-    ranks.break_off()
-    ranks.say_end()
-    assert sent.empty()
-
-    class Gone:
-        def broadcast(self, *_: object) -> None:
-            raise RuntimeError("connection closed by peer")
-
-    ranks = launched(0)
-    ranks._control = Gone()
-    ranks.say_end()
+@pytest.mark.parametrize("launch", [Launch(1, 2, 1, 2), Launch(1, 2, 0, 1)])
+def test_another_rank_serves_and_ends_well(monkeypatch: pytest.MonkeyPatch, launch: Launch) -> None:
+    """The first of the second machine too: its program never comes to what follows the engine."""
+    served: list[Place] = []
+    monkeypatch.setattr(executor, "read_launch", lambda: launch)
+    monkeypatch.setattr(executor, "serve_launched", lambda model, place: served.append(place))
+    with pytest.raises(SystemExit) as caught:
+        executor._other_ranks(MODEL)
+    assert caught.value.code == 0
+    assert served == [Place(1, 2, num_sharing=launch.local_size)]

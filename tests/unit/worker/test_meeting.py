@@ -1,24 +1,33 @@
 """Ranks that meet, each in a thread: one is slow, one cannot connect, one never comes."""
 
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
 from nanovllm.worker import meeting
+from nanovllm.worker.local_ranks import PATIENCE_SECONDS
 from nanovllm.worker.meeting import meet
 from nanovllm.worker.process_group import FileStore, Place
-from tests.evidence import happened
-
-pytestmark = pytest.mark.timeout(15)  # ranks that do not meet wait for ever
+from tests.evidence import happened, tolerated
+from tests.parallel.faults import CONNECTING, WORDS, Fault, StrikingStore
 
 SLOW_SECONDS = 1.5  # longer than a FileStore waits at least, which is one second
+HANG_SECONDS = 10  # a rank that waits for longer waits for ever
+
+
+@pytest.fixture(autouse=True)
+def _nothing_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A collective that not all ranks come to ends."""
+    monkeypatch.setattr(meeting, "FOR_EVER", timedelta(seconds=HANG_SECONDS))
 
 
 @pytest.fixture
@@ -41,62 +50,51 @@ def attempts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return ranks
 
 
-def meet_in_threads(store_path: str, size: int) -> list[Any]:
-    """What each rank's meet() returned or raised."""
+def open_store(path: str, size: int) -> Any:
+    """Whoever waits in it for a word that nobody says waits not for ever, where no `check` would be called."""
+    store = FileStore(path, size)
+    store.set_timeout(timedelta(seconds=HANG_SECONDS))
+    return store
+
+
+def meet_in_threads(store_path: str, size: int, come: Callable[[int], None] = lambda rank: None) -> list[Any]:
+    """What each rank's meet() returned or raised; each comes when come(rank) has returned."""
+    end = time.monotonic() + HANG_SECONDS
+
+    def check() -> None:
+        if time.monotonic() > end:
+            raise RuntimeError("waits for ever")
 
     def one(rank: int) -> Any:
+        come(rank)
         try:
-            return meet(Place(rank, size, num_sharing=size), FileStore(store_path, size))
+            return meet(Place(rank, size, num_sharing=size), open_store(store_path, size), check)
         except RuntimeError as error:
             return error
 
-    return together(one, size)
+    with ThreadPoolExecutor(size) as threads:
+        return list(threads.map(one, range(size)))
 
 
-def together(work: Callable[[int], Any], size: int) -> list[Any]:
-    """work(rank) of each rank, in a thread of its own, which does not outlive the tests if it never ends."""
-    results: list[Future[Any]] = [Future() for _ in range(size)]
-
-    def run(rank: int) -> None:
-        try:
-            results[rank].set_result(work(rank))
-        except BaseException as error:
-            results[rank].set_exception(error)
-
-    for rank in range(size):
-        threading.Thread(target=run, args=(rank,), daemon=True).start()
-    return [result.result() for result in results]
-
-
-def sums(groups: list[Any]) -> list[float]:
-    """What an all-reduce of the ranks' numbers, from 1 on, gives each of them."""
+def sums(groups: list[Any], slow: int | None = None) -> list[float]:
+    """What an all-reduce of the ranks' numbers, from 1 on, gives each of them; rank `slow` comes to it late."""
+    assert not [group for group in groups if isinstance(group, Exception)]
 
     def one(rank: int) -> float:
+        if rank == slow:
+            time.sleep(SLOW_SECONDS)
         x = torch.tensor([rank + 1.0])
         groups[rank].allreduce([x]).wait()
         return float(x)
 
-    return together(one, len(groups))
+    with ThreadPoolExecutor(len(groups)) as threads:
+        return list(threads.map(one, range(len(groups))))
 
 
 @pytest.mark.parametrize("size", [2, 3, 8])
 def test_ranks_meet(store_path: str, size: int) -> None:
     groups = meet_in_threads(store_path, size)
     assert sums(groups) == [size * (size + 1) / 2] * size
-
-
-def test_a_rank_that_comes_late_costs_no_attempt(
-    store_path: str, monkeypatch: pytest.MonkeyPatch, attempts: list[int]
-) -> None:
-    """The time of an attempt begins when all have come, however long that takes."""
-    monkeypatch.setattr(meeting, "CONNECT_SECONDS", 0.1)
-
-    def come(rank: int) -> Any:
-        time.sleep(SLOW_SECONDS * rank)
-        return meet(Place(rank, 2, num_sharing=2), FileStore(store_path, 2))
-
-    assert sums(together(come, 2)) == [3.0] * 2
-    assert sorted(attempts) == [0, 1]
 
 
 @pytest.mark.parametrize("slow", [0, 1, 2])
@@ -122,6 +120,106 @@ def test_when_a_rank_is_slow_all_try_again(
     happened("ranks that tried again to connect")
 
 
+class Connected:
+    """A group that nothing is asked of."""
+
+    def _set_default_timeout(self, timeout: object) -> None:
+        pass
+
+
+def test_a_rank_that_comes_late_costs_no_attempt(store_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """D33: nobody begins to connect before all have come, or its time would run out."""
+    events: list[str] = []
+    monkeypatch.setattr(meeting, "_connect_gloo", lambda place, store: events.append("connect") or (Connected(), None))
+
+    def come(rank: int) -> None:
+        time.sleep(0.2 * rank)
+        events.append("come")
+
+    groups = meet_in_threads(store_path, 3, come)
+    assert events == ["come"] * 3 + ["connect"] * 3
+    assert all(isinstance(group, Connected) for group in groups)
+
+
+def test_an_attempt_begins_when_all_have_come_to_it(store_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """D33: it has its own words. What the ranks said of the one before, in which one of them failed, has been said."""
+    monkeypatch.setattr(meeting, "_hear_all", slow_to_come(meeting._hear_all))
+    tried = [0, 0, 0]
+
+    def connect(place: Place, store: Any) -> tuple[Any, RuntimeError | None]:
+        tried[place.rank] += 1
+        is_lost = place.rank == 1 and tried[1] == 1
+        return (None, RuntimeError("too slow")) if is_lost else (Connected(), None)
+
+    monkeypatch.setattr(meeting, "_connect_gloo", connect)
+    groups = meet_in_threads(store_path, 3)
+    assert all(isinstance(group, Connected) for group in groups)
+    assert tried == [2, 2, 2]
+
+
+def slow_to_come(hear_all: Callable[..., list[str]]) -> Callable[..., list[str]]:
+    """Rank 1 says everything a little later than the others."""
+
+    def heard(store: Any, place: Place, *rest: Any) -> list[str]:
+        time.sleep(0.1 * (place.rank == 1))
+        return hear_all(store, place, *rest)
+
+    return heard
+
+
+def test_ranks_that_have_met_wait_for_a_slow_one(store_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """D33: the time of an attempt is not that of a collective, in which one rank may compute for longer."""
+    monkeypatch.setattr(meeting, "CONNECT_SECONDS", 1.0)  # gloo's own limit is a fifth of it
+    groups = meet_in_threads(store_path, 2)
+    assert sums(groups, slow=1) == [3.0] * 2
+
+
+def test_ranks_listen_to_their_own_machine_only(store_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody on the network can send them anything. They find each other whatever the machine's name is, and whatever
+    is said of its interfaces for programs that run on several machines.
+    """
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no-such-interface")
+
+    def listening() -> set[Any]:
+        return {c.laddr for c in psutil.Process().net_connections("inet") if c.status == psutil.CONN_LISTEN}
+
+    before = listening()
+    groups = meet_in_threads(store_path, 2)
+    new = listening() - before
+    assert new, "gloo listens as long as there is a group"
+    assert {address.ip for address in new} == {"127.0.0.1"}
+    assert sums(groups) == [3.0] * 2
+
+
+def test_ranks_on_one_gpu_meet_over_gloo(store_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """D36: NCCL refuses two ranks on one GPU."""
+    monkeypatch.setattr(meeting, "nccl", lambda place, store: pytest.fail("NCCL on a shared GPU"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(meeting, "_connect_gloo", lambda place, store: (Connected(), None))
+
+    def one(rank: int) -> Any:
+        return meet(Place(rank, 2, num_sharing=2, gpu=0), open_store(store_path, 2))
+
+    with ThreadPoolExecutor(2) as threads:
+        assert all(isinstance(group, Connected) for group in threads.map(one, range(2)))
+
+
+def test_an_attempt_with_a_rank_that_died_is_over_while_it_is_waited_for(store_path: str) -> None:
+    """D33: rank 1 said where it is, and rank 0 listens for it. LocalRanks.connect waits PATIENCE_SECONDS for the end of
+    an attempt, in which check is not called.
+    """
+    died = StrikingStore(open_store(store_path, 2), Fault(1, CONNECTING, "raise"))
+    with pytest.raises(ArithmeticError, match=WORDS):
+        meeting._connect_gloo(Place(1, 2, num_sharing=2), died)
+    begin = time.monotonic()
+    group, error = meeting._connect_gloo(Place(0, 2, num_sharing=2), open_store(store_path, 2))
+    seconds = time.monotonic() - begin
+    assert group is None
+    assert isinstance(error, RuntimeError)
+    tolerated("seconds of an attempt to connect to a rank that died", seconds, PATIENCE_SECONDS)
+    assert seconds < PATIENCE_SECONDS
+
+
 def test_a_rank_that_cannot_connect_says_why(store_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """After MAX_ATTEMPTS, and the others say that they were not the cause."""
     monkeypatch.setattr(meeting, "MAX_ATTEMPTS", 3)
@@ -129,7 +227,8 @@ def test_a_rank_that_cannot_connect_says_why(store_path: str, monkeypatch: pytes
 
     def connect(place: Place, store: Any) -> tuple[Any, RuntimeError | None]:
         tried.append(place.rank)
-        return (None, RuntimeError("too many open files")) if place.rank == 1 else ("connected", None)
+        assert len(tried) <= 9, "never gives up"
+        return (None, RuntimeError("too many open files")) if place.rank == 1 else (Connected(), None)
 
     monkeypatch.setattr(meeting, "_connect_gloo", connect)
     texts = [str(error) for error in meet_in_threads(store_path, 3)]
@@ -145,33 +244,11 @@ def test_nccl_begins_when_all_have_come(store_path: str, monkeypatch: pytest.Mon
 
     def one(rank: int) -> Any:
         time.sleep(0.2 * rank)
-        return meet(Place(rank, 3, num_sharing=1, gpu=rank), FileStore(store_path, 3))
+        return meet(Place(rank, 3, num_sharing=1, gpu=rank), open_store(store_path, 3))
 
-    assert together(one, 3) == [f"nccl of rank {rank}" for rank in range(3)]
+    with ThreadPoolExecutor(3) as threads:
+        assert list(threads.map(one, range(3))) == [f"nccl of rank {rank}" for rank in range(3)]
     assert events == ["context"] * 3 + ["nccl"] * 3
-
-
-def test_what_was_said_in_one_attempt_is_not_heard_in_the_next(
-    store_path: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Rank 1 fails once; the other waits for what it says of the second attempt."""
-    tried: list[int] = []
-
-    def connect(place: Place, store: Any) -> tuple[Any, RuntimeError | None]:
-        tried.append(place.rank)
-        if place.rank == 0:
-            return Group(), None
-        if tried.count(1) == 2:
-            time.sleep(0.5)
-            return Group(), None
-        return None, RuntimeError("once")
-
-    class Group:
-        def _set_default_timeout(self, _: object) -> None: ...
-
-    monkeypatch.setattr(meeting, "_connect_gloo", connect)
-    assert all(isinstance(group, Group) for group in meet_in_threads(store_path, 2))
-    assert sorted(tried) == [0, 0, 1, 1]
 
 
 @pytest.mark.parametrize("gpu", [None, 0])
@@ -181,7 +258,7 @@ def test_check_ends_the_waiting_for_a_rank_that_never_comes(
     """D33: over gloo, and over NCCL."""
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     num_sharing = 2 if gpu is None else 1
-    num_checks = 0
+    num_checks, sleeps = 0, iter(range(20))
 
     def check() -> None:
         nonlocal num_checks
@@ -189,6 +266,13 @@ def test_check_ends_the_waiting_for_a_rank_that_never_comes(
         if num_checks == 5:
             raise InterruptedError("over")
 
+    def connect(*_: object) -> None:
+        pytest.fail("connects without a rank")
+
+    monkeypatch.setattr(meeting, "_connect_gloo", connect)
+    monkeypatch.setattr(meeting, "nccl", connect)
+    # Ends a test that waits without a look.
+    monkeypatch.setattr(meeting, "time", SimpleNamespace(sleep=lambda seconds: next(sleeps)))
     with pytest.raises(InterruptedError, match=r"^over$"):
-        meet(Place(0, 2, num_sharing, gpu), FileStore(store_path, 2), check)
+        meet(Place(0, 2, num_sharing, gpu), open_store(store_path, 2), check)
     assert num_checks == 5
