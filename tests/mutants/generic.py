@@ -2,7 +2,8 @@
 
 mutmut changes every operator, number, string, argument and default in turn, and runs the tests that reach the change,
 in a forked process each. Two passes: what the engine's unit tests reach, and LLMEngine, which needs a model. Prints
-what survives, as a change; README.md judges those that are known. It takes about half an hour.
+what survives, as a change; README.md judges those that are known. It takes about half an hour. Programs that the tests
+start import mutmut, too: it must be installed where they look.
 """
 
 import os
