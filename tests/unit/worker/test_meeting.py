@@ -21,7 +21,7 @@ from tests.evidence import happened, tolerated
 from tests.parallel.faults import CONNECTING, WORDS, Fault, StrikingStore
 
 SLOW_SECONDS = 1.5  # longer than a FileStore waits at least, which is one second
-HANG_SECONDS = 10  # a rank that waits for longer waits for ever
+HANG_SECONDS = 20  # a rank that waits for longer waits for ever
 
 
 @pytest.fixture(autouse=True)
@@ -57,8 +57,11 @@ def open_store(path: str, size: int) -> Any:
     return store
 
 
-def meet_in_threads(store_path: str, size: int, come: Callable[[int], None] = lambda rank: None) -> list[Any]:
-    """What each rank's meet() returned or raised; each comes when come(rank) has returned."""
+def meet_in_threads(
+    store_path: str, size: int, come: Callable[[int], None] = lambda rank: None, places: list[Place] | None = None
+) -> list[Any]:
+    """What each rank's meet() returned or raised; each comes when come(rank) has returned. places: the CPU if None."""
+    places = places or [Place(rank, size, num_sharing=size) for rank in range(size)]
     end = time.monotonic() + HANG_SECONDS
 
     def check() -> None:
@@ -68,7 +71,7 @@ def meet_in_threads(store_path: str, size: int, come: Callable[[int], None] = la
     def one(rank: int) -> Any:
         come(rank)
         try:
-            return meet(Place(rank, size, num_sharing=size), open_store(store_path, size), check)
+            return meet(places[rank], open_store(store_path, size), check)
         except RuntimeError as error:
             return error
 
@@ -196,12 +199,7 @@ def test_ranks_on_one_gpu_meet_over_gloo(store_path: str, monkeypatch: pytest.Mo
     monkeypatch.setattr(meeting, "nccl", lambda place, store: pytest.fail("NCCL on a shared GPU"))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(meeting, "_connect_gloo", lambda place, store: (Connected(), None))
-
-    def one(rank: int) -> Any:
-        return meet(Place(rank, 2, num_sharing=2, gpu=0), open_store(store_path, 2))
-
-    with ThreadPoolExecutor(2) as threads:
-        assert all(isinstance(group, Connected) for group in threads.map(one, range(2)))
+    assert all(isinstance(group, Connected) for group in groups)
 
 
 def test_an_attempt_with_a_rank_that_died_is_over_while_it_is_waited_for(store_path: str) -> None:
@@ -241,13 +239,9 @@ def test_nccl_begins_when_all_have_come(store_path: str, monkeypatch: pytest.Mon
     events: list[str] = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: events.append("context"))
     monkeypatch.setattr(meeting, "nccl", lambda place, store: events.append("nccl") or f"nccl of rank {place.rank}")
-
-    def one(rank: int) -> Any:
-        time.sleep(0.2 * rank)
-        return meet(Place(rank, 3, num_sharing=1, gpu=rank), open_store(store_path, 3))
-
-    with ThreadPoolExecutor(3) as threads:
-        assert list(threads.map(one, range(3))) == [f"nccl of rank {rank}" for rank in range(3)]
+    places = [Place(rank, 3, num_sharing=1, gpu=rank) for rank in range(3)]
+    groups = meet_in_threads(store_path, 3, lambda rank: time.sleep(0.2 * rank), places)
+    assert groups == [f"nccl of rank {rank}" for rank in range(3)]
     assert events == ["context"] * 3 + ["nccl"] * 3
 
 
