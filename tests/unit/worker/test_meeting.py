@@ -199,6 +199,8 @@ def test_ranks_on_one_gpu_meet_over_gloo(store_path: str, monkeypatch: pytest.Mo
     monkeypatch.setattr(meeting, "nccl", lambda place, store: pytest.fail("NCCL on a shared GPU"))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(meeting, "_connect_gloo", lambda place, store: (Connected(), None))
+    places = [Place(rank, 2, num_sharing=2, gpu=0) for rank in range(2)]
+    groups = meet_in_threads(store_path, 2, places=places)
     assert all(isinstance(group, Connected) for group in groups)
 
 
