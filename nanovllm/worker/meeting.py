@@ -1,7 +1,7 @@
 """How the ranks of one machine connect, though one may die or be suspended at any moment.
 
-NCCL cannot be called off while it waits for a rank that has not come. So all say first that they are there; one that
-dies later is noticed by its connections.
+NCCL cannot be called off while it waits for a rank that has not come. So all say first that they are there: what is
+left is the moment until a rank has connected, in which one that dies is still waited for.
 
 gloo's own connecting cannot be called off: a rank that listens for one which has died listens until its time is up. So
 that time is short, and it too begins when all ranks have come. When it did not suffice, a rank was slow: after each

@@ -27,7 +27,7 @@ from nanovllm.worker.shm_channel import ShmReceiver
 READY = "ready"  # said once torch is imported and the message channel is open
 MAX_TRACEBACK_CHARS = 20_000
 PARENT_POLL_SECONDS = 0.5
-END_SECONDS = 5.0  # for rank 0 to end a rank that has failed
+LINGER_SECONDS = 5.0  # of a rank that has failed, for rank 0 to end it
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def run_rank(
         sys.stderr.flush()
         # Rank 0 has read it, and kills this process; or it has gone, and _end_with clears up. Only time shows which: a
         # pipe takes a report that nobody reads as long as anybody has its other end.
-        time.sleep(END_SECONDS)
+        time.sleep(LINGER_SECONDS)
         os._exit(1)
 
 

@@ -104,12 +104,21 @@ def test_closing_a_stream_leaves_nothing_that_the_next_call_meets(llm: LLM) -> N
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("planted"), KeyboardInterrupt()])
-@pytest.mark.parametrize("number", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("number", "goes_on"),
+    [(1, True), (2, True), (3, False)],
+    ids=["prefill", "ahead of a prefill", "ahead of a decode"],
+)
 def test_a_step_that_fails_ends_its_requests_and_no_others(
-    llm: LLM, monkeypatch: pytest.MonkeyPatch, number: int, error: BaseException
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, number: int, goes_on: bool, error: BaseException
 ) -> None:
-    """D18: the first (with nothing before it), or one that was begun ahead."""
+    """D18: another request decodes, and takes no part in the prefill. One that was begun ahead of the prefill was to
+    compute a token of it, which it computes later then.
+    """
     expected = llm.generate(PROMPTS[0], GREEDY, use_tqdm=False)[0]["token_ids"]
+    other = llm.add_request(PROMPTS[0], GREEDY)
+    for _ in range(3):
+        llm.step()
     launch, calls = llm._executor.launch, []
 
     def failing_launch(*args: Any) -> LaunchedStep:
@@ -122,6 +131,12 @@ def test_a_step_that_fails_ends_its_requests_and_no_others(
         planted.setattr(llm._executor, "launch", failing_launch)
         with pytest.raises(type(error)):
             llm.generate(PROMPTS[1:3], GREEDY, use_tqdm=False)
+    outputs = []
+    while not llm.is_finished():
+        outputs += llm.step().finished
+    assert [output["seq_id"] for output in outputs] == [other]
+    assert outputs[0]["finish_reason"] == ("length" if goes_on else "abort")
+    assert outputs[0]["token_ids"] == expected[: 12 if goes_on else len(outputs[0]["token_ids"])]
     assert llm.generate(PROMPTS[0], GREEDY, use_tqdm=False)[0]["token_ids"] == expected
 
 

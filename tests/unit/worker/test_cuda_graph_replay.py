@@ -54,12 +54,12 @@ def rows_of(input_ids: torch.Tensor, positions: torch.Tensor, context: Context) 
     assert context.block_tables is not None
     assert not context.is_prefill
     num_rows = len(input_ids)
-    positions_of_rows = torch.argsort(context.longest_first.long())  # fails to be a permutation where it is none
+    order = torch.argsort(context.longest_first.long())  # so that each row once gives 0, 1, 2, ...
     columns = torch.arange(MAX_BLOCKS)
     num_blocks = -(-context.context_lens[:, None] // BLOCK_SIZE)
     tables = torch.where(columns < num_blocks, context.block_tables, PADDING_BLOCK)
     facts = [
-        input_ids, positions, context.slot_mapping, context.context_lens, context.longest_first[positions_of_rows],
+        input_ids, positions, context.slot_mapping, context.context_lens, context.longest_first[order],
         torch.full((num_rows,), context.max_seqlen_q), torch.full((num_rows,), context.max_seqlen_k),
         context.cu_seqlens_q[1:] - context.cu_seqlens_q[:-1],
     ]  # fmt: skip

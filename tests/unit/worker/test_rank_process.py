@@ -11,7 +11,7 @@ import torch
 from nanovllm import Config
 from nanovllm.worker import rank_process
 from nanovllm.worker.process_group import Place
-from nanovllm.worker.rank_process import END_SECONDS, READY, Model, run_rank
+from nanovllm.worker.rank_process import LINGER_SECONDS, READY, Model, run_rank
 
 PARENT = 4321
 MODEL: Any = Model(Config("any", tensor_parallel_size=2), None, None)  # type: ignore[arg-type]
@@ -88,7 +88,7 @@ def test_a_rank_that_fails_says_why_and_what_it_printed_and_waits(
         monkeypatch.setattr(getattr(sys, name), "flush", lambda name=name: life.events.append(f"flush {name}"))
     with pytest.raises(Exit):
         life.live()
-    assert life.events == [READY, "join", "report", "flush stdout", "flush stderr", END_SECONDS, "exit 1"]
+    assert life.events == [READY, "join", "report", "flush stdout", "flush stderr", LINGER_SECONDS, "exit 1"]
     assert life.reports[1].cause == f"{type(error).__name__}: oh"
 
 
@@ -97,7 +97,7 @@ def test_a_rank_that_fails_since_rank_0_has_gone_waits_too(monkeypatch: pytest.M
     life = Life(monkeypatch, ConnectionError("closed by peer"))
     with pytest.raises(Exit):
         life.live()
-    assert life.events == [READY, "join", END_SECONDS, "exit 1"]
+    assert life.events == [READY, "join", LINGER_SECONDS, "exit 1"]
 
 
 def test_an_orphan_ends_whoever_takes_it_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
