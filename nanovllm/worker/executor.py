@@ -1,5 +1,6 @@
 """Executor: runs scheduled batches on rank 0's ModelRunner and, with several ranks, on theirs."""
 
+import gc
 import traceback
 import weakref
 from contextlib import ExitStack
@@ -45,7 +46,7 @@ class Executor:
             self._ranks = ranks = _other_ranks(model)
             self._resources.callback(ranks.close)
             tp = ranks.connect()
-            self._resources.callback(lambda: leave(tp, ranks.is_broken))
+            self._resources.callback(lambda: None if ranks.is_broken else leave(tp))
             runner = ModelRunner(
                 model.config, model.model_config, model.model_dir, tp, ranks.place.num_sharing, ranks.check
             )
@@ -95,9 +96,11 @@ class Executor:
         finally:  # also when Ctrl-C ends the waiting for an explanation
             if self._ranks is not None:
                 self._ranks.break_off()
-            self.close()
-            # Whoever keeps the error keeps its traceback, and with it would keep weights, cache and sockets.
+            # Whoever keeps the error keeps its traceback, and with it would keep weights, cache, sockets, and graphs,
+            # without whose end NCCL does not end. Of a runner that was not finished nothing else holds them.
             traceback.clear_frames(error.__traceback__)
+            gc.collect()  # modules refer to each other in cycles
+            self.close()
         if cause is error:
             raise error
         raise cause from error

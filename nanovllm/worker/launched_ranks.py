@@ -6,6 +6,7 @@ fails leaves word in the store through which they all met, so that rank 0 can sa
 
 import pickle
 import time
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from typing import Any
 
@@ -14,8 +15,8 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from nanovllm.layers.tensor_parallel import TensorParallel
-from nanovllm.worker.local_ranks import PATIENCE_SECONDS, RankError
-from nanovllm.worker.process_group import Place, PrefixStore, gloo, join, nccl
+from nanovllm.worker.local_ranks import END_SECONDS, PATIENCE_SECONDS, RankError
+from nanovllm.worker.process_group import Place, PrefixStore, abort, gloo, join, nccl
 from nanovllm.worker.rank_process import Model, RankReport, serve
 from nanovllm.worker.shm_channel import encode
 
@@ -36,6 +37,8 @@ class LaunchedRanks:
         self.place = place
         self.is_broken = False
         self._control: Any = None  # gloo: messages are bytes in the host's memory
+        self._group: Any = None
+        self._aborted: Future[Any] | None = None
         self._store, _, _ = next(rendezvous("env://"))
 
     def connect(self) -> TensorParallel:
@@ -43,7 +46,9 @@ class LaunchedRanks:
         self._control = gloo(self.place, PrefixStore("nanovllm/messages", self._store))
         everyone = TensorParallel(self.place.rank, self.place.size, self._control)
         has_nccl = everyone.minimum(self.place.has_own_gpu) == 1  # the machines may differ
-        return join(self.place, PrefixStore("nanovllm/tensors", self._store), nccl if has_nccl else gloo)
+        tp = join(self.place, PrefixStore("nanovllm/tensors", self._store), nccl if has_nccl else gloo)
+        self._group = tp.group
+        return tp
 
     def send(self, message: object) -> None:
         """Rank 0: let the other ranks have `message`."""
@@ -84,6 +89,8 @@ class LaunchedRanks:
     def break_off(self) -> None:
         """The group is lost: closing its connections ends the others."""
         self.is_broken = True
+        if self._group is not None:
+            self._aborted = abort(self._group)
 
     def say_end(self) -> None:
         """Let the other ranks end."""
@@ -92,7 +99,9 @@ class LaunchedRanks:
                 self.send(None)
 
     def close(self) -> None:
-        self._control = None
+        if self._aborted is not None:
+            wait([self._aborted], END_SECONDS)
+        self._control = self._group = self._aborted = None
 
 
 def serve_launched(model: Model, place: Place) -> None:

@@ -1,7 +1,8 @@
 """The other ranks of this machine, as rank 0 sees them: it starts their processes, watches them and ends them.
 
 A thread listens for their last words. When a rank has failed, it finds out which one and why, and kills them all: the
-group is lost anyway, and rank 0, perhaps inside a collective that can never end, is let go when the connections close.
+group is lost anyway. Rank 0, perhaps inside a collective that can never end, is let go then: by gloo when connections
+close, by NCCL when the group is aborted.
 """
 
 import os
@@ -10,7 +11,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing import connection
@@ -22,7 +23,7 @@ import torch
 from nanovllm.engine.scheduler import ScheduledBatch
 from nanovllm.layers.tensor_parallel import TensorParallel
 from nanovllm.worker.meeting import meet
-from nanovllm.worker.process_group import FileStore, Place, join
+from nanovllm.worker.process_group import FileStore, Place, abort, in_background, join
 from nanovllm.worker.rank_process import READY, Model, RankReport, run_rank
 from nanovllm.worker.shm_channel import ShmSender
 
@@ -45,6 +46,7 @@ class LocalRanks:
     def __init__(self, model: Model, places: list[Place]) -> None:
         self.place = places[0]
         self._group: Any = None
+        self._aborted: Future[Any] | None = None
         self._is_broken = False
         self._all_ready: Future[Any] = Future()
         self._failure: Future[Any] = Future()
@@ -99,7 +101,7 @@ class LocalRanks:
                 raise RuntimeError("nobody waits for the ranks to meet any more")
 
         # In a thread, since whoever waits for a rank that died waits too long, with NCCL perhaps for ever.
-        joining = _in_background(lambda: join(self.place, store, lambda place, store: meet(place, store, check)))
+        joining = in_background(lambda: join(self.place, store, lambda place, store: meet(place, store, check)))
         try:
             wait([joining, self._failure], return_when=FIRST_COMPLETED)
             self.check()
@@ -110,6 +112,7 @@ class LocalRanks:
             del joining  # and its result: the traceback keeps this frame
             raise
         self._group = tp.group
+        self.check()  # the listening thread has not seen the group if a rank failed before
         return tp
 
     def send(self, batch: ScheduledBatch) -> None:
@@ -134,6 +137,7 @@ class LocalRanks:
         """Kill the ranks, whatever they do: the group is lost."""
         self._stop_listening()
         self._kill()
+        self._abort()
 
     def say_end(self) -> None:
         """Ask the ranks to end by themselves, unless the group is lost."""
@@ -159,12 +163,21 @@ class LocalRanks:
             for process in self._processes:
                 process.join(max(0, deadline - time.monotonic()))
         finally:  # also when a second Ctrl-C ends the waiting
+            if self.is_broken:
+                self._abort()
             self._kill()
+            if self._aborted is not None:
+                wait([self._aborted], END_SECONDS)
             for process in self._processes:
                 if _exit_code(process) is not None:
                     process.close()
             self._resources.close()  # after the processes: nobody attaches to the segment any more
-            self._group = None
+            self._group = self._aborted = None
+
+    def _abort(self) -> None:
+        """Begin to close rank 0's end of the group, once."""
+        if self._group is not None and self._aborted is None:
+            self._aborted = abort(self._group)
 
     def _kill(self) -> None:
         self._is_broken = True
@@ -199,9 +212,10 @@ class LocalRanks:
                 last_words[self._reports[pipe]] = report
                 deadline = deadline or time.monotonic() + GRACE_SECONDS
         self._kill()
-        if self._group is not None and self._group.name() == "nccl":
-            self._group.abort()  # nothing else ends a kernel that waits for other GPUs
+        # Before rank 0 is let go: it must not take for a result what a broken collective left.
         self._failure.set_result(self._cause(last_words))
+        if self._group is not None and self._group.name() == "nccl":
+            self._abort()  # nothing else ends a kernel that waits for other GPUs
 
     def _cause(self, last_words: dict[int, RankReport | None]) -> RankError:
         """Of several failures the first; a rank that died without a word came before those that noticed."""
@@ -248,19 +262,6 @@ def _receive(pipe: Any) -> Any:
         return pipe.recv()
     except (EOFError, OSError):
         return None
-
-
-def _in_background(work: Callable[[], Any]) -> "Future[Any]":
-    result: Future[Any] = Future()
-
-    def run() -> None:
-        try:
-            result.set_result(work())
-        except BaseException as error:
-            result.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return result
 
 
 @contextmanager

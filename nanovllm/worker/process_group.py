@@ -1,6 +1,10 @@
-"""Where each rank computes, and how the ranks find each other."""
+"""Where each rank computes, and how the ranks find and leave each other."""
 
-from collections.abc import Callable
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -17,6 +21,17 @@ FileStore, PrefixStore = dist.FileStore, dist.PrefixStore
 # A rank that is only slow is waited for, however long; one that has gone is noticed by other means.
 FOR_EVER = timedelta(days=365)
 REMOTE_MEETING = timedelta(minutes=30)  # of machines, which may be minutes apart
+
+# torch watches NCCL from a thread of its own, which ends the whole process when a rank has gone, and when a thread was
+# suspended for long. Here rank 0 notices itself, says what happened and goes on, so that thread is to do nothing; least
+# of all to wait for a minute before it does so, for which closing the group would wait.
+NCCL_WATCHES = {
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+    "TORCH_NCCL_RETHROW_CUDA_ERRORS": "0",
+    "TORCH_NCCL_ENABLE_MONITORING": "0",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+    "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "0",
+}
 
 
 @dataclass(frozen=True)
@@ -84,7 +99,23 @@ def nccl(place: Place, store: Any) -> Any:
     """An NCCL group of all ranks, each of which has its own GPU."""
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = FOR_EVER
-    return dist.ProcessGroupNCCL(store, place.rank, place.size, options)
+    with _environment(NCCL_WATCHES):  # which torch reads when it makes a group
+        return dist.ProcessGroupNCCL(store, place.rank, place.size, options)
+
+
+@contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """With these; afterwards as before, for groups that are not ours."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def join(place: Place, store: Any, connect: Callable[[Place, Any], Any]) -> TensorParallel:
@@ -98,9 +129,29 @@ def join(place: Place, store: Any, connect: Callable[[Place, Any], Any]) -> Tens
     return tp
 
 
-def leave(tp: TensorParallel, is_broken: bool = False) -> None:
-    """Close this rank's end; graphs that recorded its collectives must be gone. is_broken: others do not do so."""
-    if is_broken:
-        tp.group.abort()
-    else:
-        tp.group.shutdown()
+def leave(tp: TensorParallel) -> None:
+    """Close this rank's end, as all ranks do; graphs that recorded its collectives must be gone."""
+    tp.group.shutdown()
+
+
+def abort(group: Any) -> "Future[Any]":
+    """Begin to close this rank's end of a group that others have left, and to let go who waits for them in it.
+
+    Done when the graphs that recorded NCCL's collectives are gone, too: for those it waits, in a thread of its own, so
+    that whoever holds them can be let go first.
+    """
+    return in_background(group.abort)
+
+
+def in_background(work: Callable[[], Any]) -> "Future[Any]":
+    """What `work` returns or raises, in a thread that nobody waits for when the interpreter ends."""
+    result: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(work())
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return result

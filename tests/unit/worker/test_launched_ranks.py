@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -85,9 +86,9 @@ def test_tensors_go_over_a_group_of_their_own() -> None:
 )
 def test_nccl_needs_a_gpu_for_every_rank(monkeypatch: pytest.MonkeyPatch, sharing: list[int], expected: str) -> None:
     """D36: on one machine ranks may share a GPU, and on another not; all must connect in the same way."""
-    monkeypatch.setattr(launched_ranks, "join", lambda place, store, connect: connect.__name__)
+    monkeypatch.setattr(launched_ranks, "join", lambda place, store, connect: SimpleNamespace(group=connect.__name__))
     ranks = make_ranks(*(Place(rank, 2, num_sharing, gpu=0) for rank, num_sharing in enumerate(sharing)))
-    assert on_all(ranks, lambda ranks: ranks.connect()) == [expected] * 2
+    assert on_all(ranks, lambda ranks: ranks.connect().group) == [expected] * 2
 
 
 def test_a_second_engine_is_refused() -> None:
@@ -209,6 +210,23 @@ def test_a_lost_group_is_not_asked_to_end() -> None:
     rank_0.say_end()
     assert rank_0.is_broken
     assert control.num_broadcasts == 0
+
+
+def test_a_lost_group_is_aborted_and_its_end_waited_for() -> None:
+    """D33 D35: NCCL's waits for graphs, which are freed in between."""
+    events: list[str] = []
+
+    def abort() -> None:
+        graphs_are_gone.wait(HANG.total_seconds())
+        events.append("aborted")
+
+    graphs_are_gone = threading.Event()
+    (rank_0,) = make_ranks(Place(0, 2, num_sharing=2))
+    rank_0._group = SimpleNamespace(abort=abort)
+    rank_0.break_off()
+    threading.Timer(0.1, graphs_are_gone.set).start()
+    rank_0.close()
+    assert events == ["aborted"]
 
 
 def test_a_rank_that_has_gone_already_does_not_spoil_the_end() -> None:

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import ExitStack
 from multiprocessing import Pipe
 from types import SimpleNamespace
 from typing import Any
@@ -22,16 +23,17 @@ HANG_SECONDS = 20
 
 
 class Group:
-    """A group over `backend`."""
+    """A group over `backend`. on_abort: what its abort does."""
 
-    def __init__(self, backend: str) -> None:
-        self.backend, self.is_aborted = backend, False
+    def __init__(self, backend: str, on_abort: Callable[[], Any] = lambda: None) -> None:
+        self.backend, self.num_aborts, self.on_abort = backend, 0, on_abort
 
     def name(self) -> str:
         return self.backend
 
     def abort(self) -> None:
-        self.is_aborted = True
+        self.num_aborts += 1
+        self.on_abort()
 
 
 class Watched:
@@ -41,9 +43,11 @@ class Watched:
         self.num_killed = 0
         self.view: Any = object.__new__(LocalRanks)
         self.view.place = Place(0, 1 + num_others, num_sharing=1 + num_others)
-        self.view._group, self.view._is_broken = group, False
+        self.view._group, self.view._aborted, self.view._is_broken = group, None, False
+        self.view._resources = ExitStack()
         self.view._all_ready, self.view._failure = Future(), Future()
-        self.view._processes = [SimpleNamespace(kill=self._kill, exitcode=-9, join=lambda timeout: None)] * num_others
+        process = SimpleNamespace(kill=self._kill, exitcode=-9, join=lambda timeout: None, close=lambda: None)
+        self.view._processes = [process] * num_others
         pipes = [Pipe(duplex=False) for _ in range(num_others)]
         self.view._reports = {pipes[i][0]: i + 1 for i in range(num_others)}
         self.ranks = [sender for _, sender in pipes]  # of ranks 1, 2, ...
@@ -97,11 +101,73 @@ def test_a_rank_that_ends_without_a_word_is_noticed_by_its_pipe() -> None:
 
 @pytest.mark.parametrize("backend", ["nccl", "gloo"])
 def test_what_waits_for_the_others_on_a_gpu_is_aborted(backend: str) -> None:
-    """D33: a kernel of NCCL's does not notice by a connection that closes; gloo does, and takes no abort."""
+    """D33: a kernel of NCCL's does not notice that a connection closes; gloo does, and rank 0 may be inside."""
     watched = Watched(1, group := Group(backend))
     watched.ranks[0].send(report("cause", 1.0))
     watched.failure()
-    assert group.is_aborted == (backend == "nccl")
+    watched.view._stop_listening()
+    assert group.num_aborts == (backend == "nccl")
+    watched.view.close()
+    assert group.num_aborts == 1
+
+
+def test_the_failure_is_known_before_rank_0_is_let_go() -> None:
+    """D33: else it would take for a result what a broken collective left."""
+    known: list[bool] = []
+    watched = Watched(1, Group("nccl", on_abort=lambda: known.append(watched.view._failure.done())))
+    watched.ranks[0].send(report("cause", 1.0))
+    watched.failure()
+    watched.view.close()
+    assert known == [True]
+
+
+def test_an_abort_that_waits_for_graphs_does_not_hold_up_rank_0_which_holds_them() -> None:
+    """D33 D35: closing comes after the graphs, and does wait, so that nothing is left."""
+    graphs_are_gone = threading.Event()
+    watched = Watched(1, Group("nccl", on_abort=lambda: graphs_are_gone.wait(HANG_SECONDS) and ended.append(True)))
+    ended: list[bool] = []
+    watched.ranks[0].send(report("cause", 1.0))
+    watched.failure()
+    watched.view.break_off()
+    assert not ended
+    threading.Timer(0.1, graphs_are_gone.set).start()
+    watched.view.close()
+    assert ended == [True]
+
+
+@pytest.mark.parametrize("backend", ["nccl", "gloo"])
+def test_rank_0s_own_failure_aborts_the_group(backend: str) -> None:
+    """D33: what it has launched waits for the ranks that it kills, and freeing memory would wait for that."""
+    watched = Watched(1, group := Group(backend))
+    watched.view.break_off()
+    watched.view.close()
+    assert group.num_aborts == 1
+
+
+def test_a_group_that_all_leave_is_not_aborted() -> None:
+    watched = Watched(1, group := Group("nccl"))
+    watched.view._stop_listening()
+    watched.view.close()
+    assert group.num_aborts == 0
+
+
+def test_a_rank_that_fails_when_all_have_just_met_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """D33: the listening thread, which saw no group to abort, leaves that to rank 0."""
+    watched = Watched(1)
+    watched.view._store_path = "store"
+
+    class Met:
+        @property
+        def group(self) -> Group:
+            watched.ranks[0].close()
+            watched.failure()
+            return Group("nccl")
+
+    monkeypatch.setattr(local_ranks, "FileStore", lambda *_: None)
+    monkeypatch.setattr(local_ranks, "join", lambda *_: Met())
+    watched.ranks[0].send(READY)
+    with pytest.raises(RankError, match="rank 1 of 2 was killed"):
+        watched.view.connect()
 
 
 def test_rank_0_does_not_wait_to_meet_a_rank_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
