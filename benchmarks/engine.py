@@ -1,6 +1,6 @@
 """Throughput of the whole engine on a model of random weights, and where the time of a decode step goes.
 
-    python -m benchmarks.engine [--scenario headline single] [--backend triton flash_attn] [--mode graphs async]
+    python -m benchmarks.engine [--scenario headline single] [--backend triton flash_attn] [--mode graphs waiting]
         [--profile]
 
 One line a run: output tokens a second for decode-heavy scenarios, prompt tokens a second for the others, over one
@@ -25,9 +25,9 @@ from nanovllm.bench import draw_requests
 
 PROFILED_STEPS = 20
 MODES: dict[str, dict[str, bool]] = {
-    "graphs": {},
+    "graphs": {},  # the default
+    "waiting": {"async_scheduling": False},  # with graphs; each step begins when the tokens of the one before are there
     "eager": {"enforce_eager": True},
-    "async": {"async_scheduling": True},  # with graphs, too
 }
 
 

@@ -46,7 +46,8 @@ _CONFIG_HELP = {
     "gpu_memory_utilization": "share of the GPU's memory to use",
     "tensor_parallel_size": "GPUs that share the model; under torchrun, all of its processes",
     "enforce_eager": "never use CUDA graphs",
-    "async_scheduling": "begin a decode step while the one before is being computed (one rank)",
+    "async_scheduling": "begin a decode step while the one before is being computed, or never do "
+    "(default: with one rank, on a GPU)",
 }
 _SAMPLING_HELP = {
     "max_tokens": "most tokens to generate for each prompt",
@@ -249,6 +250,9 @@ def _add_options(group: Any, owner: Any, helps: dict[str, str]) -> None:
         flag, default = "--" + name.replace("_", "-"), fields[name].default
         if isinstance(default, bool):
             group.add_argument(flag, action="store_true", default=None, help=text)
+            continue
+        if fields[name].type == bool | None:
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
             continue
         text += "" if default is None else f" (default: {default})"
         if name in _CHOICES:

@@ -33,7 +33,7 @@ class Config:
     tensor_parallel_size: number of GPUs (or CPU processes) that share the model, 1 to 8.
     enforce_eager: True never captures CUDA graphs.
     async_scheduling: True begins a decode step while the one before is still being computed, so that the GPU does not
-        wait for the host. Takes tensor_parallel_size=1.
+        wait for the host; takes tensor_parallel_size=1. None does so where it gains time: one rank, on a GPU.
     kv_cache_block_size: tokens a KV block. A multiple of 256 for "auto" and "flash_attn"; "triton" also takes powers
         of two from 16, "torch" powers of two from 1.
     num_kv_cache_blocks: None sizes the cache from free memory.
@@ -50,7 +50,7 @@ class Config:
     gpu_memory_utilization: float = 0.9
     tensor_parallel_size: int = 1
     enforce_eager: bool = False
-    async_scheduling: bool = False
+    async_scheduling: bool | None = None
     kv_cache_block_size: int = 256
     num_kv_cache_blocks: int | None = None
     attention_backend: str = "auto"
@@ -79,7 +79,8 @@ class Config:
         )
         require_int("tensor_parallel_size", self.tensor_parallel_size, 1, MAX_TENSOR_PARALLEL_SIZE)
         require_bool("enforce_eager", self.enforce_eager)
-        require_bool("async_scheduling", self.async_scheduling)
+        if self.async_scheduling is not None:
+            require_bool("async_scheduling", self.async_scheduling)
         if self.async_scheduling and self.tensor_parallel_size > 1:
             raise ValueError(
                 "async_scheduling must be False with several ranks, which get each step's tokens from the host, got "

@@ -41,6 +41,8 @@ class LLMEngine:
         from nanovllm.worker.executor import Executor  # imports torch, which `import nanovllm` must not
 
         self._executor = Executor(self.config, model_config, model_dir)
+        if self.config.async_scheduling is None:
+            self.config = replace(self.config, async_scheduling=self._executor.can_go_ahead)
         tokenizer_eos = getattr(self.tokenizer, "eos_token_id", None)
         self.scheduler = Scheduler(
             BlockManager(self._executor.num_kv_cache_blocks, config.kv_cache_block_size),

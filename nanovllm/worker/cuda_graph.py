@@ -6,6 +6,7 @@ never on their shape: so there is one graph a batch size, and a batch runs in th
 store nothing (slot PADDING_SLOT) and attend to nothing (context length 0).
 """
 
+import functools
 from bisect import bisect_left
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +20,14 @@ from nanovllm.engine.model_input import PADDING_SLOT, ModelInput
 MAX_GRAPH_BATCH_SIZE = 512  # larger batches keep the GPU busy longer than launching takes: they run eagerly
 
 Forward = Callable[[torch.Tensor, torch.Tensor, Context], torch.Tensor | None]
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream on which all graphs of a device are recorded. cuBLAS keeps 32 MiB for each stream that it has seen, as
+    long as the process lives: with a new one for each graph it came to a gigabyte.
+    """
+    return torch.cuda.Stream(device)
 
 
 def graph_batch_sizes(max_num_seqs: int) -> list[int]:
@@ -62,20 +71,22 @@ class DecodeGraphs:
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._logits: dict[int, torch.Tensor | None] = {}
         pool: Any = None
+        stream = _side_stream(device)
         # The largest first: its memory serves the smaller ones.
         for size in tqdm(batch_sizes[::-1], desc="Capturing CUDA graphs", disable=None if use_tqdm else True):
             graph = torch.cuda.CUDAGraph()
             inputs = self._inputs(size)
-            self._warm_up(forward, inputs)
-            with torch.cuda.graph(graph, pool=pool):
+            self._warm_up(forward, inputs, stream)
+            with torch.cuda.graph(graph, pool=pool, stream=stream):
                 logits = forward(*inputs)
             pool = pool or graph.pool()
             self._graphs[size], self._logits[size] = graph, logits
 
     @staticmethod
-    def _warm_up(forward: Forward, inputs: tuple[torch.Tensor, torch.Tensor, Context]) -> None:
+    def _warm_up(
+        forward: Forward, inputs: tuple[torch.Tensor, torch.Tensor, Context], stream: torch.cuda.Stream
+    ) -> None:
         """Compile kernels and create library handles, on another stream as torch's capture asks for."""
-        stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             forward(*inputs)

@@ -24,6 +24,7 @@ OPTIONS: dict[str, Any] = {
     "max_num_batched_tokens": 128,
     "kv_cache_block_size": 16,
     "num_kv_cache_blocks": 40,
+    "async_scheduling": False,  # on a GPU too: it is one of the ways
 }
 
 

@@ -160,6 +160,11 @@ def test_its_trace_replays() -> None:
     assert play(trace, BareScheduler(trace)).num_steps > 40
 
 
+def test_a_cpu_has_no_time_to_gain() -> None:
+    with LLM(str(bundled_model_path()), **BUNDLED_OPTIONS) as llm:
+        assert llm.config.async_scheduling is False
+
+
 def test_several_ranks_are_refused() -> None:
     with pytest.raises(
         ValueError, match=r"^async_scheduling must be False with several ranks, .* got True and tensor_p"
@@ -183,11 +188,12 @@ def test_outputs_are_the_same_on_a_gpu(backend: str, dtype: str, enforce_eager: 
     greedy = [params for params in PARAMS if params.top_k == 1]
     params = [greedy[index % len(greedy)] for index in range(len(prompts))]
 
-    def outputs(is_async: bool) -> list[dict[str, Any]]:
+    def outputs(is_async: bool | None) -> list[dict[str, Any]]:
         with LLM(
             str(bundled_model_path()), device="cuda", dtype=dtype, attention_backend=backend, max_model_len=512,
             max_num_seqs=20, enforce_eager=enforce_eager, num_kv_cache_blocks=48, async_scheduling=is_async,
         ) as llm:  # fmt: skip
+            assert llm.config.async_scheduling is (is_async is None)
             return without_ids(llm.generate(prompts, params, use_tqdm=False))
 
-    assert outputs(is_async=True) == outputs(is_async=False)
+    assert outputs(is_async=None) == outputs(is_async=False)

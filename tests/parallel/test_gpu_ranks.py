@@ -78,11 +78,12 @@ def test_ranks_over_nccl_say_what_one_says(architecture: str, size: int, enforce
 @pytest.mark.parametrize("what", ["raise", "kill"])
 def test_a_rank_that_fails_over_nccl(what: str, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """D33: rank 0, whose GPU waits inside a collective, is let go; its memory comes back, and a new engine starts."""
-    before = torch.cuda.memory_allocated()
+    expected = tokens("llama", 1, num_kv_cache_blocks=NUM_BLOCKS)
+    before = torch.cuda.memory_allocated()  # with what libraries keep for each stream, as long as the process lives
     with monkeypatch.context() as planted:
         plant(planted, Fault(1, place, what))
         with pytest.raises(RankError, match="rank 1 of 2"):
             tokens("llama", 2, num_kv_cache_blocks=NUM_BLOCKS)
     assert torch.cuda.memory_allocated() == before
     assert not multiprocessing.active_children()
-    assert tokens("llama", 2, num_kv_cache_blocks=NUM_BLOCKS) == tokens("llama", 1, num_kv_cache_blocks=NUM_BLOCKS)
+    assert tokens("llama", 2, num_kv_cache_blocks=NUM_BLOCKS) == expected

@@ -16,6 +16,7 @@ import torch
 from nanovllm.context import Context
 from nanovllm.engine.model_input import PADDING_BLOCK, PADDING_SLOT, ModelInput, prepare_ahead, prepare_decode
 from nanovllm.engine.sequence import Sequence
+from nanovllm.worker import cuda_graph
 from nanovllm.worker.cuda_graph import DecodeGraphs
 from tests.evidence import compared
 from tests.unit.engine.harness import make_sequence
@@ -72,7 +73,8 @@ def recordings(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Recording, Any]]:
     made: list[tuple[Recording, Any]] = []
 
     @contextmanager
-    def recording(graph: Recording, pool: Any) -> Iterator[None]:
+    def recording(graph: Recording, pool: Any, stream: Any) -> Iterator[None]:
+        assert stream == "the side stream of cpu"
         made.append((graph, pool))
         Recording.current = graph
         yield
@@ -88,7 +90,8 @@ def recordings(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Recording, Any]]:
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Recording)
     monkeypatch.setattr(torch.cuda, "graph", recording)
-    monkeypatch.setattr(DecodeGraphs, "_warm_up", staticmethod(lambda forward, inputs: None))
+    monkeypatch.setattr(DecodeGraphs, "_warm_up", staticmethod(lambda forward, inputs, stream: None))
+    monkeypatch.setattr(cuda_graph, "_side_stream", "the side stream of {}".format)
     return made
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import torch
 
 from nanovllm import Config
 from nanovllm.engine.scheduler import ScheduledBatch
@@ -22,6 +23,7 @@ class Parts:
 
     place = Place(0, 2, num_sharing=2)
     num_kv_cache_blocks = 1
+    device = torch.device("cpu")
 
     def __init__(self) -> None:
         self.calls: list[str] = []
@@ -88,6 +90,14 @@ def test_one_rank_asks_nobody(parts: Parts) -> None:
     assert alone.run(BATCH) == [7]
     alone.close()
     assert parts.calls == ["run a batch", "close"]
+
+
+@pytest.mark.parametrize(("device", "size", "can_go_ahead"), [("cpu", 1, False), ("cuda", 1, True), ("cuda", 2, False)])
+def test_one_rank_on_a_gpu_can_go_ahead(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch, device: str, size: int, can_go_ahead: bool
+) -> None:
+    monkeypatch.setattr(parts, "device", torch.device(device))
+    assert make_executor(size).can_go_ahead is can_go_ahead
 
 
 @pytest.mark.parametrize("where", ["send a batch", "run a batch", "check"])

@@ -107,6 +107,7 @@ def test_every_rank_frees_its_runner_before_it_leaves_the_group(monkeypatch: pyt
 
     class Runner:
         num_kv_cache_blocks = 1
+        device = torch.device("cpu")
 
         def __init__(self, *_: object) -> None:
             calls.append("load")

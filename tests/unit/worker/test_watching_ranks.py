@@ -117,6 +117,7 @@ def test_the_failure_is_known_before_rank_0_is_let_go() -> None:
     watched = Watched(1, Group("nccl", on_abort=lambda: known.append(watched.view._failure.done())))
     watched.ranks[0].send(report("cause", 1.0))
     watched.failure()
+    watched.view._stop_listening()
     watched.view.close()
     assert known == [True]
 
