@@ -118,7 +118,7 @@ def test_bfloat16_through_preemption_chunks_and_prefix_hits(backend: str) -> Non
     ) as llm:  # fmt: skip
         prefix = llm.tokenizer.encode("The LORD is my shepherd; I shall not want. " * 30)[:300]
         prompts = [[*prefix, *llm.tokenizer.encode(prompt)] for prompt in DEMO_PROMPTS[:3]]
-        params = SamplingParams.greedy(max_tokens=480, ignore_eos=True)
+        params = SamplingParams.greedy(max_tokens=240, ignore_eos=True)
         outputs = llm.generate(prompts, params, use_tqdm=False)
         assert llm.scheduler.num_preemptions > 0
         assert llm.scheduler.num_prefill_chunks > 0
