@@ -110,15 +110,18 @@ def test_float32_tokens_equal_the_reference(
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_bfloat16_through_preemption_chunks_and_prefix_hits(backend: str) -> None:
-    """Blocks of 256, as FlashAttention has them: each token is one that float64, given the same text, could choose."""
+    """Blocks of 256, as FlashAttention has them: each token is one that float64, given the same text, could choose.
+
+    Each sequence fills two more blocks, of which one was kept free for it when it was admitted.
+    """
     path = bundled_model_path()
     with LLM(
-        str(path), dtype="bfloat16", attention_backend=backend, num_kv_cache_blocks=5, max_num_seqs=3,
+        str(path), dtype="bfloat16", attention_backend=backend, num_kv_cache_blocks=7, max_num_seqs=3,
         max_num_batched_tokens=200, max_model_len=1024, **EAGER,
     ) as llm:  # fmt: skip
-        prefix = llm.tokenizer.encode("The LORD is my shepherd; I shall not want. " * 30)[:300]
+        prefix = llm.tokenizer.encode("The LORD is my shepherd; I shall not want. " * 60)[:490]
         prompts = [[*prefix, *llm.tokenizer.encode(prompt)] for prompt in DEMO_PROMPTS[:3]]
-        params = SamplingParams.greedy(max_tokens=240, ignore_eos=True)
+        params = SamplingParams.greedy(max_tokens=300, ignore_eos=True)
         outputs = llm.generate(prompts, params, use_tqdm=False)
         assert llm.scheduler.num_preemptions > 0
         assert llm.scheduler.num_prefill_chunks > 0
