@@ -3,7 +3,7 @@
 Pure functions of the sequences, called by every rank, so that the ranks cannot disagree. No torch.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Sequences
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -125,21 +125,38 @@ def warmup_lengths(max_num_batched_tokens: int, max_model_len: int, max_num_seqs
     return ([max_model_len] * num_whole + [rest] * (rest > 0))[:max_num_seqs]
 
 
-def prepare_kinds_of_prefill(max_model_len: int, num_blocks: int, block_size: int) -> list[ModelInput]:
-    """Small prefills of the kinds that prepare_warmup leaves out, as far as model and cache have room for them.
+def prepare_kinds_of_prefill(
+    max_num_batched_tokens: int, max_model_len: int, max_num_seqs: int, num_blocks: int, block_size: int
+) -> Iterator[ModelInput]:
+    """Prefills after which no other one compiles anything, as far as the limits and the cache have room for them.
 
-    Few keys; few that are cached; LONG_CONTEXT cached ones. Kernels are chosen and compiled by such differences.
-    Nothing is stored. What is read of the cache may be anything: the outputs are not used.
+    1, 2, 4, ... tokens, each number without and with cached keys; and one token after LONG_CONTEXT cached ones. Kernels
+    are chosen and compiled by such differences, and what is chosen by the number of tokens is chosen for ranges in each
+    of which there is a power of two. Nothing is stored. What is read of the cache may be anything: the outputs are not
+    used.
     """
-    kinds = []
-    for num_tokens, num_cached in ((2, 0), (2, 1), (LONG_CONTEXT + 1, LONG_CONTEXT)):
-        seq = Sequence([0] * num_tokens, SamplingParams(), block_size=block_size)
-        if num_tokens <= max_model_len and seq.num_blocks <= num_blocks:
-            seq.block_table = list(range(seq.num_blocks))
-            seq.num_cached_tokens, seq.num_scheduled_tokens = num_cached, num_tokens - num_cached
-            seq.num_stored_tokens = num_tokens
-            kinds.append(prepare_prefill([seq]))
-    return kinds
+    num_tokens = 1
+    while num_tokens <= max_num_batched_tokens:
+        for num_cached in (0, 1):
+            lengths = warmup_lengths(num_tokens, max_model_len - num_cached, max_num_seqs)
+            if sum(lengths) == num_tokens:
+                yield from _prefill_of(lengths, num_cached, num_blocks, block_size)
+        num_tokens *= 2
+    if max_model_len > LONG_CONTEXT:
+        yield from _prefill_of([1], LONG_CONTEXT, num_blocks, block_size)
+
+
+def _prefill_of(lengths: list[int], num_cached: int, num_blocks: int, block_size: int) -> Iterator[ModelInput]:
+    """lengths tokens after num_cached, of sequences that share their blocks; nothing if the cache has too few."""
+    sequences = []
+    for length in lengths:
+        seq = Sequence([0] * (num_cached + length), SamplingParams(), block_size=block_size)
+        seq.block_table = list(range(seq.num_blocks))
+        seq.num_cached_tokens, seq.num_scheduled_tokens = num_cached, length
+        seq.num_stored_tokens = num_cached + length
+        sequences.append(seq)
+    if max(seq.num_blocks for seq in sequences) <= num_blocks:
+        yield prepare_prefill(sequences)
 
 
 def _numbers(sequences: Sequences[Sequence], name: str) -> np.ndarray:

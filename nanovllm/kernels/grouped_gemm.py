@@ -32,10 +32,12 @@ def grouped_gemm_tiles(num_assignments: int, num_experts: int, itemsize: int) ->
     """Tiles for so many assignments spread over so many experts. Measured on an H200 with Qwen3-30B-A3B's shapes.
 
     With few rows an expert, reading the weights is the work, and a block's padding is lost; with many, multiplying is.
+    Rounded up to a power of two, as moe_routing rounds for its chunks: a limit between would make variants of its
+    kernels that start-up, which meets powers of two, does not compile.
     """
     if itemsize > 2:
         return Tiles(rows=16, columns=64, inner=32, warps=4, stages=3)
-    rows_per_expert = num_assignments / num_experts
+    rows_per_expert = triton.next_power_of_2(num_assignments) / num_experts
     if rows_per_expert < 1:
         return Tiles(rows=16, columns=32, inner=128, warps=2, stages=4)
     if rows_per_expert < 16:

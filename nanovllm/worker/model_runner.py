@@ -107,7 +107,11 @@ class ModelRunner:
         """So that no request waits for the compiler: warmup_model, before there is a cache, meets one kind only."""
         config = self.config
         for model_input in prepare_kinds_of_prefill(
-            config.max_model_len, self.num_kv_cache_blocks, config.kv_cache_block_size
+            config.max_num_batched_tokens,
+            config.max_model_len,
+            config.max_num_seqs,
+            self.num_kv_cache_blocks,
+            config.kv_cache_block_size,
         ):
             self._launch(model_input)
         torch.cuda.synchronize(self.device)

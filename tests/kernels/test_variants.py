@@ -18,6 +18,11 @@ pytest.importorskip("triton")
 SIZES = (1, 2, 3, 15, 16, 17, 48, 250, 256, 1000)
 
 
+# Numbers of tokens of which start-up meets the first group (prepare_kinds_of_prefill) and any step may have the second.
+MET_AT_START = tuple(2**power for power in range(15))
+ANY = (3, 5, 7, 9, 15, 17, 31, 100, 140, 240, 255, 257, 700, 960, 1023, 1025, 3000, 4095, 4097, 12345, 16383)
+
+
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
@@ -49,6 +54,16 @@ def qk_norm_rope_store(size: int) -> None:
     caches = meta(100, 256, 8, 128), meta(100, 256, 8, 128)
     slots = meta(size, dtype=torch.int64)
     qk_norm_rope_store(meta(size, 4096), *tables, meta(128), meta(128), 1e-6, 16, *caches, slots, num_kv_heads=8)
+
+
+def qk_norm_rope_store_of_a_prefill(size: int) -> None:
+    """Nothing is cached yet: attention takes the keys from here."""
+    from nanovllm.kernels.qk_norm_rope_store import qk_norm_rope_store
+
+    tables = meta(size, 64, dtype=torch.float32), meta(size, 64, dtype=torch.float32)
+    caches = meta(100, 256, 8, 128), meta(100, 256, 8, 128)
+    arguments = meta(size, 4096), *tables, meta(128), meta(128), 1e-6, 16, *caches, meta(size, dtype=torch.int64)
+    qk_norm_rope_store(*arguments, num_kv_heads=8, returns_key=True)
 
 
 def store_kvcache(size: int) -> None:
@@ -96,6 +111,16 @@ def moe_routing(size: int) -> None:
     moe_routing(meta(size, 128), 8, True, 16)
 
 
+def mixture_of_experts(size: int) -> None:
+    """As SparseMoeBlock has it, with Qwen3-30B-A3B's experts."""
+    from nanovllm.kernels.grouped_gemm import grouped_gemm, grouped_gemm_tiles
+    from nanovllm.kernels.moe_routing import moe_routing
+
+    tiles = grouped_gemm_tiles(size * 8, 128, 2)
+    routing = moe_routing(meta(size, 128), 8, True, tiles.rows)
+    grouped_gemm(meta(size, 2048), meta(128, 2 * 768, 2048), meta(128, 2048, 768), routing, tiles=tiles)
+
+
 # Each launcher at one size, and how many variants of its kernels all sizes may take.
 LAUNCHES: dict[str, tuple[Callable[[int], None], int]] = {
     "rms_norm": (rms_norm, 2),  # with a residual and without
@@ -117,3 +142,35 @@ def test_another_size_compiles_nothing_new(name: str) -> None:
     variants = {(one.name, one.variant) for one in compile_launches(lambda: [launch(size) for size in SIZES])}
     assert len(variants) <= most, sorted(kernel for kernel, _ in variants)
     compared("kernels: variants of a step's sizes", len(SIZES))
+
+
+def mixture_of_60_experts(size: int) -> None:
+    """Four a token: no limit is at a power of two."""
+    from nanovllm.kernels.grouped_gemm import grouped_gemm_tiles
+    from nanovllm.kernels.moe_routing import moe_routing
+
+    moe_routing(meta(size, 60), 4, True, grouped_gemm_tiles(size * 4, 60, 2).rows)
+
+
+@pytest.mark.parametrize(
+    "launch",
+    [
+        rms_norm,
+        silu_and_mul,
+        rotary_embedding,
+        qk_norm_rope_store,
+        qk_norm_rope_store_of_a_prefill,
+        store_kvcache,
+        mixture_of_experts,
+        mixture_of_60_experts,
+    ],
+)
+def test_start_up_meets_every_variant_that_a_number_of_tokens_asks_for(launch: Callable[[int], None]) -> None:
+    """It runs prefills of powers of two, up to the most tokens of a step."""
+
+    def variants(sizes: tuple[int, ...]) -> set[tuple[str, str]]:
+        return {(one.name, one.variant) for one in compile_launches(lambda: [launch(size) for size in sizes])}
+
+    met = variants(MET_AT_START)
+    assert variants(ANY) <= met
+    compared("kernels: variants of a step's sizes", len(ANY))

@@ -63,23 +63,50 @@ def test_every_filter_of_the_sampler_is_on() -> None:
     assert (sampling.min_p > 0).all()
 
 
-@pytest.mark.parametrize("block_size", [16, 256, 1024])
-def test_the_other_kinds_of_prefill(block_size: int) -> None:
-    """Few keys, few cached ones, many cached ones; nothing is stored, and every block is one of the cache."""
-    num_blocks = -(-(LONG_CONTEXT + 1) // block_size)
-    kinds = prepare_kinds_of_prefill(LONG_CONTEXT + 1, num_blocks, block_size)  # just room for the longest
-    assert [(kind.max_seqlen_q, kind.max_seqlen_k) for kind in kinds] == [(2, 2), (1, 2), (1, LONG_CONTEXT + 1)]
-    assert [kind.block_tables is None for kind in kinds] == [True, False, False]
+@given(
+    budget=st.integers(1, 5000),
+    max_num_seqs=st.integers(1, 40),
+    max_model_len=st.integers(2, 700),
+    num_blocks=st.integers(1, 9),
+    block_size=st.sampled_from([16, 256, 1024]),
+)
+def test_the_other_kinds_of_prefill(
+    budget: int, max_num_seqs: int, max_model_len: int, num_blocks: int, block_size: int
+) -> None:
+    """Nothing is stored, every block is one of the cache, and the limits hold; each kind that they allow is there."""
+    kinds = list(prepare_kinds_of_prefill(budget, max_model_len, max_num_seqs, num_blocks, block_size))
     for kind in kinds:
         assert kind.is_prefill
         assert (kind.slot_mapping == PADDING_SLOT).all()
         assert kind.block_tables is None or kind.block_tables.max() < num_blocks
+        assert len(kind.input_ids) == len(kind.positions) <= budget
+        assert kind.max_seqlen_k <= min(max_model_len, num_blocks * block_size)
+        assert len(kind.sample_indices) == len(kind.context_lens) <= max_num_seqs
+        assert (kind.sampling.top_k == 0).all()
+    met = {(len(kind.input_ids), int(kind.context_lens[0] - kind.cu_seqlens_q[1])) for kind in kinds}
+    assert len(met) == len(kinds)
+    most = min(max_model_len, num_blocks * block_size)
+    for cached in (0, 1):
+        for num_tokens in (2**power for power in range(13)):
+            fits = num_tokens <= min(budget, most - cached)  # in one sequence
+            assert ((num_tokens, cached) in met) or not fits
+    assert ((1, LONG_CONTEXT) in met) == (most > LONG_CONTEXT)
 
 
-@pytest.mark.parametrize(("max_model_len", "num_blocks"), [(LONG_CONTEXT, 100), (4096, 2)])
-def test_kinds_for_which_there_is_no_room_are_left_out(max_model_len: int, num_blocks: int) -> None:
-    kinds = prepare_kinds_of_prefill(max_model_len, num_blocks, 256)
-    assert [kind.max_seqlen_k for kind in kinds] == [2, 2]
+def test_many_tokens_are_those_of_several_sequences() -> None:
+    """As the real ones are: 16384 tokens of a model that takes 4096 at most."""
+    *_, fresh, cached, long = prepare_kinds_of_prefill(16384, 4096, 256, 100, 256)
+    assert fresh.cu_seqlens_q.tolist() == fresh.cu_seqlens_k.tolist() == [0, 4096, 8192, 12288, 16384]
+    assert fresh.block_tables is None
+    assert cached.cu_seqlens_q.tolist() == [0, 4095, 8190, 12285, 16380, 16384]
+    assert cached.context_lens.tolist() == [4096] * 4 + [5]
+    assert (long.max_seqlen_q, long.max_seqlen_k) == (1, LONG_CONTEXT + 1)
+
+
+@pytest.mark.parametrize(("max_model_len", "num_blocks", "is_met"), [(512, 3, False), (513, 3, True), (513, 2, False)])
+def test_a_long_context_needs_room_for_one_token_more(max_model_len: int, num_blocks: int, is_met: bool) -> None:
+    *_, last = prepare_kinds_of_prefill(8, max_model_len, 4, num_blocks, block_size=256)
+    assert (last.max_seqlen_k == LONG_CONTEXT + 1) is is_met
 
 
 def test_a_long_context_is_what_the_kernel_takes_for_one() -> None:
