@@ -10,8 +10,11 @@ again.
 """
 
 import itertools
+import os
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -26,6 +29,19 @@ CONNECT_SECONDS = 2.0  # in one attempt, for a connection
 ADDRESS_SECONDS = 1.0  # in one attempt, for an address; less than that a FileStore does not count
 MAX_ATTEMPTS = 10  # what fails as often has another cause than a slow rank
 POLL_SECONDS = 0.005
+# torch watches NCCL from a thread of its own, which ends the whole process when a rank has gone, or when it was
+# suspended for long. Here rank 0 notices itself, says what happened and goes on, so that thread is to do nothing; least
+# of all to wait for a minute first, since closing the group waits for it. Under torchrun it does its work: there a rank
+# that ends is what torchrun notices.
+UNWATCHED = {
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+    "TORCH_NCCL_RETHROW_CUDA_ERRORS": "0",
+    "TORCH_NCCL_ENABLE_MONITORING": "0",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+    "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "0",
+}
+
+_environment_lock = threading.Lock()
 
 
 def meet(place: Place, store: Any, check: Callable[[], None] = lambda: None) -> Any:
@@ -37,7 +53,8 @@ def meet(place: Place, store: Any, check: Callable[[], None] = lambda: None) -> 
     if place.has_own_gpu:
         torch.cuda.synchronize()  # makes this process's context on its GPU, which takes a while
         _hear_all(PrefixStore("come", store), place, "here", check)
-        return nccl(place, store)
+        with _environment(UNWATCHED):  # which torch reads when it makes a group; it connects later
+            return nccl(place, store)
     for attempt in itertools.count(1):
         here = PrefixStore(f"attempt {attempt}", store)
         _hear_all(PrefixStore("come", here), place, "here", check)
@@ -70,3 +87,19 @@ def _hear_all(store: Any, place: Place, word: str, check: Callable[[], None]) ->
         check()
         time.sleep(POLL_SECONDS)
     return [store.get(key).decode() for key in keys]
+
+
+@contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """With these; afterwards as before, for groups that are not ours. One thread at a time."""
+    with _environment_lock:
+        before = {name: os.environ.get(name) for name in variables}
+        os.environ.update(variables)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value

@@ -1,10 +1,8 @@
 """Where each rank computes, and how the ranks find and leave each other."""
 
-import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -21,17 +19,6 @@ FileStore, PrefixStore = dist.FileStore, dist.PrefixStore
 # A rank that is only slow is waited for, however long; one that has gone is noticed by other means.
 FOR_EVER = timedelta(days=365)
 REMOTE_MEETING = timedelta(minutes=30)  # of machines, which may be minutes apart
-
-# torch watches NCCL from a thread of its own, which ends the whole process when a rank has gone, and when a thread was
-# suspended for long. Here rank 0 notices itself, says what happened and goes on, so that thread is to do nothing; least
-# of all to wait for a minute before it does so, for which closing the group would wait.
-NCCL_WATCHES = {
-    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
-    "TORCH_NCCL_RETHROW_CUDA_ERRORS": "0",
-    "TORCH_NCCL_ENABLE_MONITORING": "0",
-    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
-    "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "0",
-}
 
 
 @dataclass(frozen=True)
@@ -99,23 +86,7 @@ def nccl(place: Place, store: Any) -> Any:
     """An NCCL group of all ranks, each of which has its own GPU."""
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = FOR_EVER
-    with _environment(NCCL_WATCHES):  # which torch reads when it makes a group
-        return dist.ProcessGroupNCCL(store, place.rank, place.size, options)
-
-
-@contextmanager
-def _environment(variables: dict[str, str]) -> Iterator[None]:
-    """With these; afterwards as before, for groups that are not ours."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+    return dist.ProcessGroupNCCL(store, place.rank, place.size, options)
 
 
 def join(place: Place, store: Any, connect: Callable[[Place, Any], Any]) -> TensorParallel:

@@ -152,6 +152,14 @@ def test_demo_notices_an_output_that_differs_from_transformers(capsys, monkeypat
     assert capsys.readouterr().out.splitlines()[-1].startswith("0 of 1 outputs")
 
 
+@pytest.mark.parametrize(
+    ("option", "expected"), [([], None), (["--async-scheduling"], True), (["--no-async-scheduling"], False)]
+)
+def test_going_one_step_ahead_can_be_asked_for_and_forbidden(option: list[str], expected: bool | None) -> None:
+    arguments = cli._parser().parse_args(["generate", *option, PROMPT])
+    assert cli._given(arguments, ["async_scheduling"]).get("async_scheduling") is expected
+
+
 # --- how it says no ---
 
 

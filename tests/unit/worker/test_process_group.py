@@ -1,7 +1,5 @@
 """Where ranks compute, worked out without GPUs: which GPU, who shares it, and so which backend."""
 
-import os
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -138,27 +136,3 @@ def test_every_rank_frees_its_runner_before_it_leaves_the_group(monkeypatch: pyt
     rank_0.close()
     rank_0.close()
     assert calls == ["load", "say end", "free", "leave", "wait for the others"]
-
-
-@pytest.mark.parametrize("before", [None, "3"])
-def test_torch_does_not_end_the_process_for_a_rank_that_has_gone(
-    monkeypatch: pytest.MonkeyPatch, before: str | None
-) -> None:
-    """D33: rank 0 says what happened, and goes on. Other groups of the program are as they were."""
-    seen: dict[str, str | None] = {}
-    name = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
-    if before is None:
-        monkeypatch.delenv(name, raising=False)
-    else:
-        monkeypatch.setenv(name, before)
-
-    class ProcessGroupNCCL:
-        Options = SimpleNamespace
-
-        def __init__(self, *_: object) -> None:
-            seen.update(os.environ)
-
-    monkeypatch.setattr(process_group, "dist", SimpleNamespace(ProcessGroupNCCL=ProcessGroupNCCL))
-    process_group.nccl(Place(0, 2, num_sharing=1, gpu=0), None)
-    assert seen[name] == "0"
-    assert os.environ.get(name) == before
