@@ -90,7 +90,9 @@ def compile_launches(launch: Callable[[], object], capability: int = 90) -> list
     ):
         launch()
     assert kernels, "nothing was launched"
-    return [_read_resources(kernel, file, capability) for kernel, file in zip(kernels, files, strict=True)]
+    files_of = dict(zip(kernels, files, strict=True))  # each kernel once, however often it was launched
+    read = {kernel: _read_resources(kernel, file, capability) for kernel, file in files_of.items()}
+    return [read[kernel] for kernel in kernels]
 
 
 def assert_fits(
