@@ -130,18 +130,16 @@ def prepare_kinds_of_prefill(
 ) -> Iterator[ModelInput]:
     """Prefills after which no other one compiles anything, as far as the limits and the cache have room for them.
 
-    1, 2, 4, ... tokens, each number without and with cached keys; and one token after LONG_CONTEXT cached ones. Kernels
-    are chosen and compiled by such differences, and what is chosen by the number of tokens is chosen for ranges in each
-    of which there is a power of two. Nothing is stored. What is read of the cache may be anything: the outputs are not
-    used.
+    ..., 4, 2, 1 tokens (the largest first: its memory serves the smaller ones), each number without and with cached
+    keys; and one token after LONG_CONTEXT cached ones. Kernels are chosen and compiled by such differences, and what is
+    chosen by the number of tokens is chosen for ranges in each of which there is a power of two. Nothing is stored.
+    What is read of the cache may be anything: the outputs are not used.
     """
-    num_tokens = 1
-    while num_tokens <= max_num_batched_tokens:
+    for power in reversed(range(max_num_batched_tokens.bit_length())):
         for num_cached in (0, 1):
-            lengths = warmup_lengths(num_tokens, max_model_len - num_cached, max_num_seqs)
-            if sum(lengths) == num_tokens:
+            lengths = warmup_lengths(2**power, max_model_len - num_cached, max_num_seqs)
+            if sum(lengths) == 2**power:
                 yield from _prefill_of(lengths, num_cached, num_blocks, block_size)
-        num_tokens *= 2
     if max_model_len > LONG_CONTEXT:
         yield from _prefill_of([1], LONG_CONTEXT, num_blocks, block_size)
 

@@ -94,8 +94,8 @@ def test_the_other_kinds_of_prefill(
 
 
 def test_many_tokens_are_those_of_several_sequences() -> None:
-    """As the real ones are: 16384 tokens of a model that takes 4096 at most."""
-    *_, fresh, cached, long = prepare_kinds_of_prefill(16384, 4096, 256, 100, 256)
+    """As the real ones are: 16384 tokens of a model that takes 4096 at most. They come first."""
+    fresh, cached, *_, long = prepare_kinds_of_prefill(20000, 4096, 256, 100, 256)
     assert fresh.cu_seqlens_q.tolist() == fresh.cu_seqlens_k.tolist() == [0, 4096, 8192, 12288, 16384]
     assert fresh.block_tables is None
     assert cached.cu_seqlens_q.tolist() == [0, 4095, 8190, 12285, 16380, 16384]

@@ -43,7 +43,7 @@ def test_the_kinds_of_prefill_run_over_a_cache_that_nobody_has_written(
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     runner._compile_kinds_of_prefill()
     assert runner.kv_cache.isnan().all()
-    powers = [2**power for power in range(10)]
+    powers = [2**power for power in reversed(range(10))]
     assert met == [*((power, cached) for power in powers for cached in (0, 1)), (1, LONG_CONTEXT)]
 
 
@@ -51,5 +51,5 @@ def test_they_are_those_for_which_there_is_room() -> None:
     """One block of 16 tokens."""
     kinds = list(prepare_kinds_of_prefill(700, 600, 3, num_blocks=1, block_size=16))
     assert [(len(kind.input_ids), int(kind.positions[0])) for kind in kinds] == [
-        (1, 0), (1, 1), (2, 0), (2, 1), (4, 0), (4, 1), (8, 0), (8, 1), (16, 0)
+        (16, 0), (8, 0), (8, 1), (4, 0), (4, 1), (2, 0), (2, 1), (1, 0), (1, 1)
     ]  # fmt: skip
