@@ -42,7 +42,8 @@ def test_block_hash_equals_the_references(tokens: list[int], parent: int | None)
 def test_block_hash_is_xxh64_of_parent_and_tokens_as_8_bytes_each() -> None:
     first = xxhash.xxh64(struct.pack("<2q", 1, 2)).intdigest()
     assert block_hash([1, 2], None) == first
-    assert block_hash([3, 4], first) == xxhash.xxh64(struct.pack("<Q2q", first, 3, 4)).intdigest()
+    for parent in (first, 0):  # 0 is a parent's hash as any other
+        assert block_hash([3, 4], parent) == xxhash.xxh64(struct.pack("<Q2q", parent, 3, 4)).intdigest()
 
 
 def test_every_block_is_hashed_once_in_a_sequences_life() -> None:

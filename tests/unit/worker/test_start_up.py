@@ -48,8 +48,8 @@ def test_the_kinds_of_prefill_run_over_a_cache_that_nobody_has_written(
 
 
 def test_they_are_those_for_which_there_is_room() -> None:
-    """One block of 16 tokens."""
-    kinds = list(prepare_kinds_of_prefill(700, 600, 3, num_blocks=1, block_size=16))
+    """One block of 16 tokens: 32 are 20 and 12, of which the first has none."""
+    kinds = list(prepare_kinds_of_prefill(700, 20, 40, num_blocks=1, block_size=16))
     assert [(len(kind.input_ids), int(kind.positions[0])) for kind in kinds] == [
         (16, 0), (8, 0), (8, 1), (4, 0), (4, 1), (2, 0), (2, 1), (1, 0), (1, 1)
     ]  # fmt: skip
