@@ -1,6 +1,5 @@
 """Ranks that meet, each in a thread: one is slow, one cannot connect, one never comes."""
 
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -254,28 +253,6 @@ def test_nccl_begins_when_all_have_come(store_path: str, monkeypatch: pytest.Mon
     groups = meet_in_threads(store_path, 3, lambda rank: time.sleep(0.2 * rank), places)
     assert groups == [f"nccl of rank {rank}" for rank in range(3)]
     assert events == ["context"] * 3 + ["nccl"] * 3
-
-
-@pytest.mark.parametrize("before", [None, "3"])
-def test_torch_does_not_end_the_process_for_a_rank_that_has_gone(
-    store_path: str, monkeypatch: pytest.MonkeyPatch, before: str | None
-) -> None:
-    """D33: rank 0 says what happened, and goes on. Other groups of the program are as they were."""
-    name = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
-    if before is None:
-        monkeypatch.delenv(name, raising=False)
-    else:
-        monkeypatch.setenv(name, before)
-
-    def make_group(place: Place, store: object) -> str:
-        time.sleep(0.05)
-        return os.environ[name]
-
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(meeting, "nccl", make_group)
-    places = [Place(rank, 3, num_sharing=1, gpu=rank) for rank in range(3)]
-    assert meet_in_threads(store_path, 3, lambda rank: time.sleep(0.02 * rank), places) == ["0"] * 3
-    assert os.environ.get(name) == before
 
 
 @pytest.mark.parametrize("gpu", [None, 0])
