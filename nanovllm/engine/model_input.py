@@ -148,7 +148,7 @@ def _prefill_of(lengths: list[int], num_cached: int, num_blocks: int, block_size
     """lengths tokens after num_cached, of sequences that share their blocks; nothing if the cache has too few."""
     sequences = []
     for length in lengths:
-        seq = Sequence([0] * (num_cached + length), SamplingParams(), block_size=block_size)
+        seq = Sequence([0] * (num_cached + length), block_size=block_size)
         seq.block_table = list(range(seq.num_blocks))
         seq.num_cached_tokens, seq.num_scheduled_tokens = num_cached, length
         seq.num_stored_tokens = num_cached + length

@@ -24,8 +24,8 @@ Forward = Callable[[torch.Tensor, torch.Tensor, Context], torch.Tensor | None]
 
 @functools.cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream on which all graphs of a device are recorded. cuBLAS keeps 32 MiB for each stream that it has seen, as
-    long as the process lives: with a new one for each graph it came to a gigabyte.
+    """The stream on which all graphs of a device are recorded. cuBLAS keeps memory for each stream that it has seen, as
+    long as the process lives: 32 MiB on an H100, 224 MiB when each of five graphs had its own.
     """
     return torch.cuda.Stream(device)
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from nanovllm.engine.model_input import prepare_kinds_of_prefill
 from tests.evidence import compared
 from tests.kernels.compiling import compile_launches
 
@@ -18,8 +19,8 @@ pytest.importorskip("triton")
 SIZES = (1, 2, 3, 15, 16, 17, 48, 250, 256, 1000)
 
 
-# Numbers of tokens of which start-up meets the first group (prepare_kinds_of_prefill) and any step may have the second.
-MET_AT_START = tuple(2**power for power in range(15))
+# Numbers of tokens: those of start-up's prefills, and others, which any step may have.
+MET_AT_START = tuple({len(kind.input_ids) for kind in prepare_kinds_of_prefill(16384, 4096, 512, 100, 256)})
 ANY = (3, 5, 7, 9, 15, 17, 31, 100, 140, 240, 255, 257, 700, 960, 1023, 1025, 3000, 4095, 4097, 12345, 16383)
 
 
@@ -166,7 +167,6 @@ def mixture_of_60_experts(size: int) -> None:
     ],
 )
 def test_start_up_meets_every_variant_that_a_number_of_tokens_asks_for(launch: Callable[[int], None]) -> None:
-    """It runs prefills of powers of two, up to the most tokens of a step."""
     compiled = compile_launches(lambda: [launch(size) for size in (*MET_AT_START, *ANY)])
     variants = [(one.name, one.variant) for one in compiled]
     num_met = len(MET_AT_START) * (len(variants) // len(MET_AT_START + ANY))  # each launch launches as many kernels
