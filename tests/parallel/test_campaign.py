@@ -29,6 +29,7 @@ pytestmark = [pytest.mark.campaign, pytest.mark.timeout(3600)]
 SEED = os.environ.get("NANOVLLM_TEST_SEED", "0")
 NUM_STARTS = 100
 NUM_KILLS = 15
+NUM_INTERRUPTS = 30
 MAX_SECONDS_TO_START = 8  # roughly: the kills are to fall on the start and on the steps
 NUM_KILLS_WHILE_MEETING = 30
 SUSPENDED_SECONDS = 8  # longer than PATIENCE_SECONDS
@@ -145,6 +146,35 @@ def test_a_rank_killed_at_any_moment(nothing_left: Watch) -> None:
             work_for_ever()
         assert nothing_left.holdings() == before, f"attempt {attempt}"
         happened("a rank killed at a random moment")
+
+
+def test_ctrl_c_at_any_moment(nothing_left: Watch) -> None:
+    """D33: while the ranks start, meet, load, compute or wait; it comes out as KeyboardInterrupt, nothing is left."""
+    before = nothing_left.holdings()
+    heed, interrupted_at = signal.getsignal(signal.SIGINT), 0.0
+
+    def be_interrupted(after_seconds: float) -> None:
+        threading.Timer(after_seconds, interrupt).start()
+        work_for_ever()
+
+    def interrupt() -> None:
+        nonlocal interrupted_at
+        interrupted_at = time.monotonic()
+        os.kill(os.getpid(), signal.SIGINT)
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background of a shell it is ignored
+    try:
+        for attempt in range(NUM_INTERRUPTS):
+            seconds = random.Random(f"{SEED}-{attempt}").uniform(0, MAX_SECONDS_TO_START)
+            with pytest.raises(KeyboardInterrupt):
+                be_interrupted(seconds)
+            seconds = time.monotonic() - interrupted_at
+            tolerated("seconds from Ctrl-C to its exception", seconds, MAX_SECONDS)
+            assert seconds < MAX_SECONDS
+            assert nothing_left.holdings() == before, f"attempt {attempt}"
+            happened("Ctrl-C at a random moment")
+    finally:
+        signal.signal(signal.SIGINT, heed)
 
 
 def test_a_rank_killed_while_the_ranks_meet(nothing_left: Watch, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,7 +111,7 @@ def test_ranks_end_by_themselves(nothing_left: Watch, monkeypatch: pytest.Monkey
 # --- in a process of its own ---
 
 PROGRAM = """
-import sys
+import signal
 from nanovllm import LLM, SamplingParams, bundled_model_path
 
 
@@ -121,6 +121,8 @@ def segments(channel):
 
 
 if __name__ == "__main__":
+    # As at a terminal: whoever runs the tests in the background of a shell has Ctrl-C ignored, for all that it starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     llm = LLM(str(bundled_model_path()), tensor_parallel_size=2, **{options!r})
     pids = [process.pid for process in llm._executor._ranks._processes]
     print(*pids, llm._executor._ranks._store_path, *segments(llm._executor._ranks._channel), flush=True)
@@ -145,17 +147,31 @@ class Program:
 
     def end(self) -> tuple[int, str, str]:
         """Exit code, output, errors; fails unless the rank, its directory and its segments have gone."""
-        try:
-            out, err = self.process.communicate(timeout=60)
-            wait_until(lambda: not self.rank_1.is_running(), "rank 1 has ended")
-            wait_until(lambda: not self.store.parent.exists(), "the directory has gone")
-            for path in (SHARED_MEMORY / name for name in self.segments):
-                wait_until(lambda path=path: not path.exists(), f"{path} has gone")
-            return self.process.returncode, out, err
-        except BaseException:
-            with suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-            raise
+        out, err = self.process.communicate(timeout=60)
+        wait_until(lambda: not self.rank_1.is_running(), "rank 1 has ended")
+        wait_until(lambda: not self.store.parent.exists(), "the directory has gone")
+        for path in (SHARED_MEMORY / name for name in self.segments):
+            wait_until(lambda path=path: not path.exists(), f"{path} has gone")
+        return self.process.returncode, out, err
+
+    def kill(self) -> None:
+        """With its children, as far as they are left."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.communicate()
+
+
+@pytest.fixture
+def start_program(tmp_path: Path) -> Iterator[Callable[[str], Program]]:
+    """Starts a Program with the given body, of which nothing runs any more after the test."""
+    with ExitStack() as stack:
+
+        def start(body: str) -> Program:
+            program = Program(tmp_path, body)
+            stack.callback(program.kill)
+            return program
+
+        yield start
 
 
 def wait_until(is_true: Callable[[], bool], what: str) -> None:
@@ -166,13 +182,13 @@ def wait_until(is_true: Callable[[], bool], what: str) -> None:
     pytest.fail(f"it never became true that {what}")
 
 
-def test_the_interpreter_ends_without_close(tmp_path: Path) -> None:
+def test_the_interpreter_ends_without_close(start_program: Callable[[str], Program]) -> None:
     """D34: exit code 0, and not a word."""
-    program = Program(tmp_path, "print(len(llm.generate([[5]], SamplingParams(max_tokens=2), use_tqdm=False)))")
+    program = start_program("print(len(llm.generate([[5]], SamplingParams(max_tokens=2), use_tqdm=False)))")
     assert program.end() == (0, "1\n", "")
 
 
-def test_ctrl_c_ends_the_ranks(tmp_path: Path) -> None:
+def test_ctrl_c_ends_the_ranks(start_program: Callable[[str], Program]) -> None:
     """D33: the whole foreground group gets it, as at a terminal; in generate() it is a KeyboardInterrupt, as with one
     rank.
     """
@@ -184,7 +200,7 @@ def test_ctrl_c_ends_the_ranks(tmp_path: Path) -> None:
     except KeyboardInterrupt:
         print("interrupted")
 """
-    program = Program(tmp_path, body)
+    program = start_program(body)
     assert program.process.stdout is not None
     assert program.process.stdout.readline() == "working\n"
     program.rank_1.send_signal(signal.SIGINT)  # is for rank 0: it ends the ranks in order
@@ -196,7 +212,7 @@ def test_ctrl_c_ends_the_ranks(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("where", ["between steps", "in a collective", "in a collective, while a child has its files"])
-def test_ranks_end_when_rank_0_is_killed(tmp_path: Path, where: str) -> None:
+def test_ranks_end_when_rank_0_is_killed(start_program: Callable[[str], Program], where: str) -> None:
     """D33 D34: it cannot say goodbye, nor clear up. In a collective, rank 1 notices by the connections, and its report
     goes into a pipe that nobody reads: a child of rank 0 may have it, or rank 0 itself, whose files end one by one.
     """
@@ -211,14 +227,10 @@ def test_ranks_end_when_rank_0_is_killed(tmp_path: Path, where: str) -> None:
     print("idle", flush=True)
     time.sleep(1000)
 """
-    program = Program(tmp_path, body)
+    program = start_program(body)
     assert program.process.stdout is not None
     assert program.process.stdout.readline() in ("sent\n", "idle\n")
     time.sleep(0.2)  # for rank 1 to come to the collective; if it does not, this is as between steps
     program.process.kill()
-    try:
-        code, _, _ = program.end()
-    finally:
-        with suppress(ProcessLookupError):  # there is a child in one case only
-            os.killpg(program.process.pid, signal.SIGKILL)
+    code, _, _ = program.end()
     assert code == -signal.SIGKILL
