@@ -37,7 +37,7 @@ class LaunchedRanks:
         self.place = place
         self.is_broken = False
         self._control: Any = None  # gloo: messages are bytes in the host's memory
-        self._group: Any = None
+        self._tp: TensorParallel | None = None
         self._aborted: Future[Any] | None = None
         self._store, _, _ = next(rendezvous("env://"))
 
@@ -47,7 +47,7 @@ class LaunchedRanks:
         everyone = TensorParallel(self.place.rank, self.place.size, self._control)
         has_nccl = everyone.minimum(self.place.has_own_gpu) == 1  # the machines may differ
         tp = join(self.place, PrefixStore("nanovllm/tensors", self._store), nccl if has_nccl else gloo)
-        self._group = tp.group
+        self._tp = tp
         return tp
 
     def send(self, message: object) -> None:
@@ -89,8 +89,8 @@ class LaunchedRanks:
     def break_off(self) -> None:
         """The group is lost: closing its connections ends the others."""
         self.is_broken = True
-        if self._group is not None:
-            self._aborted = abort(self._group)
+        if self._tp is not None:
+            self._aborted = abort(self._tp)
 
     def say_end(self) -> None:
         """Let the other ranks end."""
@@ -101,7 +101,7 @@ class LaunchedRanks:
     def close(self) -> None:
         if self._aborted is not None:
             wait([self._aborted], END_SECONDS)
-        self._control = self._group = self._aborted = None
+        self._control = self._tp = self._aborted = None
 
 
 def serve_launched(model: Model, place: Place) -> None:

@@ -45,7 +45,7 @@ class LocalRanks:
 
     def __init__(self, model: Model, places: list[Place]) -> None:
         self.place = places[0]
-        self._group: Any = None
+        self._tp: TensorParallel | None = None
         self._aborted: Future[Any] | None = None
         self._is_broken = False
         self._all_ready: Future[Any] = Future()
@@ -111,7 +111,7 @@ class LocalRanks:
             wait([joining], PATIENCE_SECONDS)
             del joining  # and its result: the traceback keeps this frame
             raise
-        self._group = tp.group
+        self._tp = tp
         self.check()  # the listening thread has not seen the group if a rank failed before
         return tp
 
@@ -172,12 +172,12 @@ class LocalRanks:
                 if _exit_code(process) is not None:
                     process.close()
             self._resources.close()  # after the processes: nobody attaches to the segment any more
-            self._group = self._aborted = None
+            self._tp = self._aborted = None
 
     def _abort(self) -> None:
         """Begin to close rank 0's end of the group, once."""
-        if self._group is not None and self._aborted is None:
-            self._aborted = abort(self._group)
+        if self._tp is not None and self._aborted is None:
+            self._aborted = abort(self._tp)
 
     def _kill(self) -> None:
         self._is_broken = True
@@ -214,7 +214,7 @@ class LocalRanks:
         self._kill()
         # Before rank 0 is let go: it must not take for a result what a broken collective left.
         self._failure.set_result(self._cause(last_words))
-        if self._group is not None and self._group.name() == "nccl":
+        if self._tp is not None and self._tp.is_nccl:
             self._abort()  # nothing else ends a kernel that waits for other GPUs
 
     def _cause(self, last_words: dict[int, RankReport | None]) -> RankError:

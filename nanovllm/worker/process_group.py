@@ -19,6 +19,7 @@ FileStore, PrefixStore = dist.FileStore, dist.PrefixStore
 # A rank that is only slow is waited for, however long; one that has gone is noticed by other means.
 FOR_EVER = timedelta(days=365)
 REMOTE_MEETING = timedelta(minutes=30)  # of machines, which may be minutes apart
+LAUNCH_SECONDS = 1.0  # for a collective that is being launched when the group is aborted
 
 
 @dataclass(frozen=True)
@@ -105,13 +106,19 @@ def leave(tp: TensorParallel) -> None:
     tp.group.shutdown()
 
 
-def abort(group: Any) -> "Future[Any]":
-    """Begin to close this rank's end of a group that others have left, and to let go who waits for them in it.
+def abort(tp: TensorParallel) -> "Future[Any]":
+    """Begin to close this rank's end of a group that others have left, and to let go who waits for them in it. Whoever
+    uses it now or later gets a RuntimeError.
 
     Done when the graphs that recorded NCCL's collectives are gone, too: for those it waits, in a thread of its own, so
     that whoever holds them can be let go first.
     """
-    return in_background(group.abort)
+
+    def close() -> None:
+        tp.gate.close(LAUNCH_SECONDS)
+        tp.group.abort()
+
+    return in_background(close)
 
 
 def in_background(work: Callable[[], Any]) -> "Future[Any]":

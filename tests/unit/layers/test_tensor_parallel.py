@@ -1,9 +1,14 @@
 """TensorParallel over real processes, and the arithmetic of shares."""
 
+import threading
+from typing import Any
+
 import pytest
+import torch
 import torch.multiprocessing as multiprocessing
 
 from nanovllm.layers.tensor_parallel import TensorParallel
+from nanovllm.worker import process_group
 from tests.parallel_ranks import run_in_gloo_process
 
 
@@ -27,3 +32,68 @@ def test_share_that_is_no_integer_is_refused_by_name():
 def test_rank_outside_the_group_is_refused(rank, size):
     with pytest.raises(ValueError, match="rank must be from 0 to size - 1"):
         TensorParallel(rank, size)
+
+
+class Group:
+    """Launches for as long as the test wants, and writes down what happens."""
+
+    def __init__(self, events: list[str]) -> None:
+        self.events, self.is_launching, self.may_end = events, threading.Event(), threading.Event()
+
+    def name(self) -> str:
+        return "gloo"
+
+    def allreduce(self, *_: Any) -> Any:
+        self.events.append("begins to launch")
+        self.is_launching.set()
+        self.may_end.wait(20)
+        self.events.append("has launched")
+        return self
+
+    gather = allreduce
+
+    def wait(self) -> None:
+        pass
+
+    def abort(self) -> None:
+        self.events.append("aborts")
+
+
+COLLECTIVES = pytest.mark.parametrize(
+    "collective",
+    [lambda tp: tp.all_reduce(torch.ones(2)), lambda tp: tp.gather(torch.ones(2)), lambda tp: tp.minimum(3)],
+    ids=["all_reduce", "gather", "minimum"],
+)
+
+
+@COLLECTIVES
+def test_a_group_is_not_aborted_while_work_is_given_to_it(collective: Any) -> None:
+    """D33: NCCL frees what that work is about to use; the GPU reads it then, and is lost to the whole process."""
+    tp = TensorParallel(0, 2, group := Group(events := []))
+    launching = threading.Thread(target=collective, args=[tp])
+    launching.start()
+    assert group.is_launching.wait(20)
+    aborted = process_group.abort(tp)
+    threading.Timer(0.1, group.may_end.set).start()
+    aborted.result(20)
+    launching.join()
+    assert events == ["begins to launch", "has launched", "aborts"]
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="the ranks' group has been aborted: one of them has failed"):
+            collective(tp)
+    assert events[3:] == []
+
+
+def test_work_that_waits_for_a_full_gpu_does_not_hold_up_the_abort(monkeypatch: pytest.MonkeyPatch) -> None:
+    """D33: for the GPU waits for the rank that failed."""
+    monkeypatch.setattr(process_group, "LAUNCH_SECONDS", 0.1)
+    tp = TensorParallel(0, 2, group := Group(events := []))
+    launching = threading.Thread(target=tp.all_reduce, args=[torch.ones(2)])
+    launching.start()
+    assert group.is_launching.wait(20)
+    process_group.abort(tp).result(20)
+    group.may_end.set()
+    launching.join()
+    assert events == ["begins to launch", "aborts", "has launched"]
+    with pytest.raises(RuntimeError, match="has been aborted"):
+        tp.all_reduce(torch.ones(2))

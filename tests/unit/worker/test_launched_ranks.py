@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from nanovllm import Config
+from nanovllm.layers.tensor_parallel import TensorParallel
 from nanovllm.torchrun import Launch
 from nanovllm.worker import executor, launched_ranks, process_group
 from nanovllm.worker.launched_ranks import LaunchedRanks, serve_launched
@@ -222,7 +223,7 @@ def test_a_lost_group_is_aborted_and_its_end_waited_for() -> None:
 
     graphs_are_gone = threading.Event()
     (rank_0,) = make_ranks(Place(0, 2, num_sharing=2))
-    rank_0._group = SimpleNamespace(abort=abort)
+    rank_0._tp = TensorParallel(0, 2, SimpleNamespace(abort=abort))
     rank_0.break_off()
     threading.Timer(0.1, graphs_are_gone.set).start()
     rank_0.close()

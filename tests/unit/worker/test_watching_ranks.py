@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from nanovllm.layers.tensor_parallel import TensorParallel
 from nanovllm.worker import local_ranks
 from nanovllm.worker.local_ranks import LocalRanks, RankError
 from nanovllm.worker.process_group import Place
@@ -43,7 +44,8 @@ class Watched:
         self.num_killed = 0
         self.view: Any = object.__new__(LocalRanks)
         self.view.place = Place(0, 1 + num_others, num_sharing=1 + num_others)
-        self.view._group, self.view._aborted, self.view._is_broken = group, None, False
+        self.view._tp = None if group is None else TensorParallel(0, 1 + num_others, group)
+        self.view._aborted, self.view._is_broken = None, False
         self.view._resources = ExitStack()
         self.view._all_ready, self.view._failure = Future(), Future()
         process = SimpleNamespace(kill=self._kill, exitcode=-9, join=lambda timeout: None, close=lambda: None)
@@ -157,15 +159,13 @@ def test_a_rank_that_fails_when_all_have_just_met_is_noticed(monkeypatch: pytest
     watched = Watched(1)
     watched.view._store_path = "store"
 
-    class Met:
-        @property
-        def group(self) -> Group:
-            watched.ranks[0].close()
-            watched.failure()
-            return Group("nccl")
+    def join(*_: Any) -> TensorParallel:
+        watched.ranks[0].close()
+        watched.failure()
+        return TensorParallel(0, 2, Group("nccl"))
 
     monkeypatch.setattr(local_ranks, "FileStore", lambda *_: None)
-    monkeypatch.setattr(local_ranks, "join", lambda *_: Met())
+    monkeypatch.setattr(local_ranks, "join", join)
     watched.ranks[0].send(READY)
     with pytest.raises(RankError, match="rank 1 of 2 was killed"):
         watched.view.connect()
