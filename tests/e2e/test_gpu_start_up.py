@@ -1,6 +1,8 @@
-"""What an engine compiles on a GPU, it compiles before the first request."""
+"""What an engine on a GPU compiles and clears up, it compiles and clears up before the first request."""
 
+import gc
 import importlib
+from typing import Any
 
 import pytest
 
@@ -47,3 +49,34 @@ def test_no_request_waits_for_the_compiler(architecture: str, head_dim: int, mon
         assert llm.scheduler.block_manager.num_hit_blocks > 0
     assert num_at_start > 0
     assert not compiled[num_at_start:]
+
+
+@pytest.mark.gpu
+def test_no_request_waits_for_the_garbage_collector() -> None:
+    """For a collection of all objects, which is due when those made since the last are more than a quarter."""
+    generations: list[int] = []
+
+    def note(phase: str, about: dict[str, Any]) -> None:
+        generations.append(about["generation"])
+
+    thresholds = gc.get_threshold()
+    gc.disable()
+    try:
+        made_at_start = [[] for _ in range(10**6)]  # not collected in between, as they were if there were fewer
+        with LLM(
+            str(tiny_model("llama")), device="cuda", dtype="bfloat16", attention_backend="triton",
+            num_kv_cache_blocks=8, max_num_seqs=2,
+        ) as llm:  # fmt: skip
+            gc.set_threshold(10, 1, 1)
+            gc.enable()
+            gc.callbacks.append(note)
+            try:
+                llm.generate([[5, 6, 7]], PARAMS[1], use_tqdm=False)
+            finally:
+                gc.callbacks.remove(note)
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.enable()
+    assert len(made_at_start) == 10**6
+    assert 1 in generations  # so a full one would have come, had it been due
+    assert 2 not in generations
