@@ -64,7 +64,7 @@ def test_no_request_waits_for_the_garbage_collector() -> None:
     try:
         made_at_start = [[] for _ in range(10**6)]  # not collected in between, as they were if there were fewer
         with LLM(
-            str(tiny_model("llama")), device="cuda", dtype="bfloat16", attention_backend="triton",
+            str(tiny_model("llama", head_dim=32)), device="cuda", dtype="bfloat16", attention_backend="triton",
             num_kv_cache_blocks=8, max_num_seqs=2,
         ) as llm:  # fmt: skip
             gc.set_threshold(10, 1, 1)
