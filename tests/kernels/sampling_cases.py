@@ -147,7 +147,7 @@ def check_near_ties(device: str) -> None:
 
     The logit of one is the noise it lacks, rounded to float32; all others are -inf.
     """
-    num_rows = 40
+    num_rows = 20
     rows = make_rows(num_rows, 1.0, seed=5) | {"is_greedy": torch.zeros(num_rows, dtype=torch.bool)}
     rows["temperature"] = torch.ones(num_rows)
     for vocab_size, tile_size, tokens in ((4, 4, (0, 1)), (9, 4, (1, 6)), (1000, 1024, (3, 700))):
