@@ -141,6 +141,8 @@ class Program:
             [sys.executable, str(script)], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
+
+    def wait_until_it_has_started(self) -> None:
         assert self.process.stdout is not None
         words = self.process.stdout.readline().split()
         self.rank_1, self.store, self.segments = psutil.Process(int(words[0])), Path(words[1]), words[2:]
@@ -169,6 +171,7 @@ def start_program(tmp_path: Path) -> Iterator[Callable[[str], Program]]:
         def start(body: str) -> Program:
             program = Program(tmp_path, body)
             stack.callback(program.kill)
+            program.wait_until_it_has_started()
             return program
 
         yield start
