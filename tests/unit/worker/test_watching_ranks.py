@@ -159,16 +159,22 @@ def test_a_rank_that_fails_when_all_have_just_met_is_noticed(monkeypatch: pytest
     watched = Watched(1)
     watched.view._store_path = "store"
 
-    def join(*_: Any) -> TensorParallel:
-        watched.ranks[0].close()
-        watched.failure()
-        return TensorParallel(0, 2, Group("nccl"))
+    class Joined(Future[Any]):
+        def result(self, timeout: float | None = None) -> Any:
+            watched.ranks[0].close()
+            watched.failure()
+            return super().result(timeout)
 
+    joined = Joined()
+    joined.set_result(TensorParallel(0, 2, group := Group("nccl")))
     monkeypatch.setattr(local_ranks, "FileStore", lambda *_: None)
-    monkeypatch.setattr(local_ranks, "join", join)
+    monkeypatch.setattr(local_ranks, "in_background", lambda _: joined)
     watched.ranks[0].send(READY)
     with pytest.raises(RankError, match="rank 1 of 2 was killed"):
         watched.view.connect()
+    watched.view.break_off()
+    watched.view.close()
+    assert group.num_aborts == 1
 
 
 def test_rank_0_does_not_wait_to_meet_a_rank_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
