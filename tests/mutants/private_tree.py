@@ -47,11 +47,13 @@ class PrivateTree:
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="nanovllm-mutants-")
         self.root = Path(self._folder.name) / "checkout"
+        self._scratch = Path(self._folder.name) / "tmp"  # for what a killed run leaves
         self._process: subprocess.Popen[bytes] | None = None
         self._is_closed = False
 
     def __enter__(self) -> "PrivateTree":
         self.root.mkdir()
+        self._scratch.mkdir()
         for path in ROOT.iterdir():
             if path.is_dir() and not path.name.startswith((".", "build", "dist")):
                 shutil.copytree(path, self.root / path.name, ignore=shutil.ignore_patterns(*_LEFT_OUT))
@@ -94,7 +96,7 @@ class PrivateTree:
             self._process = process = subprocess.Popen(
                 command,
                 cwd=self.root,
-                env=_environment(),
+                env={**_environment(), "TMPDIR": str(self._scratch)},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

@@ -28,13 +28,15 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def torchrun(num_machines: int, per_machine: int, *program: str) -> list[subprocess.CompletedProcess[str]]:
+def torchrun(
+    log_dir: Path, num_machines: int, per_machine: int, *program: str
+) -> list[subprocess.CompletedProcess[str]]:
     """What each machine's torchrun printed, machine 0's first."""
     port = free_port()
 
     def agent(machine: int) -> Any:
         where = ["--nnodes", num_machines, "--node-rank", machine, "--nproc-per-node", per_machine]
-        where += ["--master-addr", "127.0.0.1", "--master-port", port]
+        where += ["--master-addr", "127.0.0.1", "--master-port", port, "--log-dir", log_dir]
         command = [sys.executable, "-m", "torch.distributed.run", *map(str, where), *program]
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, **pipes)
@@ -47,12 +49,12 @@ def torchrun(num_machines: int, per_machine: int, *program: str) -> list[subproc
     ]
 
 
-def test_two_machines_say_what_one_process_says() -> None:
+def test_two_machines_say_what_one_process_says(tmp_path: Path) -> None:
     """D37: the first machine prints, and the second, which was sent the steps over the network, computes its share."""
     with LLM(str(bundled_model_path()), **OPTIONS) as llm:
         outputs = llm.generate(PROMPTS, SamplingParams.greedy(max_tokens=12), use_tqdm=False)
     expected = [f"\n>>> {prompt}\n{output['text']}\n" for prompt, output in zip(PROMPTS, outputs, strict=True)]
-    first, second = torchrun(2, 1, "-m", "nanovllm", "generate", *CLI_OPTIONS, *PROMPTS)
+    first, second = torchrun(tmp_path, 2, 1, "-m", "nanovllm", "generate", *CLI_OPTIONS, *PROMPTS)
     assert (first.returncode, first.stdout) == (0, "".join(expected)), first.stderr
     assert (second.returncode, second.stdout) == (0, ""), second.stderr
     assert "using the bundled one" not in second.stderr
@@ -73,7 +75,7 @@ def test_rank_0_says_what_ended_a_rank_on_another_machine(tmp_path: Path, place:
         f"with LLM(str(bundled_model_path()), tensor_parallel_size=2, **{OPTIONS!r}) as llm:\n"
         "    llm.generate([[5, 6]], SamplingParams(max_tokens=4, ignore_eos=True), use_tqdm=False)\n"
     )
-    first, second = torchrun(2, 1, str(program))
+    first, second = torchrun(tmp_path, 2, 1, str(program))
     assert first.returncode != 0
     assert second.returncode != 0
     assert f"RankError: rank 1 of 2 failed: ArithmeticError: {WORDS}" in first.stderr
