@@ -141,8 +141,10 @@ def test_an_abort_that_waits_for_graphs_does_not_hold_up_rank_0_which_holds_them
 @pytest.mark.parametrize("backend", ["nccl", "gloo"])
 def test_rank_0s_own_failure_aborts_the_group(backend: str) -> None:
     """D33: what it has launched waits for the ranks that it kills, and freeing memory would wait for that."""
-    watched = Watched(1, group := Group(backend))
+    is_aborted = threading.Event()
+    watched = Watched(1, group := Group(backend, on_abort=is_aborted.set))
     watched.view.break_off()
+    assert is_aborted.wait(HANG_SECONDS)  # before close, which comes after the memory
     watched.view.close()
     assert group.num_aborts == 1
 
