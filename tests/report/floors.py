@@ -1,8 +1,10 @@
 """Floors: the least that a run must have compared and met, or it fails, though every test passed.
 
 They apply when everything ran, not to a part of it. Where Hypothesis draws the cases, a floor is about a quarter of the
-least that several seeds reached with the smallest profile (dev): another draw passes, a campaign that lost its point
-does not. Where the cases are fixed, it is about nine tenths: one or two may go, a list of cases that became empty not.
+least that several seeds reached with the smallest profile (dev), and for the CPU suite no higher than five standard
+deviations, of the logarithm, below the mean of 24 seeds, since some of these counts vary a hundredfold: another draw
+passes, a campaign that lost its point does not. Where the cases are fixed, it is about nine tenths: one or two may go,
+a list of cases that became empty not.
 """
 
 from typing import NamedTuple
@@ -16,7 +18,7 @@ class Floor(NamedTuple):
     why: str
 
 
-DRAWN = "a quarter of what drawn cases reached"
+DRAWN = "far below what drawn cases reach"
 FIXED = "nine tenths of the fixed cases"
 
 _OF_THE_CPU_SUITE = {
@@ -37,15 +39,15 @@ _OF_THE_CPU_SUITE = {
     "ranks: messages received against those sent": Floor(20, DRAWN),
     # its parts
     "BlockManager against reference": Floor(4_000, DRAWN),
-    "Scheduler against reference": Floor(40_000, DRAWN),
+    "Scheduler against reference": Floor(2_000, DRAWN),
     "prepare_ahead against prepare_decode": Floor(28, FIXED),
     "graph buffers against the batch's integers": Floor(800, FIXED),
-    "symbolic model: tokens against what was attended": Floor(4_500, DRAWN),
+    "symbolic model: tokens against what was attended": Floor(3_600, DRAWN),
     "sampler: drawn tokens against float64": Floor(30, "the dev profile's examples"),
     "sampler statistics against exact probabilities": Floor(950_000, FIXED),
     "BlockManager: hashes against the reference": Floor(30, "the dev profile's examples, each one hash"),
     "model input: tokens, positions and slots against the definition": Floor(50, DRAWN),
-    "model input: tokens of pickled sequences against those of the sender": Floor(55, DRAWN),
+    "model input: tokens of pickled sequences against those of the sender": Floor(45, DRAWN),
     "detokenizer: streamed tokens against the whole text": Floor(30, DRAWN),
     "models: logits against transformers": Floor(1_980_000, FIXED),
     "models: hidden states against transformers": Floor(397_000, FIXED),
@@ -143,14 +145,14 @@ EVENTS: dict[str, dict[str, Floor]] = {
         "block evicted": Floor(290, DRAWN),
         "hash collision": Floor(2_500, DRAWN),
         "abort": Floor(13, DRAWN),
-        "allocation refused": Floor(250, DRAWN),
-        "append refused": Floor(10, DRAWN),
-        "refused at the door": Floor(50, DRAWN),
-        "not stored again": Floor(50, DRAWN),
+        "allocation refused": Floor(150, DRAWN),
+        "append refused": Floor(1, DRAWN),
+        "refused at the door": Floor(35, DRAWN),
+        "not stored again": Floor(40, DRAWN),
         "block poisoned": Floor(1_000, DRAWN),
         "replayed step": Floor(650, FIXED),
-        "step ahead": Floor(470, DRAWN),
-        "computed in vain": Floor(2, DRAWN),
+        "step ahead": Floor(170, DRAWN),
+        "computed in vain": Floor(1, DRAWN),
         "preemption with several ranks": Floor(19, FIXED),
         "chunked prefill with several ranks": Floor(27, FIXED),
         "prefix hit with several ranks": Floor(360, FIXED),
