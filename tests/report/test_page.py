@@ -26,7 +26,7 @@ FACTS = Facts(
     skips=[Skip("tests/test_a.py::test_b", "no x")],
     seconds=Counter({f"tests/test_a.py::test_{number}": number / 10 for number in range(30)}),
     counts=Counts(COMPARISONS, Counter(preemption=3, collision=0), {"engine: logits": (0.5, 2.0)}),
-    defects={"D90": ("slots", 2), "D91": ("a rank that dies", 0)},
+    defects={"X90": ("slots", 2), "X91": ("a rank that dies", 0)},
     mutants={
         "components": {"scheduler": {"mutants": 10, "caught": 8, "equivalent": 2}},
         "generic": {"tool": "some tool", "total": 200, "caught": 190},
@@ -68,8 +68,8 @@ def test_the_text_has_every_figure_in_its_row() -> None:
     assert lines_with(text, "scheduler")[0][:4] == ["scheduler", "8", "10", "2"]
     assert lines_with(text, "some tool")[0][-2:] == ["95.0", "%"]
     assert "2 defects that reached users" in text
-    assert lines_with(text, "D91") == [["D91", "a", "rank", "that", "dies"]]
-    assert lines_with(text, "D90") == []
+    assert lines_with(text, "X91") == [["X91", "a", "rank", "that", "dies"]]
+    assert lines_with(text, "X90") == []
     assert lines_with(text, "no x") == [["tests/test_a.py::test_b", "no", "x", "NOT", "STATED"]]
     assert lines_with(text, "SEED") == [["repeat", "with", "NANOVLLM_TEST_SEED=5"]]
 
@@ -132,7 +132,7 @@ def test_the_html_is_one_whole_file_without_scripts() -> None:
     assert reader.open == []
     assert not {"script", "link", "img", "i", "b"} & reader.tags.keys(), "nothing to fetch, and text stays text"
     assert not {"src", "href"} & {name for name, _ in reader.attributes}
-    assert {"12,345", "norm of <b>&", "95.0 %", "D91"} <= set(reader.cells)
+    assert {"12,345", "norm of <b>&", "95.0 %", "X91"} <= set(reader.cells)
 
 
 def test_text_lines_of_prose_are_short() -> None:
