@@ -16,9 +16,11 @@ MAX_LINES = 300
 # Leaves that everyone may import.
 BASE = {
     "nanovllm.config",
+    "nanovllm.config_json",
     "nanovllm.context",
     "nanovllm.model_config",
     "nanovllm.outputs",
+    "nanovllm.rope_config",
     "nanovllm.sampling_params",
     "nanovllm.torchrun",
     "nanovllm.validation",

@@ -7,7 +7,8 @@ import json
 
 import pytest
 
-from nanovllm.model_config import MoEConfig, RopeConfig, load_model_config
+from nanovllm.model_config import MoEConfig, load_model_config
+from nanovllm.rope_config import RopeConfig
 
 BASE = {
     "model_type": "llama",
