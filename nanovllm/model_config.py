@@ -3,16 +3,18 @@
 Reads config.json and generation_config.json as plain JSON, in the layout of transformers 5 (rope_parameters, dtype,
 num_local_experts) and in the one before (rope_theta and rope_scaling, torch_dtype, num_experts). A key that may be
 missing has the default that transformers gives it. Whatever nanovllm does not implement is refused by name, never
-ignored. The rotary embedding's keys are read by rope_config.py for it, with the checks of config_json.py.
+ignored. For it, rope_config.py and moe_config.py read the keys of their parts, with the checks of config_json.py.
 """
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nanovllm.config_json import get_bool, get_int, get_list, get_number, read_json
+from nanovllm.moe_config import MoEConfig, read_moe
 from nanovllm.rope_config import RopeConfig, read_rope
-from nanovllm.validation import require_choice, require_int
+from nanovllm.validation import is_int, require_choice
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -24,18 +26,11 @@ WEIGHT_DTYPES = ("float64", "float32", "bfloat16", "float16")
 DEFAULT_DTYPE = "float32"  # of a checkpoint that states none, as in transformers
 DEFAULT_MAX_POSITION_EMBEDDINGS = {"llama": 2048, "qwen2": 32768, "qwen3": 32768, "qwen3_moe": 32768}
 DEFAULT_MAX_WINDOW_LAYERS = 28
+SILU_NAMES = ("silu", "swish")  # one function
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 QWEN3_HEAD_DIM = 128  # of a qwen3 checkpoint without the key; the others then have hidden_size // num_attention_heads
 
-
-@dataclass(frozen=True)
-class MoEConfig:
-    """Mixture of experts. layers: indices of the layers that have experts; the others have a dense MLP."""
-
-    num_experts: int
-    num_experts_per_tok: int
-    moe_intermediate_size: int
-    norm_topk_prob: bool
-    layers: frozenset[int]
+logger = logging.getLogger("nanovllm")
 
 
 @dataclass(frozen=True)
@@ -43,7 +38,9 @@ class ModelConfig:
     """One checkpoint's architecture; the names are those of Hugging Face where it has them.
 
     dtype: the name of the weights' torch dtype, such as "bfloat16".
-    eos_token_ids: every id that ends a text, of config.json and generation_config.json together.
+    eos_token_ids: every id that ends a text, as for transformers' generate: those of generation_config.json if that
+    file is there (none, if it names none), else those of config.json.
+    tokenizer_class: what config.json names; transformers uses it where tokenizer_config.json names none.
     qkv_bias, o_bias, mlp_bias: whether these projections have a bias.
     moe: None for a model without experts.
     """
@@ -66,6 +63,7 @@ class ModelConfig:
     o_bias: bool
     mlp_bias: bool
     moe: MoEConfig | None = None
+    tokenizer_class: str | None = None
 
     @property
     def max_supported_len(self) -> int:
@@ -119,24 +117,37 @@ def load_model_config(model_dir: str | Path) -> ModelConfig:
         raise ValueError(f"{str(model_dir)!r} must hold a config.json, as Hugging Face checkpoints do; there is none")
     raw = read_json(config_file)
     generation_file = model_dir / "generation_config.json"
-    generation = read_json(generation_file) if generation_file.is_file() else {}
+    generation = read_json(generation_file) if generation_file.is_file() else None
+    _warn_of_adapter(model_dir)
     try:
-        return _parse(raw, _eos_token_ids(raw, "config.json") | _eos_token_ids(generation, "generation_config.json"))
+        return _parse(raw, generation)
     except ValueError as error:
         raise ValueError(f"{config_file}: {error}") from None
 
 
-def _parse(raw: dict[str, Any], eos_token_ids: frozenset[int]) -> ModelConfig:
+def _warn_of_adapter(model_dir: Path) -> None:
+    found = [name for name in ADAPTER_FILES if (model_dir / name).is_file()]
+    if found:
+        logger.warning(
+            "%s holds a LoRA adapter (%s), which is not applied: merge it into the weights first, with peft's "
+            "merge_and_unload() and save_pretrained()",
+            model_dir,
+            ", ".join(found),
+        )
+
+
+def _parse(raw: dict[str, Any], generation: dict[str, Any] | None) -> ModelConfig:
     model_type = _check_architecture(raw)
     _check_unsupported(raw, model_type)
     hidden_size = get_int(raw, "hidden_size")
     num_heads = get_int(raw, "num_attention_heads")
     num_kv_heads = _num_key_value_heads(raw, model_type, num_heads)
     attention_bias = get_bool(raw, "attention_bias")
+    vocab_size = get_int(raw, "vocab_size")
     max_position_embeddings = get_int(raw, "max_position_embeddings", DEFAULT_MAX_POSITION_EMBEDDINGS[model_type])
     return ModelConfig(
         model_type=model_type,
-        vocab_size=get_int(raw, "vocab_size"),
+        vocab_size=vocab_size,
         hidden_size=hidden_size,
         intermediate_size=get_int(raw, "intermediate_size"),
         num_hidden_layers=get_int(raw, "num_hidden_layers"),
@@ -148,11 +159,12 @@ def _parse(raw: dict[str, Any], eos_token_ids: frozenset[int]) -> ModelConfig:
         rope=read_rope(raw, max_position_embeddings),
         tie_word_embeddings=get_bool(raw, "tie_word_embeddings"),
         dtype=_dtype(raw),
-        eos_token_ids=eos_token_ids,
+        eos_token_ids=_eos_token_ids(raw, generation, vocab_size),
         qkv_bias=model_type == "qwen2" or attention_bias,  # qwen2 has these biases without a key that says so
         o_bias=model_type != "qwen2" and attention_bias,
         mlp_bias=model_type == "llama" and get_bool(raw, "mlp_bias"),
-        moe=_moe(raw) if model_type == "qwen3_moe" else None,
+        moe=read_moe(raw) if model_type == "qwen3_moe" else None,
+        tokenizer_class=_tokenizer_class(raw),
     )
 
 
@@ -161,10 +173,12 @@ def _check_architecture(raw: dict[str, Any]) -> str:
     supported = ", ".join(ARCHITECTURES)
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         raise ValueError(f"model_type must be one of {supported} (what nanovllm supports), got {model_type!r}")
-    architectures = get_list(raw, "architectures") or [ARCHITECTURES[model_type]]
-    if ARCHITECTURES[model_type] not in architectures:
+    expected = ARCHITECTURES[model_type]
+    architectures = get_list(raw, "architectures") or [expected]
+    # A base model (LlamaModel) lacks lm_head: the loader finds out whether the embedding serves as one
+    if not {expected, expected.replace("ForCausalLM", "Model")} & set(map(str, architectures)):
         raise ValueError(
-            f"architectures of a {model_type} checkpoint must contain {ARCHITECTURES[model_type]!r}, "
+            f"architectures of a {model_type} checkpoint must contain {expected!r}, "
             f"got {architectures!r}; nanovllm supports {', '.join(ARCHITECTURES.values())}"
         )
     return model_type
@@ -179,7 +193,7 @@ def _check_unsupported(raw: dict[str, Any], model_type: str) -> None:
                 "take the checkpoint that is not quantised"
             )
     hidden_act = raw.get("hidden_act", "silu")
-    if hidden_act != "silu":
+    if hidden_act not in SILU_NAMES:
         raise ValueError(f"hidden_act must be 'silu' (nanovllm supports no other), got {hidden_act!r}")
     if raw.get("use_mrope"):
         raise ValueError("use_mrope (multimodal rotary embedding) is not supported: it must be false")
@@ -227,28 +241,6 @@ def _head_dim(raw: dict[str, Any], model_type: str, hidden_size: int, num_heads:
     return head_dim
 
 
-def _moe(raw: dict[str, Any]) -> MoEConfig | None:
-    counts = {key: get_int(raw, key, minimum=0) for key in ("num_experts", "num_local_experts") if key in raw}
-    if len(set(counts.values())) != 1:
-        raise ValueError(f"num_experts (or num_local_experts) must be given, and once, got {counts or 'neither'}")
-    num_experts = next(iter(counts.values()))
-    step = get_int(raw, "decoder_sparse_step", 1)
-    mlp_only_layers = get_list(raw, "mlp_only_layers")
-    layers = range(get_int(raw, "num_hidden_layers"))
-    sparse = frozenset(layer for layer in layers if layer not in mlp_only_layers and (layer + 1) % step == 0)
-    if num_experts == 0 or not sparse:
-        return None
-    num_experts_per_tok = get_int(raw, "num_experts_per_tok")
-    require_int("num_experts_per_tok", num_experts_per_tok, 1, num_experts, remedy="there are no more experts")
-    return MoEConfig(
-        num_experts=num_experts,
-        num_experts_per_tok=num_experts_per_tok,
-        moe_intermediate_size=get_int(raw, "moe_intermediate_size"),
-        norm_topk_prob=get_bool(raw, "norm_topk_prob"),
-        layers=sparse,
-    )
-
-
 def _dtype(raw: dict[str, Any]) -> str:
     dtype = raw.get("dtype") or raw.get("torch_dtype") or DEFAULT_DTYPE
     dtype = dtype.removeprefix("torch.") if isinstance(dtype, str) else dtype
@@ -256,9 +248,27 @@ def _dtype(raw: dict[str, Any]) -> str:
     return dtype
 
 
-def _eos_token_ids(raw: dict[str, Any], file_name: str) -> frozenset[int]:
-    given = raw.get("eos_token_id")
+def _eos_token_ids(raw: dict[str, Any], generation: dict[str, Any] | None, vocab_size: int) -> frozenset[int]:
+    """generation_config.json alone decides, if it is there; config.json is read only in its absence."""
+    source, file_name = (raw, "config.json") if generation is None else (generation, "generation_config.json")
+    given = source.get("eos_token_id")
     ids = given if isinstance(given, list) else [] if given is None else [given]
     for token_id in ids:
-        require_int(f"eos_token_id ({file_name})", token_id, 0)
-    return frozenset(ids)
+        if not is_int(token_id):
+            raise ValueError(f"eos_token_id ({file_name}) must be an integer or a list of integers, got {given!r}")
+    eos_token_ids = frozenset(token_id for token_id in ids if 0 <= token_id < vocab_size)
+    if len(eos_token_ids) < len(set(ids)):
+        logger.warning(
+            "eos_token_id %r of %s names ids outside the vocabulary (0 to %d): these end no text",
+            given,
+            file_name,
+            vocab_size - 1,
+        )
+    return eos_token_ids
+
+
+def _tokenizer_class(raw: dict[str, Any]) -> str | None:
+    name = raw.get("tokenizer_class")
+    if not isinstance(name, (str, type(None))):
+        raise ValueError(f"tokenizer_class must be a string, got {name!r}")
+    return name

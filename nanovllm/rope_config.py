@@ -17,6 +17,14 @@ _ROPE_KEYS = {
     *("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
 }
 
+# Keys of other implementations that transformers passes over, as we do with a warning, and what they mean there.
+# Any other unknown key is refused: it may change what the model computes.
+_PASSED_OVER = {
+    "attn_factor": "YaRN's code and vLLM multiply the attention factor by it; attention_factor states the product",
+    "extrapolation_factor": "YaRN's code and vLLM multiply the weight of the unscaled frequencies by it",
+    "finetuned": "it says whether the weights were trained with this scaling, and changes no computation",
+}
+
 logger = logging.getLogger("nanovllm")
 
 
@@ -49,7 +57,15 @@ def read_rope(raw: dict[str, Any], max_position_embeddings: int) -> RopeConfig:
     nested = [key for key, value in parameters.items() if isinstance(value, dict)]
     if nested:
         raise ValueError(f"per-layer rope parameters are not supported, got some for {', '.join(nested)}")
-    unknown = sorted(set(parameters) - _ROPE_KEYS)
+    passed_over = sorted(set(parameters) & _PASSED_OVER.keys())
+    for key in passed_over:
+        logger.warning(
+            "config.json: rope parameter %s=%r is not applied, as in transformers: %s",
+            key,
+            parameters[key],
+            _PASSED_OVER[key],
+        )
+    unknown = sorted(set(parameters) - _ROPE_KEYS - _PASSED_OVER.keys())
     if unknown:
         raise ValueError(f"rope parameters must be among {', '.join(sorted(_ROPE_KEYS))}; got {', '.join(unknown)}")
     for source in (raw, parameters):

@@ -19,6 +19,7 @@ BASE = {
     "nanovllm.config_json",
     "nanovllm.context",
     "nanovllm.model_config",
+    "nanovllm.moe_config",
     "nanovllm.outputs",
     "nanovllm.rope_config",
     "nanovllm.sampling_params",
