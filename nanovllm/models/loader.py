@@ -62,8 +62,8 @@ def load_model(
     if model.is_tied and LM_HEAD in names:
         _untie_or_drop_copy(model, names, sources, EMBEDDING.removeprefix(BASE_PREFIX) if is_base_model else EMBEDDING)
     targets = expected_weights(model, names)
-    _zero_absent_biases(model, targets, names)
     _refuse("quantised weights are not supported", (name for name in names if name.split(".")[-1] in _QUANTISED))
+    _zero_absent_biases(model, targets, names)
     _refuse("the checkpoint lacks weights of this model", targets.keys() - names)
     _refuse("the checkpoint has weights that this model does not", names - targets.keys())
     misshapen = []
