@@ -113,27 +113,27 @@ def load_model_config(model_dir: str | Path) -> ModelConfig:
     if not model_dir.is_dir():
         raise ValueError(f"model must be a directory that exists, got {str(model_dir)!r}; check the path")
     config_file = model_dir / "config.json"
+    _check_adapter(model_dir, config_file.is_file())
     if not config_file.is_file():
         raise ValueError(f"{str(model_dir)!r} must hold a config.json, as Hugging Face checkpoints do; there is none")
     raw = read_json(config_file)
     generation_file = model_dir / "generation_config.json"
     generation = read_json(generation_file) if generation_file.is_file() else None
-    _warn_of_adapter(model_dir)
     try:
         return _parse(raw, generation)
     except ValueError as error:
         raise ValueError(f"{config_file}: {error}") from None
 
 
-def _warn_of_adapter(model_dir: Path) -> None:
-    found = [name for name in ADAPTER_FILES if (model_dir / name).is_file()]
-    if found:
-        logger.warning(
-            "%s holds a LoRA adapter (%s), which is not applied: merge it into the weights first, with peft's "
-            "merge_and_unload() and save_pretrained()",
-            model_dir,
-            ", ".join(found),
-        )
+def _check_adapter(model_dir: Path, has_model: bool) -> None:
+    """Warn of a LoRA adapter, which is not applied; raise ValueError if there is nothing else."""
+    found = ", ".join(name for name in ADAPTER_FILES if (model_dir / name).is_file())
+    if not found:
+        return
+    remedy = "merge it into the model's weights first, with peft's merge_and_unload() and save_pretrained()"
+    if not has_model:
+        raise ValueError(f"{str(model_dir)!r} holds a LoRA adapter ({found}) and no config.json: {remedy}")
+    logger.warning("%s holds a LoRA adapter (%s), which is not applied: %s", model_dir, found, remedy)
 
 
 def _parse(raw: dict[str, Any], generation: dict[str, Any] | None) -> ModelConfig:

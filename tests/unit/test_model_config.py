@@ -218,6 +218,14 @@ def test_adapter_beside_a_model_is_named_in_a_warning(tmp_path, name, caplog):
     assert message.startswith(f"{tmp_path} holds a LoRA adapter ({name}), which is not applied: merge it")
 
 
+def test_adapter_without_a_model_is_refused_with_the_remedy(tmp_path, caplog):
+    """D95"""
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"holds a LoRA adapter \(adapter_config.json\) and no config.json: merge it"):
+        load_model_config(tmp_path)
+    assert caplog.messages == []
+
+
 @pytest.mark.parametrize(("given", "expected"), [(MISSING, None), (None, None), ("LlamaTokenizer", "LlamaTokenizer")])
 def test_tokenizer_class_is_read(tmp_path, given, expected):
     """D90"""
