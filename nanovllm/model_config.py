@@ -3,16 +3,18 @@
 Reads config.json and generation_config.json as plain JSON, in the layout of transformers 5 (rope_parameters, dtype,
 num_local_experts) and in the one before (rope_theta and rope_scaling, torch_dtype, num_experts). A key that may be
 missing has the default that transformers gives it. Whatever nanovllm does not implement is refused by name, never
-ignored. It is one file of over 300 lines because every key of both layouts is read and checked here alone.
+ignored. For it, rope_config.py and moe_config.py read the keys of their parts, with the checks of config_json.py.
 """
 
-import json
-import math
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanovllm.validation import require_bool, require_choice, require_int, require_number
+from nanovllm.config_json import get_bool, get_int, get_list, get_number, read_json
+from nanovllm.moe_config import MoEConfig, read_moe
+from nanovllm.rope_config import RopeConfig, read_rope
+from nanovllm.validation import is_int, require_choice
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -20,52 +22,15 @@ ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
 }
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 WEIGHT_DTYPES = ("float64", "float32", "bfloat16", "float16")
 DEFAULT_DTYPE = "float32"  # of a checkpoint that states none, as in transformers
-DEFAULT_ROPE_THETA = 10000.0
 DEFAULT_MAX_POSITION_EMBEDDINGS = {"llama": 2048, "qwen2": 32768, "qwen3": 32768, "qwen3_moe": 32768}
 DEFAULT_MAX_WINDOW_LAYERS = 28
+SILU_NAMES = ("silu", "swish")  # one function
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 QWEN3_HEAD_DIM = 128  # of a qwen3 checkpoint without the key; the others then have hidden_size // num_attention_heads
 
-_ROPE_KEYS = {
-    *("rope_type", "type", "rope_theta", "partial_rotary_factor", "factor", "original_max_position_embeddings"),
-    *("low_freq_factor", "high_freq_factor"),
-    *("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
-}
-
-
-@dataclass(frozen=True)
-class RopeConfig:
-    """Rotary embedding. rope_type says which of the fields count; the others hold values that change nothing.
-
-    theta: base of the frequencies. factor: by how much linear, llama3 and yarn lengthen the context.
-    original_max_position_embeddings: length the model was trained on (llama3, yarn).
-    low_freq_factor, high_freq_factor: llama3. beta_fast, beta_slow, truncate: yarn.
-    attention_factor: multiplies cos and sin; 1.0 but for yarn.
-    """
-
-    rope_type: str = "default"
-    theta: float = DEFAULT_ROPE_THETA
-    factor: float = 1.0
-    original_max_position_embeddings: int = 0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    truncate: bool = True
-    attention_factor: float = 1.0
-
-
-@dataclass(frozen=True)
-class MoEConfig:
-    """Mixture of experts. layers: indices of the layers that have experts; the others have a dense MLP."""
-
-    num_experts: int
-    num_experts_per_tok: int
-    moe_intermediate_size: int
-    norm_topk_prob: bool
-    layers: frozenset[int]
+logger = logging.getLogger("nanovllm")
 
 
 @dataclass(frozen=True)
@@ -73,7 +38,9 @@ class ModelConfig:
     """One checkpoint's architecture; the names are those of Hugging Face where it has them.
 
     dtype: the name of the weights' torch dtype, such as "bfloat16".
-    eos_token_ids: every id that ends a text, of config.json and generation_config.json together.
+    eos_token_ids: every id that ends a text, as for transformers' generate: those of generation_config.json if that
+    file is there (none, if it names none), else those of config.json.
+    tokenizer_class: what config.json names; transformers uses it where tokenizer_config.json names none.
     qkv_bias, o_bias, mlp_bias: whether these projections have a bias.
     moe: None for a model without experts.
     """
@@ -96,6 +63,7 @@ class ModelConfig:
     o_bias: bool
     mlp_bias: bool
     moe: MoEConfig | None = None
+    tokenizer_class: str | None = None
 
     @property
     def max_supported_len(self) -> int:
@@ -145,54 +113,58 @@ def load_model_config(model_dir: str | Path) -> ModelConfig:
     if not model_dir.is_dir():
         raise ValueError(f"model must be a directory that exists, got {str(model_dir)!r}; check the path")
     config_file = model_dir / "config.json"
+    _check_adapter(model_dir, config_file.is_file())
     if not config_file.is_file():
         raise ValueError(f"{str(model_dir)!r} must hold a config.json, as Hugging Face checkpoints do; there is none")
-    raw = _read_json(config_file)
+    raw = read_json(config_file)
     generation_file = model_dir / "generation_config.json"
-    generation = _read_json(generation_file) if generation_file.is_file() else {}
+    generation = read_json(generation_file) if generation_file.is_file() else None
     try:
-        return _parse(raw, _eos_token_ids(raw, "config.json") | _eos_token_ids(generation, "generation_config.json"))
+        return _parse(raw, generation)
     except ValueError as error:
         raise ValueError(f"{config_file}: {error}") from None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} must be a JSON file that can be read: {error}; download it again") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}; download it again")
-    return content
+def _check_adapter(model_dir: Path, has_model: bool) -> None:
+    """Warn of a LoRA adapter, which is not applied; raise ValueError if there is nothing else."""
+    found = ", ".join(name for name in ADAPTER_FILES if (model_dir / name).is_file())
+    if not found:
+        return
+    remedy = "merge it into the model's weights first, with peft's merge_and_unload() and save_pretrained()"
+    if not has_model:
+        raise ValueError(f"{str(model_dir)!r} holds a LoRA adapter ({found}) and no config.json: {remedy}")
+    logger.warning("%s holds a LoRA adapter (%s), which is not applied: %s", model_dir, found, remedy)
 
 
-def _parse(raw: dict[str, Any], eos_token_ids: frozenset[int]) -> ModelConfig:
+def _parse(raw: dict[str, Any], generation: dict[str, Any] | None) -> ModelConfig:
     model_type = _check_architecture(raw)
     _check_unsupported(raw, model_type)
-    hidden_size = _int(raw, "hidden_size")
-    num_heads = _int(raw, "num_attention_heads")
+    hidden_size = get_int(raw, "hidden_size")
+    num_heads = get_int(raw, "num_attention_heads")
     num_kv_heads = _num_key_value_heads(raw, model_type, num_heads)
-    attention_bias = _bool(raw, "attention_bias")
-    max_position_embeddings = _int(raw, "max_position_embeddings", DEFAULT_MAX_POSITION_EMBEDDINGS[model_type])
+    attention_bias = get_bool(raw, "attention_bias")
+    vocab_size = get_int(raw, "vocab_size")
+    max_position_embeddings = get_int(raw, "max_position_embeddings", DEFAULT_MAX_POSITION_EMBEDDINGS[model_type])
     return ModelConfig(
         model_type=model_type,
-        vocab_size=_int(raw, "vocab_size"),
+        vocab_size=vocab_size,
         hidden_size=hidden_size,
-        intermediate_size=_int(raw, "intermediate_size"),
-        num_hidden_layers=_int(raw, "num_hidden_layers"),
+        intermediate_size=get_int(raw, "intermediate_size"),
+        num_hidden_layers=get_int(raw, "num_hidden_layers"),
         num_attention_heads=num_heads,
         num_key_value_heads=num_kv_heads,
         head_dim=_head_dim(raw, model_type, hidden_size, num_heads),
         max_position_embeddings=max_position_embeddings,
-        rms_norm_eps=_number(raw, "rms_norm_eps", 1e-6),
-        rope=_rope(raw, max_position_embeddings),
-        tie_word_embeddings=_bool(raw, "tie_word_embeddings"),
+        rms_norm_eps=get_number(raw, "rms_norm_eps", 1e-6),
+        rope=read_rope(raw, max_position_embeddings),
+        tie_word_embeddings=get_bool(raw, "tie_word_embeddings"),
         dtype=_dtype(raw),
-        eos_token_ids=eos_token_ids,
+        eos_token_ids=_eos_token_ids(raw, generation, vocab_size),
         qkv_bias=model_type == "qwen2" or attention_bias,  # qwen2 has these biases without a key that says so
         o_bias=model_type != "qwen2" and attention_bias,
-        mlp_bias=model_type == "llama" and _bool(raw, "mlp_bias"),
-        moe=_moe(raw) if model_type == "qwen3_moe" else None,
+        mlp_bias=model_type == "llama" and get_bool(raw, "mlp_bias"),
+        moe=read_moe(raw) if model_type == "qwen3_moe" else None,
+        tokenizer_class=_tokenizer_class(raw),
     )
 
 
@@ -201,10 +173,12 @@ def _check_architecture(raw: dict[str, Any]) -> str:
     supported = ", ".join(ARCHITECTURES)
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         raise ValueError(f"model_type must be one of {supported} (what nanovllm supports), got {model_type!r}")
-    architectures = _list(raw, "architectures") or [ARCHITECTURES[model_type]]
-    if ARCHITECTURES[model_type] not in architectures:
+    expected = ARCHITECTURES[model_type]
+    architectures = get_list(raw, "architectures") or [expected]
+    # A base model (LlamaModel) lacks lm_head: the loader finds out whether the embedding serves as one
+    if not {expected, expected.replace("ForCausalLM", "Model")} & set(map(str, architectures)):
         raise ValueError(
-            f"architectures of a {model_type} checkpoint must contain {ARCHITECTURES[model_type]!r}, "
+            f"architectures of a {model_type} checkpoint must contain {expected!r}, "
             f"got {architectures!r}; nanovllm supports {', '.join(ARCHITECTURES.values())}"
         )
     return model_type
@@ -219,7 +193,7 @@ def _check_unsupported(raw: dict[str, Any], model_type: str) -> None:
                 "take the checkpoint that is not quantised"
             )
     hidden_act = raw.get("hidden_act", "silu")
-    if hidden_act != "silu":
+    if hidden_act not in SILU_NAMES:
         raise ValueError(f"hidden_act must be 'silu' (nanovllm supports no other), got {hidden_act!r}")
     if raw.get("use_mrope"):
         raise ValueError("use_mrope (multimodal rotary embedding) is not supported: it must be false")
@@ -227,7 +201,7 @@ def _check_unsupported(raw: dict[str, Any], model_type: str) -> None:
 
 
 def _check_sliding_window(raw: dict[str, Any], model_type: str) -> None:
-    layer_types = _list(raw, "layer_types")
+    layer_types = get_list(raw, "layer_types")
     if layer_types:
         others = sorted({str(layer_type) for layer_type in layer_types} - {"full_attention"})
         if others:
@@ -237,8 +211,8 @@ def _check_sliding_window(raw: dict[str, Any], model_type: str) -> None:
     window = raw.get("sliding_window")
     if not raw.get("use_sliding_window") or window is None:
         return
-    first = _int(raw, "max_window_layers", DEFAULT_MAX_WINDOW_LAYERS, minimum=0)
-    if model_type in ("qwen2", "qwen3") and first >= _int(raw, "num_hidden_layers"):
+    first = get_int(raw, "max_window_layers", DEFAULT_MAX_WINDOW_LAYERS, minimum=0)
+    if model_type in ("qwen2", "qwen3") and first >= get_int(raw, "num_hidden_layers"):
         return  # the window would begin at a layer that does not exist
     raise ValueError(
         f"use_sliding_window with sliding_window={window} is not supported: nanovllm attends to all tokens"
@@ -248,7 +222,7 @@ def _check_sliding_window(raw: dict[str, Any], model_type: str) -> None:
 def _num_key_value_heads(raw: dict[str, Any], model_type: str, num_heads: int) -> int:
     if raw.get("num_key_value_heads") is None and (model_type == "llama" or "num_key_value_heads" in raw):
         return num_heads  # checkpoints from before grouped-query attention, or null
-    num_kv_heads = _int(raw, "num_key_value_heads")
+    num_kv_heads = get_int(raw, "num_key_value_heads")
     if num_heads % num_kv_heads:
         raise ValueError(
             f"num_attention_heads must be a multiple of num_key_value_heads={num_kv_heads}, got {num_heads}"
@@ -261,84 +235,10 @@ def _head_dim(raw: dict[str, Any], model_type: str, hidden_size: int, num_heads:
         return QWEN3_HEAD_DIM
     if raw.get("head_dim") is None and hidden_size % num_heads:
         raise ValueError(f"hidden_size must be a multiple of num_attention_heads={num_heads}, got {hidden_size}")
-    head_dim = _int(raw, "head_dim", hidden_size // num_heads)
+    head_dim = get_int(raw, "head_dim", hidden_size // num_heads)
     if head_dim % 2:
         raise ValueError(f"head_dim must be even (rotary embedding turns pairs), got {head_dim}")
     return head_dim
-
-
-def _rope(raw: dict[str, Any], max_position_embeddings: int) -> RopeConfig:
-    parameters = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    if not isinstance(parameters, dict):
-        raise ValueError(f"rope_parameters must be an object, got {parameters!r}")
-    nested = [key for key, value in parameters.items() if isinstance(value, dict)]
-    if nested:
-        raise ValueError(f"per-layer rope parameters are not supported, got some for {', '.join(nested)}")
-    unknown = sorted(set(parameters) - _ROPE_KEYS)
-    if unknown:
-        raise ValueError(f"rope parameters must be among {', '.join(sorted(_ROPE_KEYS))}; got {', '.join(unknown)}")
-    for source in (raw, parameters):
-        if source.get("partial_rotary_factor") not in (None, 1):
-            raise ValueError(f"partial_rotary_factor must be 1, got {source['partial_rotary_factor']!r}")
-    rope_type = parameters.get("rope_type", parameters.get("type", "default"))
-    require_choice("rope_type", rope_type, ROPE_TYPES, remedy="nanovllm supports no other")
-    theta = _number(parameters, "rope_theta", _number(raw, "rope_theta", DEFAULT_ROPE_THETA))
-    if rope_type == "default":
-        return RopeConfig(theta=theta)
-    require_number("rope factor", parameters.get("factor"), "a number of at least 1", lambda value: value >= 1)
-    factor = float(parameters["factor"])
-    if rope_type == "linear":
-        return RopeConfig(rope_type=rope_type, theta=theta, factor=factor)
-    # transformers gives a key beside rope_parameters precedence over the one inside
-    trained_len = _int(parameters, "original_max_position_embeddings", max_position_embeddings)
-    trained_len = _int(raw, "original_max_position_embeddings", trained_len)
-    if rope_type == "llama3":
-        low, high = _number(parameters, "low_freq_factor"), _number(parameters, "high_freq_factor")
-        if high <= low:
-            raise ValueError(f"rope high_freq_factor must be above low_freq_factor={low}, got {high}")
-        return RopeConfig(rope_type, theta, factor, trained_len, low_freq_factor=low, high_freq_factor=high)
-    return RopeConfig(
-        rope_type,
-        theta,
-        factor,
-        trained_len,
-        beta_fast=_number(parameters, "beta_fast", 32.0),
-        beta_slow=_number(parameters, "beta_slow", 1.0),
-        truncate=_bool(parameters, "truncate", True),
-        attention_factor=_yarn_attention_factor(parameters, factor),
-    )
-
-
-def _yarn_attention_factor(parameters: dict[str, Any], factor: float) -> float:
-    """As stated; else 0.1 ln(factor) + 1 (arXiv 2309.00071, equation 22), or a ratio of two such with mscale."""
-    if parameters.get("attention_factor") is not None:
-        return _number(parameters, "attention_factor")
-    growth = 0.1 * math.log(factor)
-    if parameters.get("mscale") and parameters.get("mscale_all_dim"):
-        return (growth * _number(parameters, "mscale") + 1) / (growth * _number(parameters, "mscale_all_dim") + 1)
-    return growth + 1
-
-
-def _moe(raw: dict[str, Any]) -> MoEConfig | None:
-    counts = {key: _int(raw, key, minimum=0) for key in ("num_experts", "num_local_experts") if key in raw}
-    if len(set(counts.values())) != 1:
-        raise ValueError(f"num_experts (or num_local_experts) must be given, and once, got {counts or 'neither'}")
-    num_experts = next(iter(counts.values()))
-    step = _int(raw, "decoder_sparse_step", 1)
-    mlp_only_layers = _list(raw, "mlp_only_layers")
-    layers = range(_int(raw, "num_hidden_layers"))
-    sparse = frozenset(layer for layer in layers if layer not in mlp_only_layers and (layer + 1) % step == 0)
-    if num_experts == 0 or not sparse:
-        return None
-    num_experts_per_tok = _int(raw, "num_experts_per_tok")
-    require_int("num_experts_per_tok", num_experts_per_tok, 1, num_experts, remedy="there are no more experts")
-    return MoEConfig(
-        num_experts=num_experts,
-        num_experts_per_tok=num_experts_per_tok,
-        moe_intermediate_size=_int(raw, "moe_intermediate_size"),
-        norm_topk_prob=_bool(raw, "norm_topk_prob"),
-        layers=sparse,
-    )
 
 
 def _dtype(raw: dict[str, Any]) -> str:
@@ -348,47 +248,27 @@ def _dtype(raw: dict[str, Any]) -> str:
     return dtype
 
 
-def _eos_token_ids(raw: dict[str, Any], file_name: str) -> frozenset[int]:
-    given = raw.get("eos_token_id")
+def _eos_token_ids(raw: dict[str, Any], generation: dict[str, Any] | None, vocab_size: int) -> frozenset[int]:
+    """generation_config.json alone decides, if it is there; config.json is read only in its absence."""
+    source, file_name = (raw, "config.json") if generation is None else (generation, "generation_config.json")
+    given = source.get("eos_token_id")
     ids = given if isinstance(given, list) else [] if given is None else [given]
     for token_id in ids:
-        require_int(f"eos_token_id ({file_name})", token_id, 0)
-    return frozenset(ids)
+        if not is_int(token_id):
+            raise ValueError(f"eos_token_id ({file_name}) must be an integer or a list of integers, got {given!r}")
+    eos_token_ids = frozenset(token_id for token_id in ids if 0 <= token_id < vocab_size)
+    if len(eos_token_ids) < len(set(ids)):
+        logger.warning(
+            "eos_token_id %r of %s names ids outside the vocabulary (0 to %d): these end no text",
+            given,
+            file_name,
+            vocab_size - 1,
+        )
+    return eos_token_ids
 
 
-def _int(raw: dict[str, Any], key: str, default: int | None = None, minimum: int = 1) -> int:
-    """raw[key]; `default` stands in when the key is missing or null, and without one that is an error."""
-    value = raw.get(key)
-    value = default if value is None else value
-    if value is None:
-        raise ValueError(f"{key} must be an integer, but the key is missing")
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    require_int(key, value, minimum)
-    return int(value)
-
-
-def _number(raw: dict[str, Any], key: str, default: float | None = None) -> float:
-    """raw[key], a positive number; `default` as in _int."""
-    value = raw.get(key)
-    value = default if value is None else value
-    if value is None:
-        raise ValueError(f"{key} must be a number, but the key is missing")
-    require_number(key, value, "a number above 0", lambda number: number > 0)
-    return float(value)
-
-
-def _bool(raw: dict[str, Any], key: str, default: bool = False) -> bool:
-    """raw[key]; `default` stands in when the key is missing or null."""
-    value = raw.get(key)
-    value = default if value is None else value
-    require_bool(key, value)
-    return value
-
-
-def _list(raw: dict[str, Any], key: str) -> list[Any]:
-    """raw[key]; an empty list when the key is missing or null."""
-    value = raw.get(key)
-    if not isinstance(value, (list, type(None))):
-        raise ValueError(f"{key} must be a list, got {value!r}")
-    return value or []
+def _tokenizer_class(raw: dict[str, Any]) -> str | None:
+    name = raw.get("tokenizer_class")
+    if not isinstance(name, (str, type(None))):
+        raise ValueError(f"tokenizer_class must be a string, got {name!r}")
+    return name

@@ -4,7 +4,9 @@ from typing import Any
 
 import torch
 
-from nanovllm.model_config import ModelConfig, MoEConfig, RopeConfig
+from nanovllm.model_config import ModelConfig
+from nanovllm.moe_config import MoEConfig
+from nanovllm.rope_config import RopeConfig
 
 SMALL_MOE = MoEConfig(
     num_experts=3, num_experts_per_tok=2, moe_intermediate_size=4, norm_topk_prob=True, layers=frozenset({1})

@@ -26,6 +26,8 @@ class LLMEngine:
 
     model: a directory or a hub id; options: Config's fields. Raises TypeError for an unknown option, ValueError for a
     value, a model or a checkpoint that will not do; nothing is left behind then.
+    A text ends at the ids at which transformers' generate ends it (ModelConfig.eos_token_ids) and at the tokenizer's
+    end-of-sequence token, as in vLLM; SamplingParams.ignore_eos turns both off.
     """
 
     def __init__(self, model: str, **options: Any) -> None:
@@ -35,7 +37,7 @@ class LLMEngine:
         model_config = load_model_config(model_dir)
         model_config.check_tensor_parallel_size(config.tensor_parallel_size)  # before anything is started
         self.config = replace(config, max_model_len=min(config.max_model_len, model_config.max_supported_len))
-        self.tokenizer = load_tokenizer(model_dir)
+        self.tokenizer = load_tokenizer(model_dir, model_config)
         self.vocab_size = model_config.vocab_size
 
         from nanovllm.worker.executor import Executor  # imports torch, which `import nanovllm` must not

@@ -1,25 +1,54 @@
 """Loading a checkpoint's tokenizer."""
 
+import importlib.util
 import logging
 from pathlib import Path
 from typing import Any
 
+from nanovllm.model_config import ModelConfig, load_model_config
+
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_SENTENCEPIECE = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}  # package -> module
 
 logger = logging.getLogger("nanovllm")
 
 
-def load_tokenizer(model_dir: Path) -> Any:
+def load_tokenizer(model_dir: Path, model_config: ModelConfig | None = None) -> Any:
     """The directory's transformers tokenizer; None if it has no tokenizer files (prompts are then token ids only).
 
+    It is what AutoTokenizer gives, but AutoTokenizer does not read config.json, whose every key it would check by rules
+    of its own: what it needs of it comes from model_config (read from model_dir if None).
     Raises ValueError when the files are there and cannot be read.
     """
-    if not any((model_dir / name).is_file() for name in _FILES):
+    found = [name for name in _FILES if (model_dir / name).is_file()]
+    if not found:
         logger.warning("%s has no tokenizer: prompts must be token ids, and outputs have no text", model_dir)
         return None
-    from transformers import AutoTokenizer  # takes a second to import
+    if found == ["tokenizer.model"]:
+        _require_sentencepiece(model_dir)
+    model_config = model_config or load_model_config(model_dir)
+    from transformers import AutoConfig, AutoTokenizer  # takes a second to import
 
     try:
-        return AutoTokenizer.from_pretrained(str(model_dir), trust_remote_code=False)
+        config = AutoConfig.for_model(model_config.model_type, name_or_path=str(model_dir))
+        config.tokenizer_class = model_config.tokenizer_class
+        return AutoTokenizer.from_pretrained(str(model_dir), config=config, trust_remote_code=False)
     except Exception as error:  # whatever the library raises on a broken file
         raise ValueError(f"the tokenizer in {str(model_dir)!r} cannot be read: {error}") from error
+
+
+def _require_sentencepiece(model_dir: Path) -> None:
+    """Raise ValueError unless the packages are there with which transformers converts a tokenizer.model."""
+    if not all(map(_is_installed, _SENTENCEPIECE.values())):
+        raise ValueError(
+            f"the tokenizer in {str(model_dir)!r} cannot be read: without a tokenizer.json, tokenizer.model needs "
+            f"{' and '.join(_SENTENCEPIECE)} (nanovllm's extra [sentencepiece]), which are not installed; "
+            f"pip install {' '.join(_SENTENCEPIECE)}"
+        )
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package that should contain it is missing
+        return False

@@ -47,6 +47,10 @@ class ParallelLMHead(nn.Module):
         else:
             self.weight = make_parameter((tp.share("vocab_size", vocab_size), hidden_size), self.weight_loader)
 
+    def untie(self) -> None:
+        """Replace the embedding's Parameter with one of the same shape, dtype and device, uninitialised."""
+        self.weight = make_parameter(tuple(self.weight.shape), self.weight_loader, like=self.weight)
+
     def weight_loader(self, param: nn.Parameter, loaded_weight: torch.Tensor) -> None:
         load_share(param, loaded_weight, 0, self.tp.rank, self.tp.size)
 

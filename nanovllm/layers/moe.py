@@ -10,13 +10,17 @@ from torch.nn import functional
 from nanovllm.layers.activation import SiluAndMul
 from nanovllm.layers.kernel_choice import has_kernels
 from nanovllm.layers.linear import ReplicatedLinear
-from nanovllm.layers.parameter import load_share, make_parameter
+from nanovllm.layers.parameter import load_share, make_parameter, require_shape
 from nanovllm.layers.tensor_parallel import SINGLE_RANK, TensorParallel
-from nanovllm.model_config import MoEConfig
+from nanovllm.moe_config import MoEConfig
 
 
 class ExpertsGateUp(nn.Module):
-    """Gate and up matrices of all experts, packed: weight [N, 2 * F / size, E]. shard_id: (expert, 0 gate or 1 up)."""
+    """Gate and up matrices of all experts, packed: weight [N, 2 * F / size, E].
+
+    shard_id: (expert, 0 gate or 1 up); None for one tensor [N, 2 * F, E] of all experts, in which F rows of gate
+    precede F rows of up.
+    """
 
     def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int, tp: TensorParallel) -> None:
         super().__init__()
@@ -25,14 +29,25 @@ class ExpertsGateUp(nn.Module):
         shard_ids = tuple((expert, half) for expert in range(num_experts) for half in (0, 1))
         self.weight = make_parameter((num_experts, 2 * self.share, hidden_size), self.weight_loader, shard_ids)
 
-    def weight_loader(self, param: nn.Parameter, loaded_weight: torch.Tensor, shard_id: tuple[int, int]) -> None:
+    def weight_loader(
+        self, param: nn.Parameter, loaded_weight: torch.Tensor, shard_id: tuple[int, int] | None = None
+    ) -> None:
+        if shard_id is None:
+            num_experts, num_rows, hidden_size = param.shape
+            require_shape(loaded_weight, [num_experts, num_rows * self.tp.size, hidden_size])
+            halves = loaded_weight.unflatten(1, (2, -1))  # [N, 2, F, E]
+            load_share(param.unflatten(1, (2, -1)), halves, 2, self.tp.rank, self.tp.size)
+            return
         expert, half = shard_id
         target = param[expert].narrow(0, half * self.share, self.share)
         load_share(target, loaded_weight, 0, self.tp.rank, self.tp.size)
 
 
 class ExpertsDown(nn.Module):
-    """Down matrices of all experts: weight [N, E, F / size]. shard_id: (expert,)."""
+    """Down matrices of all experts: weight [N, E, F / size].
+
+    shard_id: (expert,); None for one tensor [N, E, F] of all experts.
+    """
 
     def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int, tp: TensorParallel) -> None:
         super().__init__()
@@ -41,8 +56,11 @@ class ExpertsDown(nn.Module):
         shard_ids = tuple((expert,) for expert in range(num_experts))
         self.weight = make_parameter((num_experts, hidden_size, share), self.weight_loader, shard_ids)
 
-    def weight_loader(self, param: nn.Parameter, loaded_weight: torch.Tensor, shard_id: tuple[int]) -> None:
-        load_share(param[shard_id[0]], loaded_weight, 1, self.tp.rank, self.tp.size)
+    def weight_loader(
+        self, param: nn.Parameter, loaded_weight: torch.Tensor, shard_id: tuple[int] | None = None
+    ) -> None:
+        target = param if shard_id is None else param[shard_id[0]]
+        load_share(target, loaded_weight, target.ndim - 1, self.tp.rank, self.tp.size)
 
 
 class Experts(nn.Module):

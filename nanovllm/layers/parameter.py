@@ -15,18 +15,28 @@ class ShapeError(ValueError):
 
 
 def make_parameter(
-    shape: tuple[int, ...], weight_loader: WeightLoader, shard_ids: tuple[Hashable, ...] = WHOLE
+    shape: tuple[int, ...],
+    weight_loader: WeightLoader,
+    shard_ids: tuple[Hashable, ...] = WHOLE,
+    like: torch.Tensor | None = None,
 ) -> nn.Parameter:
-    """An uninitialised parameter of torch's default dtype and device, without gradient.
+    """An uninitialised parameter without gradient, of `like`'s dtype and device, or else of torch's default ones.
 
     weight_loader(param, loaded_weight[, shard_id]) copies this rank's share of a checkpoint's tensor, cast to the
     parameter's dtype. shard_ids: every value of shard_id with which it must be called before the parameter is complete;
     (None,) means one call without shard_id.
     """
-    param: Any = nn.Parameter(torch.empty(shape), requires_grad=False)
+    empty = torch.empty(shape) if like is None else torch.empty(shape, dtype=like.dtype, device=like.device)
+    param: Any = nn.Parameter(empty, requires_grad=False)
     param.weight_loader = weight_loader
     param.shard_ids = shard_ids
     return param
+
+
+def require_shape(loaded_weight: torch.Tensor, expected: list[int]) -> None:
+    """Raise ShapeError unless loaded_weight has the shape `expected`."""
+    if list(loaded_weight.shape) != expected:
+        raise ShapeError(f"expected shape {expected}, got {list(loaded_weight.shape)}")
 
 
 def load_share(target: torch.Tensor, loaded_weight: torch.Tensor, dim: int = 0, index: int = 0, count: int = 1) -> None:
@@ -37,8 +47,7 @@ def load_share(target: torch.Tensor, loaded_weight: torch.Tensor, dim: int = 0, 
     """
     expected = list(target.shape)
     expected[dim] *= count
-    if list(loaded_weight.shape) != expected:
-        raise ShapeError(f"expected shape {expected}, got {list(loaded_weight.shape)}")
+    require_shape(loaded_weight, expected)
     target.copy_(loaded_weight.narrow(dim, index * target.shape[dim], target.shape[dim]))
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from nanovllm.layers.kernel_choice import has_kernels
-from nanovllm.model_config import RopeConfig
+from nanovllm.rope_config import RopeConfig
 
 
 class RotaryEmbedding(nn.Module):

@@ -142,6 +142,11 @@ class DecoderForCausalLM(nn.Module):
         tied_to = self.model.embed_tokens if config.tie_word_embeddings else None
         self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, tp, tied_to)
 
+    @property
+    def is_tied(self) -> bool:
+        """Whether lm_head and the embedding are one Parameter: config says so, unless the loader found two weights."""
+        return self.lm_head.weight is self.model.embed_tokens.weight
+
     def build_self_attn(self, config: ModelConfig, backend: AttentionBackend, tp: TensorParallel) -> SelfAttention:
         """The attention block of every layer."""
         return SelfAttention(config, backend, tp)

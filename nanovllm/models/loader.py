@@ -1,10 +1,12 @@
 """Loads a checkpoint's safetensors files into a model: every tensor in its place exactly once, or an error with names.
 
+A tensor without a place is an error too, unless it is one of _UNUSED_BUFFERS or an equal copy of a tied weight.
 Nothing but safetensors is read, so no code from a checkpoint can run, and an index cannot name files elsewhere.
 """
 
 import json
-from collections.abc import Callable, Hashable, Iterable
+import logging
+from collections.abc import Callable, Collection, Hashable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +20,23 @@ from nanovllm.models.decoder import DecoderForCausalLM
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-EXPERTS = "experts"  # the module whose children are numbered in the checkpoint and packed here
+EXPERTS = "experts"  # the module whose children are numbered in most checkpoints and packed here
+BASE_PREFIX = "model."  # the names of all weights but lm_head's begin with it, unless a base model was saved
+EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _UNSAFE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
-_STALE = "rotary_emb.inv_freq"  # a buffer that old checkpoints stored; it follows from config.json
+# What older versions of transformers stored beside the weights: functions of config.json, and the mask's constant.
+_UNUSED_BUFFERS = (
+    *("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached"),
+    "self_attn.masked_bias",
+)
 _QUANTISED = {
     *("qweight", "qzeros", "scales", "g_idx", "weight_packed", "weight_scale", "weight_scale_inv", "weight_zero_point"),
     *("input_scale", "absmax", "quant_map", "quant_state", "SCB", "weight_g_idx", "weight_shape"),
 }
 _MAX_LISTED = 10
+
+logger = logging.getLogger("nanovllm")
 
 Target = tuple[nn.Parameter, Hashable]  # the parameter that a tensor goes to, and the shard_id to load it with
 
@@ -40,15 +50,20 @@ def load_model(
     """Fill all parameters of `model` from model_dir, each rank with its share, cast to the parameters' dtype.
 
     use_tqdm: show progress if standard error is a terminal. between_tensors is called after each tensor.
+    Where the files and config.json disagree, the files count, as in transformers, and rank 0 logs a warning: tied
+    weights of which the files hold two that differ are not tied, and a bias that no layer has is zero.
     Raises ValueError, listing names, when files or tensors are missing, unexpected, duplicate, misshapen, quantised or
     not floating point.
     """
     files = checkpoint_files(Path(model_dir))
-    targets = expected_weights(model)
     sources = _tensor_files(files)
-    is_tied = model.config.tie_word_embeddings
-    names = {name for name in sources if not _is_ignored(name, is_tied)}
+    names = {name for name in sources if not _is_unused_buffer(name)}
+    is_base_model = _is_base_model(names)
+    if model.is_tied and LM_HEAD in names:
+        _untie_or_drop_copy(model, names, sources, EMBEDDING.removeprefix(BASE_PREFIX) if is_base_model else EMBEDDING)
+    targets = expected_weights(model, names)
     _refuse("quantised weights are not supported", (name for name in names if name.split(".")[-1] in _QUANTISED))
+    _zero_absent_biases(model, targets, names)
     _refuse("the checkpoint lacks weights of this model", targets.keys() - names)
     _refuse("the checkpoint has weights that this model does not", names - targets.keys())
     misshapen = []
@@ -68,16 +83,74 @@ def load_model(
     _refuse("weights have other shapes than config.json implies", misshapen)
 
 
-def expected_weights(model: DecoderForCausalLM) -> dict[str, Target]:
+def _is_base_model(names: Collection[str]) -> bool:
+    """Whether the checkpoint was saved from a base model (Qwen3Model, say), which has no `model.` before its names."""
+    return any(name.startswith("layers.") for name in names) and not any(name.startswith(BASE_PREFIX) for name in names)
+
+
+def _untie_or_drop_copy(
+    model: DecoderForCausalLM, names: set[str], sources: dict[str, Path], embedding_name: str
+) -> None:
+    """Compare the whole tensors, in the model's dtype: every rank decides alike, whatever share it holds."""
+    if embedding_name not in names:
+        return
+    weight = model.lm_head.weight
+    embedding, lm_head = (_read(sources[name], name).to(weight.dtype) for name in (embedding_name, LM_HEAD))
+    if torch.equal(embedding, lm_head):
+        names.discard(LM_HEAD)
+        return
+    model.lm_head.untie()
+    _warn(
+        model,
+        f"config.json ties {LM_HEAD} to {embedding_name} (tie_word_embeddings), but the checkpoint holds both and they "
+        "differ: they are not tied, as in transformers; set tie_word_embeddings to false to silence this",
+    )
+
+
+def _zero_absent_biases(model: DecoderForCausalLM, targets: dict[str, Target], names: set[str]) -> None:
+    """If the files lack nothing but biases that no layer has: fill these with zeros and take them out of targets."""
+    missing = targets.keys() - names
+    kinds = {_module_and_leaf(name) for name in missing}
+    if not missing or kinds & {_module_and_leaf(name) for name in names} or not all(k.endswith(".bias") for k in kinds):
+        return
+    for name in missing:
+        param, _ = targets.pop(name)
+        param.zero_()  # before anything is loaded: a packed parameter may have other parts, which are stored
+    listed = ", ".join(sorted(kinds))
+    _warn(model, f"config.json implies {listed}, but no layer of the checkpoint has it: zero, as in transformers")
+
+
+def _module_and_leaf(name: str) -> str:
+    """The last two components of a name, such as o_proj.bias."""
+    return ".".join(name.split(".")[-2:])
+
+
+def _warn(model: DecoderForCausalLM, message: str) -> None:
+    if model.lm_head.tp.rank == 0:  # the other ranks would say the same
+        logger.warning(message)
+
+
+def expected_weights(model: DecoderForCausalLM, names: Collection[str] = ()) -> dict[str, Target]:
     """Every tensor name that a complete checkpoint of `model` has, and where it goes.
 
-    Names are compared as a whole, and packed modules found as whole components of a name: gate_up_proj is not up_proj.
+    names: those of the checkpoint at hand. They decide between the ways in which the same weights can be stored: all
+    experts of a layer in one tensor or one by one, with or without the prefix `model.`, and tied weights by the name of
+    either. Names are compared as a whole, and packed modules found as whole components of a name: gate_up_proj is not
+    up_proj.
     """
     originals: dict[tuple[str, Hashable], str] = {target: name for name, target in model.packed_modules_mapping.items()}
     targets: dict[str, Target] = {}
+    prefix = BASE_PREFIX if _is_base_model(names) else ""  # what the names here have and those in the files lack
     for param_name, param in model.named_parameters():  # a tied parameter appears once
-        for shard_id in _shard_ids(param):
-            targets[_checkpoint_name(param_name, shard_id, originals)] = (param, shard_id)
+        stored_name = param_name.removeprefix(prefix)
+        fused_name = stored_name.removesuffix(".weight")
+        if f".{EXPERTS}." in stored_name and fused_name in names:
+            targets[fused_name] = (param, None)
+        elif model.is_tied and param_name == EMBEDDING and LM_HEAD in names and stored_name not in names:
+            targets[LM_HEAD] = (param, None)
+        else:
+            for shard_id in _shard_ids(param):
+                targets[_checkpoint_name(stored_name, shard_id, originals)] = (param, shard_id)
     return targets
 
 
@@ -163,9 +236,13 @@ def _tensor_files(files: list[Path]) -> dict[str, Path]:
     return sources
 
 
-def _is_ignored(name: str, is_tied: bool) -> bool:
-    """Tensors that a correct checkpoint may hold and the model does not need."""
-    return (is_tied and name == "lm_head.weight") or name == _STALE or name.endswith("." + _STALE)
+def _read(file: Path, name: str) -> torch.Tensor:
+    with safe_open(file, framework="pt") as tensors:
+        return tensors.get_tensor(name)
+
+
+def _is_unused_buffer(name: str) -> bool:
+    return any(name == buffer or name.endswith("." + buffer) for buffer in _UNUSED_BUFFERS)
 
 
 def _refuse(reason: str, names: Iterable[str]) -> None:

@@ -94,18 +94,21 @@ def test_end_of_sequence_stops_and_stays_out_of_the_text(llm: LLM) -> None:
 
 
 def test_every_id_that_ends_a_text_counts(tmp_path: Path) -> None:
-    """D70: of config.json, of generation_config.json and of the tokenizer; without a tokenizer, of the other two."""
+    """D70, D91: of generation_config.json and of the tokenizer; those of config.json, if the former file is missing."""
     model = tmp_path / "model"
     shutil.copytree(bundled_model_path(), model)
     for name, ids in (("config.json", 5), ("generation_config.json", [6, 7])):
         content = json.loads((model / name).read_text())
         (model / name).write_text(json.dumps({**content, "eos_token_id": ids}))
     with LLM(str(model), **BUNDLED_OPTIONS) as llm:
-        assert llm.scheduler.eos_token_ids == {5, 6, 7, llm.tokenizer.eos_token_id}
+        assert llm.scheduler.eos_token_ids == {6, 7, llm.tokenizer.eos_token_id}
+    (model / "generation_config.json").unlink()
+    with LLM(str(model), **BUNDLED_OPTIONS) as llm:
+        assert llm.scheduler.eos_token_ids == {5, llm.tokenizer.eos_token_id}
     for path in model.glob("tokenizer*"):
         path.unlink()
     with LLM(str(model), **BUNDLED_OPTIONS) as llm:
-        assert llm.scheduler.eos_token_ids == {5, 6, 7}
+        assert llm.scheduler.eos_token_ids == {5}
 
 
 def test_ignore_eos_goes_on(llm: LLM) -> None:

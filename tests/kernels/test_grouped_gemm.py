@@ -166,7 +166,7 @@ def test_fifty_runs_are_bit_equal_and_a_token_does_not_see_the_others():
 def test_layer_recorded_in_a_graph_follows_its_input():
     """Other tokens choose other experts, and nothing waits for the device."""
     from nanovllm.layers.moe import SparseMoeBlock
-    from nanovllm.model_config import MoEConfig
+    from nanovllm.moe_config import MoEConfig
 
     with torch.device("cuda"):
         layer = SparseMoeBlock(64, MoEConfig(16, 4, 32, True, layers=frozenset({0}))).bfloat16()

@@ -16,9 +16,12 @@ MAX_LINES = 300
 # Leaves that everyone may import.
 BASE = {
     "nanovllm.config",
+    "nanovllm.config_json",
     "nanovllm.context",
     "nanovllm.model_config",
+    "nanovllm.moe_config",
     "nanovllm.outputs",
+    "nanovllm.rope_config",
     "nanovllm.sampling_params",
     "nanovllm.torchrun",
     "nanovllm.validation",

@@ -105,6 +105,86 @@ def test_experts_are_packed(tmp_path, num_shards):
     assert_same(loaded(tmp_path, MOE_CONFIG), expected_parameters(tensors))
 
 
+def fused(tensors):
+    """The experts of each layer in one tensor, as transformers 5 holds them in memory."""
+    own = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
+    expected = expected_parameters(tensors)
+    return own | {name.removesuffix(".weight"): tensor for name, tensor in expected.items() if ".experts." in name}
+
+
+@pytest.mark.parametrize("num_shards", [1, 2])
+def test_experts_may_be_stored_in_one_tensor(tmp_path, num_shards):
+    """D89"""
+    tensors = checkpoint(MOE_CONFIG)
+    write(tmp_path, *([fused(tensors)] if num_shards == 1 else halves(fused(tensors))))
+    assert_same(loaded(tmp_path, MOE_CONFIG), expected_parameters(tensors))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_each_rank_loads_its_share_of_experts_in_one_tensor(tmp_path, rank):
+    """D89: of the gate and of the up matrix, the same as of experts one by one."""
+    tensors = checkpoint(MOE_CONFIG)
+    write(tmp_path, tensors)
+    expected = loaded(tmp_path, MOE_CONFIG, TensorParallel(rank, 2))
+    write(tmp_path, fused(tensors))
+    assert_same(loaded(tmp_path, MOE_CONFIG, TensorParallel(rank, 2)), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("gate_up_proj", (3, 8, 9)),
+        ("gate_up_proj", (2, 8, 10)),
+        ("gate_up_proj", (3, 7, 10)),
+        ("down_proj", (3, 4, 10)),
+    ],
+)
+def test_misshapen_experts_in_one_tensor_are_named_with_both_shapes(tmp_path, name, shape):
+    """D89, D62"""
+    right = [3, 8, 10] if name == "gate_up_proj" else [3, 10, 4]
+    name = f"model.layers.1.mlp.experts.{name}"
+    write(tmp_path, fused(checkpoint(MOE_CONFIG)) | {name: torch.ones(shape)})
+    message = refused(tmp_path, "other shapes than config.json implies", MOE_CONFIG)
+    assert f"{name}: expected shape {right}, got {list(shape)}" in message
+
+
+def test_experts_in_one_tensor_and_one_by_one_are_refused(tmp_path):
+    """D89, D60: it is not certain which count."""
+    tensors = checkpoint(MOE_CONFIG)
+    write(tmp_path, tensors | fused(tensors))
+    refused(tmp_path, r"has weights that this model does not \(9\): model.layers.1.mlp.experts.0.down_proj", MOE_CONFIG)
+
+
+def test_names_without_prefix_are_those_of_a_base_model(tmp_path):
+    """D89: all names, or none."""
+    tensors = checkpoint()
+    stripped = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    write(tmp_path, stripped)
+    assert_same(loaded(tmp_path), expected_parameters(tensors))
+    write(tmp_path, stripped | {"norm.weight": tensors["model.norm.weight"], "model.norm.weight": torch.ones(E)})
+    refused(tmp_path, "the checkpoint lacks weights")
+
+
+def test_bias_that_no_layer_has_is_zero(tmp_path, caplog):
+    """D89: here q's; those of k and v, packed with it, are loaded."""
+    tensors = checkpoint()
+    names = [f"model.layers.{layer}.self_attn.q_proj.bias" for layer in (0, 1)]
+    write(tmp_path, {name: tensor for name, tensor in tensors.items() if name not in names})
+    zero = {name: torch.zeros_like(tensors[name]) for name in names}
+    assert_same(loaded(tmp_path), expected_parameters(tensors | zero))
+    assert len(caplog.messages) == 1
+
+
+@pytest.mark.parametrize("also_missing", [[], ["model.layers.1.self_attn.q_proj.bias", "model.norm.weight"]])
+def test_missing_bias_is_named_if_another_layer_has_it_or_more_is_missing(tmp_path, also_missing, caplog):
+    """D89, D60"""
+    tensors = checkpoint()
+    missing = ["model.layers.0.self_attn.q_proj.bias", *also_missing]
+    write(tmp_path, {name: tensor for name, tensor in tensors.items() if name not in missing})
+    refused(tmp_path, rf"lacks weights of this model \({len(missing)}\): {'; '.join(missing)}$")
+    assert caplog.messages == []
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_each_rank_loads_its_share(tmp_path, rank):
     tensors = checkpoint()
@@ -168,6 +248,9 @@ def test_long_list_of_missing_tensors_is_cut_with_its_length(tmp_path):
         "layers.0.mlp.up_proj.weight",
         "model.layers.0.mlp.experts.0.up_proj.weight",
         "model.layers.0.self_attn.o_proj.bias",
+        "model.layers.0.self_attn.bias",  # a causal mask in other architectures
+        "model.layers.0.self_attn.xrotary_emb.inv_freq",
+        "model.layers.0.mlp.experts.gate_up_proj",
     ],
 )
 def test_unexpected_tensor_is_named(tmp_path, name):
@@ -209,32 +292,84 @@ def test_all_misshapen_tensors_are_listed(tmp_path):
     refused(tmp_path, rf"implies \({len(checkpoint())}\): ")
 
 
-@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "lm_head.weight"])
-def test_tied_checkpoint_needs_the_embedding_alone(tmp_path, name):
-    """D67"""
+TIED = small_config(tie_word_embeddings=True)
+EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@pytest.mark.parametrize("stored", [EMBEDDING, LM_HEAD])
+def test_tied_checkpoint_needs_one_of_the_tensors(tmp_path, stored):
+    """D67, D80"""
     tensors = checkpoint()
-    del tensors[name]
+    del tensors[LM_HEAD if stored == EMBEDDING else EMBEDDING]
     write(tmp_path, tensors)
-    if name == "lm_head.weight":
-        parameters = loaded(tmp_path, small_config(tie_word_embeddings=True))
-        assert torch.equal(parameters["model.embed_tokens.weight"], tensors["model.embed_tokens.weight"])
-    else:
-        refused(tmp_path, "lacks .* model.embed_tokens.weight", small_config(tie_word_embeddings=True))
-
-
-def test_tied_checkpoint_may_hold_both_tensors(tmp_path):
-    """D67: the embedding counts."""
-    tensors = checkpoint()
+    parameters = loaded(tmp_path, TIED)
+    assert LM_HEAD not in parameters
+    assert torch.equal(parameters[EMBEDDING], tensors[stored])
+    del tensors[stored]
     write(tmp_path, tensors)
-    parameters = loaded(tmp_path, small_config(tie_word_embeddings=True))
-    assert "lm_head.weight" not in parameters
-    assert torch.equal(parameters["model.embed_tokens.weight"], tensors["model.embed_tokens.weight"])
+    refused(tmp_path, rf"lacks .* \(1\): {EMBEDDING}", TIED)
 
 
-def test_stale_rotary_frequencies_are_ignored(tmp_path):
+@pytest.mark.parametrize("num_shards", [1, 2])
+def test_tied_checkpoint_may_hold_both_tensors_if_they_are_equal(tmp_path, num_shards, caplog):
+    """D67, D80: equal in the dtype of the model; they are one Parameter then."""
     tensors = checkpoint()
-    stale = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(3), "model.rotary_emb.inv_freq": torch.ones(3)}
-    write(tmp_path, tensors | stale)
+    tensors[LM_HEAD] = tensors[EMBEDDING].double() + 1e-12
+    write(tmp_path, *([tensors] if num_shards == 1 else halves(tensors)))
+    parameters = loaded(tmp_path, TIED)
+    assert LM_HEAD not in parameters
+    assert torch.equal(parameters[EMBEDDING], tensors[EMBEDDING])
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize("num_shards", [1, 2])
+@pytest.mark.parametrize("row", [0, V - 1])
+def test_weights_that_differ_are_not_tied_on_any_rank(tmp_path, row, num_shards, caplog):
+    """D80: each rank compares the whole tensors, so those whose rows are equal decide as the others; rank 0 warns."""
+    tensors = checkpoint()
+    tensors[LM_HEAD] = tensors[EMBEDDING].clone()
+    tensors[LM_HEAD][row] += 1
+    write(tmp_path, *([tensors] if num_shards == 1 else halves(tensors)))
+    assert_same(loaded(tmp_path, TIED), expected_parameters(tensors))
+    assert [message[:50] for message in caplog.messages] == ["config.json ties lm_head.weight to model.embed_tok"]
+    caplog.clear()
+    for rank in (1, 0):
+        assert caplog.messages == []
+        parameters = loaded(tmp_path, TIED, TensorParallel(rank, 2))
+        assert torch.equal(parameters[LM_HEAD], tensors[LM_HEAD].chunk(2)[rank])
+        assert torch.equal(parameters[EMBEDDING], tensors[EMBEDDING].chunk(2)[rank])
+    assert len(caplog.messages) == 1
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_untied_head_has_the_dtype_of_the_model(tmp_path, dtype):
+    """D80"""
+    write(tmp_path, checkpoint())
+    parameters = loaded(tmp_path, small_config(tie_word_embeddings=True, dtype=dtype))
+    assert parameters[LM_HEAD].dtype == parameters[EMBEDDING].dtype == getattr(torch, dtype)
+
+
+def test_head_of_another_shape_is_refused_also_if_tied(tmp_path):
+    """D80, D62"""
+    write(tmp_path, checkpoint() | {LM_HEAD: torch.ones(V + 1, E)})
+    refused(tmp_path, r"lm_head.weight: expected shape \[20, 10\], got \[21, 10\]", TIED)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "rotary_emb.inv_freq",
+        "model.rotary_emb.inv_freq",
+        "model.layers.0.self_attn.rotary_emb.inv_freq",
+        "model.layers.0.self_attn.rotary_emb.cos_cached",
+        "model.layers.1.self_attn.rotary_emb.sin_cached",
+        "model.layers.1.self_attn.masked_bias",
+    ],
+)
+def test_unused_buffers_are_passed_over(tmp_path, name):
+    """D89"""
+    tensors = checkpoint()
+    write(tmp_path, tensors | {name: torch.ones(3)})
     assert_same(loaded(tmp_path), expected_parameters(tensors))
 
 

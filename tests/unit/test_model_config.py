@@ -7,7 +7,9 @@ import json
 
 import pytest
 
-from nanovllm.model_config import MoEConfig, RopeConfig, load_model_config
+from nanovllm.model_config import load_model_config
+from nanovllm.moe_config import MoEConfig
+from nanovllm.rope_config import RopeConfig
 
 BASE = {
     "model_type": "llama",
@@ -176,21 +178,63 @@ def test_other_dtype_is_refused(tmp_path, dtype):
         (None, {}, set()),
         (2, None, {2}),
         ([2, 3], None, {2, 3}),
-        (2, {"eos_token_id": [5, 6]}, {2, 5, 6}),
+        (2, {"eos_token_id": [5, 6]}, {5, 6}),
         (MISSING, {"eos_token_id": 7}, {7}),
-        (2, {"eos_token_id": None}, {2}),
+        (2, {"eos_token_id": None}, set()),
+        (2, {}, set()),
         (0, {"eos_token_id": 0}, {0}),
     ],
 )
-def test_every_end_of_sequence_id_of_both_files_counts(tmp_path, in_config, generation, expected):
-    """D70"""
+def test_generation_config_decides_which_ids_end_a_text(tmp_path, in_config, generation, expected):
+    """D70, D91: all of its ids, or those of config.json if it does not exist."""
     assert load(tmp_path, generation, eos_token_id=in_config).eos_token_ids == expected
 
 
-@pytest.mark.parametrize("eos", ["</s>", -1, [1, None], True])
-def test_end_of_sequence_id_that_is_no_id_is_refused(tmp_path, eos):
-    with pytest.raises(ValueError, match=r"eos_token_id \(generation_config.json\) must be an integer of at least 0"):
-        load(tmp_path, {"eos_token_id": eos})
+@pytest.mark.parametrize("eos", ["</s>", [1, None], True, 1.5])
+@pytest.mark.parametrize("file_name", ["config.json", "generation_config.json"])
+def test_end_of_sequence_id_that_is_no_integer_is_refused(tmp_path, file_name, eos):
+    with pytest.raises(
+        ValueError, match=rf"eos_token_id \({file_name}\) must be an integer or a list .* got "
+    ) as caught:
+        load(tmp_path, {"eos_token_id": eos} if "gen" in file_name else None, eos_token_id=eos)
+    assert str(caught.value).endswith(repr(eos))
+
+
+@pytest.mark.parametrize(("eos", "expected"), [(-1, set()), ([-1, 3], {3}), (32, set()), ([31, 32], {31})])
+def test_end_of_sequence_id_outside_the_vocabulary_ends_nothing(tmp_path, eos, expected, caplog):
+    """D89: such as -1, by which some mean that there is none. It is said once."""
+    assert load(tmp_path, eos_token_id=eos).eos_token_ids == expected
+    assert caplog.messages == [
+        f"eos_token_id {eos!r} of config.json names ids outside the vocabulary (0 to 31): these end no text"
+    ]
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"])
+def test_adapter_beside_a_model_is_named_in_a_warning(tmp_path, name, caplog):
+    """D95: its weights are not applied."""
+    (tmp_path / name).write_text("{}")
+    load(tmp_path)
+    (message,) = caplog.messages
+    assert message.startswith(f"{tmp_path} holds a LoRA adapter ({name}), which is not applied: merge it")
+
+
+def test_adapter_without_a_model_is_refused_with_the_remedy(tmp_path, caplog):
+    """D95"""
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"holds a LoRA adapter \(adapter_config.json\) and no config.json: merge it"):
+        load_model_config(tmp_path)
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize(("given", "expected"), [(MISSING, None), (None, None), ("LlamaTokenizer", "LlamaTokenizer")])
+def test_tokenizer_class_is_read(tmp_path, given, expected):
+    """D90"""
+    assert load(tmp_path, tokenizer_class=given).tokenizer_class == expected
+
+
+def test_tokenizer_class_that_is_no_name_is_refused(tmp_path):
+    """D90"""
+    refused(tmp_path, "config.json: tokenizer_class must be a string, got 3", tokenizer_class=3)
 
 
 # Rope, in the old layout (rope_theta and rope_scaling) and the new one (rope_parameters).
@@ -309,6 +353,14 @@ def test_rope_parameters_per_layer_type_are_refused(tmp_path):
     refused(tmp_path, match, rope_parameters=parameters)
 
 
+@pytest.mark.parametrize("key", ["attn_factor", "extrapolation_factor", "finetuned"])
+def test_rope_parameter_that_transformers_passes_over_is_named_in_a_warning(tmp_path, key, caplog):
+    """D89"""
+    assert load(tmp_path, rope_scaling=YARN | {key: 2}).rope == load(tmp_path, rope_scaling=YARN).rope
+    (message,) = caplog.messages
+    assert message.startswith(f"config.json: rope parameter {key}=2 is not applied, as in transformers: ")
+
+
 def test_unknown_rope_parameter_is_refused_by_name(tmp_path):
     """D65: such as mrope_section, which changes what positions are."""
     refused(tmp_path, "rope parameters must be among .* got mrope_section", rope_scaling={"mrope_section": [1, 2]})
@@ -323,15 +375,15 @@ def test_other_architecture_is_refused_with_what_is_supported(tmp_path, model_ty
     refused(tmp_path, "model_type must be one of llama, qwen2, qwen3, qwen3_moe .* got", model_type=model_type)
 
 
-@pytest.mark.parametrize("architectures", [["LlamaForSequenceClassification"], ["LlamaModel"]])
+@pytest.mark.parametrize("architectures", [["LlamaForSequenceClassification"], ["Qwen3Model"], [3]])
 def test_other_task_is_refused_with_what_is_supported(tmp_path, architectures):
     """D63"""
     match = "architectures of a llama checkpoint must contain 'LlamaForCausalLM'.*supports .*Qwen3MoeForCausalLM"
     refused(tmp_path, match, architectures=architectures)
 
 
-@pytest.mark.parametrize("architectures", [MISSING, None, [], ["LlamaForCausalLM"]])
-def test_architectures_may_be_missing(tmp_path, architectures):
+@pytest.mark.parametrize("architectures", [MISSING, None, [], ["LlamaForCausalLM"], ["LlamaModel"]])
+def test_architectures_may_be_missing_or_the_base_model(tmp_path, architectures):
     assert load(tmp_path, architectures=architectures).model_type == "llama"
 
 
@@ -374,7 +426,13 @@ def test_sliding_window_that_is_not_in_use_is_no_obstacle(tmp_path, changes):
     assert load(tmp_path, model_type="qwen2", **changes).model_type == "qwen2"
 
 
-@pytest.mark.parametrize("hidden_act", ["gelu", "relu", None])
+@pytest.mark.parametrize("hidden_act", ["silu", "swish", MISSING])
+def test_both_names_of_silu_are_known(tmp_path, hidden_act):
+    """D89"""
+    assert load(tmp_path, hidden_act=hidden_act).model_type == "llama"
+
+
+@pytest.mark.parametrize("hidden_act", ["gelu", "relu", "hardswish", None])
 def test_other_activation_is_refused(tmp_path, hidden_act):
     """D66"""
     refused(tmp_path, f"hidden_act must be 'silu' .* got {hidden_act!r}", hidden_act=hidden_act)

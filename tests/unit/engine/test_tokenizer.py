@@ -1,18 +1,31 @@
-"""load_tokenizer: a directory without one, with a broken one, and with one that wants to run its own code."""
+"""load_tokenizer: the tokenizer that AutoTokenizer gives, whatever config.json holds; and tokenizers that are broken,
+missing, or want to run their own code.
+"""
 
+import importlib.util
+import json
 import logging
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from nanovllm import LLM, bundled_model_path
 from nanovllm.engine.tokenizer import load_tokenizer
+from nanovllm.model_config import load_model_config
+from tests.checkpoints import small_config
+from tests.evidence import compared
+from tests.tiny_models import CONFIG_CLASSES, tiny_model
+
+TEXT = "In the beginning <eos> was\n the Word, \u00e9\u4e2d <|im_end|> "
 
 
 def test_a_directory_without_a_tokenizer_is_said_once_and_gives_none(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, "nanovllm"):
-        assert load_tokenizer(tmp_path) is None
+        assert load_tokenizer(tmp_path, small_config()) is None
     assert caplog.messages == [f"{tmp_path} has no tokenizer: prompts must be token ids, and outputs have no text"]
 
 
@@ -20,16 +33,156 @@ def test_a_directory_without_a_tokenizer_is_said_once_and_gives_none(
 def test_a_broken_tokenizer_is_an_error_that_names_the_directory(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("{")
     with pytest.raises(ValueError, match=f"^the tokenizer in '{tmp_path}' cannot be read: ."):
-        load_tokenizer(tmp_path)
+        load_tokenizer(tmp_path, small_config())
 
 
 def test_code_that_comes_with_a_tokenizer_is_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Nor does anybody ask on the terminal whether to run it."""
     (tmp_path / "vocab.json").write_text("{}")
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     (tmp_path / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["code.Tokenizer", null]}}')
     (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'was_run')!r}, 'w')\nclass Tokenizer: pass\n")
     with pytest.raises(ValueError, match="cannot be read"):
-        load_tokenizer(tmp_path)
+        load_tokenizer(tmp_path, small_config())
     assert not (tmp_path / "was_run").exists()
     assert capsys.readouterr().out == ""
+
+
+def bundled() -> Path:
+    return bundled_model_path()
+
+
+def state_of(tokenizer: Any) -> dict[str, Any]:
+    """What users meet of a tokenizer."""
+    token_ids = tokenizer.encode(TEXT)
+    messages = [{"role": "user", "content": "Hello"}]
+    has_template = tokenizer.chat_template is not None
+    return {
+        "class": type(tokenizer),
+        "token_ids": token_ids,
+        "text": tokenizer.decode(token_ids),
+        "text_without_special_tokens": tokenizer.decode(token_ids, skip_special_tokens=True),
+        "special_tokens": tokenizer.special_tokens_map,
+        "eos_token_id": tokenizer.eos_token_id,
+        "vocab": tokenizer.get_vocab(),
+        "model_max_length": tokenizer.model_max_length,
+        "chat_template": tokenizer.chat_template,
+        "chat": tokenizer.apply_chat_template(messages, tokenize=False) if has_template else None,
+        "serialised": tokenizer.backend_tokenizer.to_str(),
+    }
+
+
+def change_json(path: Path, changes: dict[str, Any]) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+TOKENIZER_CLASSES = [None, "PreTrainedTokenizerFast", "LlamaTokenizer", "Qwen2TokenizerFast"]
+
+
+@pytest.mark.parametrize("place", ["tokenizer_config.json", "config.json"])
+@pytest.mark.parametrize("tokenizer_class", TOKENIZER_CLASSES)
+@pytest.mark.parametrize("architecture", [*CONFIG_CLASSES, "bundled"])
+def test_it_is_the_tokenizer_that_auto_tokenizer_gives(
+    tmp_path: Path, architecture: str, tokenizer_class: str | None, place: str
+) -> None:
+    """D90: whether tokenizer_config.json, config.json or the model's type determines the class."""
+    from transformers import AutoTokenizer
+
+    model_dir = tmp_path / "model"
+    shutil.copytree(bundled() if architecture == "bundled" else tiny_model(architecture), model_dir)
+    tokenizer_config = json.loads((model_dir / "tokenizer_config.json").read_text())
+    tokenizer_config.pop("tokenizer_class")
+    (model_dir / "tokenizer_config.json").write_text(
+        json.dumps({**tokenizer_config, "chat_template": "{{ messages }}"})
+    )
+    if tokenizer_class is not None:
+        change_json(model_dir / place, {"tokenizer_class": tokenizer_class})
+    expected = state_of(AutoTokenizer.from_pretrained(str(model_dir)))
+    assert state_of(load_tokenizer(model_dir, load_model_config(model_dir))) == expected
+    compared("tokenizer: state against AutoTokenizer", len(expected))
+
+
+@pytest.mark.parametrize("architecture", [*CONFIG_CLASSES, "bundled"])
+def test_unchanged_models_have_the_tokenizer_that_auto_tokenizer_gives(architecture: str) -> None:
+    """D90"""
+    from transformers import AutoTokenizer
+
+    model_dir = bundled() if architecture == "bundled" else tiny_model(architecture)
+    assert state_of(load_tokenizer(model_dir)) == state_of(AutoTokenizer.from_pretrained(str(model_dir)))
+
+
+LENIENT = [
+    {"attention_bias": None},
+    {"tie_word_embeddings": None},
+    {"max_position_embeddings": 512.0},
+    {"hidden_size": 64.0},
+    {"rms_norm_eps": 1},
+    {"use_cache": "yes"},
+    {"rope_parameters": {"rope_type": "linear", "factor": 2}},
+    {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}},
+    {"eos_token_id": -1},
+    {"auto_map": {"AutoConfig": "code.Config"}},
+    {"transformers_version": None},
+]
+
+
+@pytest.mark.parametrize("changes", LENIENT, ids=lambda changes: "-".join(changes))
+@pytest.mark.parametrize("architecture", ["llama", "qwen3_moe"])
+def test_a_config_that_we_read_leaves_the_tokenizer_as_it_is(
+    tmp_path: Path, architecture: str, changes: dict[str, Any]
+) -> None:
+    """D90: AutoTokenizer refuses some of these, as if the tokenizer were broken."""
+    expected = state_of(load_tokenizer(tiny_model(architecture)))
+    shutil.copytree(tiny_model(architecture), tmp_path / "model")
+    change_json(tmp_path / "model" / "config.json", changes)
+    assert state_of(load_tokenizer(tmp_path / "model")) == expected
+
+
+@pytest.mark.parametrize("changes", LENIENT[:3], ids=lambda changes: "-".join(changes))
+def test_an_engine_starts_with_such_a_config(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """D90"""
+    shutil.copytree(tiny_model("llama"), tmp_path / "model")
+    change_json(tmp_path / "model" / "config.json", changes)
+    with LLM(str(tmp_path / "model"), num_kv_cache_blocks=8, max_num_seqs=4) as llm:
+        assert llm.tokenizer.eos_token_id == 256
+
+
+@pytest.mark.parametrize("missing", ["sentencepiece", "google.protobuf", "google"])
+def test_what_a_tokenizer_model_needs_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """D89: both packages and the extra, at once."""
+
+    def find_spec(name: str) -> object | None:
+        if missing == "google" and name.startswith("google."):
+            raise ModuleNotFoundError(name)  # the parent of a dotted name does not exist
+        return None if name == missing else object()
+
+    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
+    (tmp_path / "tokenizer.model").write_bytes(b"\x0a")
+    with pytest.raises(
+        ValueError, match=r"without a tokenizer\.json, tokenizer\.model needs sentencepiece and"
+    ) as caught:
+        load_tokenizer(tmp_path, small_config())
+    assert "(nanovllm's extra [sentencepiece])" in str(caught.value)
+    assert str(caught.value).endswith("pip install sentencepiece protobuf")
+    assert caplog.messages == []
+
+
+def test_the_extra_holds_what_a_tokenizer_model_needs() -> None:
+    """D89: the same packages as in the error."""
+    from nanovllm.engine.tokenizer import _SENTENCEPIECE
+    from tests.source_tree import ROOT
+
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    extra = text[text.index("sentencepiece = [") :].split("]")[0]
+    assert [line.strip().split(">=")[0].strip('"') for line in extra.splitlines()[1:] if line.strip()] == [
+        *_SENTENCEPIECE
+    ]
+
+
+def test_a_tokenizer_json_needs_neither(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """D89"""
+    shutil.copytree(tiny_model("llama"), tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.model").write_bytes(b"\x0a")
+    monkeypatch.setattr("nanovllm.engine.tokenizer._is_installed", lambda module: False)
+    assert load_tokenizer(tmp_path / "model").eos_token_id == 256

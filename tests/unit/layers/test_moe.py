@@ -6,7 +6,7 @@ import torch
 from nanovllm.layers.moe import SparseMoeBlock
 from nanovllm.layers.parameter import ShapeError
 from nanovllm.layers.tensor_parallel import TensorParallel
-from nanovllm.model_config import MoEConfig
+from nanovllm.moe_config import MoEConfig
 from reference.moe import moe
 from tests.comparing import assert_close
 from tests.parallel_ranks import partial_ranks

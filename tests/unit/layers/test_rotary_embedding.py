@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nanovllm.layers.rotary_embedding import RotaryEmbedding, apply_rotary_embedding, inverse_frequencies
-from nanovllm.model_config import RopeConfig
+from nanovllm.rope_config import RopeConfig
 from reference.rotary_embedding import rotary_embedding
 from tests.comparing import assert_close
 from tests.evidence import compared, tolerated

@@ -1,0 +1,110 @@
+"""RopeConfig: the rotary embedding of a checkpoint, read for ModelConfig from either layout of config.json."""
+
+import logging
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from nanovllm.config_json import get_bool, get_int, get_number
+from nanovllm.validation import require_choice, require_number
+
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+DEFAULT_ROPE_THETA = 10000.0
+
+_ROPE_KEYS = {
+    *("rope_type", "type", "rope_theta", "partial_rotary_factor", "factor", "original_max_position_embeddings"),
+    *("low_freq_factor", "high_freq_factor"),
+    *("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+}
+
+# Keys of other implementations that transformers passes over, as we do with a warning, and what they mean there.
+# Any other unknown key is refused: it may change what the model computes.
+_PASSED_OVER = {
+    "attn_factor": "YaRN's code and vLLM multiply the attention factor by it; attention_factor states the product",
+    "extrapolation_factor": "YaRN's code and vLLM multiply the weight of the unscaled frequencies by it",
+    "finetuned": "it says whether the weights were trained with this scaling, and changes no computation",
+}
+
+logger = logging.getLogger("nanovllm")
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary embedding. rope_type says which of the fields count; the others hold values that change nothing.
+
+    theta: base of the frequencies. factor: by how much linear, llama3 and yarn lengthen the context.
+    original_max_position_embeddings: length the model was trained on (llama3, yarn).
+    low_freq_factor, high_freq_factor: llama3. beta_fast, beta_slow, truncate: yarn.
+    attention_factor: multiplies cos and sin; 1.0 but for yarn.
+    """
+
+    rope_type: str = "default"
+    theta: float = DEFAULT_ROPE_THETA
+    factor: float = 1.0
+    original_max_position_embeddings: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float = 1.0
+
+
+def read_rope(raw: dict[str, Any], max_position_embeddings: int) -> RopeConfig:
+    parameters = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    if not isinstance(parameters, dict):
+        raise ValueError(f"rope_parameters must be an object, got {parameters!r}")
+    nested = [key for key, value in parameters.items() if isinstance(value, dict)]
+    if nested:
+        raise ValueError(f"per-layer rope parameters are not supported, got some for {', '.join(nested)}")
+    passed_over = sorted(set(parameters) & _PASSED_OVER.keys())
+    for key in passed_over:
+        logger.warning(
+            "config.json: rope parameter %s=%r is not applied, as in transformers: %s",
+            key,
+            parameters[key],
+            _PASSED_OVER[key],
+        )
+    unknown = sorted(set(parameters) - _ROPE_KEYS - _PASSED_OVER.keys())
+    if unknown:
+        raise ValueError(f"rope parameters must be among {', '.join(sorted(_ROPE_KEYS))}; got {', '.join(unknown)}")
+    for source in (raw, parameters):
+        if source.get("partial_rotary_factor") not in (None, 1):
+            raise ValueError(f"partial_rotary_factor must be 1, got {source['partial_rotary_factor']!r}")
+    rope_type = parameters.get("rope_type", parameters.get("type", "default"))
+    require_choice("rope_type", rope_type, ROPE_TYPES, remedy="nanovllm supports no other")
+    theta = get_number(parameters, "rope_theta", get_number(raw, "rope_theta", DEFAULT_ROPE_THETA))
+    if rope_type == "default":
+        return RopeConfig(theta=theta)
+    require_number("rope factor", parameters.get("factor"), "a number of at least 1", lambda value: value >= 1)
+    factor = float(parameters["factor"])
+    if rope_type == "linear":
+        return RopeConfig(rope_type=rope_type, theta=theta, factor=factor)
+    # transformers gives a key beside rope_parameters precedence over the one inside
+    trained_len = get_int(parameters, "original_max_position_embeddings", max_position_embeddings)
+    trained_len = get_int(raw, "original_max_position_embeddings", trained_len)
+    if rope_type == "llama3":
+        low, high = get_number(parameters, "low_freq_factor"), get_number(parameters, "high_freq_factor")
+        if high <= low:
+            raise ValueError(f"rope high_freq_factor must be above low_freq_factor={low}, got {high}")
+        return RopeConfig(rope_type, theta, factor, trained_len, low_freq_factor=low, high_freq_factor=high)
+    return RopeConfig(
+        rope_type,
+        theta,
+        factor,
+        trained_len,
+        beta_fast=get_number(parameters, "beta_fast", 32.0),
+        beta_slow=get_number(parameters, "beta_slow", 1.0),
+        truncate=get_bool(parameters, "truncate", True),
+        attention_factor=_yarn_attention_factor(parameters, factor),
+    )
+
+
+def _yarn_attention_factor(parameters: dict[str, Any], factor: float) -> float:
+    """As stated; else 0.1 ln(factor) + 1 (arXiv 2309.00071, equation 22), or a ratio of two such with mscale."""
+    if parameters.get("attention_factor") is not None:
+        return get_number(parameters, "attention_factor")
+    growth = 0.1 * math.log(factor)
+    if parameters.get("mscale") and parameters.get("mscale_all_dim"):
+        return (growth * get_number(parameters, "mscale") + 1) / (growth * get_number(parameters, "mscale_all_dim") + 1)
+    return growth + 1
