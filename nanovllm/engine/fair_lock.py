@@ -43,6 +43,18 @@ class FairLock:
             self.__exit__()
             raise
 
+    def try_enter(self) -> bool:
+        """Enter and return True, or return False when a thread holds the lock, this one included. Never waits."""
+        if self._queue:
+            return False
+        ticket = self._own.ticket = _Ticket()
+        ticket.depth = 1
+        self._queue.append(ticket)
+        if self._queue[0] is ticket:
+            return True
+        self.__exit__()  # another thread was faster
+        return False
+
     def __exit__(self, *_: object) -> None:
         ticket = self._own.ticket
         ticket.depth -= 1

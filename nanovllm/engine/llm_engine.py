@@ -2,8 +2,9 @@
 
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -73,6 +74,7 @@ class LLMEngine:
         self._ahead: Any = None  # LaunchedStep of the step after the current one
         self._requests: dict[int, Request] = {}
         self._news: dict[int, list[Request]] = {}  # seq_id -> those of the same generate call that got a token
+        self._left: deque[Request] = deque()  # their generate calls have ended
         self._lost: dict[int, str] = {}  # seq_id -> why its call gets no output
         self._num_arrivals = 0
         self._why_closed = ""
@@ -150,10 +152,12 @@ class LLMEngine:
                     news.clear()
                 yield batch, taken
         finally:
-            if self._is_own_process:
-                with self._lock:
-                    for request in requests:
-                        self._forget(request.sequence)
+            self._left.extend(requests)
+            # The garbage collector may run this anywhere, inside a step too: waiting for the lock could wait for ever.
+            if self._is_own_process and self._lock.try_enter():
+                with ExitStack() as stack:
+                    stack.push(self._lock.__exit__)
+                    self._forget_left()
 
     # --- step by step ---
 
@@ -191,11 +195,15 @@ class LLMEngine:
 
     def is_finished(self) -> bool:
         """Whether no request is waiting, running, or finished with its output still to be handed out."""
-        return not self._requests
+        self._check_process()
+        with self._lock:
+            self._forget_left()
+            return not self._requests
 
     def _advance(self) -> ScheduledBatch:
         """Schedule, compute and take in one step; with async_scheduling, the next one is begun meanwhile."""
         self._check_open()
+        self._forget_left()
         launched, batch = self._take_up()
         if batch.is_empty:
             if not self.scheduler.is_finished:
@@ -238,9 +246,7 @@ class LLMEngine:
             if request is None or request.index is None:
                 self.scheduler.abort(seq.seq_id)
             elif is_computed and seq in batch.sampled_sequences:
-                self._lose(
-                    request, f"a step that another call computed failed: {_one_line(error)}; call generate again"
-                )
+                self._lose(request, f"a step of another call failed: {_one_line(error)}; call generate again")
         if self._executor is not None and self._executor.is_closed:
             self._why_closed = f", since a step failed: {_one_line(error)}"
         while any(seq.status is SequenceStatus.RUNNING for seq in batch.sequences):
@@ -302,12 +308,14 @@ class LLMEngine:
         self.scheduler.add(request.sequence)
         self._requests[request.sequence.seq_id] = request
 
-    def _forget(self, seq: Sequence) -> None:
-        """A generate call's request leaves the engine, aborted unless it is finished."""
-        if not seq.is_finished:
-            self.scheduler.abort(seq.seq_id)
-        for by_id in (self._requests, self._news, self._lost):
-            by_id.pop(seq.seq_id, None)
+    def _forget_left(self) -> None:
+        """Requests whose generate calls have ended leave the engine, aborted unless they are finished."""
+        while self._left:
+            seq = self._left.popleft().sequence
+            if not seq.is_finished:
+                self.scheduler.abort(seq.seq_id)
+            for by_id in (self._requests, self._news, self._lost):
+                by_id.pop(seq.seq_id, None)
 
     def _lose(self, request: Request, reason: str) -> None:
         """End a generate call's request; the call raises RuntimeError with `reason`."""

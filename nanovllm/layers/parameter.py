@@ -1,6 +1,8 @@
 """Weights that know how to load themselves: the loader looks names up, the parameter knows its shape and its share."""
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -10,6 +12,19 @@ WeightLoader = Callable[..., None]
 WHOLE = (None,)  # shard ids of a parameter that is one tensor in the checkpoint
 
 
+_dtype: ContextVar[torch.dtype | None] = ContextVar("parameter_dtype", default=None)
+
+
+@contextmanager
+def parameter_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """In this thread, make_parameter makes parameters of `dtype`. torch's own default dtype is one for all threads."""
+    token = _dtype.set(dtype)
+    try:
+        yield
+    finally:
+        _dtype.reset(token)
+
+
 class ShapeError(ValueError):
     """A checkpoint's tensor has another shape than the model expects."""
 
@@ -17,13 +32,14 @@ class ShapeError(ValueError):
 def make_parameter(
     shape: tuple[int, ...], weight_loader: WeightLoader, shard_ids: tuple[Hashable, ...] = WHOLE
 ) -> nn.Parameter:
-    """An uninitialised parameter of torch's default dtype and device, without gradient.
+    """An uninitialised parameter of parameter_dtype (else torch's default dtype), on the default device, without
+    gradient.
 
     weight_loader(param, loaded_weight[, shard_id]) copies this rank's share of a checkpoint's tensor, cast to the
     parameter's dtype. shard_ids: every value of shard_id with which it must be called before the parameter is complete;
     (None,) means one call without shard_id.
     """
-    param: Any = nn.Parameter(torch.empty(shape), requires_grad=False)
+    param: Any = nn.Parameter(torch.empty(shape, dtype=_dtype.get()), requires_grad=False)
     param.weight_loader = weight_loader
     param.shard_ids = shard_ids
     return param
