@@ -4,7 +4,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, closing
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -155,9 +155,10 @@ class LLMEngine:
             self._left.extend(requests)
             # The garbage collector may run this anywhere, inside a step too: waiting for the lock could wait for ever.
             if self._is_own_process and self._lock.try_enter():
-                with ExitStack() as stack:
-                    stack.push(self._lock.__exit__)
+                try:
                     self._forget_left()
+                finally:
+                    self._lock.__exit__()
 
     # --- step by step ---
 
@@ -289,7 +290,7 @@ class LLMEngine:
         return requests
 
     def _make_sequence(self, prompt: Any, params: SamplingParams) -> Sequence:
-        with self._tokenizer_lock:
+        with self._tokenizer_lock if isinstance(prompt, str) else nullcontext():
             token_ids = as_token_ids(prompt, self.tokenizer, self.vocab_size)
         if params.stop and self.tokenizer is None:
             raise ValueError(f"stop strings need a tokenizer and the model has none, got stop={params.stop!r}")
