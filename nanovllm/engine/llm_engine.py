@@ -136,11 +136,13 @@ class LLMEngine:
         news: list[Request] = []
         unfinished = requests[::-1]
         try:
+            self._check_process()
             with self._lock:
                 for request in requests:
                     self._enqueue(request)
                     self._news[request.sequence.seq_id] = news
             while True:
+                self._check_process()
                 with self._lock:
                     self._check_not_lost(requests)
                     while unfinished and unfinished[-1].sequence.is_finished:
@@ -176,6 +178,7 @@ class LLMEngine:
         When computing fails, the exception passes through, the requests from add_request in that step end with
         finish_reason "abort", and the others go on (with one rank; with several, the engine is closed).
         """
+        self._check_process()
         with self._lock:
             batch = self._advance()
             finished = [r for r in self._requests.values() if r.index is None and r.sequence.is_finished]
@@ -275,6 +278,7 @@ class LLMEngine:
 
     def _make_requests(self, prompts: list[Any], sampling_params: Any, is_streamed: bool) -> list[Request]:
         """Checked requests, not queued yet. Raises ValueError that names the prompt's index."""
+        self._check_process()
         self._check_open()
         params_list = as_params_list(sampling_params, len(prompts))
         requests = []
@@ -362,11 +366,11 @@ class LLMEngine:
         return f"this engine is closed: make a new one{self._why_closed}"
 
     def _check_open(self) -> None:
-        self._check_process()
         if self._executor is None or self._executor.is_closed:
             raise RuntimeError(self._closed_message)
 
     def _check_process(self) -> None:
+        """Before the lock: in a forked process a thread that is not there may hold it."""
         if not self._is_own_process:
             raise RuntimeError(
                 f"this engine belongs to process {self._pid}, and this is process {os.getpid()}, forked from it: "

@@ -39,7 +39,8 @@ def main():
             if how == "close":
                 llm.close()
             if how == "use":
-                for use in (generate, llm.step, lambda: next(stream), lambda: llm.abort(0), lambda: llm.add_request("a")):
+                uses = (lambda: next(stream), lambda: llm.abort(0), lambda: llm.add_request("a"))
+                for use in (generate, llm.step, *uses):
                     try:
                         use()
                     except RuntimeError as error:
