@@ -1,4 +1,4 @@
-"""Context: the attention metadata of the running forward pass, the one global of the engine.
+"""Context: the attention metadata of the running forward pass, the one global of the engine (one for each thread).
 
 The model's layers call each other with hidden states only; what attention alone needs to know travels here. It is set
 for one forward pass with `with set_context(context):` and read in layers/attention.py, nowhere else.
@@ -6,6 +6,7 @@ for one forward pass with `with set_context(context):` and read in layers/attent
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -38,24 +39,27 @@ class Context:
     longest_first: "torch.Tensor | None" = None
 
 
-_current: Context | None = None
+_current: ContextVar[Context | None] = ContextVar("nanovllm_context", default=None)
 
 
 def get_context() -> Context:
     """The running forward pass's Context. Raises RuntimeError outside `with set_context(...)`."""
-    if _current is None:
+    context = _current.get()
+    if context is None:
         raise RuntimeError("get_context() was called outside `with set_context(...)`: attention needs a Context")
-    return _current
+    return context
 
 
 @contextmanager
 def set_context(context: Context) -> Iterator[None]:
-    """Make `context` the one that get_context returns, for one forward pass. Raises RuntimeError when nested."""
-    global _current
-    if _current is not None:
+    """Make `context` the one that get_context returns in this thread, for one forward pass.
+
+    Raises RuntimeError when nested. Engines in other threads have contexts of their own.
+    """
+    if _current.get() is not None:
         raise RuntimeError("set_context() is already active: forward passes do not nest")
-    _current = context
+    token = _current.set(context)
     try:
         yield
     finally:
-        _current = None
+        _current.reset(token)

@@ -1,24 +1,31 @@
 """LLMEngine: requests in, outputs out; the one place where engine (decides) and worker (computes) meet."""
 
-from collections.abc import Generator, Iterator
-from contextlib import closing
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm.auto import tqdm
 
 from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.fair_lock import FairLock
 from nanovllm.engine.inputs import as_params_list, as_prompt_list, as_token_ids, request_seed
 from nanovllm.engine.request import Request
 from nanovllm.engine.scheduler import ScheduledBatch, Scheduler
-from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.sequence import Sequence, SequenceStatus
 from nanovllm.engine.throughput import Throughput
 from nanovllm.engine.tokenizer import load_tokenizer
 from nanovllm.model_config import load_model_config
 from nanovllm.model_path import local_model_dir
 from nanovllm.outputs import RequestOutput, StepOutput, StreamOutput
 from nanovllm.sampling_params import SamplingParams
+
+T = TypeVar("T")
+NOTHING = ScheduledBatch(False, (), (), ())
 
 
 class LLMEngine:
@@ -28,10 +35,23 @@ class LLMEngine:
     value, a model or a checkpoint that will not do; nothing is left behind then.
     A text ends at the ids at which transformers' generate ends it (ModelConfig.eos_token_ids) and at the tokenizer's
     end-of-sequence token, as in vLLM; SamplingParams.ignore_eos turns both off.
+
+    Threads: every method may be called by several threads at once. Steps are computed one after the other; a step
+    computes the requests of all threads together, and each call gets the whole output of its own requests. When a step
+    fails, the exception is raised in the thread that computed it, and the requests of other calls are computed again.
+    A call gets a RuntimeError that names the cause when its requests are lost: another thread closes the engine, or a
+    step fails with several ranks, or while its tokens are taken in. `tokenizer` is used by the engine as well: a thread
+    that calls it with truncation or padding may get the library's "Already borrowed".
+
+    Processes: an engine belongs to the process that made it. In a forked child its methods raise RuntimeError, and
+    close() does nothing.
     """
 
     def __init__(self, model: str, **options: Any) -> None:
         self._executor: Any = None
+        self._pid = os.getpid()
+        self._lock = FairLock()  # held while a step is computed, and while anything below changes; never across a yield
+        self._tokenizer_lock = threading.Lock()
         config = Config(model, **options)
         model_dir = local_model_dir(config.model)
         model_config = load_model_config(model_dir)
@@ -55,7 +75,11 @@ class LLMEngine:
         )
         self._ahead: Any = None  # LaunchedStep of the step after the current one
         self._requests: dict[int, Request] = {}
+        self._news: dict[int, list[Request]] = {}  # seq_id -> those of the same generate call that got a token
+        self._left: deque[Request] = deque()  # their generate calls have ended
+        self._lost: dict[int, str] = {}  # seq_id -> why its call gets no output
         self._num_arrivals = 0
+        self._why_closed = ""
 
     # --- whole prompts ---
 
@@ -75,11 +99,11 @@ class LLMEngine:
         requests = self._make_requests(as_prompt_list(prompts), sampling_params, is_streamed=False)
         progress = tqdm(total=len(requests), desc="Generating", unit="prompt", disable=not use_tqdm)
         throughput = Throughput()
-        with progress, closing(self._run(requests)) as steps:
-            for batch, advanced in steps:
+        with progress, closing(self._run(requests, lambda request: request.sequence.is_finished)) as steps:
+            for batch, are_finished in steps:
                 throughput.add(batch)
                 progress.set_postfix_str(str(throughput), refresh=False)
-                progress.update(sum(request.sequence.is_finished for request in advanced))
+                progress.update(sum(are_finished))
             progress.update(len(requests) - progress.n)  # those that were aborted between steps
         return [request.output() for request in requests]
 
@@ -96,36 +120,49 @@ class LLMEngine:
         return self._stream(self._make_requests(as_prompt_list(prompts), sampling_params, is_streamed=True))
 
     def _stream(self, requests: list[Request]) -> Iterator[StreamOutput]:
-        with closing(self._run(requests)) as steps:
-            for _, advanced in steps:
-                for request in advanced:
-                    yield request.take_stream_output()
+        with closing(self._run(requests, Request.take_stream_output)) as steps:
+            for _, items in steps:
+                yield from items
         for request in requests:
             if not request.is_stream_over:  # aborted between steps
                 yield request.take_stream_output()
 
-    def _run(self, requests: list[Request]) -> Generator[tuple[ScheduledBatch, list[Request]], None, None]:
-        """Step until `requests` are finished; yields each step and those of them that got a token in it.
+    def _run(
+        self, requests: list[Request], take: Callable[[Request], T]
+    ) -> Generator[tuple[ScheduledBatch, list[T]], None, None]:
+        """Step until `requests` are finished; yields each step, and what `take` returns of those with new tokens.
 
-        They leave the engine at the end, or aborted when this stops early.
+        When steps of other threads have brought tokens, they are yielded at once, with an empty batch. `requests` leave
+        the engine at the end, or aborted when this stops early.
         """
-        own = {request.sequence.seq_id for request in requests}
+        news: list[Request] = []
         unfinished = requests[::-1]
         try:
-            for request in requests:
-                self._enqueue(request)
-            while unfinished:
-                if unfinished[-1].sequence.is_finished:
-                    unfinished.pop()
-                    continue
-                batch = self._advance()
-                advanced = [self._requests[seq.seq_id] for seq in batch.sampled_sequences if seq.seq_id in own]
-                yield batch, [request for request in advanced if request.sequence.finish_reason != "abort"]
+            self._check_process()
+            with self._lock:
+                for request in requests:
+                    self._enqueue(request)
+                    self._news[request.sequence.seq_id] = news
+            while True:
+                self._check_process()
+                with self._lock:
+                    self._check_not_lost(requests)
+                    while unfinished and unfinished[-1].sequence.is_finished:
+                        unfinished.pop()
+                    if not unfinished and not news:
+                        break
+                    batch = NOTHING if news else self._advance()
+                    taken = [take(request) for request in dict.fromkeys(news) if not _is_aborted(request)]
+                    news.clear()
+                yield batch, taken
         finally:
-            for request in requests:
-                if not request.sequence.is_finished:
-                    self.abort(request.sequence.seq_id)
-                self._requests.pop(request.sequence.seq_id, None)
+            self._left.extend(requests)
+            # The garbage collector may run this anywhere, inside a step too: waiting for the lock could wait for ever.
+            if self._is_own_process and self._lock.try_enter():
+                try:
+                    self._forget_left()
+                finally:
+                    self._lock.__exit__()
 
     # --- step by step ---
 
@@ -133,19 +170,22 @@ class LLMEngine:
         """Queue one prompt and return its seq_id; step() computes it. Raises ValueError as generate."""
         (request,) = self._make_requests([prompt], sampling_params, is_streamed=False)
         request.index = None
-        self._enqueue(request)
+        with self._lock:
+            self._enqueue(request)
         return request.sequence.seq_id
 
     def step(self) -> StepOutput:
         """Compute one step. Outputs of requests from add_request are handed out here, once.
 
-        When computing fails, the exception passes through, the requests of that step end with finish_reason "abort",
-        and the others go on (with one rank; with several, the engine is closed).
+        When computing fails, the exception passes through, the requests from add_request in that step end with
+        finish_reason "abort", and the others go on (with one rank; with several, the engine is closed).
         """
-        batch = self._advance()
-        finished = [r for r in self._requests.values() if r.index is None and r.sequence.is_finished]
-        for request in finished:
-            del self._requests[request.sequence.seq_id]
+        self._check_process()
+        with self._lock:
+            batch = self._advance()
+            finished = [r for r in self._requests.values() if r.index is None and r.sequence.is_finished]
+            for request in finished:
+                del self._requests[request.sequence.seq_id]
         num_tokens = batch.num_tokens
         return StepOutput(
             finished=tuple(request.output() for request in finished),
@@ -155,38 +195,68 @@ class LLMEngine:
 
     def abort(self, seq_id: int) -> bool:
         """End a request; its output, with finish_reason "abort", comes as any other. False if it is not under way."""
-        return self.scheduler.abort(seq_id)
+        self._check_process()
+        with self._lock:
+            return self.scheduler.abort(seq_id)
 
     def is_finished(self) -> bool:
         """Whether no request is waiting, running, or finished with its output still to be handed out."""
-        return not self._requests
+        self._check_process()
+        with self._lock:
+            self._forget_left()
+            return not self._requests
 
     def _advance(self) -> ScheduledBatch:
         """Schedule, compute and take in one step; with async_scheduling, the next one is begun meanwhile."""
         self._check_open()
+        self._forget_left()
         launched, batch = self._take_up()
         if batch.is_empty:
             if not self.scheduler.is_finished:
                 raise RuntimeError("nothing can be scheduled although requests wait: please report this as a bug")
             return batch
+        is_computed = False
         try:
             token_ids = (
                 self._compute_ahead(batch, launched) if self.config.async_scheduling else self._executor.run(batch)
             )
-        except BaseException:
-            for seq in batch.sequences:  # their keys and values are in doubt; nothing of them was cached
-                self.abort(seq.seq_id)
+            is_computed = True
+            self._take_in(batch, token_ids)
+        except BaseException as error:
+            self._end_failed_step(batch, error, is_computed)
             raise
+        return batch
+
+    def _take_in(self, batch: ScheduledBatch, token_ids: list[int]) -> None:
+        """Append the new tokens, end what they end, and tell the calls that wait for them."""
         self.scheduler.postprocess(batch, token_ids)
         for seq in batch.sampled_sequences:
             if seq.finish_reason == "abort":  # while it was computed: it has no new token
                 continue
-            is_stopped = self._requests[seq.seq_id].take_in_token()
+            request = self._requests[seq.seq_id]
+            is_stopped = request.take_in_token()
             if is_stopped and not seq.is_finished:
                 self.scheduler.finish(seq, "stop")
             elif is_stopped:
                 seq.finish_reason = "stop"  # the stop string goes before max_tokens
-        return batch
+            if request.index is not None:
+                self._news[seq.seq_id].append(request)
+
+    def _end_failed_step(self, batch: ScheduledBatch, error: BaseException, is_computed: bool) -> None:
+        """Requests from add_request end, those of generate calls are computed again: nothing of them was cached.
+
+        Once the step is computed, the text of a request may lack its token: then its call is told.
+        """
+        for seq in batch.sequences:
+            request = self._requests.get(seq.seq_id)
+            if request is None or request.index is None:
+                self.scheduler.abort(seq.seq_id)
+            elif is_computed and seq in batch.sampled_sequences:
+                self._lose(request, f"a step of another call failed: {_one_line(error)}; call generate again")
+        if self._executor is not None and self._executor.is_closed:
+            self._why_closed = f", since a step failed: {_one_line(error)}"
+        while any(seq.status is SequenceStatus.RUNNING for seq in batch.sequences):
+            self.scheduler.preempt(self.scheduler.running[-1])  # from the last on: arrivals stay in order
 
     def _take_up(self) -> tuple[Any, ScheduledBatch]:
         """The step to take in next, and its LaunchedStep if it has been begun."""
@@ -210,55 +280,115 @@ class LLMEngine:
 
     def _make_requests(self, prompts: list[Any], sampling_params: Any, is_streamed: bool) -> list[Request]:
         """Checked requests, not queued yet. Raises ValueError that names the prompt's index."""
+        self._check_process()
         self._check_open()
         params_list = as_params_list(sampling_params, len(prompts))
         requests = []
         for index, (prompt, params) in enumerate(zip(prompts, params_list, strict=True)):
             try:
-                seq = self._make_sequence(prompt, params, arrival=self._num_arrivals + index)
+                seq = self._make_sequence(prompt, params)
             except ValueError as error:
                 raise ValueError(f"prompt {index}: {error}") from error
             requests.append(Request(seq, self.tokenizer, index, is_streamed))
-        self._num_arrivals += len(requests)
+        with self._lock:  # not before: other threads' steps go on while prompts are tokenized
+            for request in requests:
+                self._number(request.sequence)
         return requests
 
-    def _make_sequence(self, prompt: Any, params: SamplingParams, arrival: int) -> Sequence:
-        token_ids = as_token_ids(prompt, self.tokenizer, self.vocab_size)
+    def _make_sequence(self, prompt: Any, params: SamplingParams) -> Sequence:
+        with self._tokenizer_lock if isinstance(prompt, str) else nullcontext():
+            token_ids = as_token_ids(prompt, self.tokenizer, self.vocab_size)
         if params.stop and self.tokenizer is None:
             raise ValueError(f"stop strings need a tokenizer and the model has none, got stop={params.stop!r}")
-        seq = Sequence(
-            token_ids,
-            params,
-            seq_id=arrival,
-            block_size=self.config.kv_cache_block_size,
-            seed=request_seed(self.config.seed, arrival) if params.seed is None else params.seed,
-        )
+        seq = Sequence(token_ids, params, block_size=self.config.kv_cache_block_size)
         self.scheduler.check_fits(seq)
         return seq
 
+    def _number(self, seq: Sequence) -> None:
+        """The sequence's id, and the seed that follows from it or from its parameters."""
+        seq.seq_id, seed = self._num_arrivals, seq.sampling_params.seed
+        seq.seed = request_seed(self.config.seed, seq.seq_id) if seed is None else seed
+        self._num_arrivals += 1
+
     def _enqueue(self, request: Request) -> None:
+        self._check_open()
         self.scheduler.add(request.sequence)
         self._requests[request.sequence.seq_id] = request
+
+    def _forget_left(self) -> None:
+        """Requests whose generate calls have ended leave the engine, aborted unless they are finished."""
+        while self._left:
+            seq = self._left.popleft().sequence
+            if not seq.is_finished:
+                self.scheduler.abort(seq.seq_id)
+            for by_id in (self._requests, self._news, self._lost):
+                by_id.pop(seq.seq_id, None)
+
+    def _lose(self, request: Request, reason: str) -> None:
+        """End a generate call's request; the call raises RuntimeError with `reason`."""
+        self.scheduler.abort(request.sequence.seq_id)
+        self._lost[request.sequence.seq_id] = reason
+
+    def _check_not_lost(self, requests: list[Request]) -> None:
+        if self._lost:
+            for request in requests:
+                if request.sequence.seq_id in self._lost:
+                    raise RuntimeError(self._lost[request.sequence.seq_id])
 
     # --- the end ---
 
     def close(self) -> None:
-        """Abort what is under way and give memory and processes back. May be called twice, and after a failure."""
-        if self._executor is None:
+        """Abort what is under way and give memory and processes back. May be called twice, and after a failure.
+
+        Calls of generate in other threads raise RuntimeError. Waits for the step that another thread computes.
+        """
+        if not self._is_own_process:
             return
-        for seq_id in list(self._requests):
-            self.abort(seq_id)
-        self._requests.clear()
-        self._ahead = None
-        executor, self._executor = self._executor, None
-        executor.close()
+        with self._lock:
+            if self._executor is None:
+                return
+            executor, self._executor = self._executor, None
+            for request in self._requests.values():
+                if request.sequence.is_finished:
+                    continue
+                if request.index is None:
+                    self.scheduler.abort(request.sequence.seq_id)
+                else:
+                    self._lose(request, self._closed_message)
+            self._requests.clear()
+            self._ahead = None
+            executor.close()
+
+    @property
+    def _is_own_process(self) -> bool:
+        return os.getpid() == self._pid
+
+    @property
+    def _closed_message(self) -> str:
+        return f"this engine is closed: make a new one{self._why_closed}"
 
     def _check_open(self) -> None:
         if self._executor is None or self._executor.is_closed:
-            raise RuntimeError("this engine is closed: make a new one")
+            raise RuntimeError(self._closed_message)
+
+    def _check_process(self) -> None:
+        """Before the lock: in a forked process a thread that is not there may hold it."""
+        if not self._is_own_process:
+            raise RuntimeError(
+                f"this engine belongs to process {self._pid}, and this is process {os.getpid()}, forked from it: "
+                "make a new engine in the child"
+            )
 
     def __enter__(self) -> "LLMEngine":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _is_aborted(request: Request) -> bool:
+    return request.sequence.finish_reason == "abort"
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]

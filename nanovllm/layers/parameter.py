@@ -1,6 +1,8 @@
 """Weights that know how to load themselves: the loader looks names up, the parameter knows its shape and its share."""
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -8,6 +10,19 @@ from torch import nn
 
 WeightLoader = Callable[..., None]
 WHOLE = (None,)  # shard ids of a parameter that is one tensor in the checkpoint
+
+
+_dtype: ContextVar[torch.dtype | None] = ContextVar("parameter_dtype", default=None)
+
+
+@contextmanager
+def parameter_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """In this thread, make_parameter makes parameters of `dtype`. torch's own default dtype is one for all threads."""
+    token = _dtype.set(dtype)
+    try:
+        yield
+    finally:
+        _dtype.reset(token)
 
 
 class ShapeError(ValueError):
@@ -20,14 +35,17 @@ def make_parameter(
     shard_ids: tuple[Hashable, ...] = WHOLE,
     like: torch.Tensor | None = None,
 ) -> nn.Parameter:
-    """An uninitialised parameter without gradient, of `like`'s dtype and device, or else of torch's default ones.
+    """An uninitialised parameter without gradient.
+
+    It has `like`'s dtype and device; without `like`, the dtype of parameter_dtype (else torch's default) and the
+    default device.
 
     weight_loader(param, loaded_weight[, shard_id]) copies this rank's share of a checkpoint's tensor, cast to the
     parameter's dtype. shard_ids: every value of shard_id with which it must be called before the parameter is complete;
     (None,) means one call without shard_id.
     """
-    empty = torch.empty(shape) if like is None else torch.empty(shape, dtype=like.dtype, device=like.device)
-    param: Any = nn.Parameter(empty, requires_grad=False)
+    dtype, device = (_dtype.get(), None) if like is None else (like.dtype, like.device)
+    param: Any = nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
     param.weight_loader = weight_loader
     param.shard_ids = shard_ids
     return param

@@ -3,6 +3,7 @@
 import torch
 
 from nanovllm.layers.attention_backend import AttentionBackend
+from nanovllm.layers.parameter import parameter_dtype
 from nanovllm.layers.tensor_parallel import SINGLE_RANK, TensorParallel
 from nanovllm.model_config import ModelConfig
 from nanovllm.models.decoder import DecoderForCausalLM
@@ -27,9 +28,5 @@ def build_model(config: ModelConfig, backend: AttentionBackend, tp: TensorParall
     if config.model_type not in model_dict:
         raise ValueError(f"model_type must be one of {', '.join(model_dict)}, got {config.model_type!r}")
     config.check_tensor_parallel_size(tp.size)
-    previous = torch.get_default_dtype()
-    torch.set_default_dtype(getattr(torch, config.dtype))
-    try:
+    with parameter_dtype(getattr(torch, config.dtype)):
         return model_dict[config.model_type](config, backend, tp)
-    finally:
-        torch.set_default_dtype(previous)

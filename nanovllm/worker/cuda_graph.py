@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from nanovllm.context import Context
 from nanovllm.engine.model_input import PADDING_SLOT, ModelInput
+from nanovllm.worker.torch_state import gpu_lock
 
 MAX_GRAPH_BATCH_SIZE = 512  # larger batches keep the GPU busy longer than launching takes: they run eagerly
 
@@ -76,9 +77,11 @@ class DecodeGraphs:
         for size in tqdm(batch_sizes[::-1], desc="Capturing CUDA graphs", disable=None if use_tqdm else True):
             graph = torch.cuda.CUDAGraph()
             inputs = self._inputs(size)
-            self._warm_up(forward, inputs, stream)
-            with torch.cuda.graph(graph, pool=pool, stream=stream):
-                logits = forward(*inputs)
+            with gpu_lock:
+                self._warm_up(forward, inputs, stream)
+                # thread_local: what the program's other threads do on the GPU does not end the capture.
+                with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                    logits = forward(*inputs)
             pool = pool or graph.pool()
             self._graphs[size], self._logits[size] = graph, logits
 

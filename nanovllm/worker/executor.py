@@ -1,6 +1,7 @@
 """Executor: runs scheduled batches on rank 0's ModelRunner and, with several ranks, on theirs."""
 
 import gc
+import os
 import traceback
 import weakref
 from contextlib import ExitStack
@@ -31,7 +32,7 @@ class Executor:
 
     def __init__(self, config: Config, model_config: ModelConfig, model_dir: Path) -> None:
         self._resources = ExitStack()  # closed in reverse order, also when this object or the interpreter ends
-        self._finalizer = weakref.finalize(self, self._resources.close)
+        self._finalizer = weakref.finalize(self, _close_in_own_process, os.getpid(), self._resources)
         self._ranks: LocalRanks | LaunchedRanks | None = None
         self._runner: ModelRunner | None = None
         try:
@@ -106,6 +107,12 @@ class Executor:
         if cause is error:
             raise error
         raise cause from error
+
+
+def _close_in_own_process(pid: int, resources: ExitStack) -> None:
+    """Nothing in a process that was forked from the engine's: ranks, group and shared memory are its parent's."""
+    if os.getpid() == pid:
+        resources.close()
 
 
 def _other_ranks(model: Model) -> LocalRanks | LaunchedRanks:

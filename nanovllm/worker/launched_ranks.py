@@ -53,13 +53,15 @@ class LaunchedRanks:
     def send(self, message: object) -> None:
         """Rank 0: let the other ranks have `message`."""
         data = torch.frombuffer(bytearray(encode(message)), dtype=torch.uint8)
-        self._broadcast(torch.tensor([len(data)]))
+        self._broadcast(torch.tensor([len(data)], device="cpu"))
         self._broadcast(data)
 
     def receive(self) -> Any:
         """The other ranks: the next message. Waits for it."""
-        num_bytes = self._broadcast(torch.empty(1, dtype=torch.int64))
-        return pickle.loads(self._broadcast(torch.empty(int(num_bytes), dtype=torch.uint8)).numpy().tobytes())
+        num_bytes = self._broadcast(torch.empty(1, dtype=torch.int64, device="cpu"))
+        return pickle.loads(
+            self._broadcast(torch.empty(int(num_bytes), dtype=torch.uint8, device="cpu")).numpy().tobytes()
+        )
 
     def _broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
         self._control.broadcast([tensor], dist.BroadcastOptions()).wait()

@@ -5,12 +5,14 @@ group is lost anyway. Rank 0, perhaps inside a collective that can never end, is
 close, by NCCL when the group is aborted.
 """
 
+import multiprocessing.process
 import os
 import shutil
 import signal
 import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import ExitStack, contextmanager, suppress
@@ -30,6 +32,17 @@ from nanovllm.worker.shm_channel import ShmSender
 GRACE_SECONDS = 0.5  # after the first failure, for the other ranks to say what they saw
 PATIENCE_SECONDS = 5.0  # for the listening thread to explain what rank 0 ran into
 END_SECONDS = 10.0  # for ranks to end by themselves before they are killed
+
+
+_all_processes: "weakref.WeakSet[Any]" = weakref.WeakSet()  # of all engines of this process
+
+
+def _disown_processes() -> None:
+    """In a forked process: multiprocessing would terminate and join its parent's ranks when it exits."""
+    multiprocessing.process._children.difference_update(_all_processes)  # type: ignore[attr-defined]
+
+
+os.register_at_fork(after_in_child=_disown_processes)
 
 
 class RankError(RuntimeError):
@@ -77,6 +90,7 @@ class LocalRanks:
                 process = context.Process(target=run_rank, args=arguments, daemon=True)
                 process.start()
                 self._processes.append(process)
+                _all_processes.add(process)
                 their_end.close()  # so that the pipe ends when the process does
         self._listener.start()
 
@@ -188,7 +202,7 @@ class LocalRanks:
 
     def _stop_listening(self) -> None:
         if self._listener.is_alive():
-            self._wake_sender.close()
+            self._wake_sender.send(None)  # closing it would not do: a forked process may hold it open
             self._listener.join()
 
     def _listen(self) -> None:

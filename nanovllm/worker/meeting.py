@@ -21,6 +21,7 @@ from typing import Any
 import torch.distributed
 
 from nanovllm.worker.process_group import FOR_EVER, Place, PrefixStore, nccl
+from nanovllm.worker.torch_state import gpu_lock
 
 dist: Any = torch.distributed  # its type stubs lack what its documentation has
 
@@ -51,7 +52,8 @@ def meet(place: Place, store: Any, check: Callable[[], None] = lambda: None) -> 
     the latest when an attempt is over. Raises RuntimeError when MAX_ATTEMPTS have failed.
     """
     if place.has_own_gpu:
-        torch.cuda.synchronize()  # makes this process's context on its GPU, which takes a while
+        with gpu_lock:
+            torch.cuda.synchronize()  # makes this process's context on its GPU, which takes a while
         _hear_all(PrefixStore("come", store), place, "here", check)
         with _environment(UNWATCHED):  # which torch reads when it makes a group; it connects later
             return nccl(place, store)

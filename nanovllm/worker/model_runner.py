@@ -3,7 +3,7 @@
 import gc
 import math
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,6 +34,7 @@ from nanovllm.worker.cuda_graph import DecodeGraphs, graph_batch_sizes
 from nanovllm.worker.kv_cache import block_bytes, num_blocks_on_cpu, num_blocks_that_fit
 from nanovllm.worker.launched_step import LaunchedStep
 from nanovllm.worker.process_group import resolve_device
+from nanovllm.worker.torch_state import gpu_lock, plain_torch_state
 
 BYTES_PER_GRAPH = 8 * 2**20  # of the driver, for one recorded graph beside its tensors
 
@@ -45,7 +46,8 @@ class ModelRunner:
     the poorest of them. between_tensors is called now and then while weights are loaded, and may raise.
     kv_cache: [2, num_layers, num_kv_cache_blocks, block_size, num_kv_heads, head_dim], this rank's keys and values.
     Raises ValueError for a device that is not there and for memory that does not suffice; everything the model
-    loader raises passes through. torch's default dtype and device are as before, whatever happens.
+    loader raises passes through. What surrounds the call in torch (plain_torch_state) changes nothing here, and is as
+    before, whatever happens.
     """
 
     def __init__(
@@ -63,6 +65,11 @@ class ModelRunner:
         self.model_config = model_config if config.dtype == "auto" else replace(model_config, dtype=config.dtype)
         self.device = resolve_device(config.device)
         self.dtype: torch.dtype = getattr(torch, self.model_config.dtype)
+        with plain_torch_state(self.device, is_inference=False):
+            self._start(model_dir, between_tensors)
+
+    def _start(self, model_dir: Path, between_tensors: Callable[[], None] | None) -> None:
+        config, model_config, tp = self.config, self.model_config, self.tp
         backend = choose_attention_backend(
             config.attention_backend, self.device, self.dtype, model_config.head_dim, config.kv_cache_block_size
         )
@@ -92,18 +99,19 @@ class ModelRunner:
 
     def warmup_model(self) -> None:
         """Run the largest step there can be, so that its memory is known and its kernels are compiled."""
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(self.device)
-        self._launch(
-            prepare_warmup(
-                self.config.max_num_batched_tokens,
-                self.config.max_model_len,
-                self.config.max_num_seqs,
-                self.config.kv_cache_block_size,
+        with gpu_lock:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self._launch(
+                prepare_warmup(
+                    self.config.max_num_batched_tokens,
+                    self.config.max_model_len,
+                    self.config.max_num_seqs,
+                    self.config.kv_cache_block_size,
+                )
             )
-        )
-        torch.cuda.synchronize(self.device)
-        torch.cuda.empty_cache()
+            torch.cuda.synchronize(self.device)
+            torch.cuda.empty_cache()
 
     def _compile_kinds_of_prefill(self) -> None:
         """So that no request waits for the compiler: warmup_model, before there is a cache, meets one kind only."""
@@ -116,7 +124,8 @@ class ModelRunner:
             config.kv_cache_block_size,
         ):
             self._launch(model_input)
-        torch.cuda.synchronize(self.device)
+        with gpu_lock:
+            torch.cuda.synchronize(self.device)
 
     def allocate_kv_cache(self) -> torch.Tensor:
         """The cache tensor, bound to the model's attention layers. Never-written slots hold what was in memory."""
@@ -192,14 +201,15 @@ class ModelRunner:
         """
         batch_sizes = graph_batch_sizes(self.config.max_num_seqs)
         self.num_kv_cache_blocks = 1
-        cache = self.allocate_kv_cache()
-        free_before, _ = torch.cuda.mem_get_info(self.device)
-        graphs = self._capture_graphs(batch_sizes[-1:], use_tqdm=False)
-        torch.cuda.synchronize(self.device)
-        free_after, _ = torch.cuda.mem_get_info(self.device)
-        graphs.close()
-        del cache, graphs
-        torch.cuda.empty_cache()
+        with gpu_lock:
+            cache = self.allocate_kv_cache()
+            free_before, _ = torch.cuda.mem_get_info(self.device)
+            graphs = self._capture_graphs(batch_sizes[-1:], use_tqdm=False)
+            torch.cuda.synchronize(self.device)
+            free_after, _ = torch.cuda.mem_get_info(self.device)
+            graphs.close()
+            del cache, graphs
+            torch.cuda.empty_cache()
         return free_before - free_after + BYTES_PER_GRAPH * len(batch_sizes)
 
     # --- one step ---
@@ -211,16 +221,18 @@ class ModelRunner:
 
     def run(self, batch: ScheduledBatch) -> list[int]:
         """Compute `batch`; the new token ids of batch.sampled_sequences, in their order (none on ranks but 0)."""
-        return self._launch(self._prepare(batch)).tolist()
+        with plain_torch_state(self.device, is_inference=True):
+            return self._launch(self._prepare(batch)).tolist()
 
     def launch(self, batch: ScheduledBatch, before: LaunchedStep | None = None) -> LaunchedStep:
         """As run, but does not wait. `before` was launched last, and `batch` is what Scheduler.schedule_ahead chose to
         follow it; None when `batch` has been scheduled as always. One rank only.
         """
-        if before is None:
-            return LaunchedStep(batch, self._launch(self._prepare(batch)))
-        model_input = self.prepare_ahead(batch.sequences, before.batch.sampled_sequences)
-        return LaunchedStep(batch, self._launch(model_input, before.sampled))
+        with plain_torch_state(self.device, is_inference=True):
+            if before is None:
+                return LaunchedStep(batch, self._launch(self._prepare(batch)))
+            model_input = self.prepare_ahead(batch.sequences, before.batch.sampled_sequences)
+            return LaunchedStep(batch, self._launch(model_input, before.sampled))
 
     def _prepare(self, batch: ScheduledBatch) -> ModelInput:
         return (self.prepare_prefill if batch.is_prefill else self.prepare_decode)(batch.sequences)
@@ -231,10 +243,11 @@ class ModelRunner:
 
         sampled_before: those of the step before, when model_input has unknown tokens.
         """
-        logits = self._sampled_logits(model_input, sampled_before)
-        if logits is None:
-            return torch.empty(0, dtype=torch.int64)
-        return self.sampler(logits, SamplingTensors.from_rows(model_input.sampling, self.device))
+        with gpu_lock if self.device.type == "cuda" else nullcontext():
+            logits = self._sampled_logits(model_input, sampled_before)
+            if logits is None:
+                return torch.empty(0, dtype=torch.int64)
+            return self.sampler(logits, SamplingTensors.from_rows(model_input.sampling, self.device))
 
     def _sampled_logits(self, model_input: ModelInput, sampled_before: torch.Tensor | None) -> torch.Tensor | None:
         """[num_samples, vocab_size]; None on ranks but 0, and when every prompt has another chunk to come."""
@@ -283,13 +296,15 @@ class ModelRunner:
 
     def close(self) -> None:
         """Drop graphs, model and cache, and give their memory back to the device."""
-        if self.device.type == "cuda" and self.tp.size == 1:
-            with suppress(RuntimeError):  # a step's own error, which was said or is of no interest any more
-                torch.cuda.synchronize(self.device)  # a launched step may still use them
-        if self.graphs is not None:
-            self.graphs.close()
-            self.graphs = None
-        del self.model, self.kv_cache
-        gc.collect()  # modules refer to each other in cycles
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        is_gpu = self.device.type == "cuda"
+        with gpu_lock if is_gpu else nullcontext():
+            if is_gpu and self.tp.size == 1:
+                with suppress(RuntimeError):  # a step's own error, which was said or is of no interest any more
+                    torch.cuda.synchronize(self.device)  # a launched step may still use them
+            if self.graphs is not None:
+                self.graphs.close()
+                self.graphs = None
+            del self.model, self.kv_cache
+            gc.collect()  # modules refer to each other in cycles
+            if is_gpu:
+                torch.cuda.empty_cache()

@@ -12,13 +12,17 @@ What says "written" and "read" is a semaphore, not a multiprocessing.Event: Even
 each sleeper has woken up, so it never returns once a waiting process was killed. Releasing a semaphore never waits.
 """
 
+import errno
+import os
 import pickle
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.context import BaseContext
 from multiprocessing.shared_memory import SharedMemory
 from typing import Any
 
+SHM_DIRECTORY = "/dev/shm"  # where Linux keeps the segments and semaphores of all processes
 CAPACITY = 2**20  # bytes of a piece; a decode step of 256 sequences takes less than 64 KiB
 POLL_SECONDS = 0.05  # how often a sender that waits looks after its receivers
 _HEADER = struct.Struct("<Q")  # bytes left of the message, this piece included
@@ -51,12 +55,22 @@ class ShmReceiver:
 
 
 class ShmSender:
-    """Rank 0's end. Call close() when the receivers' processes have ended."""
+    """Rank 0's end. Call close() when the receivers' processes have ended.
+
+    Raises ValueError, and leaves nothing, when /dev/shm is too small or full for the segment and the semaphores.
+    """
 
     def __init__(self, num_receivers: int, context: BaseContext, capacity: int = CAPACITY) -> None:
         self._capacity = capacity
-        self._segment = SharedMemory(create=True, size=_HEADER.size + capacity)
-        self.receivers = [ShmReceiver(self._segment, context, capacity) for _ in range(num_receivers)]
+        with _shm_shortage(_HEADER.size + capacity):
+            self._segment = SharedMemory(create=True, size=_HEADER.size + capacity)
+            try:
+                _reserve(self._segment)
+                self.receivers = [ShmReceiver(self._segment, context, capacity) for _ in range(num_receivers)]
+            except BaseException:
+                self._segment.close()
+                self._segment.unlink()
+                raise
 
     def send(self, message: object, check: Callable[[], None]) -> None:
         """Returns when the last piece is written. Calls `check` now and then while receivers are slow to read: an
@@ -83,3 +97,35 @@ class ShmSender:
 def _buffer(segment: SharedMemory) -> memoryview:
     assert segment.buf is not None, "the segment is closed"
     return segment.buf
+
+
+def _reserve(segment: SharedMemory) -> None:
+    """Take the segment's pages from the system now. Otherwise each is taken when it is first written, and where there
+    is none any more, SIGBUS ends the process. Raises OSError.
+    """
+    if hasattr(os, "posix_fallocate"):  # not on macOS
+        os.posix_fallocate(segment._fd, 0, segment.size)  # type: ignore[attr-defined]
+
+
+@contextmanager
+def _shm_shortage(num_bytes: int) -> Iterator[None]:
+    """Turns an OSError that says what /dev/shm lacks into a ValueError with the numbers and the remedy."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.ENOENT, errno.EACCES, errno.EROFS, errno.ENOMEM):
+            raise
+        raise ValueError(
+            f"several ranks need {num_bytes / 2**20:.1f} MiB of shared memory in {SHM_DIRECTORY} for their messages, "
+            f"got {_free_of_size()} ({error.strerror}); enlarge it (docker run --shm-size=1g, or mount -o "
+            f"remount,size=1g {SHM_DIRECTORY}; on GPUs NCCL uses it too), or delete old files there"
+        ) from error
+
+
+def _free_of_size() -> str:
+    try:
+        stats = os.statvfs(SHM_DIRECTORY)
+    except OSError as error:
+        return f"no such file system: {error.strerror}"
+    free, size = (blocks * stats.f_frsize / 2**20 for blocks in (stats.f_bavail, stats.f_blocks))
+    return f"{free:.2f} of {size:.2f} MiB free"

@@ -5,6 +5,7 @@ So running out of memory, a kernel that is missing or a package that was forgott
 
 import importlib.util
 import re
+import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -44,6 +45,15 @@ def _has_no_hopper() -> bool:
     return torch is None or not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0)
 
 
+def _cannot_mount() -> bool:
+    """Whether this user may not make a mount namespace of its own, as in most containers."""
+    command = ["unshare", "--mount", "--map-root-user", "mount", "-t", "tmpfs", "tmpfs", "/dev/shm"]
+    try:
+        return subprocess.run(command, capture_output=True, timeout=100).returncode != 0
+    except FileNotFoundError:
+        return True
+
+
 MOST_GPUS = 8  # that a test asks for
 
 STATED = [
@@ -53,6 +63,13 @@ STATED = [
         at_most=24,  # four architectures, three sizes, graphs and eager
         why="a run with -m multi_gpu takes the sizes for which there are GPUs",
         expected=_has_few_gpus,
+    ),
+    Stated(
+        r"tests/unit/worker/test_shared_memory_size\.py::test_a_real_small_file_system",
+        r"needs a mount namespace of its own",
+        at_most=1,
+        why="most containers do not permit one",
+        expected=_cannot_mount,
     ),
     Stated(
         r"tests/kernels/test_flash_attention\.py::test_equals_the_reference\[.*\]",

@@ -1,0 +1,310 @@
+"""One engine used by several threads, and several engines in several threads: each call gets its own whole output."""
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from nanovllm import LLM, SamplingParams, bundled_model_path
+from nanovllm.context import set_context
+from nanovllm.demo_prompts import DEMO_PROMPTS
+from nanovllm.engine import llm_engine
+from nanovllm.engine.request import Request
+from tests.attention_cases import Case, make_step
+from tests.e2e.conftest import BUNDLED_OPTIONS
+from tests.evidence import compared
+
+GREEDY = SamplingParams.greedy(max_tokens=12)
+PROMPTS = ["In the beginning", "The LORD is my shepherd", "And God said"]
+LIMIT_SECONDS = 60  # only a deadlock takes as long
+
+
+@pytest.fixture(scope="module")
+def ahead() -> Iterator[LLM]:
+    with LLM(str(bundled_model_path()), **BUNDLED_OPTIONS, async_scheduling=True) as llm:
+        yield llm
+
+
+@pytest.fixture(params=[False, True], ids=["sync", "async"])
+def engine(request: pytest.FixtureRequest, llm: LLM, ahead: LLM) -> Iterator[LLM]:
+    engine = ahead if request.param else llm
+    yield engine
+    assert engine.is_finished()
+    assert engine.scheduler.is_finished
+    assert not engine._news
+    assert not engine._lost
+
+
+@pytest.fixture
+def threads() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(16) as pool:
+        yield pool
+
+
+def tokens(llm: LLM, prompts: Any, params: Any = GREEDY) -> list[list[int]]:
+    return [output["token_ids"] for output in llm.generate(prompts, params, use_tqdm=False)]
+
+
+def streamed(llm: LLM, prompts: list[str], params: Any) -> list[list[int]]:
+    result: list[list[int]] = [[] for _ in prompts]
+    for item in llm.generate_stream(prompts, params):
+        result[item["index"]] += item["token_ids"]
+    return result
+
+
+class Gate:
+    """Stands before an engine's method: the first call of it waits here until `open`, or raises `error`."""
+
+    def __init__(self, llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.is_reached, self.is_open = threading.Event(), threading.Event()
+        self.error: BaseException | None = None
+        name = "launch" if llm.config.async_scheduling else "run"
+        method = getattr(llm._executor, name)
+
+        def gated(*args: Any) -> Any:
+            if not self.is_reached.is_set():
+                self.is_reached.set()
+                assert self.is_open.wait(LIMIT_SECONDS)
+                if self.error is not None:
+                    raise self.error
+            return method(*args)
+
+        monkeypatch.setattr(llm._executor, name, gated)
+
+    def wait(self) -> None:
+        assert self.is_reached.wait(LIMIT_SECONDS)
+
+    def open(self, error: BaseException | None = None) -> None:
+        self.error = error
+        self.is_open.set()
+
+
+# --- one engine ---
+
+
+def test_calls_of_many_threads_give_what_they_give_alone(engine: LLM, threads: ThreadPoolExecutor) -> None:
+    """D81: generate, streams, and requests that one of the threads steps by hand."""
+    slices = [DEMO_PROMPTS[k % 12 : k % 12 + 1 + k % 2] for k in range(60)]
+    jobs = [(prompts, SamplingParams.greedy(max_tokens=1 + k * 5 % 14)) for k, prompts in enumerate(slices)]
+    expected = [tokens(engine, list(prompts), params) for prompts, params in jobs]
+
+    def by_hand() -> list[list[int]]:
+        seq_ids = [engine.add_request(prompts[0], params) for prompts, params in jobs[:8]]
+        outputs: dict[int, list[int]] = {}
+        while outputs.keys() != set(seq_ids):
+            outputs.update({output["seq_id"]: output["token_ids"] for output in engine.step().finished})
+        return [outputs[seq_id] for seq_id in seq_ids]
+
+    stepped = threads.submit(by_hand)
+    futures = [
+        threads.submit(streamed if k % 3 == 0 else tokens, engine, list(prompts), params)
+        for k, (prompts, params) in enumerate(jobs)
+    ]
+    assert [future.result(LIMIT_SECONDS) for future in futures] == expected
+    assert stepped.result(LIMIT_SECONDS) == [token_ids[0] for token_ids in expected[:8]]
+    compared("calls of several threads against the same calls alone", len(jobs))
+
+
+def test_asyncio_to_thread(engine: LLM) -> None:
+    """D81."""
+    expected = [tokens(engine, prompt) for prompt in PROMPTS]
+
+    async def serve() -> list[list[list[int]]]:
+        return await asyncio.gather(*(asyncio.to_thread(tokens, engine, prompt) for prompt in PROMPTS))
+
+    assert asyncio.run(serve()) == expected
+
+
+def test_requests_of_several_threads_are_computed_in_one_batch(
+    engine: LLM, threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """D81: those that come while a step is computed take part in the next one."""
+    gate = Gate(engine, monkeypatch)
+    first = threads.submit(tokens, engine, PROMPTS[0])
+    gate.wait()
+    others = [threads.submit(tokens, engine, prompt) for prompt in PROMPTS[1:]]
+    while len(engine._lock._queue) < 3:  # they wait for the step
+        threading.Event().wait(0.001)
+    sizes: list[int] = []
+    take_in = engine._take_in
+    monkeypatch.setattr(engine, "_take_in", lambda batch, ids: sizes.append(len(ids)) or take_in(batch, ids))
+    gate.open()
+    for future in [first, *others]:
+        future.result(LIMIT_SECONDS)
+    assert max(sizes) == 3
+
+
+def test_tokens_that_another_threads_steps_brought_cost_no_step(
+    engine: LLM, threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """D81: a stream that stands still does not hold up another thread, whose steps compute it to its end."""
+    expected = streamed(engine, PROMPTS[:1], GREEDY)[0]
+    stream = engine.generate_stream(PROMPTS[0], GREEDY)
+    items = [next(stream)]
+    threads.submit(tokens, engine, PROMPTS[1], SamplingParams.greedy(max_tokens=30)).result(LIMIT_SECONDS)
+    monkeypatch.setattr(engine, "_advance", lambda: pytest.fail("there was nothing left to compute"))
+    items += stream
+    assert [token for item in items for token in item["token_ids"]] == expected
+    assert [item["finish_reason"] for item in items] == [None, "length"]
+
+
+@pytest.mark.parametrize("error", [MemoryError("planted"), KeyboardInterrupt()])
+def test_a_step_that_fails_costs_no_other_call_its_output(
+    engine: LLM, threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    """D81: the thread that computed it gets the exception; the others' requests are computed again."""
+    expected = [tokens(engine, prompt)[0] for prompt in PROMPTS]
+    streams = [engine.generate_stream(prompt, GREEDY) for prompt in PROMPTS[:2]]
+    items = [next(stream) for stream in streams][:1]
+    with monkeypatch.context() as planted:
+        gate = Gate(engine, planted)
+        failing = threads.submit(list, streams[1])
+        gate.wait()
+        other = threads.submit(tokens, engine, PROMPTS[2])
+        gate.open(error)
+        with pytest.raises(type(error)):
+            failing.result(LIMIT_SECONDS)
+        assert other.result(LIMIT_SECONDS) == [expected[2]]
+    items += streams[0]
+    assert [token for item in items for token in item["token_ids"]] == expected[0]
+    assert items[-1]["finish_reason"] == "length"
+
+
+def test_a_token_that_is_not_taken_in_is_an_error_of_its_call(
+    engine: LLM, threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """D81: with the cause, since the text would lack something. Requests that took no part go on."""
+    expected = tokens(engine, PROMPTS[2])
+    params = SamplingParams.greedy(max_tokens=200, ignore_eos=True)
+    streams = [engine.generate_stream(prompt, params) for prompt in PROMPTS[:2]]
+    for stream in streams:
+        next(stream)
+
+    def fail(request: Request) -> bool:
+        raise MemoryError("planted")
+
+    with monkeypatch.context() as planted:
+        planted.setattr(Request, "take_in_token", fail)
+        with pytest.raises(MemoryError):
+            threads.submit(list, streams[1]).result(LIMIT_SECONDS)
+    message = r"^a step of another call failed: MemoryError: planted; call generate again$"
+    with pytest.raises(RuntimeError, match=message):
+        list(streams[0])
+    assert tokens(engine, PROMPTS[2]) == expected
+
+
+def test_abort_while_another_thread_computes(
+    engine: LLM, threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """D81: it ends that request alone."""
+    expected = tokens(engine, PROMPTS)
+    first = engine._num_arrivals
+    gate = Gate(engine, monkeypatch)
+    generating = threads.submit(engine.generate, PROMPTS, GREEDY, use_tqdm=False)
+    gate.wait()
+    aborting = threads.submit(engine.abort, first + 1)
+    gate.open()
+    assert aborting.result(LIMIT_SECONDS)
+    outputs = generating.result(LIMIT_SECONDS)
+    assert [output["finish_reason"] for output in outputs] == ["length", "abort", "length"]
+    assert [outputs[0]["token_ids"], outputs[2]["token_ids"]] == [expected[0], expected[2]]
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_close_while_others_compute(
+    threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch, is_async: bool
+) -> None:
+    """D81: calls that compute, that wait for their turn, and streams that stand still raise an error that says so."""
+    with LLM(str(bundled_model_path()), **BUNDLED_OPTIONS, async_scheduling=is_async) as llm:
+        stream = llm.generate_stream(PROMPTS[0], GREEDY)
+        next(stream)
+        gate = Gate(llm, monkeypatch)
+        calls: list[Future[Any]] = [threads.submit(tokens, llm, PROMPTS[1])]
+        gate.wait()
+        closing = threads.submit(llm.close)
+        while len(llm._lock._queue) < 2:
+            threading.Event().wait(0.001)
+        calls.append(threads.submit(tokens, llm, PROMPTS[2]))
+        gate.open()
+        closing.result(LIMIT_SECONDS)
+        calls.append(threads.submit(list, stream))
+        for call in calls:
+            with pytest.raises(RuntimeError, match=r"^this engine is closed: make a new one$"):
+                call.result(LIMIT_SECONDS)
+
+
+def test_a_stream_that_is_closed_inside_a_step_ends_after_it(engine: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """D81: as the garbage collector may close it, in the thread that computes or in another."""
+    expected = tokens(engine, PROMPTS[1])
+    stream = engine.generate_stream(PROMPTS[0], SamplingParams.greedy(max_tokens=200, ignore_eos=True))
+    next(stream)
+    schedule = engine.scheduler.schedule
+
+    def close_and_schedule() -> Any:
+        stream.close()  # type: ignore[attr-defined]
+        return schedule()
+
+    monkeypatch.setattr(engine.scheduler, "schedule", close_and_schedule)
+    assert tokens(engine, PROMPTS[1]) == expected
+
+
+def test_one_thread_tokenizes_at_a_time_and_steps_go_on(
+    llm: LLM, threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """D81: transformers' tokenizers raise "Already borrowed" when two threads call them."""
+    as_token_ids = llm_engine.as_token_ids
+    is_reached, may_go = threading.Event(), threading.Event()
+    num_inside: list[int] = []
+
+    def slow(prompt: Any, *args: Any) -> list[int]:
+        if isinstance(prompt, str):
+            num_inside.append(1)
+            assert len(num_inside) == 1
+            is_reached.set()
+            assert may_go.wait(LIMIT_SECONDS)
+            num_inside.pop()
+        return as_token_ids(prompt, *args)
+
+    expected = tokens(llm, [[5, 6, 7]])
+    monkeypatch.setattr(llm_engine, "as_token_ids", slow)
+    calls = [threads.submit(tokens, llm, prompt) for prompt in PROMPTS]
+    assert is_reached.wait(LIMIT_SECONDS)
+    assert tokens(llm, [[5, 6, 7]]) == expected
+    may_go.set()
+    for call in calls:
+        call.result(LIMIT_SECONDS)
+
+
+# --- several engines ---
+
+
+def test_engines_in_several_threads_do_not_meet(llm: LLM, threads: ThreadPoolExecutor) -> None:
+    """D81: they start and compute at the same time, in different dtypes."""
+    expected = tokens(llm, PROMPTS)
+    barrier = threading.Barrier(4)
+
+    def use(dtype: str) -> list[list[int]]:
+        barrier.wait(LIMIT_SECONDS)
+        with LLM(str(bundled_model_path()), **BUNDLED_OPTIONS, dtype=dtype) as own:
+            runner = own._executor._runner
+            assert {parameter.dtype for parameter in runner.model.parameters()} == {runner.dtype}
+            return tokens(own, PROMPTS)
+
+    results = [threads.submit(use, dtype) for dtype in ("float32", "float16", "float32", "bfloat16")]
+    results = [result.result(LIMIT_SECONDS) for result in results]
+    assert [results[0], results[2]] == [expected, expected]
+
+
+def test_a_context_belongs_to_its_thread(threads: ThreadPoolExecutor) -> None:
+    """D81."""
+    context = make_step(Case(((3, 3),))).context
+
+    def use() -> None:
+        with set_context(context):
+            pass
+
+    with set_context(context):
+        threads.submit(use).result(LIMIT_SECONDS)

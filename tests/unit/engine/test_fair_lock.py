@@ -1,0 +1,138 @@
+"""FairLock: one thread at a time, in the order of asking, and any number of times in the same thread."""
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from nanovllm.engine.fair_lock import FairLock
+
+LIMIT_SECONDS = 60  # only a deadlock takes as long
+
+
+def start(work: Callable[[], Any]) -> threading.Thread:
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    return thread
+
+
+def join(*threads: threading.Thread) -> None:
+    for thread in threads:
+        thread.join(LIMIT_SECONDS)
+        assert not thread.is_alive(), "a thread waits for the lock and never gets it"
+
+
+def wait_for_queue(lock: FairLock, length: int) -> None:
+    deadline = time.monotonic() + LIMIT_SECONDS
+    while len(lock._queue) != length:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_threads_enter_in_the_order_of_asking() -> None:
+    """D81: also before the thread that leaves and asks again at once."""
+    lock, entered = FairLock(), []
+
+    def enter(number: int) -> None:
+        with lock:
+            entered.append(number)
+
+    threads = []
+    with lock:
+        for number in range(5):
+            threads.append(start(lambda number=number: enter(number)))
+            wait_for_queue(lock, number + 2)
+    enter(5)
+    join(*threads)
+    assert entered == [0, 1, 2, 3, 4, 5]
+
+
+def test_one_thread_at_a_time() -> None:
+    """D81."""
+    lock, counter = FairLock(), [0]
+
+    def work() -> None:
+        for _ in range(200):
+            with lock:
+                value = counter[0]
+                time.sleep(0)  # lets another thread run
+                counter[0] = value + 1
+
+    join(*[start(work) for _ in range(4)])
+    assert counter == [800]
+    assert not lock._queue
+
+
+def test_the_thread_inside_enters_again() -> None:
+    """D81: and the lock is free once it has left as often as it entered."""
+    lock, entered = FairLock(), threading.Event()
+
+    def enter() -> None:
+        with lock:
+            entered.set()
+
+    with lock:
+        with lock:
+            thread = start(enter)
+            wait_for_queue(lock, 2)
+        assert not entered.wait(0.05)
+    join(thread)
+    assert entered.is_set()
+
+
+def test_an_exception_in_the_waiting_gives_the_place_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """D81: as Ctrl-C in the main thread does; those behind it enter."""
+    lock = FairLock()
+    events: list[str] = []
+    is_inside, may_leave = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with lock:
+            is_inside.set()
+            assert may_leave.wait(LIMIT_SECONDS)
+
+    def be_interrupted() -> None:
+        class Interrupted:
+            def get(self) -> None:
+                events.append("waits")
+                raise KeyboardInterrupt
+
+            def put(self, _: None) -> None:
+                pass
+
+        with monkeypatch.context() as planted:
+            planted.setattr("nanovllm.engine.fair_lock.SimpleQueue", Interrupted)
+            with pytest.raises(KeyboardInterrupt), lock:
+                events.append("inside")
+
+    def enter() -> None:
+        with lock:
+            events.append("entered")
+
+    holder = start(hold)
+    assert is_inside.wait(LIMIT_SECONDS)
+    be_interrupted()
+    wait_for_queue(lock, 1)
+    last = start(enter)
+    wait_for_queue(lock, 2)
+    may_leave.set()
+    join(holder, last)
+    assert events == ["waits", "entered"]
+    with lock:
+        pass
+
+
+def test_try_enter_never_waits() -> None:
+    """D81: not even for the thread itself."""
+    lock = FairLock()
+    assert lock.try_enter()
+    assert not lock.try_enter()
+    results: list[bool] = []
+    join(start(lambda: results.append(lock.try_enter())))
+    assert results == [False]
+    lock.__exit__()
+    assert lock.try_enter()
+    lock.__exit__()
+    assert not lock._queue
