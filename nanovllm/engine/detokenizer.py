@@ -148,14 +148,13 @@ class _IncrementalDecoder:
         return text
 
     def _extend_window(self, token_ids: list[int]) -> str:
-        text = self._utf8.decode(b"", final=True)
         window = self._window + token_ids
         window_text = self._decoder.decode(window)
         if self._window and window_text == self._window_text and not self._decoder.decode(token_ids):
-            return text  # tokens without any text are no context
+            return ""  # ids that the tokenizer does not know are neither text nor context
         self._window, self._window_text = window, window_text
         settled = len(window_text) - window_text.endswith(_REPLACEMENT)
-        text += window_text[self._num_settled : settled]
+        text = self._utf8.decode(b"", final=True) + window_text[self._num_settled : settled]
         self._num_settled = max(self._num_settled, settled)
         if len(window) > _MAX_WINDOW:
             self._shorten_window()

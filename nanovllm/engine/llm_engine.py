@@ -1,5 +1,9 @@
-"""LLMEngine: requests in, outputs out; the one place where engine (decides) and worker (computes) meet."""
+"""LLMEngine: requests in, outputs out; the one place where engine (decides) and worker (computes) meet.
 
+All entry points are in this one file because they share the requests under way.
+"""
+
+import logging
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -9,6 +13,7 @@ from tqdm.auto import tqdm
 
 from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.chat import TWO_BOS_WARNING, begins_with_two_bos, chat_prompts
 from nanovllm.engine.inputs import as_params_list, as_prompt_list, as_token_ids, request_seed
 from nanovllm.engine.request import Request
 from nanovllm.engine.scheduler import ScheduledBatch, Scheduler
@@ -19,6 +24,8 @@ from nanovllm.model_config import load_model_config
 from nanovllm.model_path import local_model_dir
 from nanovllm.outputs import RequestOutput, StepOutput, StreamOutput
 from nanovllm.sampling_params import SamplingParams
+
+logger = logging.getLogger("nanovllm")
 
 
 class LLMEngine:
@@ -54,6 +61,7 @@ class LLMEngine:
         self._ahead: Any = None  # LaunchedStep of the step after the current one
         self._requests: dict[int, Request] = {}
         self._num_arrivals = 0
+        self._has_warned_of_two_bos = False
 
     # --- whole prompts ---
 
@@ -124,6 +132,48 @@ class LLMEngine:
                 if not request.sequence.is_finished:
                     self.abort(request.sequence.seq_id)
                 self._requests.pop(request.sequence.seq_id, None)
+
+    # --- chat ---
+
+    def chat(
+        self,
+        messages: list[Any],
+        sampling_params: SamplingParams | list[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: list[Any] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Generate the next message of one conversation, or of each in a list of conversations.
+
+        messages: a list of dicts with "role" and "content" (each a str), or a list of such lists. The model's chat
+            template renders them, special tokens included; no other special tokens are added.
+        chat_template: a Jinja template in place of the model's.
+        add_generation_prompt: the prompt ends where the assistant's message begins.
+        continue_final_message: the last message stays open and the model continues it; needs
+            add_generation_prompt=False.
+        tools: JSON schemas or functions that the template offers to the model.
+        chat_template_kwargs: further variables of the template, for example {"enable_thinking": False}.
+        Raises ValueError for messages that the template cannot render, and as generate.
+        """
+        options = (chat_template, add_generation_prompt, continue_final_message, tools, chat_template_kwargs)
+        return self.generate(chat_prompts(self.tokenizer, messages, *options), sampling_params, use_tqdm)
+
+    def chat_stream(
+        self,
+        messages: list[Any],
+        sampling_params: SamplingParams | list[SamplingParams] | None = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: list[Any] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> Iterator[StreamOutput]:
+        """As chat, but yields each message's text and tokens as they are produced. See generate_stream."""
+        options = (chat_template, add_generation_prompt, continue_final_message, tools, chat_template_kwargs)
+        return self.generate_stream(chat_prompts(self.tokenizer, messages, *options), sampling_params)
 
     # --- step by step ---
 
@@ -222,6 +272,9 @@ class LLMEngine:
 
     def _make_sequence(self, prompt: Any, params: SamplingParams, arrival: int) -> Sequence:
         token_ids = as_token_ids(prompt, self.tokenizer, self.vocab_size)
+        if not self._has_warned_of_two_bos and begins_with_two_bos(prompt, token_ids, self.tokenizer):
+            self._has_warned_of_two_bos = True
+            logger.warning(TWO_BOS_WARNING, self.tokenizer.bos_token)
         if params.stop and self.tokenizer is None:
             raise ValueError(f"stop strings need a tokenizer and the model has none, got stop={params.stop!r}")
         seq = Sequence(

@@ -40,10 +40,11 @@ class TokenDecoder:
             return {}
         names = [f"<0x{byte:02X}>" for byte in range(256)]
         token_ids: list[Any] = tokenizer.convert_tokens_to_ids(names)
-        found = {}
+        found: dict[int, int] = {}
         for byte, (name, token_id) in enumerate(zip(names, token_ids, strict=True)):
-            is_there = token_id is not None and tokenizer.convert_ids_to_tokens(token_id) == name  # else it is unk
-            if is_there and self.decode([token_id]) != name:
+            if token_id is None or tokenizer.convert_ids_to_tokens(token_id) != name:  # it is the unknown token
+                continue
+            if self.decode([token_id]) != name:
                 found[byte] = token_id
         return found
 

@@ -128,6 +128,17 @@ def test_character_that_max_tokens_cuts_is_one_replacement_character(known: Know
     assert "".join(one_by_one(known.tokenizer, prompt, completion)) == expected
 
 
+def test_ids_that_the_tokenizer_does_not_know_are_left_out(known: KnownTokenizer) -> None:
+    """A model's vocabulary may be larger than its tokenizer's: such an id does not part the bytes of a character."""
+    unknown = len(known.token_bytes)
+    parts = [[known.id_of(bytes([byte]))] for byte in "🙂".encode()]
+    completion = [known.id_of(b" the"), *[token_id for part in parts for token_id in (*part, unknown, unknown)]]
+    completion += [known.id_of(b" the"), unknown, known.id_of(b" a")]
+    prompt = [known.id_of(b"b")]
+    assert at_once(known.tokenizer, prompt, completion) == " the🙂 the a"
+    assert "".join(one_by_one(known.tokenizer, prompt, completion)) == " the🙂 the a"
+
+
 @pytest.mark.parametrize("byte", [0xFF, 0x82, 0xF0])
 def test_work_is_linear_in_the_number_of_invalid_bytes(known: KnownTokenizer, byte: int) -> None:
     """D82: counted in calls of decode and in tokens passed to it."""

@@ -77,10 +77,12 @@ def word_tokenizer(decoder: str | None) -> Any:
 
 
 def _known(backend: Any, token_bytes: list[bytes | None], strips_first_space: bool) -> KnownTokenizer:
-    from tokenizers import AddedToken
+    from tokenizers import AddedToken, processors
     from transformers import PreTrainedTokenizerFast
 
     backend.add_special_tokens([AddedToken(name, special=True) for name in ("<unk>", *SPECIAL)])
+    bos = ("<s>", backend.token_to_id("<s>"))
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[bos])
     num_special = backend.get_vocab_size() - len(token_bytes)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
     return KnownTokenizer(tokenizer, (*token_bytes, *[None] * num_special), strips_first_space)
