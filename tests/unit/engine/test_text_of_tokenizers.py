@@ -6,9 +6,12 @@ from typing import Any
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from nanovllm import bundled_model_path
 from nanovllm.engine.detokenizer import Detokenizer, decode
+from nanovllm.engine.token_decoder import TokenDecoder
 from nanovllm.engine.tokenizer import load_tokenizer
 from tests.evidence import compared
 from tests.unit.engine.text_tokenizers import SPECIAL, KnownTokenizer, byte_fallback, byte_level, word_tokenizer
@@ -128,6 +131,21 @@ def test_character_that_max_tokens_cuts_is_one_replacement_character(known: Know
     assert "".join(one_by_one(known.tokenizer, prompt, completion)) == expected
 
 
+def test_byte_tokens_are_those_that_decode_to_a_byte() -> None:
+    """D82: other vocabularies have the unknown token for "<0x41>", or none, or these six characters."""
+    known = byte_fallback()
+    decoder = TokenDecoder(known.tokenizer)
+    assert decoder.byte_tokens == {known.id_of(bytes([byte])): byte for byte in range(0x80, 0x100)}
+    assert decoder.ascii_token == known.id_of(b"A")
+    names = {name: token_id for token_id, name in enumerate(["<unk>", "<0x41>", "<0xE2>"])}
+    literal = Tokenizer(models.WordLevel(names, unk_token="<unk>"))
+    unknown = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
+    others = [PreTrainedTokenizerFast(tokenizer_object=item, unk_token="<unk>") for item in (literal, unknown)]
+    for tokenizer in (*others, word_tokenizer(None), byte_level().tokenizer):
+        decoder = TokenDecoder(tokenizer)
+        assert (decoder.byte_tokens, decoder.ascii_token) == ({}, None)
+
+
 def test_ids_that_the_tokenizer_does_not_know_are_left_out(known: KnownTokenizer) -> None:
     """A model's vocabulary may be larger than its tokenizer's: such an id does not part the bytes of a character."""
     unknown = len(known.token_bytes)
@@ -228,6 +246,7 @@ def test_text_of_other_decoders_follows_the_prompt(
         ([b"b", "<|im_end|>", b"END"], ("bEND",), "", True),  # in the text, from which special tokens are left out
         ([b"b", "<|im_end|>", b"END"], ("<|im_end|>b", "END"), "b", True),
         ([b"b", b"\xf0", b"\x9f", "<|im_end|>"], ("<|im_end|>",), "b\ufffd", True),
+        ([b"b", "</s>", "<|im_end|>"], ("<|im_end|>", "b</s><|im_end|>"), "", True),  # two at once: the first to begin
         (["<|im_end|>"], ("<|im_end|>",), "", True),
         ([b"<", b"b", b">", "</s>"], ("<b></s>",), "", True),
     ],
