@@ -16,6 +16,7 @@ from typing import Any
 
 from nanovllm import __version__
 from nanovllm.config import ATTENTION_BACKENDS, DEVICES, DTYPES, Config
+from nanovllm.engine.chat import chat_prompts
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.torchrun import read_launch
 from nanovllm.validation import require_unicode
@@ -175,11 +176,10 @@ def _read_prompts(prompts: list[str]) -> list[str]:
 
 def _as_chat(llm: Any, prompt: str) -> list[int]:
     """Token ids of a conversation that consists of the user's `prompt`, up to where the answer begins."""
-    if not llm.tokenizer.chat_template:
+    if not getattr(llm.tokenizer, "chat_template", None):
         raise ValueError("--chat needs a model with a chat template, and this one has none: leave out --chat")
-    messages = [{"role": "user", "content": prompt}]
-    text = llm.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return llm.tokenizer.encode(text, add_special_tokens=False)  # the template has written them already
+    (token_ids,) = chat_prompts(llm.tokenizer, [{"role": "user", "content": prompt}])
+    return token_ids
 
 
 def _given(arguments: argparse.Namespace, names: Any) -> dict[str, Any]:

@@ -9,7 +9,9 @@ FinishReason = Literal["stop", "length", "abort"]
 class RequestOutput(TypedDict):
     """One finished request.
 
-    text: the generated text, special tokens and the stop string left out.
+    text: the generated text, special tokens and the stop string left out. It continues the prompt's text: it begins
+        with a space if its first word does. A character of which the last bytes are missing is one U+FFFD, as with
+        bytes.decode(errors="replace"). Empty without a tokenizer.
     token_ids: the generated tokens, an end-of-sequence token included.
     finish_reason: "stop" (end-of-sequence token, stop token or stop string), "length" (max_tokens or max_model_len),
         "abort".

@@ -30,7 +30,10 @@ class SamplingParams:
     min_p: drop tokens whose probability is below min_p times that of the most likely one, in [0, 1].
     seed: 0 .. 2**64-1; the same seed, prompt and parameters give the same tokens whatever else runs beside them.
         None takes one derived from the engine's seed and the request's arrival number.
-    stop: a string or strings; the text ends before the first that appears.
+    stop: a string or strings; the text ends before the first that appears. The text leaves special tokens out, but a
+        stop string that contains the whole text of a special token ("<|im_end|>") is looked for with that token written
+        out. A part of a special token's text ("im_end") does not match it. The token that completes a stop string is
+        the last of token_ids.
     stop_token_ids: token ids that end the request like the end-of-sequence token, ignore_eos or not.
     """
 

@@ -1,7 +1,7 @@
 """What the user passes to generate, checked and in one form: token ids, one SamplingParams a prompt, a seed."""
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import xxhash
@@ -19,7 +19,7 @@ def as_prompt_list(prompts: Any) -> list[Prompt]:
     if not isinstance(prompts, list):
         raise ValueError(
             "prompts must be a str, a list of str or a list of lists of token ids, got "
-            f"{type(prompts).__name__}; wrap them in a list"
+            f"{type(prompts).__name__}{_remedy(prompts)}"
         )
     if prompts and all(is_int(item) for item in prompts):
         return [prompts]
@@ -55,21 +55,37 @@ def as_token_ids(prompt: Any, tokenizer: Any, vocab_size: int) -> list[int]:
                 "tokenizer.json"
             )
         require_unicode("a text prompt", prompt)
-        token_ids = list(tokenizer.encode(prompt))
+        # verbose=False: no warning about the tokenizer's own length limit; the engine checks max_model_len
+        token_ids = list(tokenizer.encode(prompt, verbose=False))
     elif isinstance(prompt, list):
         token_ids = prompt
     else:
-        hint = "; convert it with list(...)" if isinstance(prompt, Iterable) else ""
-        raise ValueError(f"a prompt must be a str or a list of token ids, got {type(prompt).__name__}{hint}")
+        raise ValueError(f"a prompt must be a str or a list of token ids, got {type(prompt).__name__}{_remedy(prompt)}")
     if not token_ids:
         raise ValueError(f"a prompt must have at least one token, got {prompt!r}")
     for position, token_id in enumerate(token_ids):
         if not is_int(token_id) or not 0 <= token_id < vocab_size:
             raise ValueError(
                 f"a token id must be an integer from 0 to {vocab_size - 1} (the model's vocabulary), got {token_id!r} "
-                f"at position {position}"
+                f"at position {position}{_remedy(token_id) if isinstance(token_id, Mapping) else ''}"
             )
     return [int(token_id) for token_id in token_ids]
+
+
+def _remedy(value: Any) -> str:
+    """What to do with a value that is no prompt, as the end of a message; empty if there is no advice."""
+    if isinstance(value, (bytes, bytearray)):
+        return "; decode it with .decode()"
+    if isinstance(value, Mapping):
+        if "role" in value:
+            return "; give chat messages to LLM.chat"
+        keys = [key for key in ("prompt_token_ids", "input_ids", "prompt") if key in value]
+        return f"; give its value of {keys[0]!r}" if keys else ""
+    if hasattr(value, "tolist"):  # an array or a tensor; without dimensions it would become a number
+        return "; convert it with .tolist()" if getattr(value, "ndim", 1) > 0 else ""
+    if isinstance(value, Iterable) and not isinstance(value, (str, list)):
+        return "; convert it with list(...)"
+    return ""
 
 
 def request_seed(engine_seed: int, arrival_number: int) -> int:

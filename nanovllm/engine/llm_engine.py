@@ -1,5 +1,9 @@
-"""LLMEngine: requests in, outputs out; the one place where engine (decides) and worker (computes) meet."""
+"""LLMEngine: requests in, outputs out; the one place where engine (decides) and worker (computes) meet.
 
+All entry points are in this one file because they share the requests under way and the lock around them.
+"""
+
+import logging
 import os
 import threading
 from collections import deque
@@ -12,6 +16,7 @@ from tqdm.auto import tqdm
 
 from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.chat import TWO_BOS_WARNING, begins_with_two_bos, chat_prompts
 from nanovllm.engine.fair_lock import FairLock
 from nanovllm.engine.inputs import as_params_list, as_prompt_list, as_token_ids, request_seed
 from nanovllm.engine.request import Request
@@ -26,6 +31,7 @@ from nanovllm.sampling_params import SamplingParams
 
 T = TypeVar("T")
 NOTHING = ScheduledBatch(False, (), (), ())
+logger = logging.getLogger("nanovllm")
 
 
 class LLMEngine:
@@ -80,6 +86,7 @@ class LLMEngine:
         self._lost: dict[int, str] = {}  # seq_id -> why its call gets no output
         self._num_arrivals = 0
         self._why_closed = ""
+        self._has_warned_of_two_bos = False
 
     # --- whole prompts ---
 
@@ -163,6 +170,53 @@ class LLMEngine:
                     self._forget_left()
                 finally:
                     self._lock.__exit__()
+
+    # --- chat ---
+
+    def chat(
+        self,
+        messages: list[Any],
+        sampling_params: SamplingParams | list[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: list[Any] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Generate the next message of one conversation, or of each in a list of conversations.
+
+        messages: a list of dicts with "role" and "content" (each a str), or a list of such lists. The model's chat
+            template renders them, special tokens included; no other special tokens are added.
+        chat_template: a Jinja template in place of the model's.
+        add_generation_prompt: the prompt ends where the assistant's message begins.
+        continue_final_message: the last message stays open and the model continues it; needs
+            add_generation_prompt=False.
+        tools: JSON schemas or functions that the template offers to the model.
+        chat_template_kwargs: further variables of the template, for example {"enable_thinking": False}.
+        Raises ValueError for messages that the template cannot render, and as generate.
+        """
+        options = (chat_template, add_generation_prompt, continue_final_message, tools, chat_template_kwargs)
+        return self.generate(self._chat_prompts(messages, *options), sampling_params, use_tqdm)
+
+    def chat_stream(
+        self,
+        messages: list[Any],
+        sampling_params: SamplingParams | list[SamplingParams] | None = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: list[Any] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> Iterator[StreamOutput]:
+        """As chat, but yields each message's text and tokens as they are produced. See generate_stream."""
+        options = (chat_template, add_generation_prompt, continue_final_message, tools, chat_template_kwargs)
+        return self.generate_stream(self._chat_prompts(messages, *options), sampling_params)
+
+    def _chat_prompts(self, messages: list[Any], *options: Any) -> list[list[int]]:
+        self._check_open()
+        with self._tokenizer_lock:
+            return chat_prompts(self.tokenizer, messages, *options)
 
     # --- step by step ---
 
@@ -298,6 +352,9 @@ class LLMEngine:
     def _make_sequence(self, prompt: Any, params: SamplingParams) -> Sequence:
         with self._tokenizer_lock if isinstance(prompt, str) else nullcontext():
             token_ids = as_token_ids(prompt, self.tokenizer, self.vocab_size)
+            if not self._has_warned_of_two_bos and begins_with_two_bos(prompt, token_ids, self.tokenizer):
+                self._has_warned_of_two_bos = True
+                logger.warning(TWO_BOS_WARNING, self.tokenizer.bos_token)
         if params.stop and self.tokenizer is None:
             raise ValueError(f"stop strings need a tokenizer and the model has none, got stop={params.stop!r}")
         seq = Sequence(token_ids, params, block_size=self.config.kv_cache_block_size)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from nanovllm.engine.detokenizer import Detokenizer, decode
+from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.engine.sequence import Sequence
 from nanovllm.outputs import RequestOutput, StreamOutput
 
@@ -24,9 +24,8 @@ class Request:
         self._tokenizer = tokenizer
         self._detokenizer: Detokenizer | None = None
         self._num_taken_tokens = 0
-        stop = sequence.sampling_params.stop
-        if tokenizer is not None and (is_streamed or stop):
-            self._detokenizer = Detokenizer(tokenizer, stop)
+        if tokenizer is not None and (is_streamed or sequence.sampling_params.stop):
+            self._detokenizer = self._make_detokenizer()
 
     def take_in_token(self) -> bool:
         """Take in the sequence's last token. True if it completed a stop string."""
@@ -63,14 +62,20 @@ class Request:
             index=self.index, text=text, token_ids=token_ids, finish_reason=seq.finish_reason, seq_id=seq.seq_id
         )
 
+    def _make_detokenizer(self) -> Detokenizer:
+        seq = self.sequence
+        return Detokenizer(self._tokenizer, seq.sampling_params.stop, seq.prompt_token_ids)
+
     def _text(self) -> str:
-        if self._detokenizer is not None:
-            self._detokenizer.close()
-            return self._detokenizer.text
         if self._tokenizer is None:
             return ""
-        token_ids = self.sequence.completion_token_ids
-        return decode(self._tokenizer, token_ids[:-1] if self._is_last_token_hidden() else token_ids)
+        if self._detokenizer is None:
+            token_ids = self.sequence.completion_token_ids
+            is_last_hidden = self._is_last_token_hidden()
+            self._detokenizer = self._make_detokenizer()
+            self._detokenizer.extend(token_ids[:-1] if is_last_hidden else token_ids)
+        self._detokenizer.close()
+        return self._detokenizer.text
 
     def _is_last_token_hidden(self) -> bool:
         """A token that ended the request (end of sequence, stop token) is no part of the text."""

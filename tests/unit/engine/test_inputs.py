@@ -1,6 +1,7 @@
 """inputs: prompts and parameters in every form users give them, and the seeds of requests without one."""
 
 import struct
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import xxhash
 
 from nanovllm import SamplingParams
+from nanovllm.engine.chat import as_conversations
 from nanovllm.engine.inputs import as_params_list, as_prompt_list, as_token_ids, request_seed
 
 GREEDY = SamplingParams.greedy()
@@ -16,7 +18,8 @@ GREEDY = SamplingParams.greedy()
 class WordTokenizer:
     """One token for each word: its length."""
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, verbose: bool) -> list[int]:
+        assert not verbose
         return [len(word) for word in text.split()]
 
 
@@ -47,10 +50,87 @@ def test_a_list_of_arrays_is_not_one_prompt() -> None:
 
 @pytest.mark.parametrize("prompts", [None, 5, ("a", "b"), {"a": 1}, b"ab", np.array([1, 2]), (1, 2)])
 def test_other_types_are_refused(prompts: Any) -> None:
-    with pytest.raises(
-        ValueError, match=rf"prompts must be a str, .* got {type(prompts).__name__}; wrap them in a list"
-    ):
+    with pytest.raises(ValueError, match=rf"prompts must be a str, .* got {type(prompts).__name__}"):
         as_prompt_list(prompts)
+
+
+# Words of a message -> what somebody does to the value who follows them.
+REMEDIES: dict[str, Callable[[Any], Any]] = {
+    "; convert it with list(...)": list,
+    "; convert it with .tolist()": lambda value: value.tolist(),
+    "; decode it with .decode()": lambda value: value.decode(),
+    "; give its value of 'prompt'": lambda value: value["prompt"],
+    "; give its value of 'prompt_token_ids'": lambda value: value["prompt_token_ids"],
+    "; give its value of 'input_ids'": lambda value: value["input_ids"],
+    "; decode its bytes with the right encoding, or with errors='replace'": lambda value: value.encode(
+        errors="surrogateescape"
+    ).decode(errors="replace"),
+}
+
+
+def remedy(message: str, value: Any) -> Any:
+    (follow,) = [follow for words, follow in REMEDIES.items() if message.endswith(words)]
+    return follow(value)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "expected"),
+    [
+        (("a", "bb"), [[1], [2]]),
+        (([1, 2], [3]), [[1, 2], [3]]),
+        (((1, 2), (3,)), [[1, 2], [3]]),
+        ((1, 2), [[1, 2]]),
+        (b"a bb", [[1, 2]]),
+        (bytearray(b"a bb"), [[1, 2]]),
+        ([b"a bb", "a"], [[1, 2], [1]]),
+        (np.array([1, 2]), [[1, 2]]),
+        (np.array([[1, 2], [3, 4]]), [[1, 2], [3, 4]]),
+        ([np.array([1, 2]), np.array([3])], [[1, 2], [3]]),
+        (range(3), [[0, 1, 2]]),
+        ((word for word in "ab"), [[1], [1]]),
+        ({"input_ids": [1, 2]}, [[1, 2]]),
+        ({"input_ids": np.array([[1, 2]])}, [[1, 2]]),
+        ([{"prompt_token_ids": [1, 2]}, {"prompt": "a"}], [[1, 2], [1]]),
+        ("caf\udce9", [[4]]),
+    ],
+)
+def test_remedies_work(prompts: Any, expected: list[list[int]]) -> None:
+    """D93: whoever does what the message says gets the prompts that were meant."""
+    for _ in range(3):
+        try:
+            prompts = as_prompt_list(prompts)
+            break
+        except ValueError as error:
+            prompts = remedy(str(error), prompts)
+    token_ids = []
+    for prompt in prompts:
+        for _ in range(3):
+            try:
+                token_ids.append(as_token_ids(prompt, WordTokenizer(), 10))
+                break
+            except ValueError as error:
+                prompt = remedy(str(error), prompt)
+    assert token_ids == expected
+
+
+@pytest.mark.parametrize("wrap", [lambda messages: messages, lambda messages: [messages], lambda messages: messages[0]])
+def test_chat_messages_are_sent_to_chat(wrap: Callable[[Any], Any]) -> None:
+    """D93: as one conversation, as several, or a single message."""
+    messages = wrap([{"role": "user", "content": "a"}])
+    with pytest.raises(ValueError, match=r"got (dict|{'role'.*); give chat messages to LLM\.chat$"):
+        [as_token_ids(prompt, WordTokenizer(), 10) for prompt in as_prompt_list(messages)]
+    if isinstance(messages, dict):
+        with pytest.raises(ValueError, match=r"got dict; wrap the message in a list$"):
+            as_conversations(messages)
+        messages = [messages]
+    assert as_conversations(messages)
+
+
+def test_values_without_a_remedy_get_none() -> None:
+    """D93: an array without dimensions is no prompt after .tolist() either."""
+    for value in (np.int64(3), np.float32(1), np.array(1), 5, None, {"a": 1}):
+        with pytest.raises(ValueError, match=rf"got {type(value).__name__}$"):
+            as_prompt_list(value)
 
 
 def test_one_for_all_and_one_for_each() -> None:
@@ -108,9 +188,10 @@ def test_token_ids_are_plain_ints_in_a_list_of_their_own(prompt: Any, expected: 
             "caf\udce9",
             r"must be valid Unicode, got 'caf\\udce9' with a lone surrogate at position 3; .* errors='replace'",
         ),
-        ((1, 2), r"got tuple; convert it with list"),
-        (np.array([1, 2]), r"got ndarray; convert it with list"),
-        (b"ab", "got bytes"),
+        ((1, 2), r"got tuple; convert it with list\(\.\.\.\)$"),
+        (np.array([1, 2]), r"got ndarray; convert it with \.tolist\(\)$"),
+        (b"ab", r"got bytes; decode it with \.decode\(\)$"),
+        ([np.float64(2)], r"at position 0$"),
         (7, "got int$"),
         (None, "got NoneType$"),
     ],

@@ -1,0 +1,297 @@
+"""Detokenizer with real tokenizers: the text is what follows the prompt's text, for generate and the stream alike."""
+
+import itertools
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+from nanovllm import bundled_model_path
+from nanovllm.engine.detokenizer import Detokenizer, decode
+from nanovllm.engine.token_decoder import TokenDecoder
+from nanovllm.engine.tokenizer import load_tokenizer
+from tests.evidence import compared
+from tests.unit.engine.text_tokenizers import SPECIAL, KnownTokenizer, byte_fallback, byte_level, word_tokenizer
+
+KINDS = {"byte-fallback": byte_fallback, "byte-level": byte_level}
+
+
+@pytest.fixture(params=KINDS)
+def known(request: pytest.FixtureRequest) -> KnownTokenizer:
+    return KINDS[request.param]()
+
+
+class CountingTokenizer:
+    """Counts the calls of decode and the tokens passed to it."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self.num_calls = self.num_tokens = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def decode(self, token_ids: list[int], **options: Any) -> str:
+        self.num_calls += 1
+        self.num_tokens += len(token_ids)
+        return self._tokenizer.decode(token_ids, **options)
+
+
+def at_once(tokenizer: Any, prompt: list[int], completion: list[int]) -> str:
+    """As generate."""
+    detokenizer = Detokenizer(tokenizer, (), prompt)
+    detokenizer.extend(completion)
+    detokenizer.close()
+    return detokenizer.text
+
+
+def one_by_one(tokenizer: Any, prompt: list[int], completion: list[int], stop: tuple[str, ...] = ()) -> list[str]:
+    """As generate_stream: the pieces."""
+    detokenizer, pieces = Detokenizer(tokenizer, stop, prompt), []
+    for token_id in completion:
+        detokenizer.append(token_id)
+        if detokenizer.is_stopped:
+            break
+        pieces.append(detokenizer.take(is_last=False))
+    detokenizer.close()
+    pieces.append(detokenizer.take(is_last=True))
+    assert "".join(pieces) == detokenizer.text
+    return pieces
+
+
+def token_ids(known: KnownTokenizer, max_size: int) -> st.SearchStrategy[list[int]]:
+    """Any tokens, and often those whose bytes make up characters, whole or in part, with special tokens between."""
+    ids = {item: token_id for token_id, item in reversed(list(enumerate(known.token_bytes))) if item is not None}
+    single = [bytes([byte]) for byte in (0x0A, 0x20, 0x41, 0x82, 0x99, 0x9F, 0xC3, 0xE2, 0xF0, 0xFF)]
+    longer = [item for item in ids if len(item) > 1]
+    special = [token_id for token_id, item in enumerate(known.token_bytes) if item is None]
+    character = st.sampled_from(["🙂", "天", "é", "\n", "\ufffd"]).map(
+        lambda text: [ids[bytes([byte])] for byte in text.encode()]
+    )
+    token = st.one_of(
+        st.sampled_from([*(ids[item] for item in single + longer), *special]), st.sampled_from([*ids.values()])
+    )
+    parts = st.lists(st.one_of(token.map(lambda token_id: [token_id]), character), max_size=max_size)
+    return parts.map(lambda lists: list(itertools.chain(*lists)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(data=st.data())
+def test_generate_and_stream_give_the_text_that_follows_the_prompt(kind: str, data: st.DataObject) -> None:
+    """D82, D84: complete characters stay, and an incomplete one is what bytes.decode(errors="replace") makes of it."""
+    known = KINDS[kind]()
+    prompt, completion = data.draw(token_ids(known, 6)), data.draw(token_ids(known, 16))
+    expected = known.text_after(prompt, completion)
+    assert at_once(known.tokenizer, prompt, completion) == expected
+    assert "".join(one_by_one(known.tokenizer, prompt, completion)) == expected
+    assert decode(known.tokenizer, completion) == known.text(completion)
+    compared("detokenizer: text of generate and of the stream against the bytes", len(completion))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(text=st.text(alphabet="ab é🙂\n", max_size=12), prompt=st.sampled_from([[], ["<s>"], ["<s>", b"b"]]))
+def test_whole_characters_are_what_the_tokenizer_decodes(kind: str, text: str, prompt: list[Any]) -> None:
+    """The definition of these tests agrees with the tokenizers library wherever that loses nothing."""
+    known = KINDS[kind]()
+    prompt = [known.id_of(token) for token in prompt]
+    completion = [known.id_of(bytes([byte])) for byte in text.encode()]
+    whole = known.tokenizer.decode(prompt + completion, skip_special_tokens=True)
+    assert known.text(prompt + completion) == whole
+    assert at_once(known.tokenizer, prompt, completion) == whole[len(known.text(prompt)) :]
+
+
+@given(prompt=st.lists(st.integers(0, 511), max_size=12), completion=st.lists(st.integers(0, 511), max_size=40))
+def test_text_of_the_bundled_tokenizer_follows_its_prompt(prompt: list[int], completion: list[int]) -> None:
+    """D82, D84."""
+    tokenizer = _bundled()
+    before, whole = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompt, prompt + completion))
+    expected = whole.removeprefix(before) if whole.startswith(before) else whole.removeprefix(before[:-1])
+    assert at_once(tokenizer, prompt, completion) == "".join(one_by_one(tokenizer, prompt, completion)) == expected
+
+
+_tokenizers: list[Any] = []
+
+
+def _bundled() -> Any:
+    if not _tokenizers:
+        _tokenizers.append(load_tokenizer(bundled_model_path()))
+    return _tokenizers[0]
+
+
+@pytest.mark.parametrize("text", ["\n🙂", "天地人", "🙂\n🙂"])
+def test_character_that_max_tokens_cuts_is_one_replacement_character(known: KnownTokenizer, text: str) -> None:
+    """D82: whole characters before it are not lost."""
+    completion = [known.id_of(b" the"), *(known.id_of(bytes([byte])) for byte in text.encode()[:-1])]
+    expected = " the" + text.encode()[:-1].decode(errors="replace")
+    prompt = [known.id_of(b"b")]
+    assert at_once(known.tokenizer, prompt, completion) == expected
+    assert "".join(one_by_one(known.tokenizer, prompt, completion)) == expected
+
+
+def test_byte_tokens_are_those_that_decode_to_a_byte() -> None:
+    """D82: other vocabularies have the unknown token for "<0x41>", or none, or these six characters."""
+    known = byte_fallback()
+    decoder = TokenDecoder(known.tokenizer)
+    assert decoder.byte_tokens == {known.id_of(bytes([byte])): byte for byte in range(0x80, 0x100)}
+    assert decoder.ascii_token == known.id_of(b"A")
+    names = {name: token_id for token_id, name in enumerate(["<unk>", "<0x41>", "<0xE2>"])}
+    literal = Tokenizer(models.WordLevel(names, unk_token="<unk>"))
+    unknown = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
+    others = [PreTrainedTokenizerFast(tokenizer_object=item, unk_token="<unk>") for item in (literal, unknown)]
+    for tokenizer in (*others, word_tokenizer(None), byte_level().tokenizer):
+        decoder = TokenDecoder(tokenizer)
+        assert (decoder.byte_tokens, decoder.ascii_token) == ({}, None)
+
+
+def test_ids_that_the_tokenizer_does_not_know_are_left_out(known: KnownTokenizer) -> None:
+    """A model's vocabulary may be larger than its tokenizer's: such an id does not part the bytes of a character."""
+    unknown = len(known.token_bytes)
+    parts = [[known.id_of(bytes([byte]))] for byte in "🙂".encode()]
+    completion = [known.id_of(b" the"), *[token_id for part in parts for token_id in (*part, unknown, unknown)]]
+    completion += [known.id_of(b" the"), unknown, known.id_of(b" a")]
+    prompt = [known.id_of(b"b")]
+    assert at_once(known.tokenizer, prompt, completion) == " the🙂 the a"
+    assert "".join(one_by_one(known.tokenizer, prompt, completion)) == " the🙂 the a"
+
+
+@pytest.mark.parametrize("byte", [0xFF, 0x82, 0xF0])
+def test_work_is_linear_in_the_number_of_invalid_bytes(known: KnownTokenizer, byte: int) -> None:
+    """D82: counted in calls of decode and in tokens passed to it."""
+    completion = [known.id_of(bytes([byte]))] * 2000
+    tokenizer = CountingTokenizer(known.tokenizer)
+    detokenizer = Detokenizer(tokenizer)  # finds out about the tokenizer's byte tokens, once
+    tokenizer.num_calls = tokenizer.num_tokens = 0
+    for token_id in completion:
+        detokenizer.append(token_id)
+        detokenizer.take(is_last=False)
+    detokenizer.close()
+    assert detokenizer.text == bytes([byte] * 2000).decode(errors="replace")
+    assert tokenizer.num_calls <= 3 * 2000
+    assert tokenizer.num_tokens <= 15 * 2000
+    tokenizer.num_calls = 0
+    assert at_once(tokenizer, [], completion) == detokenizer.text
+    assert tokenizer.num_calls <= 3, "tokens that come at once are decoded at once"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "text"),
+    [
+        ([b"b"], [b" the", b" a"], " the a"),
+        ([b"b", "</s>"], [b" the"], " the"),
+        (["<s>"], [b" the", b" a"], "the a"),
+        ([], [b" the", b" a"], "the a"),
+        ([b"\xe2", b"\x82"], [b" the"], " the"),
+        (["<s>"], [b"\n", b" the"], "\n the"),
+        (["<s>"], [b"\xc3", b"\xa9", b" the"], "é the"),
+        (["<s>"], ["<|im_end|>", b" the", b" a"], "the a"),
+    ],
+)
+def test_first_space_of_the_text(prompt: list[Any], completion: list[Any], text: str) -> None:
+    """D84: prompt and text put together read right; a space is stripped at the beginning of the whole alone."""
+    known = byte_fallback()
+    prompt, completion = ([known.id_of(token) for token in tokens] for tokens in (prompt, completion))
+    assert at_once(known.tokenizer, prompt, completion) == text
+    assert "".join(one_by_one(known.tokenizer, prompt, completion)) == text
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "text"),
+    [
+        ([b"\xf0", b"\x9f"], [b"\x99", b"\x82", b"b"], "🙂b"),
+        ([b"\xf0", b"\x9f"], [b"b"], "b"),
+        ([b"\xf0"], [b"\x9f"], ""),
+        ([b"\xf0"], [], ""),
+        ([b"\xef", b"\xbf", b"\xbd"], [b"b"], "b"),
+        ([b"\xff"], [b"\xff", b"\xff"], "\ufffd\ufffd"),
+    ],
+)
+def test_incomplete_character_at_the_end_of_the_prompt(
+    known: KnownTokenizer, prompt: list[Any], completion: list[Any], text: str
+) -> None:
+    """D84: the text that completes it has the character, and no text repeats what the prompt shows."""
+    prompt, completion = ([known.id_of(token) for token in tokens] for tokens in (prompt, completion))
+    assert at_once(known.tokenizer, prompt, completion) == text
+    assert "".join(one_by_one(known.tokenizer, prompt, completion)) == text
+
+
+@pytest.mark.parametrize("decoder", ["Metaspace", "WordPiece", None])
+@given(words=st.lists(st.integers(0, 4), min_size=1, max_size=24), num_prompt_words=st.integers(1, 12))
+def test_text_of_other_decoders_follows_the_prompt(
+    decoder: str | None, words: list[int], num_prompt_words: int
+) -> None:
+    """D84: decoders that put spaces between words, or none."""
+    tokenizer = word_tokenizer(decoder)
+    prompt, completion = words[:num_prompt_words], words[num_prompt_words:]
+    before, whole = (tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in (prompt, words))
+    assert at_once(tokenizer, prompt, completion) == whole.removeprefix(before)
+    assert "".join(one_by_one(tokenizer, prompt, completion)) == whole.removeprefix(before)
+
+
+# --- stop strings that contain special tokens ---
+
+
+@pytest.mark.parametrize(
+    ("completion", "stop", "text", "is_stopped"),
+    [
+        ([b"b", "<|im_end|>", b"b"], ("<|im_end|>",), "b", True),
+        ([b"b", "<|im_end|>", b"\n", b"b"], ("<|im_end|>\n",), "b", True),
+        ([b"b", "<|im_end|>", b"b", b"\n"], ("<|im_end|>\n",), "bb\n", False),
+        ([b"b", b"END", "<|im_end|>", b"b"], ("END<|im_end|>",), "b", True),
+        ([b"b", b"END", "</s>", "<|im_end|>"], ("END<|im_end|>",), "b", True),  # </s> is left out
+        ([b"b", b"END", "</s>", "<|im_end|>"], ("END</s><|im_end|>", "</s>b"), "b", True),
+        ([b"b", "<|im_end|>", b"b"], ("<", "im_end", "|", "|>b"), "bb", False),  # part of a special token
+        ([b"b", "<|im_end|>", b"END"], ("bEND",), "", True),  # in the text, from which special tokens are left out
+        ([b"b", "<|im_end|>", b"END"], ("<|im_end|>b", "END"), "b", True),
+        ([b"b", b"\xf0", b"\x9f", "<|im_end|>"], ("<|im_end|>",), "b\ufffd", True),
+        ([b"b", "</s>", "<|im_end|>"], ("<|im_end|>", "b</s><|im_end|>"), "", True),  # two at once: the first to begin
+        ([b"b", b"END", b"b"], ("END", "bENDb"), "b", True),  # the first to be complete
+        (["<|im_end|>"], ("<|im_end|>",), "", True),
+        ([b"<", b"b", b">", "</s>"], ("<b></s>",), "", True),
+    ],
+)
+def test_stop_strings_with_special_tokens(
+    known: KnownTokenizer, completion: list[Any], stop: tuple[str, ...], text: str, is_stopped: bool
+) -> None:
+    """D83: a stop string is found with the special tokens that it contains written out, and others left out."""
+    completion = [known.id_of(token) for token in completion]
+    detokenizer = Detokenizer(known.tokenizer, stop, [known.id_of(b"b")])
+    detokenizer.extend(completion)
+    detokenizer.close()
+    assert (detokenizer.text, detokenizer.is_stopped) == (text, is_stopped)
+    assert "".join(one_by_one(known.tokenizer, [known.id_of(b"b")], completion, stop)) == text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(data=st.data())
+def test_text_ends_before_the_first_stop_string(kind: str, data: st.DataObject) -> None:
+    """D83: against the definition, on tokens without incomplete characters."""
+    known = KINDS[kind]()
+    tokens = data.draw(st.lists(st.sampled_from([b"b", b"\n", b"END", "<|im_end|>", "</s>"]), max_size=12))
+    parts = st.lists(st.sampled_from(["b", "\n", "E", "ND", "<|im_end|>"]), min_size=1, max_size=3)
+    stop = data.draw(parts.map("".join))
+    shown = [name for name in SPECIAL if name in stop]
+    names = [token if isinstance(token, str) else token.decode() for token in tokens]
+    view = "".join(name for name in names if name not in SPECIAL or name in shown)
+    expected = view.partition(stop)[0]
+    for name in shown:
+        expected = expected.replace(name, "")
+    pieces = one_by_one(known.tokenizer, [known.id_of(b"b")], [known.id_of(token) for token in tokens], (stop,))
+    assert "".join(pieces) == expected
+
+
+def test_what_may_begin_a_stop_string_is_held_back_across_a_special_token(known: KnownTokenizer) -> None:
+    """D83."""
+    completion = [known.id_of(token) for token in (b"b", b"END", "<|im_end|>", b"\n", b"b")]
+    pieces = one_by_one(known.tokenizer, [known.id_of(b"b")], completion, ("END<|im_end|>b",))
+    assert pieces == ["b", "", "", "END\n", "b", ""]
+
+
+@example(text="a\ufffdb")
+@given(text=st.text(alphabet="ab\ufffd", max_size=12))
+def test_replacement_characters_of_the_text_itself_are_kept(text: str) -> None:
+    known = byte_level()
+    completion = [known.id_of(bytes([byte])) for byte in text.encode()]
+    assert "".join(one_by_one(known.tokenizer, [], completion)) == at_once(known.tokenizer, [], completion) == text
