@@ -1,26 +1,26 @@
 """The `nanovllm` command: generate, demo, bench.
 
-What a user can get wrong ends in one line on stderr and exit code 2; Ctrl-C in 130. torch and transformers are imported
-only by the commands that run a model, so that `--help` is quick.
+What a user can get wrong ends in one line on stderr and exit code 2, Ctrl-C in 130, a bug of nanovllm in its traceback
+and 70. torch and transformers are imported only by the commands that run a model, so that `--help` is quick.
 """
 
 import argparse
 import dataclasses
 import json
 import logging
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from nanovllm import __version__
+from nanovllm.cli_errors import report_error
 from nanovllm.config import ATTENTION_BACKENDS, DEVICES, DTYPES, Config
+from nanovllm.console import discard_stdout, lossless_console, read_lines_from_stdin, require_stdout
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.torchrun import read_launch
 from nanovllm.validation import require_unicode
 
-USER_ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 READER_GONE = 141  # 128 + SIGPIPE
 
@@ -51,7 +51,7 @@ _CONFIG_HELP = {
 }
 _SAMPLING_HELP = {
     "max_tokens": "most tokens to generate for each prompt",
-    "temperature": "below 1 is more predictable, above 1 more surprising",
+    "temperature": "below 1 is more predictable, above 1 more surprising; 0 is --greedy",
     "top_k": "sample from the k most likely tokens only",
     "top_p": "sample from the smallest set of tokens with this probability",
     "min_p": "drop tokens less likely than this share of the most likely one",
@@ -62,8 +62,13 @@ _CHOICES = {"dtype": DTYPES, "device": DEVICES, "attention_backend": ATTENTION_B
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (sys.argv[1:] if None) and return its exit code; argparse's errors exit with 2."""
-    arguments = _parser().parse_args(argv)
+    with lossless_console():
+        return _run(_parser().parse_args(argv))
+
+
+def _run(arguments: argparse.Namespace) -> int:
     try:
+        require_stdout()
         launch = read_launch()
         if launch is not None and launch.rank > 0 and arguments.run is not _demo:
             _open_llm(arguments)  # computes for rank 0, which alone reads and prints, and does not return
@@ -75,13 +80,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\nnanovllm: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit must not fail again
+        discard_stdout()
         return READER_GONE
-    except (ValueError, OSError) as error:
-        if arguments.debug:
-            raise
-        print("nanovllm: error:", " ".join(str(error).split()), file=sys.stderr)  # some libraries send several lines
-        return USER_ERROR
+    except Exception as error:  # the last place where an error can be explained
+        code = report_error(error, _option_names(arguments), arguments.debug)
+        _flush_or_discard()
+        return code
+
+
+def _flush_or_discard() -> None:
+    """Write what was printed before an error; a full disk refuses that as well."""
+    try:
+        sys.stdout.flush()
+    except (OSError, AttributeError):  # AttributeError: stdout is None
+        if sys.stdout is not None:
+            discard_stdout()
+
+
+def _option_names(arguments: argparse.Namespace) -> dict[str, str]:
+    """Field name -> option of the command that runs, for messages about them."""
+    return {name: _flag(name) for name in vars(arguments) if name not in ("run", "debug", "prompts")}
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 @contextmanager
@@ -102,6 +124,10 @@ def _generate(arguments: argparse.Namespace) -> int:
     params = _sampling_params(arguments)
     prompts = _read_prompts(arguments.prompts)
     with _open_llm(arguments) as llm:
+        if llm.tokenizer is None:
+            raise ValueError(
+                f"model must have a tokenizer to read prompts, got {arguments.model!r}; add tokenizer.json"
+            )
         inputs = [_as_chat(llm, prompt) for prompt in prompts] if arguments.chat else prompts
         if len(prompts) == 1 and not arguments.json:
             for item in llm.generate_stream(inputs, params):
@@ -111,7 +137,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         outputs = llm.generate(inputs, params, use_tqdm=not arguments.json)
     for prompt, output in zip(prompts, outputs, strict=True):
         if arguments.json:
-            print(json.dumps({"prompt": prompt, **output}, ensure_ascii=False))
+            print(json.dumps({"prompt": prompt, **output}))  # ASCII, which every encoding has
         else:
             print(f"\n>>> {prompt}\n{output['text']}")
     return 0
@@ -148,13 +174,23 @@ def _open_llm(arguments: argparse.Namespace) -> Any:
 
 
 def _sampling_params(arguments: argparse.Namespace) -> SamplingParams:
-    options = _given(arguments, _SAMPLING_HELP)
-    if arguments.greedy:
-        clash = sorted(options.keys() - {"max_tokens"})
-        if clash:
-            raise ValueError(f"--greedy takes the most likely token at every step: leave out --{clash[0]}")
-        return SamplingParams.greedy(**options, stop=arguments.stop, ignore_eos=arguments.ignore_eos)
-    return SamplingParams(**options, stop=arguments.stop, ignore_eos=arguments.ignore_eos)
+    """Of the options; --temperature 0 is --greedy, as users of other engines know it, and beside it the rest is unused.
+
+    Raises ValueError for a value against its rule, used or not, and for --greedy beside another way to sample.
+    """
+    options, ends = _given(arguments, _SAMPLING_HELP), {"stop": arguments.stop, "ignore_eos": arguments.ignore_eos}
+    is_zero = options.get("temperature") == 0
+    if not arguments.greedy and not is_zero:
+        return SamplingParams(**options, **ends)
+    unused = [name for name in options if name != "max_tokens" and not (name == "temperature" and is_zero)]
+    flags = ", ".join(map(_flag, unused))
+    if arguments.greedy and unused:
+        raise ValueError(f"--greedy takes the most likely token at every step: leave out {flags}")
+    SamplingParams(**{**options, "temperature": 1.0}, **ends)
+    if not arguments.greedy:
+        note = f"; {flags} without effect" if unused else ""
+        print(f"--temperature 0: taking the most likely token at every step, as --greedy{note}", file=sys.stderr)
+    return SamplingParams.greedy(**_given(arguments, ["max_tokens"]), **ends)
 
 
 def _read_prompts(prompts: list[str]) -> list[str]:
@@ -164,12 +200,8 @@ def _read_prompts(prompts: list[str]) -> list[str]:
         if prompt != "-":
             require_unicode("a prompt", prompt)
             read.append(prompt)
-            continue
-        lines = [line.rstrip("\r\n") for line in sys.stdin]
-        lines = [line for line in lines if line.strip()]
-        if not lines:
-            raise ValueError("'-' reads one prompt a line from standard input, and there was none")
-        read.extend(lines)
+        else:
+            read.extend(read_lines_from_stdin())
     return read
 
 
@@ -247,7 +279,7 @@ def _add_options(group: Any, owner: Any, helps: dict[str, str]) -> None:
     """One option for each field of the dataclass `owner` that `helps` names; not given means None."""
     fields = {field.name: field for field in dataclasses.fields(owner)}
     for name, text in helps.items():
-        flag, default = "--" + name.replace("_", "-"), fields[name].default
+        flag, default = _flag(name), fields[name].default
         if isinstance(default, bool):
             group.add_argument(flag, action="store_true", default=None, help=text)
             continue

@@ -19,6 +19,7 @@ BASE = {
     "nanovllm.context",
     "nanovllm.model_config",
     "nanovllm.outputs",
+    "nanovllm.progress",
     "nanovllm.sampling_params",
     "nanovllm.torchrun",
     "nanovllm.validation",
