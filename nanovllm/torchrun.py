@@ -27,13 +27,15 @@ def read_launch() -> Launch | None:
         return None
     numbers = {name: _read_number(name) for name in _VARIABLES[:4]}
     launch = Launch(*numbers.values())
+    if launch.size == 1:  # some clusters set variables for every program
+        return None
     if not (launch.rank < launch.size and launch.local_rank < launch.local_size <= launch.size):
         values = ", ".join(f"{name}={number}" for name, number in numbers.items())
         raise ValueError(
             "RANK must be below WORLD_SIZE, and LOCAL_RANK below LOCAL_WORLD_SIZE, as torchrun sets them, got "
             f"{values}; {_UNSET}"
         )
-    return launch if launch.size > 1 else None
+    return launch
 
 
 def _read_number(name: str) -> int:

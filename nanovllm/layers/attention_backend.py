@@ -102,10 +102,9 @@ def choose_attention_backend(
         name, reason = requested, "as requested"
         objection = _CANDIDATES[requested].reason_against(demand)
         if objection is not None:
-            is_auto_possible = block_size % FLASH_ATTENTION_BLOCK_SIZE == 0  # as Config asks of "auto"
             raise ValueError(
                 f"attention_backend={requested!r} cannot be used: {objection}; use attention_backend='torch', "
-                f"which runs everywhere{', or leave it out for the fastest that fits' if is_auto_possible else ''}"
+                "which runs everywhere"
             )
     else:
         names = ", ".join(map(repr, ("auto", *_CANDIDATES)))

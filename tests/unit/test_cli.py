@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import pytest
 
 from nanovllm import LLM, SamplingParams, bundled_model_path, cli, demo
 from nanovllm.bench import draw_requests
+from nanovllm.cli_errors import BUG, USER_ERROR
 from tests.source_tree import ROOT
 
 PROMPT = "In the beginning"
@@ -32,7 +34,7 @@ def run_module(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """The line on stderr with which `arguments` are refused; fails unless it is the last one and the code is 2."""
-    assert cli.main(arguments) == cli.USER_ERROR
+    assert cli.main(arguments) == USER_ERROR
     *notes, line = capsys.readouterr().err.splitlines()
     assert line.startswith("nanovllm: error: ")
     assert all(note.startswith(("no --model given", "attention backend:")) for note in notes)
@@ -160,6 +162,31 @@ def test_going_one_step_ahead_can_be_asked_for_and_forbidden(option: list[str], 
     assert cli._given(arguments, ["async_scheduling"]).get("async_scheduling") is expected
 
 
+@pytest.mark.parametrize("option", ["0", "0.0", "-0.0", "0e5"])
+def test_temperature_0_is_greedy_and_says_so(option, texts, capsys):
+    """D94: what users of other engines type for the most likely token at every step."""
+    options = ["--max-tokens", "8", "--max-model-len", "64", "--device", "cpu", f"--temperature={option}"]
+    assert cli.main(["generate", *options, PROMPT]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == texts[PROMPT] + "\n"
+    assert "--temperature 0: taking the most likely token at every step, as --greedy\n" in captured.err
+
+
+def test_temperature_0_says_which_options_have_no_effect(capsys):
+    """D94"""
+    options = ["--temperature", "0", "--top-p", "0.9", "--seed", "3", "--max-tokens", "5", "--stop", "x"]
+    params = cli._sampling_params(cli._parser().parse_args(["generate", *options, PROMPT]))
+    assert params == SamplingParams.greedy(max_tokens=5, stop="x")
+    assert capsys.readouterr().err.endswith("as --greedy; --top-p, --seed without effect\n")
+
+
+def test_greedy_with_temperature_0_is_no_clash(capsys):
+    """D94"""
+    params = cli._sampling_params(cli._parser().parse_args(["generate", "--greedy", "--temperature", "0", PROMPT]))
+    assert params == SamplingParams.greedy()
+    assert capsys.readouterr().err == ""
+
+
 # --- how it says no ---
 
 
@@ -171,13 +198,15 @@ def test_no_command_is_refused():
 @pytest.mark.parametrize(
     ("options", "rule"),
     [
-        (["--max-model-len", "0"], "max_model_len must be an integer of at least 2"),
-        (["--temperature", "0"], "temperature must be a number above 1e-10"),
-        (["--top-p", "7"], "top_p must be a number in (0, 1]"),
-        (["--max-tokens", "-3"], "max_tokens must be an integer of at least 1"),
-        (["--tensor-parallel-size", "9"], "tensor_parallel_size must be an integer from 1 to 8"),
-        (["--seed", "-1"], "seed must be an integer from 0"),
+        (["--max-model-len", "0"], "--max-model-len must be an integer of at least 2"),
+        (["--temperature", "-1"], "--temperature must be a number above 1e-10"),
+        (["--top-p", "7"], "--top-p must be a number in (0, 1]"),
+        (["--max-tokens", "-3"], "--max-tokens must be an integer of at least 1"),
+        (["--tensor-parallel-size", "9"], "--tensor-parallel-size must be an integer from 1 to 8"),
+        (["--seed", "-1"], "--seed must be an integer from 0"),
         (["--greedy", "--temperature", "1"], "leave out --temperature"),
+        (["--greedy", "--top-k", "5", "--min-p", "0.1"], "leave out --top-k, --min-p"),
+        (["--temperature", "0", "--top-p", "7"], "--top-p must be a number in (0, 1]"),
     ],
 )
 def test_absurd_option_is_refused_by_its_rule(options, rule, capsys):
@@ -232,6 +261,14 @@ def test_chat_without_a_template_is_refused(capsys, monkeypatch):
     assert "chat template" in refusal(capsys, "generate", *SMALL, "--chat", PROMPT)
 
 
+def test_bench_refuses_a_prompt_that_the_model_cannot_take(capsys):
+    """D93: the message names bench's own option, and a maximum that works."""
+    options = ["--max-model-len", "64", "--device", "cpu", "--num-seqs", "1", "--output-len", "1", "1"]
+    line = refusal(capsys, "bench", *options, "--input-len", "64", "64")
+    assert "--input-len's maximum must be an integer from 1 to 63, got 64; lower it" in line
+    assert cli.main(["bench", *options, "--input-len", "63", "63"]) == 0
+
+
 @pytest.mark.parametrize("options", [["--num-seqs", "0"], ["--input-len", "9", "3"], ["--output-len", "0", "4"]])
 def test_bench_refuses_an_empty_range(options, capsys):
     assert " must be an integer" in refusal(capsys, "bench", *options)
@@ -240,12 +277,39 @@ def test_bench_refuses_an_empty_range(options, capsys):
 def test_refusal_reaches_the_shell_without_a_traceback():
     result = run_module("generate", "--max-tokens", "0", PROMPT)
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr == "nanovllm: error: max_tokens must be an integer of at least 1, got 0\n"
+    assert result.stderr == "nanovllm: error: --max-tokens must be an integer of at least 1, got 0\n"
 
 
-def test_debug_shows_the_traceback():
-    with pytest.raises(ValueError, match="max_tokens"):
-        cli.main(["generate", "--debug", "--max-tokens", "0", PROMPT])
+def test_debug_shows_the_traceback(capsys):
+    assert cli.main(["generate", "--debug", "--max-tokens", "0", PROMPT]) == USER_ERROR
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "Traceback (most recent call last):"
+    assert lines[-1] == "nanovllm: error: --max-tokens must be an integer of at least 1, got 0"
+
+
+def test_a_bug_of_nanovllm_is_shown_as_one(capsys, monkeypatch):
+    """D92: only then does a traceback reach the terminal."""
+
+    def fail(*_):
+        raise KeyError("block 7")
+
+    monkeypatch.setattr(cli, "_read_prompts", fail)
+    assert cli.main(["generate", PROMPT]) == BUG
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "Traceback (most recent call last):"
+    assert lines[-1] == "nanovllm: this is a bug in nanovllm (KeyError): please report it with the traceback above"
+
+
+def test_a_model_without_a_tokenizer_is_refused(tmp_path, capsys):
+    """D92, D93: the command line cannot take token ids, so the message does not ask for them."""
+    for file in bundled_model_path().iterdir():
+        if not file.name.startswith("tokenizer"):
+            shutil.copy(file, tmp_path)
+    for options in ([], ["--chat"]):
+        assert cli.main(["generate", *SMALL, *options, "--model", str(tmp_path), PROMPT]) == USER_ERROR
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert line.startswith("nanovllm: error: --model must have a tokenizer to read prompts")
+        assert line.endswith("; add tokenizer.json")
 
 
 # --- how it is interrupted ---
