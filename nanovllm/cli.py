@@ -31,6 +31,9 @@ examples:
   nanovllm generate --model Qwen/Qwen3-0.6B --chat "Why is the sky blue?"
   nanovllm generate --model ./my-model -             one prompt a line from standard input
   nanovllm bench --model ./my-model --num-seqs 256   throughput
+
+exit codes: 0 done; 1 the demo found a difference; 2 an error that the message says how to mend; 70 a bug of nanovllm;
+130 interrupted by Ctrl-C; 141 the reader of the output has ended
 """
 
 # name of the option -> what it says in --help. Type, choices and default come from Config and SamplingParams.
@@ -38,13 +41,14 @@ _CONFIG_HELP = {
     "dtype": "of weights and KV cache; auto is what the checkpoint says",
     "device": "auto is cuda if there is one, else cpu",
     "attention_backend": "auto takes the fastest that is installed and fits",
-    "max_model_len": "longest sequence, prompt and output together, in tokens",
+    "max_model_len": "longest sequence, prompt and output together, in tokens; lowered to what the model supports",
     "max_num_seqs": "most sequences that run at a time",
     "max_num_batched_tokens": "most tokens one step computes",
-    "kv_cache_block_size": "tokens a KV block",
+    "kv_cache_block_size": "tokens a KV block: a multiple of 256; with --attention-backend "
+    "triton also a power of two from 16, with torch any power of two",
     "num_kv_cache_blocks": "blocks of the KV cache; without it, as many as memory holds",
     "gpu_memory_utilization": "share of the GPU's memory to use",
-    "tensor_parallel_size": "GPUs that share the model; under torchrun, all of its processes",
+    "tensor_parallel_size": "GPUs, or processes on a CPU, that share the model; under torchrun, all of its processes",
     "enforce_eager": "never use CUDA graphs",
     "async_scheduling": "begin a decode step while the one before is being computed, or never do "
     "(default: with one rank, on a GPU)",
@@ -231,7 +235,10 @@ def _parser() -> argparse.ArgumentParser:
 
     generate = _command(commands, "generate", _generate, "continue one prompt or many", " PROMPT [PROMPT ...]")
     generate.add_argument(
-        "prompts", nargs="+", metavar="PROMPT", help='text to continue; "-" reads one a line from stdin'
+        "prompts",
+        nargs="+",
+        metavar="PROMPT",
+        help='text to continue; "-" reads prompts from standard input, one a line',
     )
     _add_model_options(generate)
     sampling = generate.add_argument_group("sampling")
@@ -242,7 +249,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     sampling.add_argument("--ignore-eos", action="store_true", help="go on after the model's end-of-sequence token")
     generate.add_argument("--chat", action="store_true", help="apply the model's chat template to each prompt")
-    generate.add_argument("--json", action="store_true", help="print one JSON object a line for each prompt")
+    generate.add_argument(
+        "--json",
+        action="store_true",
+        help="print one JSON object a line for each prompt: prompt, text, token_ids, finish_reason and more, in ASCII",
+    )
 
     _command(commands, "demo", _demo, "what the engine does, in a minute, without a GPU or a download")
 

@@ -81,6 +81,7 @@ def number(pattern: str, text: str) -> int:
     ],
 )
 def test_of_options(owner: Any, refused: dict[str, Any], words: str, followed: dict[str, Any]) -> None:
+    """D93"""
     model = ("model",) if owner is Config else ()
     assert words in message(owner, *model, **refused)
     taken = owner(*model, **followed)
@@ -91,6 +92,7 @@ def test_of_options(owner: Any, refused: dict[str, Any], words: str, followed: d
 
 
 def test_of_temperature_0() -> None:
+    """D93"""
     assert "use SamplingParams.greedy()" in message(SamplingParams, temperature=0)
     assert SamplingParams.greedy().is_greedy
 
@@ -99,6 +101,7 @@ def test_of_temperature_0() -> None:
 
 
 def test_of_a_prompt_that_max_model_len_refuses() -> None:
+    """D93"""
     text = message(add_prompt, make_scheduler(max_model_len=16, max_supported_len=100), 40)
     needed = number(r"shorten it, or set max_model_len to at least (\d+)$", text)
     add_prompt(make_scheduler(max_model_len=needed, max_supported_len=100), 40)
@@ -109,7 +112,7 @@ def test_of_a_prompt_that_max_model_len_refuses() -> None:
 
 @pytest.mark.parametrize("num_tokens", [100, 101])
 def test_of_a_prompt_that_the_model_refuses(num_tokens: int) -> None:
-    """No max_model_len would do: it is lowered to what the model supports."""
+    """D93: No max_model_len would do: it is lowered to what the model supports."""
     text = message(add_prompt, make_scheduler(max_model_len=16, max_supported_len=100), num_tokens)
     longest = number(r"shorten it: this model takes at most (\d+) tokens, prompt and output together$", text)
     assert "set max_model_len" not in text
@@ -118,6 +121,7 @@ def test_of_a_prompt_that_the_model_refuses(num_tokens: int) -> None:
 
 @pytest.mark.parametrize(("num_tokens", "max_tokens"), [(5, 5), (8, 100), (8, 2)])
 def test_of_a_request_that_the_cache_refuses(num_tokens: int, max_tokens: int) -> None:
+    """D93"""
     limits = {"block_size": 2, "max_model_len": 1000}
     text = message(add_prompt, make_scheduler(num_blocks=4, **limits), num_tokens, max_tokens=max_tokens)
     fewer = number(r"; lower max_tokens to (\d+), or", text)
@@ -127,6 +131,7 @@ def test_of_a_request_that_the_cache_refuses(num_tokens: int, max_tokens: int) -
 
 
 def test_of_a_prompt_that_the_cache_refuses() -> None:
+    """D93"""
     limits = {"block_size": 2, "max_model_len": 1000}
     text = message(add_prompt, make_scheduler(num_blocks=4, **limits), 9, max_tokens=3)
     shorter = number(r"; shorten the prompt to (\d+) tokens and set max_tokens to 1, or", text)
@@ -136,7 +141,7 @@ def test_of_a_prompt_that_the_cache_refuses() -> None:
 
 
 def test_of_a_prompt_in_a_whole_engine() -> None:
-    """max_model_len is what was asked for, or what the model supports: the engine tells the scheduler both."""
+    """D93: max_model_len is what was asked for, or what the model supports: the engine tells the scheduler both."""
     with LLM(MODEL, **SMALL) as llm:
         needed = number(r"set max_model_len to at least (\d+)$", message(llm.add_request, [5] * 70))
         text = message(llm.add_request, [5] * 5000)
@@ -151,6 +156,7 @@ def test_of_a_prompt_in_a_whole_engine() -> None:
 
 
 def test_of_gpu_memory_utilization() -> None:
+    """D93"""
     sizes = {"total": 1000, "used": 700, "peak": 250, "current": 200, "bytes_per_block": 33}
     text = message(num_blocks_that_fit, utilization=0.7, **sizes)
     found = re.search(r"set it to at least ([0-9.]+), free the GPU", text)
@@ -159,6 +165,7 @@ def test_of_gpu_memory_utilization() -> None:
 
 
 def test_gpu_memory_utilization_is_not_to_be_raised_where_that_cannot_help() -> None:
+    """D93"""
     sizes = {"total": 1000, "used": 970, "peak": 250, "current": 200, "bytes_per_block": 33}
     text = message(num_blocks_that_fit, utilization=1.0, **sizes)
     assert "set it" not in text
@@ -169,6 +176,7 @@ def test_gpu_memory_utilization_is_not_to_be_raised_where_that_cannot_help() -> 
 
 
 def test_of_memory_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """D93"""
     assert message(num_blocks_on_cpu, 39, 10, 4, 4).endswith(
         "; free memory, or set num_kv_cache_blocks to use more of it"
     )
@@ -179,7 +187,7 @@ def test_of_memory_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("num_blocks", [2**31 - 1, 10**8])
 def test_of_a_cache_beyond_memory(num_blocks: int) -> None:
-    """D92 too: torch says so with a RuntimeError, or Linux lends what there is not and kills the process later."""
+    """D92, D93: torch says so with a RuntimeError, or Linux lends what there is not and kills the process later."""
     text = message(LLM, MODEL, **SMALL, num_kv_cache_blocks=num_blocks)
     assert f"num_kv_cache_blocks must fit in the memory of cpu, got {num_blocks}" in text
     assert text.endswith("lower it, or leave it out to size the cache from free memory")
@@ -190,6 +198,7 @@ def test_of_a_cache_beyond_memory(num_blocks: int) -> None:
 
 
 def test_of_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """D93"""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert message(resolve_device, "cuda").endswith("use 'auto' or 'cpu'")
     assert resolve_device("auto") == resolve_device("cpu") == torch.device("cpu")
@@ -197,7 +206,7 @@ def test_of_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("block_size", [16, 256])
 def test_of_an_attention_backend_that_cannot_work(block_size: int) -> None:
-    """ "auto" is no remedy: Config refuses it with block size 16."""
+    """D93: "auto" is no remedy: Config refuses it with block size 16."""
     place = (torch.device("cpu"), torch.float32, 32, block_size)
     text = message(choose_attention_backend, "triton", *place)
     assert text.endswith("; use attention_backend='torch', which runs everywhere")
@@ -209,6 +218,7 @@ def test_of_an_attention_backend_that_cannot_work(block_size: int) -> None:
 
 
 def test_of_a_file_given_as_a_model(tmp_path: Path) -> None:
+    """D93"""
     file = tmp_path / "config.json"
     file.write_text("{}")
     assert message(local_model_dir, str(file)).endswith("; give the directory it is in")
@@ -219,7 +229,7 @@ def test_of_a_file_given_as_a_model(tmp_path: Path) -> None:
 def test_of_variables_that_torchrun_would_set_otherwise(
     values: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """D92: int() would say that its literal is invalid."""
+    """D92, D93: int() would say that its literal is invalid."""
     given = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "x"}
     for name, value in {**given, "MASTER_PORT": "1", **values}.items():
         monkeypatch.setenv(name, value)
@@ -231,6 +241,7 @@ def test_of_variables_that_torchrun_would_set_otherwise(
 
 
 def test_of_text_that_is_no_unicode() -> None:
+    """D93"""
     text = b"caf\xe9".decode("utf-8", "surrogateescape")
     assert "decode its bytes with the right encoding, or with errors='replace'" in message(require_unicode, "x", text)
     require_unicode("x", b"caf\xe9".decode("latin-1"))
@@ -270,7 +281,7 @@ def test_of_text_that_is_no_unicode() -> None:
     ],
 )
 def test_at_the_command_line(refused: list[str], words: str, followed: list[str], capsys, monkeypatch) -> None:
-    """Each names options only, never Python."""
+    """D93: Each names options only, never Python."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     ends = ["--max-tokens", "2"] if "--max-tokens" not in refused else []
     assert cli.main(["generate", *ends, *refused, "In the"]) == USER_ERROR
