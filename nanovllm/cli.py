@@ -16,7 +16,7 @@ from typing import Any
 from nanovllm import __version__
 from nanovllm.cli_errors import report_error
 from nanovllm.config import ATTENTION_BACKENDS, DEVICES, DTYPES, Config
-from nanovllm.console import discard_stdout, lossless_console, read_lines_from_stdin, require_stdout
+from nanovllm.console import discard_stdout, flush_stdout, lossless_console, read_lines_from_stdin, require_stdout
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.torchrun import read_launch
 from nanovllm.validation import require_unicode
@@ -88,17 +88,8 @@ def _run(arguments: argparse.Namespace) -> int:
         return READER_GONE
     except Exception as error:  # the last place where an error can be explained
         code = report_error(error, _option_names(arguments), arguments.debug)
-        _flush_or_discard()
+        flush_stdout()
         return code
-
-
-def _flush_or_discard() -> None:
-    """Write what was printed before an error; a full disk refuses that as well."""
-    try:
-        sys.stdout.flush()
-    except (OSError, AttributeError):  # AttributeError: stdout is None
-        if sys.stdout is not None:
-            discard_stdout()
 
 
 def _option_names(arguments: argparse.Namespace) -> dict[str, str]:

@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import shutil
 import subprocess
 import sys
 
@@ -162,31 +161,6 @@ def test_going_one_step_ahead_can_be_asked_for_and_forbidden(option: list[str], 
     assert cli._given(arguments, ["async_scheduling"]).get("async_scheduling") is expected
 
 
-@pytest.mark.parametrize("option", ["0", "0.0", "-0.0", "0e5"])
-def test_temperature_0_is_greedy_and_says_so(option, texts, capsys):
-    """D94: what users of other engines type for the most likely token at every step."""
-    options = ["--max-tokens", "8", "--max-model-len", "64", "--device", "cpu", f"--temperature={option}"]
-    assert cli.main(["generate", *options, PROMPT]) == 0
-    captured = capsys.readouterr()
-    assert captured.out == texts[PROMPT] + "\n"
-    assert "--temperature 0: taking the most likely token at every step, as --greedy\n" in captured.err
-
-
-def test_temperature_0_says_which_options_have_no_effect(capsys):
-    """D94"""
-    options = ["--temperature", "0", "--top-p", "0.9", "--seed", "3", "--max-tokens", "5", "--stop", "x"]
-    params = cli._sampling_params(cli._parser().parse_args(["generate", *options, PROMPT]))
-    assert params == SamplingParams.greedy(max_tokens=5, stop="x")
-    assert capsys.readouterr().err.endswith("as --greedy; --top-p, --seed without effect\n")
-
-
-def test_greedy_with_temperature_0_is_no_clash(capsys):
-    """D94"""
-    params = cli._sampling_params(cli._parser().parse_args(["generate", "--greedy", "--temperature", "0", PROMPT]))
-    assert params == SamplingParams.greedy()
-    assert capsys.readouterr().err == ""
-
-
 # --- how it says no ---
 
 
@@ -298,18 +272,6 @@ def test_a_bug_of_nanovllm_is_shown_as_one(capsys, monkeypatch):
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "Traceback (most recent call last):"
     assert lines[-1] == "nanovllm: this is a bug in nanovllm (KeyError): please report it with the traceback above"
-
-
-def test_a_model_without_a_tokenizer_is_refused(tmp_path, capsys):
-    """D92, D93: the command line cannot take token ids, so the message does not ask for them."""
-    for file in bundled_model_path().iterdir():
-        if not file.name.startswith("tokenizer"):
-            shutil.copy(file, tmp_path)
-    for options in ([], ["--chat"]):
-        assert cli.main(["generate", *SMALL, *options, "--model", str(tmp_path), PROMPT]) == USER_ERROR
-        line = capsys.readouterr().err.splitlines()[-1]
-        assert line.startswith("nanovllm: error: --model must have a tokenizer to read prompts")
-        assert line.endswith("; add tokenizer.json")
 
 
 # --- how it is interrupted ---

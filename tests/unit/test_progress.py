@@ -183,6 +183,18 @@ def test_one_long_request_shows_its_tokens(monkeypatch) -> None:
         assert "251/1,000 tokens 100%|" in shown()[-2]
 
 
+def test_a_request_that_ends_early_counts_as_complete(monkeypatch) -> None:
+    """D98"""
+    first, second = requests(2, 1000)
+    bar = GenerationProgress([first, second], 10**6, is_shown=False)
+    advance(bar, [first, second])
+    assert (bar.n, bar.total) == (2, 2000)
+    advance(bar, [first], finish=True)
+    assert bar.n == 1001
+    bar.finish()
+    assert bar.n == 2000
+
+
 def test_the_total_is_what_the_model_can_generate(monkeypatch) -> None:
     """D98: max_tokens may be beyond max_model_len."""
     assert GenerationProgress(requests(2, 10**9, num_prompt_tokens=3), 64, is_shown=False).total == 2 * 61
