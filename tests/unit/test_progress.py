@@ -18,7 +18,7 @@ from nanovllm import LLM, SamplingParams, bundled_model_path, progress
 from nanovllm.engine import throughput
 from nanovllm.engine.request import Request
 from nanovllm.engine.scheduler import ScheduledBatch
-from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.sequence import Sequence, SequenceStatus
 from nanovllm.engine.throughput import GenerationProgress
 from nanovllm.progress import Progress
 
@@ -71,7 +71,7 @@ def advance(bar: GenerationProgress, advanced: list[Request], is_prefill: bool =
     for request in advanced:
         request.sequence.append_token(7)
         if finish:
-            request.sequence.finish_reason = "stop"
+            request.sequence.status = SequenceStatus.FINISHED
     sequences = tuple(request.sequence for request in advanced)
     bar.add(ScheduledBatch(is_prefill, sequences, (1,) * len(sequences), sequences), advanced)
 
