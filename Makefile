@@ -8,6 +8,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
+# test-gpu, sanitize and benchmarks install nothing: they take .venv where it exists, unless PYTHON was given, and else
+# the machine's own python.
+ifneq ($(origin PYTHON),file)
+MACHINE_PYTHON = $(PYTHON)
+else
+MACHINE_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+endif
+HAS_PYTHON = command -v "$(MACHINE_PYTHON)" >/dev/null || { echo "error: no '$(MACHINE_PYTHON)' here; name a Python of at least 3.10: make $@ PYTHON=/path/to/python3" >&2; exit 1; }
+NEEDS = "$(MACHINE_PYTHON)" tools/check_machine.py
+
 # Quiet libraries, one thread a process, and no look-up of a model on the network.
 QUIET := TRANSFORMERS_VERBOSITY=error TOKENIZERS_PARALLELISM=false
 TEST_ENV := $(QUIET) OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
@@ -42,8 +52,10 @@ demo: $(STAMP) ## generate text from the bundled model and compare it with trans
 test: $(STAMP) ## run every test that needs no GPU, on WORKERS=2 cores, and report what was compared in .report/
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --benchmark-disable --report=.report $(ARGS)
 
-test-gpu: ## run the tests that need a GPU, with the machine's own python (PYTHON=...)
-	$(TEST_ENV) "$(PYTHON)" -m pytest -m gpu $(ARGS)
+test-gpu: ## run the tests that need a GPU, with .venv or the machine's own python (PYTHON=...)
+	@$(HAS_PYTHON)
+	@$(NEEDS) --gpu pytest hypothesis torch transformers
+	$(TEST_ENV) "$(MACHINE_PYTHON)" -m pytest -m gpu $(ARGS)
 
 SANITIZE = PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1
 TOOLS ?= memcheck initcheck racecheck
@@ -51,19 +63,22 @@ TOOLS ?= memcheck initcheck racecheck
 # reports just that: shared memory beyond all tiles, which Triton's own code writes and reads, and none that ours does.
 NOT_RACECHECKED := --kernel-regex-exclude kns=varlen_attention_hopper
 
-sanitize: ## watch every kernel with compute-sanitizer's memcheck, initcheck and racecheck, on a GPU (PYTHON=...)
+sanitize: ## watch every kernel with compute-sanitizer's memcheck, initcheck and racecheck, on a GPU (as test-gpu)
 	@command -v compute-sanitizer >/dev/null || { echo "error: no compute-sanitizer here: it comes with the CUDA toolkit, and watches kernels on an NVIDIA GPU" >&2; exit 1; }
-	@"$(PYTHON)" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "error: '$(PYTHON)' finds no NVIDIA GPU (or no torch) here; name the python that does: make sanitize PYTHON=..." >&2; exit 1; }
+	@$(HAS_PYTHON)
+	@$(NEEDS) --gpu torch
 	@for tool in $(TOOLS); do \
 	  echo "== $$tool"; if [ $$tool = racecheck ]; then skip="$(NOT_RACECHECKED)"; else skip=; fi; \
-	  $(TEST_ENV) $(SANITIZE) --tool $$tool $$skip "$(PYTHON)" -m tests.kernels.sanitize_run $(ARGS) || exit 1; \
+	  $(TEST_ENV) $(SANITIZE) --tool $$tool $$skip "$(MACHINE_PYTHON)" -m tests.kernels.sanitize_run $(ARGS) || exit 1; \
 	done
 
 bench: $(STAMP) ## measure throughput (ARGS='--model DIR --num-seqs 256'; see nanovllm bench --help)
 	@$(QUIET) $(BIN)/nanovllm bench $(ARGS)
 
-benchmarks: ## time every kernel against the GPU's ceiling, and the host side, with the machine's own python (PYTHON=...)
-	$(QUIET) "$(PYTHON)" -m pytest --benchmark-only $(ARGS)
+benchmarks: ## time every kernel against the GPU's ceiling, and the host side (as test-gpu; without a GPU the host side alone)
+	@$(HAS_PYTHON)
+	@$(NEEDS) pytest pytest_benchmark hypothesis torch
+	$(QUIET) "$(MACHINE_PYTHON)" -m pytest --benchmark-only $(ARGS)
 
 mutants: $(STAMP) ## put small errors into the code, one at a time: do the tests notice? (half an hour; goes on where it stopped)
 	$(TEST_ENV) $(BIN)/python -m tests.mutants --workers $(WORKERS) $(ARGS)

@@ -39,6 +39,14 @@ def run_bench(
     llm: "LLMEngine", num_seqs: int, input_len: tuple[int, int], output_len: tuple[int, int], seed: int
 ) -> None:
     """Generate once to warm up, then time one generate() of all requests and print what it did."""
+    max_model_len = llm.config.max_model_len
+    require_int(
+        "input_len's maximum",
+        input_len[1],
+        1,
+        max_model_len - 1,
+        remedy=f"lower it: a prompt leaves room for one generated token, and sequences have {max_model_len} at most",
+    )
     prompts, params = draw_requests(num_seqs, input_len, output_len, llm.vocab_size, seed)
     llm.generate([[1]], SamplingParams(max_tokens=2, ignore_eos=True), use_tqdm=False)
     start = time.perf_counter()

@@ -1,27 +1,27 @@
 """The `nanovllm` command: generate, demo, bench.
 
-What a user can get wrong ends in one line on stderr and exit code 2; Ctrl-C in 130. torch and transformers are imported
-only by the commands that run a model, so that `--help` is quick.
+What a user can get wrong ends in one line on stderr and exit code 2, Ctrl-C in 130, a bug of nanovllm in its traceback
+and 70. torch and transformers are imported only by the commands that run a model, so that `--help` is quick.
 """
 
 import argparse
 import dataclasses
 import json
 import logging
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from nanovllm import __version__
+from nanovllm.cli_errors import report_error
 from nanovllm.config import ATTENTION_BACKENDS, DEVICES, DTYPES, Config
+from nanovllm.console import discard_stdout, flush_stdout, lossless_console, read_lines_from_stdin, require_stdout
 from nanovllm.engine.chat import chat_prompts
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.torchrun import read_launch
 from nanovllm.validation import require_unicode
 
-USER_ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 READER_GONE = 141  # 128 + SIGPIPE
 
@@ -32,6 +32,9 @@ examples:
   nanovllm generate --model Qwen/Qwen3-0.6B --chat "Why is the sky blue?"
   nanovllm generate --model ./my-model -             one prompt a line from standard input
   nanovllm bench --model ./my-model --num-seqs 256   throughput
+
+exit codes: 0 done; 1 the demo found a difference; 2 an error that the message says how to mend; 70 a bug of nanovllm;
+130 interrupted by Ctrl-C; 141 the reader of the output has ended
 """
 
 # name of the option -> what it says in --help. Type, choices and default come from Config and SamplingParams.
@@ -39,20 +42,21 @@ _CONFIG_HELP = {
     "dtype": "of weights and KV cache; auto is what the checkpoint says",
     "device": "auto is cuda if there is one, else cpu",
     "attention_backend": "auto takes the fastest that is installed and fits",
-    "max_model_len": "longest sequence, prompt and output together, in tokens",
+    "max_model_len": "longest sequence, prompt and output together, in tokens; lowered to what the model supports",
     "max_num_seqs": "most sequences that run at a time",
     "max_num_batched_tokens": "most tokens one step computes",
-    "kv_cache_block_size": "tokens a KV block",
+    "kv_cache_block_size": "tokens a KV block: a multiple of 256; with --attention-backend "
+    "triton also a power of two from 16, with torch any power of two",
     "num_kv_cache_blocks": "blocks of the KV cache; without it, as many as memory holds",
     "gpu_memory_utilization": "share of the GPU's memory to use",
-    "tensor_parallel_size": "GPUs that share the model; under torchrun, all of its processes",
+    "tensor_parallel_size": "GPUs, or processes on a CPU, that share the model; under torchrun, all of its processes",
     "enforce_eager": "never use CUDA graphs",
     "async_scheduling": "begin a decode step while the one before is being computed, or never do "
     "(default: with one rank, on a GPU)",
 }
 _SAMPLING_HELP = {
     "max_tokens": "most tokens to generate for each prompt",
-    "temperature": "below 1 is more predictable, above 1 more surprising",
+    "temperature": "below 1 is more predictable, above 1 more surprising; 0 is --greedy",
     "top_k": "sample from the k most likely tokens only",
     "top_p": "sample from the smallest set of tokens with this probability",
     "min_p": "drop tokens less likely than this share of the most likely one",
@@ -63,8 +67,13 @@ _CHOICES = {"dtype": DTYPES, "device": DEVICES, "attention_backend": ATTENTION_B
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (sys.argv[1:] if None) and return its exit code; argparse's errors exit with 2."""
-    arguments = _parser().parse_args(argv)
+    with lossless_console():
+        return _run(_parser().parse_args(argv))
+
+
+def _run(arguments: argparse.Namespace) -> int:
     try:
+        require_stdout()
         launch = read_launch()
         if launch is not None and launch.rank > 0 and arguments.run is not _demo:
             _open_llm(arguments)  # computes for rank 0, which alone reads and prints, and does not return
@@ -76,13 +85,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\nnanovllm: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit must not fail again
+        discard_stdout()
         return READER_GONE
-    except (ValueError, OSError) as error:
-        if arguments.debug:
-            raise
-        print("nanovllm: error:", " ".join(str(error).split()), file=sys.stderr)  # some libraries send several lines
-        return USER_ERROR
+    except Exception as error:  # the last place where an error can be explained
+        code = report_error(error, _option_names(arguments), arguments.debug)
+        flush_stdout()
+        return code
+
+
+def _option_names(arguments: argparse.Namespace) -> dict[str, str]:
+    """Field name -> option of the command that runs, for messages about them."""
+    return {name: _flag(name) for name in vars(arguments) if name not in ("run", "debug", "prompts")}
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 @contextmanager
@@ -103,6 +120,10 @@ def _generate(arguments: argparse.Namespace) -> int:
     params = _sampling_params(arguments)
     prompts = _read_prompts(arguments.prompts)
     with _open_llm(arguments) as llm:
+        if llm.tokenizer is None:
+            raise ValueError(
+                f"model must have a tokenizer to read prompts, got {arguments.model!r}; add tokenizer.json"
+            )
         inputs = [_as_chat(llm, prompt) for prompt in prompts] if arguments.chat else prompts
         if len(prompts) == 1 and not arguments.json:
             for item in llm.generate_stream(inputs, params):
@@ -112,7 +133,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         outputs = llm.generate(inputs, params, use_tqdm=not arguments.json)
     for prompt, output in zip(prompts, outputs, strict=True):
         if arguments.json:
-            print(json.dumps({"prompt": prompt, **output}, ensure_ascii=False))
+            print(json.dumps({"prompt": prompt, **output}))  # ASCII, which every encoding has
         else:
             print(f"\n>>> {prompt}\n{output['text']}")
     return 0
@@ -149,13 +170,23 @@ def _open_llm(arguments: argparse.Namespace) -> Any:
 
 
 def _sampling_params(arguments: argparse.Namespace) -> SamplingParams:
-    options = _given(arguments, _SAMPLING_HELP)
-    if arguments.greedy:
-        clash = sorted(options.keys() - {"max_tokens"})
-        if clash:
-            raise ValueError(f"--greedy takes the most likely token at every step: leave out --{clash[0]}")
-        return SamplingParams.greedy(**options, stop=arguments.stop, ignore_eos=arguments.ignore_eos)
-    return SamplingParams(**options, stop=arguments.stop, ignore_eos=arguments.ignore_eos)
+    """Of the options; --temperature 0 is --greedy, as users of other engines know it, and beside it the rest is unused.
+
+    Raises ValueError for a value against its rule, used or not, and for --greedy beside another way to sample.
+    """
+    options, ends = _given(arguments, _SAMPLING_HELP), {"stop": arguments.stop, "ignore_eos": arguments.ignore_eos}
+    is_zero = options.get("temperature") == 0
+    if not arguments.greedy and not is_zero:
+        return SamplingParams(**options, **ends)
+    unused = [name for name in options if name != "max_tokens" and not (name == "temperature" and is_zero)]
+    flags = ", ".join(map(_flag, unused))
+    if arguments.greedy and unused:
+        raise ValueError(f"--greedy takes the most likely token at every step: leave out {flags}")
+    SamplingParams(**{**options, "temperature": 1.0}, **ends)
+    if not arguments.greedy:
+        note = f"; {flags} without effect" if unused else ""
+        print(f"--temperature 0: taking the most likely token at every step, as --greedy{note}", file=sys.stderr)
+    return SamplingParams.greedy(**_given(arguments, ["max_tokens"]), **ends)
 
 
 def _read_prompts(prompts: list[str]) -> list[str]:
@@ -165,12 +196,8 @@ def _read_prompts(prompts: list[str]) -> list[str]:
         if prompt != "-":
             require_unicode("a prompt", prompt)
             read.append(prompt)
-            continue
-        lines = [line.rstrip("\r\n") for line in sys.stdin]
-        lines = [line for line in lines if line.strip()]
-        if not lines:
-            raise ValueError("'-' reads one prompt a line from standard input, and there was none")
-        read.extend(lines)
+        else:
+            read.extend(read_lines_from_stdin())
     return read
 
 
@@ -199,7 +226,10 @@ def _parser() -> argparse.ArgumentParser:
 
     generate = _command(commands, "generate", _generate, "continue one prompt or many", " PROMPT [PROMPT ...]")
     generate.add_argument(
-        "prompts", nargs="+", metavar="PROMPT", help='text to continue; "-" reads one a line from stdin'
+        "prompts",
+        nargs="+",
+        metavar="PROMPT",
+        help='text to continue; "-" reads prompts from standard input, one a line',
     )
     _add_model_options(generate)
     sampling = generate.add_argument_group("sampling")
@@ -210,7 +240,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     sampling.add_argument("--ignore-eos", action="store_true", help="go on after the model's end-of-sequence token")
     generate.add_argument("--chat", action="store_true", help="apply the model's chat template to each prompt")
-    generate.add_argument("--json", action="store_true", help="print one JSON object a line for each prompt")
+    generate.add_argument(
+        "--json",
+        action="store_true",
+        help="print one JSON object a line for each prompt: prompt, text, token_ids, finish_reason and more, in ASCII",
+    )
 
     _command(commands, "demo", _demo, "what the engine does, in a minute, without a GPU or a download")
 
@@ -247,7 +281,7 @@ def _add_options(group: Any, owner: Any, helps: dict[str, str]) -> None:
     """One option for each field of the dataclass `owner` that `helps` names; not given means None."""
     fields = {field.name: field for field in dataclasses.fields(owner)}
     for name, text in helps.items():
-        flag, default = "--" + name.replace("_", "-"), fields[name].default
+        flag, default = _flag(name), fields[name].default
         if isinstance(default, bool):
             group.add_argument(flag, action="store_true", default=None, help=text)
             continue

@@ -18,6 +18,7 @@ DEVICES = ("auto", "cpu", "cuda")
 FLASH_ATTENTION_BLOCK_SIZE = 256  # flash_attn's paged cache takes multiples of this
 MIN_TRITON_BLOCK_SIZE = 16
 MAX_TENSOR_PARALLEL_SIZE = 8
+MAX_KV_CACHE_BLOCKS = 2**31 - 1  # block tables are int32
 
 
 @reject_unknown_options
@@ -83,7 +84,7 @@ class Config:
             require_bool("async_scheduling", self.async_scheduling)
         if self.async_scheduling and self.tensor_parallel_size > 1:
             raise ValueError(
-                "async_scheduling must be False with several ranks, which get each step's tokens from the host, got "
+                "async_scheduling must be left out with several ranks, which get each step's tokens from the host, got "
                 f"True and tensor_parallel_size={self.tensor_parallel_size}; leave out one of the two"
             )
         require_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
@@ -91,7 +92,8 @@ class Config:
         require_choice("device", self.device, DEVICES)
         require_int("seed", self.seed, 0, 2**64 - 1)
         if self.num_kv_cache_blocks is not None:
-            require_int("num_kv_cache_blocks", self.num_kv_cache_blocks, 1, remedy="use None to size it from memory")
+            remedy = "use None to size it from memory"
+            require_int("num_kv_cache_blocks", self.num_kv_cache_blocks, 1, MAX_KV_CACHE_BLOCKS, remedy)
         _check_block_size(self.kv_cache_block_size, self.attention_backend)
         make_integers_plain(self)
 

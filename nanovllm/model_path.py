@@ -1,11 +1,14 @@
 """Where a model's files are: a local directory, or a download from the Hugging Face hub."""
 
+import errno
+import os
 import re
 from pathlib import Path
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # Only these are fetched: weights in safetensors, configuration, tokenizer. No pickles, no code.
 _HUB_FILES = ["*.safetensors", "*.json", "tokenizer.model", "merges.txt", "vocab.txt", "*.jinja"]
+_MAX_REASON_CHARS = 500
 
 
 def local_model_dir(model: str) -> Path:
@@ -26,13 +29,37 @@ def local_model_dir(model: str) -> Path:
 
 
 def _download(model_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
     try:
+        from huggingface_hub import snapshot_download
+
         return Path(snapshot_download(model_id, allow_patterns=_HUB_FILES))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except Exception as error:  # of the hub's client, its HTTP library, the network or the disk
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        if len(reason) > _MAX_REASON_CHARS:  # some servers answer with a page of HTML
+            reason = reason[:_MAX_REASON_CHARS] + " ..."
         raise ValueError(
             f"model must be an existing directory or a hub id that can be downloaded, got {model_id!r}: there is no "
-            f"such directory, and the hub said: {error}"
+            f"such directory, and the hub said: {reason}; {_remedy(model_id, error)}"
         ) from error
+
+
+def _remedy(model_id: str, error: Exception) -> str:
+    kinds = {kind.__name__ for kind in type(error).__mro__}  # names, since hub and HTTP library move their classes
+    page = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co')}/{model_id}"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "free disk space, or set HF_HOME to a directory on another disk"
+    if isinstance(error, PermissionError):
+        return "set HF_HOME to a directory that you may write to"
+    if "GatedRepoError" in kinds:
+        return f"accept the model's licence at {page}, then log in with `hf auth login` or set HF_TOKEN"
+    if "RepositoryNotFoundError" in kinds:
+        return "check the spelling; for a private model, log in with `hf auth login` or set HF_TOKEN"
+    if _is_set("HF_HUB_OFFLINE") or _is_set("TRANSFORMERS_OFFLINE"):
+        return "unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE to download it, or give a local directory"
+    if "HF_ENDPOINT" in os.environ:
+        return f"check HF_ENDPOINT={os.environ['HF_ENDPOINT']!r} or unset it, or give a local directory"
+    return "check the network connection, or give a local directory"
+
+
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "").upper() in ("1", "ON", "YES", "TRUE")

@@ -14,6 +14,7 @@ from nanovllm.validation import (
 )
 
 MIN_TEMPERATURE = 1e-10
+MAX_TEMPERATURE = 3.4e38  # a larger one is infinite in float32, in which the sampler computes
 MAX_TOP_K = 2**31 - 1  # beyond any vocabulary, and within the arrays of a step
 
 
@@ -22,7 +23,7 @@ MAX_TOP_K = 2**31 - 1  # beyond any vocabulary, and within the arrays of a step
 class SamplingParams:
     """Frozen and validated; every violation is a ValueError, an unknown name a TypeError.
 
-    temperature: logits are divided by it; above 1e-10. For argmax use SamplingParams.greedy().
+    temperature: logits are divided by it; above 1e-10, at most 3.4e38. For argmax use SamplingParams.greedy().
     max_tokens: at most this many tokens are generated (at least 1).
     ignore_eos: True goes on after the model's end-of-sequence token (stop and stop_token_ids still end the request).
     top_k: sample from the k most likely tokens only; None is no limit; 1 is argmax.
@@ -54,6 +55,13 @@ class SamplingParams:
             f"a number above {MIN_TEMPERATURE}",
             lambda value: value > MIN_TEMPERATURE,
             remedy="use SamplingParams.greedy() for the most likely token at every step",
+        )
+        require_number(
+            "temperature",
+            self.temperature,
+            f"a number of at most {MAX_TEMPERATURE}, the range of float32",
+            lambda value: value <= MAX_TEMPERATURE,
+            remedy="lower it",
         )
         require_int("max_tokens", self.max_tokens, 1)
         require_bool("ignore_eos", self.ignore_eos)

@@ -1,9 +1,11 @@
-"""What torchrun (or whoever starts the processes as it does) says about this process, read off the environment."""
+"""The rank of this process, read from the environment variables that torchrun sets for the processes it starts."""
 
 import os
+import re
 from dataclasses import dataclass
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_UNSET = "start the program with torchrun, or unset RANK"
 
 
 @dataclass(frozen=True)
@@ -17,8 +19,29 @@ class Launch:
 
 
 def read_launch() -> Launch | None:
-    """None unless this process was started as one of several."""
+    """None unless this process was started as one of several.
+
+    Raises ValueError when the variables are all set and do not hold the numbers of a rank.
+    """
     if any(name not in os.environ for name in _VARIABLES):
         return None
-    launch = Launch(*(int(os.environ[name]) for name in _VARIABLES[:4]))
-    return launch if launch.size > 1 else None
+    numbers = {name: _read_number(name) for name in _VARIABLES[:4]}
+    launch = Launch(*numbers.values())
+    if launch.size == 1:  # some clusters set variables for every program
+        return None
+    if not (launch.rank < launch.size and launch.local_rank < launch.local_size <= launch.size):
+        values = ", ".join(f"{name}={number}" for name, number in numbers.items())
+        raise ValueError(
+            "RANK must be below WORLD_SIZE, and LOCAL_RANK below LOCAL_WORLD_SIZE, as torchrun sets them, got "
+            f"{values}; {_UNSET}"
+        )
+    return launch
+
+
+def _read_number(name: str) -> int:
+    text = os.environ[name]
+    if not re.fullmatch("[0-9]{1,9}", text):
+        raise ValueError(
+            f"the environment variable {name} must be an integer, as torchrun sets it, got {text!r}; {_UNSET}"
+        )
+    return int(text)

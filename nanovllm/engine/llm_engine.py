@@ -12,8 +12,6 @@ from contextlib import closing, nullcontext
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from tqdm.auto import tqdm
-
 from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.chat import TWO_BOS_WARNING, begins_with_two_bos, chat_prompts
@@ -22,7 +20,7 @@ from nanovllm.engine.inputs import as_params_list, as_prompt_list, as_token_ids,
 from nanovllm.engine.request import Request
 from nanovllm.engine.scheduler import ScheduledBatch, Scheduler
 from nanovllm.engine.sequence import Sequence, SequenceStatus
-from nanovllm.engine.throughput import Throughput
+from nanovllm.engine.throughput import GenerationProgress
 from nanovllm.engine.tokenizer import load_tokenizer
 from nanovllm.model_config import load_model_config
 from nanovllm.model_path import local_model_dir
@@ -77,6 +75,7 @@ class LLMEngine:
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_model_len=self.config.max_model_len,
+            max_supported_len=model_config.max_supported_len,
             eos_token_ids=model_config.eos_token_ids | ({tokenizer_eos} if tokenizer_eos is not None else set()),
         )
         self._ahead: Any = None  # LaunchedStep of the step after the current one
@@ -104,14 +103,11 @@ class LLMEngine:
         middle of a step: then it is closed.
         """
         requests = self._make_requests(as_prompt_list(prompts), sampling_params, is_streamed=False)
-        progress = tqdm(total=len(requests), desc="Generating", unit="prompt", disable=not use_tqdm)
-        throughput = Throughput()
-        with progress, closing(self._run(requests, lambda request: request.sequence.is_finished)) as steps:
-            for batch, are_finished in steps:
-                throughput.add(batch)
-                progress.set_postfix_str(str(throughput), refresh=False)
-                progress.update(sum(are_finished))
-            progress.update(len(requests) - progress.n)  # those that were aborted between steps
+        progress = GenerationProgress(requests, self.config.max_model_len, is_shown=use_tqdm)
+        with progress, closing(self._run(requests, lambda request: request.sequence)) as steps:
+            for batch, sequences in steps:
+                progress.add(batch, sequences)
+            progress.finish()
         return [request.output() for request in requests]
 
     def generate_stream(

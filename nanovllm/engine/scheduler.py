@@ -42,6 +42,7 @@ class Scheduler:
     A running sequence that could decode waits for at most MAX_CONSECUTIVE_PREFILLS prefill steps in a row.
     Admission leaves one free block for each running sequence that can still outgrow its last block, so at least
     block_size decode steps lie between the admission of a sequence and its preemption.
+    max_supported_len: what max_model_len can be raised to with this model, for the remedy in errors.
     num_preemptions and num_prefill_chunks (steps that left a prompt unfinished) count since construction.
     """
 
@@ -52,12 +53,14 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_model_len: int,
+        max_supported_len: int | None = None,
         eos_token_ids: frozenset[int] = frozenset(),
     ) -> None:
         self.block_manager = block_manager
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
+        self.max_supported_len = max_model_len if max_supported_len is None else max_supported_len
         self.eos_token_ids = eos_token_ids
         self.waiting: deque[Sequence] = deque()
         self.running: deque[Sequence] = deque()
@@ -77,16 +80,30 @@ class Scheduler:
         if num_prompt_tokens >= self.max_model_len:
             raise ValueError(
                 f"a prompt must be shorter than max_model_len={self.max_model_len} tokens to leave room for one more, "
-                f"got {num_prompt_tokens}; shorten it or raise max_model_len"
+                f"got {num_prompt_tokens}; {self._remedy_for_length(num_prompt_tokens)}"
             )
         num_blocks, block_size = len(self.block_manager.blocks), self.block_manager.block_size
         if self._max_num_blocks(seq) > num_blocks:
             raise ValueError(
                 f"prompt and output must fit in the KV cache of {num_blocks} blocks of {block_size} tokens, got "
                 f"{num_prompt_tokens} prompt tokens and max_tokens={max_tokens} (max_model_len={self.max_model_len}), "
-                f"which take {self._max_num_blocks(seq)} blocks; shorten the prompt, lower max_tokens or enlarge the "
-                "cache (num_kv_cache_blocks, gpu_memory_utilization)"
+                f"which take {self._max_num_blocks(seq)} blocks; {self._remedy_for_cache(seq)}"
             )
+
+    def _remedy_for_length(self, num_prompt_tokens: int) -> str:
+        if num_prompt_tokens < self.max_supported_len:
+            return f"shorten it, or set max_model_len to at least {num_prompt_tokens + 1}"
+        return f"shorten it: this model takes at most {self.max_supported_len} tokens, prompt and output together"
+
+    def _remedy_for_cache(self, seq: Sequence) -> str:
+        num_slots = len(self.block_manager.blocks) * self.block_manager.block_size
+        max_tokens = num_slots + 1 - seq.num_prompt_tokens  # the last token's key and value are never stored
+        shorter = (
+            f"lower max_tokens to {max_tokens}"
+            if max_tokens >= 1
+            else f"shorten the prompt to {num_slots} tokens and set max_tokens to 1"
+        )
+        return f"{shorter}, or set num_kv_cache_blocks to at least {self._max_num_blocks(seq)}"
 
     def add(self, seq: Sequence) -> None:
         """Queue `seq`. Raises ValueError as check_fits."""

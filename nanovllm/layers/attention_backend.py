@@ -104,7 +104,7 @@ def choose_attention_backend(
         if objection is not None:
             raise ValueError(
                 f"attention_backend={requested!r} cannot be used: {objection}; use attention_backend='torch', "
-                "which runs everywhere, or 'auto', which takes the fastest that fits"
+                "which runs everywhere"
             )
     else:
         names = ", ".join(map(repr, ("auto", *_CANDIDATES)))

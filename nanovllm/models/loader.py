@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from tqdm import tqdm
 
 from nanovllm.layers.parameter import ShapeError
 from nanovllm.models.decoder import DecoderForCausalLM
+from nanovllm.progress import Progress
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -49,7 +49,7 @@ def load_model(
 ) -> None:
     """Fill all parameters of `model` from model_dir, each rank with its share, cast to the parameters' dtype.
 
-    use_tqdm: show progress if standard error is a terminal. between_tensors is called after each tensor.
+    use_tqdm: show progress, see nanovllm/progress.py. between_tensors is called after each tensor.
     Where the files and config.json disagree, the files count, as in transformers, and rank 0 logs a warning: tied
     weights of which the files hold two that differ are not tied, and a bias that no layer has is zero.
     Raises ValueError, listing names, when files or tensors are missing, unexpected, duplicate, misshapen, quantised or
@@ -67,7 +67,7 @@ def load_model(
     _refuse("the checkpoint lacks weights of this model", targets.keys() - names)
     _refuse("the checkpoint has weights that this model does not", names - targets.keys())
     misshapen = []
-    with tqdm(total=len(targets), desc="Loading weights", disable=None if use_tqdm else True) as progress:
+    with Progress("Loading weights", len(targets), is_shown=use_tqdm) as progress:
         for file in files:
             with safe_open(file, framework="pt") as tensors:
                 for name in sorted(targets.keys() & set(tensors.keys())):

@@ -12,10 +12,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from nanovllm.context import Context
 from nanovllm.engine.model_input import PADDING_SLOT, ModelInput
+from nanovllm.progress import Progress
 from nanovllm.worker.torch_state import gpu_lock
 
 MAX_GRAPH_BATCH_SIZE = 512  # larger batches keep the GPU busy longer than launching takes: they run eagerly
@@ -74,16 +74,18 @@ class DecodeGraphs:
         pool: Any = None
         stream = _side_stream(device)
         # The largest first: its memory serves the smaller ones.
-        for size in tqdm(batch_sizes[::-1], desc="Capturing CUDA graphs", disable=None if use_tqdm else True):
-            graph = torch.cuda.CUDAGraph()
-            inputs = self._inputs(size)
-            with gpu_lock:
-                self._warm_up(forward, inputs, stream)
-                # thread_local: what the program's other threads do on the GPU does not end the capture.
-                with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                    logits = forward(*inputs)
-            pool = pool or graph.pool()
-            self._graphs[size], self._logits[size] = graph, logits
+        with Progress("Capturing CUDA graphs", len(batch_sizes), is_shown=use_tqdm) as progress:
+            for size in batch_sizes[::-1]:
+                graph = torch.cuda.CUDAGraph()
+                inputs = self._inputs(size)
+                with gpu_lock:
+                    self._warm_up(forward, inputs, stream)
+                    # thread_local: what the program's other threads do on the GPU does not end the capture.
+                    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                        logits = forward(*inputs)
+                pool = pool or graph.pool()
+                self._graphs[size], self._logits[size] = graph, logits
+                progress.update()
 
     @staticmethod
     def _warm_up(

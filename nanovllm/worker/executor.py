@@ -15,6 +15,7 @@ from nanovllm.torchrun import read_launch
 from nanovllm.worker.launched_ranks import LaunchedRanks, serve_launched
 from nanovllm.worker.launched_step import LaunchedStep
 from nanovllm.worker.local_ranks import LocalRanks
+from nanovllm.worker.main_program import require_importable_program
 from nanovllm.worker.model_runner import ModelRunner
 from nanovllm.worker.process_group import launched_place, leave, local_places, resolve_device
 from nanovllm.worker.rank_process import Model
@@ -121,11 +122,12 @@ def _other_ranks(model: Model) -> LocalRanks | LaunchedRanks:
     """
     size, launch = model.config.tensor_parallel_size, read_launch()
     if launch is None:
+        require_importable_program()
         return LocalRanks(model, local_places(resolve_device(model.config.device), size))
     if launch.size != size:
         raise ValueError(
             f"tensor_parallel_size must be the number of processes that torchrun started, {launch.size}, got {size}; "
-            "leave it out, or change --nnodes and --nproc-per-node"
+            f"set it to {launch.size}, or change --nnodes and --nproc-per-node"
         )
     place = launched_place(model.config.device, launch)
     if place.rank:

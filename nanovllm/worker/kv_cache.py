@@ -21,10 +21,12 @@ def num_blocks_that_fit(
     num_blocks = num_free_bytes // bytes_per_block
     if num_blocks < 1:
         gib = 2**30
+        needed = -(-1000 * (used + peak - current + bytes_per_block) // total) / 1000  # rounded up
+        higher = f"set it to at least {needed}, " if needed <= 1 else ""
         raise ValueError(
             f"gpu_memory_utilization must leave room for at least one KV block of {bytes_per_block / gib:.3f} GiB, got "
             f"{utilization} of {total / gib:.2f} GiB: {used / gib:.2f} GiB are in use (other processes included) and a "
-            f"step needs {(peak - current) / gib:.2f} GiB more; raise it, free the GPU, or lower "
+            f"step needs {(peak - current) / gib:.2f} GiB more; {higher}free the GPU, or lower "
             "max_num_batched_tokens, max_num_seqs or max_model_len"
         )
     return num_blocks
@@ -39,6 +41,15 @@ def num_blocks_on_cpu(available: int, bytes_per_block: int, max_num_seqs: int, m
     if num_blocks < 1:
         raise ValueError(
             f"a KV block of {bytes_per_block} bytes must fit in {CPU_KV_CACHE_SHARE:.0%} of the available memory, "
-            f"got {available} bytes; free memory, lower kv_cache_block_size or set num_kv_cache_blocks"
+            f"got {available} bytes; free memory, or set num_kv_cache_blocks to use more of it"
         )
     return num_blocks
+
+
+def cache_too_large(num_blocks: int, num_bytes: int, device: str, is_given: bool) -> ValueError:
+    """The error for a cache of num_blocks blocks that the device's memory cannot hold. is_given: by the user."""
+    remedy = "lower it, or leave it out to size the cache from free memory" if is_given else "set it to fewer"
+    return ValueError(
+        f"num_kv_cache_blocks must fit in the memory of {device}, got {num_blocks}, which take "
+        f"{num_bytes / 2**30:.4g} GiB; {remedy}"
+    )

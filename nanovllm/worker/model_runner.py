@@ -1,4 +1,8 @@
-"""ModelRunner: one rank's model and KV cache, and the computing of a step."""
+"""ModelRunner: one rank's model and KV cache, and the computing of a step.
+
+It is one file of over 300 lines because loading, warming up, sizing the cache and running share the model, the cache
+and the graphs.
+"""
 
 import gc
 import math
@@ -31,7 +35,7 @@ from nanovllm.model_config import ModelConfig
 from nanovllm.models.loader import load_model
 from nanovllm.models.registry import build_model
 from nanovllm.worker.cuda_graph import DecodeGraphs, graph_batch_sizes
-from nanovllm.worker.kv_cache import block_bytes, num_blocks_on_cpu, num_blocks_that_fit
+from nanovllm.worker.kv_cache import block_bytes, cache_too_large, num_blocks_on_cpu, num_blocks_that_fit
 from nanovllm.worker.launched_step import LaunchedStep
 from nanovllm.worker.process_group import resolve_device
 from nanovllm.worker.torch_state import gpu_lock, plain_torch_state
@@ -130,18 +134,22 @@ class ModelRunner:
     def allocate_kv_cache(self) -> torch.Tensor:
         """The cache tensor, bound to the model's attention layers. Never-written slots hold what was in memory."""
         model = self.model_config
-        kv_cache = torch.empty(
-            (
-                2,
-                model.num_hidden_layers,
-                self.num_kv_cache_blocks,
-                self.config.kv_cache_block_size,
-                self.num_kv_heads,
-                model.head_dim,
-            ),
-            dtype=self.dtype,
-            device=self.device,
+        shape = (
+            2,
+            model.num_hidden_layers,
+            self.num_kv_cache_blocks,
+            self.config.kv_cache_block_size,
+            self.num_kv_heads,
+            model.head_dim,
         )
+        num_bytes = math.prod(shape) * self.dtype.itemsize
+        try:
+            if self.device.type == "cpu" and num_bytes > psutil.virtual_memory().total:
+                raise MemoryError  # Linux would lend more than there is, and kill the process when it is used
+            kv_cache = torch.empty(shape, dtype=self.dtype, device=self.device)
+        except (RuntimeError, MemoryError) as error:  # torch's out of memory is a RuntimeError
+            is_given = self.config.num_kv_cache_blocks is not None
+            raise cache_too_large(self.num_kv_cache_blocks, num_bytes, str(self.device), is_given) from error
         for layer, k_cache, v_cache in zip(self._attention_layers(), kv_cache[0], kv_cache[1], strict=True):
             layer.bind_kv_cache(k_cache, v_cache)
         return kv_cache

@@ -9,11 +9,9 @@ from typing import Any
 import pytest
 
 from nanovllm import LLM, SamplingParams, bundled_model_path
-from nanovllm.context import set_context
 from nanovllm.demo_prompts import DEMO_PROMPTS
 from nanovllm.engine import llm_engine
 from nanovllm.engine.request import Request
-from tests.attention_cases import Case, make_step
 from tests.e2e.conftest import BUNDLED_OPTIONS
 from tests.evidence import compared
 
@@ -296,15 +294,3 @@ def test_engines_in_several_threads_do_not_meet(llm: LLM, threads: ThreadPoolExe
     results = [threads.submit(use, dtype) for dtype in ("float32", "float16", "float32", "bfloat16")]
     results = [result.result(LIMIT_SECONDS) for result in results]
     assert [results[0], results[2]] == [expected, expected]
-
-
-def test_a_context_belongs_to_its_thread(threads: ThreadPoolExecutor) -> None:
-    """D81."""
-    context = make_step(Case(((3, 3),))).context
-
-    def use() -> None:
-        with set_context(context):
-            pass
-
-    with set_context(context):
-        threads.submit(use).result(LIMIT_SECONDS)

@@ -10,6 +10,7 @@ import pytest
 
 from nanovllm import LLM, SamplingParams, bundled_model_path, cli, demo
 from nanovllm.bench import draw_requests
+from nanovllm.cli_errors import BUG, USER_ERROR
 from tests.source_tree import ROOT
 
 PROMPT = "In the beginning"
@@ -32,7 +33,7 @@ def run_module(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """The line on stderr with which `arguments` are refused; fails unless it is the last one and the code is 2."""
-    assert cli.main(arguments) == cli.USER_ERROR
+    assert cli.main(arguments) == USER_ERROR
     *notes, line = capsys.readouterr().err.splitlines()
     assert line.startswith("nanovllm: error: ")
     assert all(note.startswith(("no --model given", "attention backend:")) for note in notes)
@@ -171,13 +172,15 @@ def test_no_command_is_refused():
 @pytest.mark.parametrize(
     ("options", "rule"),
     [
-        (["--max-model-len", "0"], "max_model_len must be an integer of at least 2"),
-        (["--temperature", "0"], "temperature must be a number above 1e-10"),
-        (["--top-p", "7"], "top_p must be a number in (0, 1]"),
-        (["--max-tokens", "-3"], "max_tokens must be an integer of at least 1"),
-        (["--tensor-parallel-size", "9"], "tensor_parallel_size must be an integer from 1 to 8"),
-        (["--seed", "-1"], "seed must be an integer from 0"),
+        (["--max-model-len", "0"], "--max-model-len must be an integer of at least 2"),
+        (["--temperature", "-1"], "--temperature must be a number above 1e-10"),
+        (["--top-p", "7"], "--top-p must be a number in (0, 1]"),
+        (["--max-tokens", "-3"], "--max-tokens must be an integer of at least 1"),
+        (["--tensor-parallel-size", "9"], "--tensor-parallel-size must be an integer from 1 to 8"),
+        (["--seed", "-1"], "--seed must be an integer from 0"),
         (["--greedy", "--temperature", "1"], "leave out --temperature"),
+        (["--greedy", "--top-k", "5", "--min-p", "0.1"], "leave out --top-k, --min-p"),
+        (["--temperature", "0", "--top-p", "7"], "--top-p must be a number in (0, 1]"),
     ],
 )
 def test_absurd_option_is_refused_by_its_rule(options, rule, capsys):
@@ -232,6 +235,14 @@ def test_chat_without_a_template_is_refused(capsys, monkeypatch):
     assert "chat template" in refusal(capsys, "generate", *SMALL, "--chat", PROMPT)
 
 
+def test_bench_refuses_a_prompt_that_the_model_cannot_take(capsys):
+    """D93: the message names bench's own option, and a maximum that works."""
+    options = ["--max-model-len", "64", "--device", "cpu", "--num-seqs", "1", "--output-len", "1", "1"]
+    line = refusal(capsys, "bench", *options, "--input-len", "64", "64")
+    assert "--input-len's maximum must be an integer from 1 to 63, got 64; lower it" in line
+    assert cli.main(["bench", *options, "--input-len", "63", "63"]) == 0
+
+
 @pytest.mark.parametrize("options", [["--num-seqs", "0"], ["--input-len", "9", "3"], ["--output-len", "0", "4"]])
 def test_bench_refuses_an_empty_range(options, capsys):
     assert " must be an integer" in refusal(capsys, "bench", *options)
@@ -240,12 +251,27 @@ def test_bench_refuses_an_empty_range(options, capsys):
 def test_refusal_reaches_the_shell_without_a_traceback():
     result = run_module("generate", "--max-tokens", "0", PROMPT)
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr == "nanovllm: error: max_tokens must be an integer of at least 1, got 0\n"
+    assert result.stderr == "nanovllm: error: --max-tokens must be an integer of at least 1, got 0\n"
 
 
-def test_debug_shows_the_traceback():
-    with pytest.raises(ValueError, match="max_tokens"):
-        cli.main(["generate", "--debug", "--max-tokens", "0", PROMPT])
+def test_debug_shows_the_traceback(capsys):
+    assert cli.main(["generate", "--debug", "--max-tokens", "0", PROMPT]) == USER_ERROR
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "Traceback (most recent call last):"
+    assert lines[-1] == "nanovllm: error: --max-tokens must be an integer of at least 1, got 0"
+
+
+def test_a_bug_of_nanovllm_is_shown_as_one(capsys, monkeypatch):
+    """D92: only then does a traceback reach the terminal."""
+
+    def fail(*_):
+        raise KeyError("block 7")
+
+    monkeypatch.setattr(cli, "_read_prompts", fail)
+    assert cli.main(["generate", PROMPT]) == BUG
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "Traceback (most recent call last):"
+    assert lines[-1] == "nanovllm: this is a bug in nanovllm (KeyError): please report it with the traceback above"
 
 
 # --- how it is interrupted ---

@@ -21,6 +21,7 @@ BASE = {
     "nanovllm.model_config",
     "nanovllm.moe_config",
     "nanovllm.outputs",
+    "nanovllm.progress",
     "nanovllm.rope_config",
     "nanovllm.sampling_params",
     "nanovllm.torchrun",

@@ -468,4 +468,4 @@ def test_progress_is_shown_on_a_terminal_only(tmp_path, capsys, monkeypatch, use
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     load_model(model, tmp_path, use_tqdm=use_tqdm)
     shown = capsys.readouterr().err
-    assert (f"Loading weights: 100%|██████████| {len(checkpoint())}/{len(checkpoint())}" in shown) == use_tqdm
+    assert (f"Loading weights: {len(checkpoint())}/{len(checkpoint())} 100%|██████" in shown) == use_tqdm

@@ -1,5 +1,9 @@
 """local_model_dir: a directory as it is, a hub id by download, and a clear word for everything else."""
 
+import errno
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +12,7 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from nanovllm.model_path import local_model_dir
+from tests.source_tree import ROOT
 
 
 def test_a_directory_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,3 +52,87 @@ def test_what_the_hub_says_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None
 def test_what_is_neither_is_refused(model: str) -> None:
     with pytest.raises(ValueError, match=r"must be an existing directory or a hub id such as 'Qwen/Qwen3-0.6B', got"):
         local_model_dir(model)
+
+
+# --- errors of the hub's client ---
+
+HUB_VARIABLES = ("HF_ENDPOINT", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+
+
+def hub_error(name: str, base: type[Exception] = OSError) -> Exception:
+    """An exception with the name of one of huggingface_hub's, whose constructors differ between versions."""
+    return type(name, (base,), {})("the hub's words")
+
+
+@pytest.mark.parametrize(
+    ("error", "variables", "remedy"),
+    [
+        (
+            hub_error("UnsupportedProtocol", Exception),
+            {"HF_ENDPOINT": "x"},
+            "check HF_ENDPOINT='x' or unset it, or give",
+        ),
+        (hub_error("ConnectError", Exception), {}, "check the network connection, or give a local directory"),
+        (TypeError("a client that changed"), {}, "check the network connection"),
+        (
+            hub_error("LocalEntryNotFoundError"),
+            {"HF_HUB_OFFLINE": "1"},
+            "unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE",
+        ),
+        (hub_error("LocalEntryNotFoundError"), {"HF_HUB_OFFLINE": "0"}, "check the network connection"),
+        (
+            hub_error("GatedRepoError"),
+            {},
+            "licence at https://huggingface.co/some/model, then log in with `hf auth login`",
+        ),
+        (hub_error("RepositoryNotFoundError"), {}, "check the spelling; for a private model, log in"),
+        (OSError(errno.ENOSPC, "No space left on device"), {}, "free disk space, or set HF_HOME"),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/cache"),
+            {},
+            "set HF_HOME to a directory that you may write",
+        ),
+    ],
+)
+def test_every_error_of_the_hub_is_a_value_error_with_a_remedy(
+    error: Exception, variables: dict[str, str], remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """D92: a wrong HF_ENDPOINT raised an exception of the HTTP library."""
+
+    def refuse(*_: Any, **__: Any) -> str:
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    for name in HUB_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=r"^model must be .*, got 'some/model'") as caught:
+        local_model_dir("some/model")
+    assert remedy in str(caught.value)
+    assert str(error) in str(caught.value)
+
+
+def test_a_page_of_html_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """D92"""
+
+    def refuse(*_: Any, **__: Any) -> str:
+        raise OSError("<p>\n" * 100_000)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(ValueError, match=r"<p> +\.\.\.; ") as caught:
+        local_model_dir("some/model")
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("endpoint", ["notaurl", "ftp://localhost", "http://127.0.0.1:1", "http://[", ""])
+def test_a_wrong_endpoint_is_one_line_at_the_command_line(endpoint: str, tmp_path: Path) -> None:
+    """D92: with the hub's own client, which reads the variable when it is imported."""
+    variables = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
+    if not endpoint:
+        variables["HF_HUB_OFFLINE"] = "1"
+    command = [sys.executable, "-m", "nanovllm", "generate", "--model", "some/model", "x"]
+    result = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 2, result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert result.stderr.startswith("nanovllm: error: --model must be ")

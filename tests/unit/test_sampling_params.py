@@ -56,6 +56,14 @@ def test_a_violation_says_name_rule_value_and_remedy(name: str, value: Any) -> N
     assert str(caught.value) == f"{name} must be {rule}, got {value!r}{'; ' + remedy if remedy else ''}"
 
 
+@pytest.mark.parametrize("value", [1e39, 3.5e38, 1.7e308, 10**300, np.float64(1e39)])
+def test_a_temperature_beyond_float32_is_refused(value: Any) -> None:
+    """D94: the sampler computes in float32, where it would be infinite."""
+    with pytest.raises(ValueError, match=r"^temperature must be a number of at most 3\.4e\+38, .* got .*; lower it$"):
+        SamplingParams(temperature=value)
+    assert np.isfinite(np.float32(SamplingParams(temperature=3.4e38).temperature))
+
+
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in ACCEPTED.items() for value in values])
 def test_values_at_the_edge_are_taken(name: str, value: Any) -> None:
     assert getattr(SamplingParams(**{name: value}), name) == value

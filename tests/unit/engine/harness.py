@@ -54,6 +54,7 @@ def make_scheduler(
     max_num_seqs: int = 8,
     max_num_batched_tokens: int = 64,
     max_model_len: int = 64,
+    max_supported_len: int | None = None,
     eos_token_ids: frozenset[int] = frozenset(),
     hash_function: Callable[[list[int], int | None], int] = block_hash,
 ) -> Scheduler:
@@ -62,6 +63,7 @@ def make_scheduler(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         max_model_len=max_model_len,
+        max_supported_len=max_supported_len,
         eos_token_ids=eos_token_ids,
     )
 

@@ -16,8 +16,8 @@ def test_what_can_never_fit_is_refused_with_the_numbers_and_the_others_go_on() -
     other = add_prompt(scheduler, 2, 0, max_tokens=7)
     with pytest.raises(
         ValueError,
-        match=r"4 blocks of 2 tokens, got 5 prompt tokens and max_tokens=5 .* take 5 blocks; .* "
-        r"enlarge the cache \(num_kv_cache_blocks, gpu_memory_utilization\)$",
+        match=r"4 blocks of 2 tokens, got 5 prompt tokens and max_tokens=5 .* take 5 blocks; lower max_tokens to 4, or "
+        r"set num_kv_cache_blocks to at least 5$",
     ):
         add_prompt(scheduler, 5, 1, max_tokens=5)
     assert add_prompt(scheduler, 5, 2, max_tokens=4) in scheduler.waiting

@@ -40,7 +40,7 @@ def test_memory_of_another_process_is_an_error_with_the_figures() -> None:
     message = str(caught.value)
     for figure in ("0.500 GiB", "got 0.9 of 80.00 GiB", "75.00 GiB are in use (other processes", "needs 2.00 GiB more"):
         assert figure in message
-    assert "raise it, free the GPU, or lower max_num_batched_tokens" in message
+    assert "GiB more; set it to at least 0.969, free the GPU, or lower max_num_batched_tokens" in message
 
 
 @pytest.mark.parametrize(

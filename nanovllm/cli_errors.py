@@ -1,0 +1,101 @@
+"""What the command line says about an exception: one line with the remedy, or that nanovllm has a bug.
+
+Exit codes: 2 for what the user can change, 70 (EX_SOFTWARE of sysexits.h) for a bug of nanovllm.
+"""
+
+import re
+import sys
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+
+USER_ERROR = 2
+BUG = 70
+
+_PACKAGE = str(Path(__file__).parent)
+_RANK_TRACEBACK = "\n\nIts traceback:\n"  # RankError's message holds it, see worker/local_ranks.py
+# Python advice in messages -> what does the same at the command line, where nothing but options can be given.
+_PHRASES = {
+    "SamplingParams.greedy()": "--greedy",
+    "use None": "leave it out",
+    "give a list of token ids or add": "add",
+    "decode its bytes with the right encoding, or with errors='replace'": "set the locale to the encoding of its bytes",
+}
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "OutOfMemoryError", "MemoryError")
+_LESS_MEMORY = (
+    "lower --max-num-batched-tokens, --max-num-seqs, --num-kv-cache-blocks or --gpu-memory-utilization, free memory, "
+    "or choose a smaller model"
+)
+
+
+def report_error(error: Exception, options: Mapping[str, str], is_debug: bool) -> int:
+    """Print what is to be said about `error` to stderr and return the exit code.
+
+    options: field name -> option, such as max_model_len -> --max-model-len, of the command that ran.
+    """
+    line = user_error(error, options)
+    if line is None or is_debug:
+        traceback.print_exception(error)
+    if line is not None:
+        print("nanovllm: error:", line, file=sys.stderr)
+        return USER_ERROR
+    print(
+        f"nanovllm: this is a bug in nanovllm ({type(error).__name__}): please report it with the traceback above",
+        file=sys.stderr,
+    )
+    return BUG
+
+
+def user_error(error: Exception, options: Mapping[str, str]) -> str | None:
+    """One line about something that the user can change; None for a bug of nanovllm."""
+    text, _, rank_traceback = str(error).partition(_RANK_TRACEBACK)
+    text = text if text.strip() else type(error).__name__
+    if isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(word in text for word in _OUT_OF_MEMORY)
+    ):
+        return f"{_one_line(text)}; {_LESS_MEMORY}"
+    if isinstance(error, ImportError):
+        return f"{_one_line(text)}; install nanovllm with what it needs: pip install nanovllm"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror + (f": {error.filename!r}" if error.filename is not None else "")
+    is_of_a_rank = any(kind.__name__ == "RankError" for kind in type(error).__mro__)  # its module imports torch
+    if not isinstance(error, (ValueError, OSError)) and not (is_of_a_rank and not rank_traceback):
+        return None
+    if not _is_raised_here(error):
+        return f"{_one_line(text)} (--debug shows where this comes from)"
+    return as_options(_one_line(text), options)
+
+
+def as_options(message: str, options: Mapping[str, str]) -> str:
+    """`message` with options for field names and for Python advice; what it quotes ('...') stays as it is."""
+    for phrase, replacement in _PHRASES.items():
+        message = message.replace(phrase, replacement)
+    if not options:
+        return message
+    names = "|".join(options)
+    several_words = "|".join(name for name in options if "_" in name) or "(?!)"
+    pattern = (
+        rf"(?<![\w./-])(?P<pair>{names})=(?P<value>'[^']*'|[^\s,;:()]+)"
+        r"|(?<!\w)'(?:[^'\\]|\\.)*'"
+        r'|(?<!\w)"(?:[^"\\]|\\.)*"'
+        rf"|(?<![\w./-])(?P<long>{several_words})(?![\w/])"  # not as a part of a path
+        rf"|(?<!\S)(?P<short>{names})(?= must\b)"  # a single word such as seed is a field's name only here
+    )
+
+    def replaced(match: re.Match[str]) -> str:
+        if match["pair"]:
+            return f"{options[match['pair']]} {match['value'].strip(chr(39))}"
+        name = match["long"] or match["short"]
+        return options[name] if name else match[0]
+
+    return re.sub(pattern, replaced, message)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(line.strip() for line in text.splitlines() if line.strip())
+
+
+def _is_raised_here(error: BaseException) -> bool:
+    """Whether code of nanovllm raised `error`, so that its message is written for nanovllm's users."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and frames[-1].filename.startswith(_PACKAGE)

@@ -1,0 +1,82 @@
+"""Standard streams of the command line: no result is lost because a console cannot show it."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+
+@contextmanager
+def lossless_console() -> Iterator[None]:
+    r"""While a command runs, stdout and stderr write a character that their encoding lacks as an escape such as \u4f60.
+
+    Windows' cp1252, LANG=C and some pipes lack most characters; Python's default is to raise UnicodeEncodeError.
+    A closed stderr is replaced by the null device: print(file=None) would write messages among the results.
+    """
+    with ExitStack() as restore:
+        if sys.stderr is None:
+            sys.stderr = restore.enter_context(open(os.devnull, "w"))
+            restore.callback(setattr, sys, "stderr", None)
+        for stream in (sys.stdout, sys.stderr):
+            _escape(stream, restore)
+        yield
+
+
+def _escape(stream: Any, restore: ExitStack) -> None:
+    """Set the error handler of a text stream. Streams that are no files of the system (StringIO) hold any character."""
+    if hasattr(stream, "reconfigure") and stream.errors != "backslashreplace":
+        restore.callback(stream.reconfigure, errors=stream.errors)
+        stream.reconfigure(errors="backslashreplace")
+
+
+def require_stdout() -> None:
+    """Raise ValueError if standard output is closed, before anything is computed for it."""
+    if sys.stdout is None:
+        raise ValueError(
+            "standard output must be open, since results go there, and it is closed; redirect it to a file"
+        )
+
+
+def read_lines_from_stdin() -> list[str]:
+    """The lines of standard input that are not blank, without their line ends.
+
+    Raises ValueError when it is closed, holds nothing, or holds bytes that are no text in its encoding.
+    """
+    if sys.stdin is None:
+        raise ValueError("'-' reads one prompt a line from standard input, and it is closed; give prompts as arguments")
+    try:
+        lines = [line.rstrip("\r\n") for line in sys.stdin]
+    except UnicodeError as error:  # the decoder reads ahead, so the line is unknown
+        raise _wrong_encoding(str(error)) from error
+    for number, line in enumerate(lines, 1):
+        undecoded = [character for character in line if "\ud800" <= character <= "\udfff"]
+        if undecoded:  # the error handler surrogateescape, as under LANG=C, turns a byte into a lone surrogate
+            raise _wrong_encoding(f"byte 0x{ord(undecoded[0]) & 0xFF:02x} in line {number} cannot be decoded")
+    lines = [line for line in lines if line.strip()]
+    if not lines:
+        raise ValueError("'-' reads one prompt a line from standard input, and there was none")
+    return lines
+
+
+def _wrong_encoding(reason: str) -> ValueError:
+    return ValueError(
+        f"standard input must be text in {sys.stdin.encoding}, and {reason}; set PYTHONIOENCODING to the encoding that "
+        "it has, for example PYTHONIOENCODING=latin-1"
+    )
+
+
+def discard_stdout() -> None:
+    """Send what stdout still buffers to the null device, so that the flush at interpreter exit cannot fail again."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno())
+    os.close(null)
+
+
+def flush_stdout() -> None:
+    """Write what was printed before an error; what a full disk refuses is discarded."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        discard_stdout()

@@ -1,0 +1,103 @@
+"""Progress bars: a bar that fits the terminal, or rare lines where standard error is a file or a pipe.
+
+use_tqdm=False and a closed standard error show nothing. After an exception, no bar is left on the terminal.
+"""
+
+import sys
+from collections.abc import Sequence
+from time import monotonic
+from typing import Any
+
+from tqdm.auto import tqdm as auto_tqdm
+from tqdm.std import tqdm
+
+SECONDS_BETWEEN_LINES = 10.0
+MIN_BAR_COLUMNS = 4  # a narrower bar is left out
+DEFAULT_COLUMNS = 80  # of a terminal that does not tell
+_HAS_WIDGETS = auto_tqdm.__module__ == "tqdm.auto"  # in a notebook, where standard error is no terminal
+
+
+class Progress:
+    """Counts to `total` and shows how far it is, in a `with` statement.
+
+    what: such as "Loading weights". is_last_line_wanted: whether a file gets a line at the end also when it took less
+    than SECONDS_BETWEEN_LINES.
+    """
+
+    def __init__(self, what: str, total: int, is_shown: bool = True, is_last_line_wanted: bool = False) -> None:
+        self.what = what
+        self.total = total
+        self.n = 0
+        self._start = self._last_line = monotonic()
+        self._is_line_wanted = is_last_line_wanted
+        self._bar: Any = None
+        self._writes_lines = False
+        if not is_shown or sys.stderr is None:
+            return
+        if _HAS_WIDGETS:
+            self._bar = auto_tqdm(desc=what, total=total)
+        elif sys.stderr.isatty():
+            self._bar = _TerminalBar(self)
+        else:
+            self._writes_lines = True
+
+    def update(self, n: int = 1) -> None:
+        """Count n more."""
+        self.n += n
+        if self._bar is not None:
+            if _HAS_WIDGETS:
+                self._bar.set_postfix_str(self.count() + self.details()[0], refresh=False)
+            self._bar.update(n)
+        elif self._writes_lines and monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._last_line, self._is_line_wanted = monotonic(), True
+            self._write_line()
+
+    def details(self) -> Sequence[str]:
+        """What follows the count. A terminal shows the last that leaves room for the bar, a file the first."""
+        return [""]
+
+    def count(self) -> str:
+        """How much is done, in words."""
+        return f"{self.n}/{self.total}"
+
+    def _write_line(self) -> None:
+        seconds = int(monotonic() - self._start)
+        print(f"{self.what}: {self.count()} in {seconds} s{self.details()[0]}", file=sys.stderr, flush=True)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.leave = kind is None
+            self._bar.close()
+        elif self._writes_lines and kind is None and self._is_line_wanted:
+            self._write_line()
+
+
+class _TerminalBar(tqdm):
+    """tqdm's bar in one line that is never cut off: details that do not fit are left out, then the bar itself."""
+
+    monitor_interval = 0  # no thread: the engine updates often enough
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        super().__init__(total=progress.total, file=sys.stderr, dynamic_ncols=True, miniters=1)
+
+    def __str__(self) -> str:
+        values = self.format_dict
+        columns = (values["ncols"] or DEFAULT_COLUMNS) - 1  # some terminals wrap when the last column is written
+        values["ncols"] = columns
+        what, count = f"{self._progress.what}: ", self._progress.count() + " {percentage:3.0f}%"
+        details = self._progress.details()
+        forms = [(start, "|{bar}| ", detail) for detail in details for start in (what, "")]
+        forms += [("", " ", detail) for detail in details]
+        text = ""
+        for start, bar, detail in forms:
+            form = f"{start}{count}{bar}{{elapsed}}<{{remaining}}{detail}"
+            text = self.format_meter(**{**values, "bar_format": form.replace("{bar}", "")})
+            if "{bar}" in bar and len(text) + MIN_BAR_COLUMNS <= columns:
+                return self.format_meter(**{**values, "bar_format": form})
+            if "{bar}" not in bar and len(text) <= columns:
+                return text
+        return text[:columns]

@@ -1,0 +1,128 @@
+"""Standard streams of the command line: no encoding, closed stream or full disk costs a result or shows a traceback."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from nanovllm import cli
+from nanovllm.console import lossless_console, read_lines_from_stdin
+from tests.source_tree import ROOT
+
+SMALL = ["--max-tokens", "4", "--greedy", "--max-model-len", "64", "--device", "cpu"]
+TEXT = "你好 naïve 🙂"
+
+
+def stream(encoding: str, errors: str = "strict") -> io.TextIOWrapper:
+    return io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors=errors)
+
+
+def written(text_stream: io.TextIOWrapper) -> bytes:
+    text_stream.flush()
+    return text_stream.buffer.getvalue()  # type: ignore[attr-defined]
+
+
+def run_shell(command: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    """`command` in sh, in which $N is the command `nanovllm generate` with options that make it quick."""
+    n = f"{sys.executable} -m nanovllm generate {' '.join(SMALL)}"
+    variables = {**os.environ, "N": n, **environment}
+    return subprocess.run(["sh", "-c", command], cwd=ROOT, env=variables, capture_output=True, timeout=600)
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "latin-1", "utf-8"])
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_every_result_is_printed_whatever_the_encoding_lacks(encoding, options, monkeypatch) -> None:
+    """D85: prompts are echoed, and came after everything was computed."""
+    out, err = stream(encoding), stream(encoding)
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    prompts = ["In the", TEXT]
+    assert cli.main(["generate", *SMALL, *options, *prompts]) == 0
+    assert out.errors == "strict", "main() restores the error handler of its caller's stream"
+    lines = written(out).decode(encoding).splitlines()
+    if options:
+        assert [json.loads(line)["prompt"] for line in lines] == prompts
+        assert written(out).isascii()
+    else:
+        shown = TEXT.encode(encoding, "backslashreplace").decode(encoding)
+        assert [line for line in lines if line.startswith(">>> ")] == [">>> In the", f">>> {shown}"]
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_a_refusal_is_printed_whatever_the_encoding_lacks(encoding, monkeypatch) -> None:
+    """D85"""
+    err = stream(encoding)
+    monkeypatch.setattr(sys, "stderr", err)
+    assert cli.main(["generate", "--model", f"/{TEXT}", "x"]) == 2
+    assert rb"got '/\u4f60\u597d na" in written(err)
+
+
+def test_a_lone_surrogate_is_printed_as_an_escape(monkeypatch) -> None:
+    """D85: the error handler surrogateescape of LANG=C would write it as a byte that is no text."""
+    out = stream("utf-8", "surrogateescape")
+    monkeypatch.setattr(sys, "stdout", out)
+    with lossless_console():
+        print("a\udcff")
+    assert written(out) == b"a\\udcff\n"
+
+
+def test_a_closed_stderr_leaves_the_results_alone(capsys, monkeypatch) -> None:
+    """D85: print(file=None) writes to stdout."""
+    monkeypatch.setattr(sys, "stderr", None)
+    with lossless_console():
+        print("a message", file=sys.stderr)
+    assert sys.stderr is None
+    assert capsys.readouterr().out == ""
+
+
+def test_a_closed_stdout_is_refused_before_anything_is_computed(capsys, monkeypatch) -> None:
+    """D85, D92"""
+    monkeypatch.setattr(cli, "_open_llm", None)
+    monkeypatch.setattr(sys, "stdout", None)
+    assert cli.main(["generate", "x"]) == 2
+    assert "standard output must be open" in capsys.readouterr().err
+
+
+def test_a_closed_stdin_is_refused(monkeypatch) -> None:
+    """D92"""
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(ValueError, match="standard input, and it is closed; give prompts as arguments"):
+        read_lines_from_stdin()
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_stdin_of_another_encoding_is_refused_with_a_remedy_that_works(errors, monkeypatch) -> None:
+    """D85, D93"""
+    data = "first\ncafé\n".encode("latin-1")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8", errors=errors))
+    with pytest.raises(ValueError, match=r"must be text in utf-8, and .*0xe9 .*for example PYTHONIOENCODING=latin-1"):
+        read_lines_from_stdin()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="latin-1"))
+    assert read_lines_from_stdin() == ["first", "café"]
+
+
+def test_real_streams_that_are_closed_or_full() -> None:
+    """D85, D92: one line and exit code 2, also from the interpreter's own flush at exit."""
+    cases = {
+        "$N In >&-": b"standard output must be open",
+        "$N - <&-": b"standard input, and it is closed",
+        "$N In the > /dev/full": b"No space left on device",
+    }
+    for command, words in cases.items():
+        result = run_shell(command)
+        assert result.returncode == 2, (command, result.stderr)
+        assert words in result.stderr.splitlines()[-1]
+        assert b"Traceback" not in result.stderr
+        assert b"Exception ignored" not in result.stderr
+    result = run_shell("$N In 2>&-")
+    assert (result.returncode, result.stdout.count(b"\n")) == (0, 1)
+
+
+def test_the_encoding_that_python_takes_from_the_environment() -> None:
+    """D85"""
+    result = run_shell(f"$N --json 'In the' '{TEXT}'", PYTHONIOENCODING="cp1252")
+    assert [json.loads(line)["prompt"] for line in result.stdout.splitlines()] == ["In the", TEXT]
+    assert result.returncode == 0

@@ -1,0 +1,232 @@
+"""Progress: what a terminal of any width, a file and a notebook get; D98."""
+
+import fcntl
+import io
+import os
+import pty
+import re
+import struct
+import sys
+import termios
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import pytest
+
+from nanovllm import LLM, SamplingParams, bundled_model_path, progress
+from nanovllm.engine import throughput
+from nanovllm.engine.request import Request
+from nanovllm.engine.scheduler import ScheduledBatch
+from nanovllm.engine.sequence import Sequence, SequenceStatus
+from nanovllm.engine.throughput import GenerationProgress
+from nanovllm.progress import Progress
+
+GENERATING = re.compile(
+    r"Generating: (\d+)/2 prompts in \d+ s, (\d+) tokens, prefill [\d,]+ tok/s, decode [\d,]+ tok/s"
+)
+
+
+@contextmanager
+def terminal(columns: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[str]]]:
+    """A real terminal as sys.stderr; yields a function that returns what was written since its last call."""
+    reader, writer = pty.openpty()
+    fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    stream = os.fdopen(writer, "w", encoding="utf-8")
+    monkeypatch.setattr(sys, "stderr", stream)
+
+    def shown() -> list[str]:
+        stream.flush()
+        os.set_blocking(reader, False)
+        data = b""
+        with suppress(BlockingIOError):
+            while chunk := os.read(reader, 2**16):
+                data += chunk
+        return re.split(r"[\r\n]+", data.decode())
+
+    try:
+        yield shown
+    finally:
+        monkeypatch.undo()
+        stream.close()
+        os.close(reader)
+
+
+class Clock:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr(progress, "monotonic", lambda: self.now)
+        monkeypatch.setattr(throughput, "perf_counter", lambda: self.now)
+
+
+def requests(num_prompts: int, max_tokens: int, num_prompt_tokens: int = 3) -> list[Request]:
+    params = SamplingParams(max_tokens=max_tokens)
+    sequences = [
+        Sequence([1] * num_prompt_tokens, params, seq_id=number, block_size=4, seed=0) for number in range(num_prompts)
+    ]
+    return [Request(seq, None, index, is_streamed=False) for index, seq in enumerate(sequences)]
+
+
+def advance(bar: GenerationProgress, advanced: list[Request], is_prefill: bool = False, finish: bool = False) -> None:
+    for request in advanced:
+        request.sequence.append_token(7)
+        if finish:
+            request.sequence.status = SequenceStatus.FINISHED
+    sequences = tuple(request.sequence for request in advanced)
+    bar.add(ScheduledBatch(is_prefill, sequences, (1,) * len(sequences), sequences), sequences)
+
+
+# --- in a file ---
+
+
+def test_a_file_gets_a_line_in_ten_seconds_and_one_at_the_end(monkeypatch, capsys) -> None:
+    """D98: 100 s of steps that take 0.1 s each."""
+    clock = Clock(monkeypatch)
+    with Progress("Loading weights", 1000) as bar:
+        for step in range(1, 1001):
+            clock.now = 1000 + step / 10
+            bar.update()
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:9] == [f"Loading weights: {100 * n}/1000 in {10 * n} s" for n in range(1, 10)]
+    assert set(lines[9:]) == {"Loading weights: 1000/1000 in 100 s"}
+
+
+@pytest.mark.parametrize(("is_last_line_wanted", "num_lines"), [(False, 0), (True, 1)])
+def test_what_is_soon_done_writes_one_line_or_none(is_last_line_wanted, num_lines, capsys) -> None:
+    """D98: loading a small model leaves no line in a log, generating does."""
+    with Progress("Loading weights", 2, is_last_line_wanted=is_last_line_wanted) as bar:
+        bar.update()
+        bar.update()
+    assert len(capsys.readouterr().err.splitlines()) == num_lines
+
+
+def test_generate_writes_one_line_to_a_file(capsys) -> None:
+    """D98"""
+    with LLM(str(bundled_model_path()), max_model_len=64, device="cpu") as llm:
+        capsys.readouterr()
+        llm.generate([[5, 6], [7]], SamplingParams(max_tokens=9, ignore_eos=True))
+        (line,) = capsys.readouterr().err.splitlines()
+        found = GENERATING.fullmatch(line)
+        assert found is not None, line
+        assert found.groups() == ("2", "18")
+        llm.generate([[5, 6], [7]], use_tqdm=False)
+    assert capsys.readouterr().err == ""
+
+
+def test_an_exception_leaves_no_line(capsys) -> None:
+    """D98"""
+    with suppress(KeyboardInterrupt), Progress("Generating", 2, is_last_line_wanted=True) as bar:
+        bar.update()
+        raise KeyboardInterrupt
+    assert capsys.readouterr().err == ""
+
+
+def test_a_closed_stderr_is_no_error(monkeypatch) -> None:
+    """D85, D98"""
+    monkeypatch.setattr(sys, "stderr", None)
+    with Progress("Generating", 2, is_last_line_wanted=True) as bar:
+        bar.update(2)
+    assert bar.n == 2
+
+
+# --- on a terminal ---
+
+
+@pytest.mark.parametrize("columns", [20, 30, 40, 60, 79, 80, 81, 100, 120, 200])
+@pytest.mark.parametrize(("num_prompts", "max_tokens"), [(1, 100), (1, 100_000), (32, 100), (10_000, 2)])
+def test_nothing_is_cut_off_at_any_width(columns, num_prompts, max_tokens, monkeypatch) -> None:
+    """D98: with the largest numbers that a line has to hold."""
+    with terminal(columns, monkeypatch) as shown:
+        clock = Clock(monkeypatch)
+        many = requests(num_prompts, max_tokens)
+        with GenerationProgress(many, 10**6, is_shown=True) as bar:
+            clock.now += num_prompts / 123_456
+            advance(bar, many, is_prefill=True)
+            clock.now += num_prompts / 123_456
+            advance(bar, many, finish=True)
+            bar.finish()
+        lines = [line for line in shown() if line.strip()]
+    assert max(map(len, lines)) < columns
+    total = max_tokens if num_prompts == 1 else num_prompts
+    unit = f"2/{total:,} tokens" if num_prompts == 1 else f"{num_prompts:,}/{num_prompts:,} prompts"
+    if columns >= 60:
+        assert f"{unit} 100%|" in lines[-1]
+        assert re.search(r"█| *\| ?", lines[-1])
+    if columns >= 80:
+        assert re.search(r"prefill [\d,]+k? decode [\d,]+k? tok/s$|prefill .* tok/s, decode .* tok/s$", lines[-1])
+
+
+@pytest.mark.parametrize("columns", [40, 80, 120])
+@pytest.mark.parametrize("what", ["Loading weights", "Capturing CUDA graphs"])
+def test_other_bars_fit_too(columns, what, monkeypatch) -> None:
+    """D98"""
+    with terminal(columns, monkeypatch) as shown:
+        with Progress(what, 18_867) as bar:
+            bar.update(18_867)
+        lines = [line for line in shown() if line.strip()]
+    assert max(map(len, lines)) < columns
+    assert "18867/18867 100%" in lines[-1]
+
+
+def test_one_long_request_shows_its_tokens(monkeypatch) -> None:
+    """D98: a bar of prompts would stay at 0 of 1."""
+    with terminal(80, monkeypatch) as shown:
+        (request,) = requests(1, 1000)
+        with GenerationProgress([request], 10**6, is_shown=True) as bar:
+            for _ in range(250):
+                advance(bar, [request])
+            bar._bar.refresh()
+            lines = shown()
+            assert "250/1,000 tokens  25%|" in lines[-1]
+            advance(bar, [request], finish=True)
+            bar.finish()
+        assert "251/1,000 tokens 100%|" in shown()[-2]
+
+
+def test_a_request_that_ends_early_counts_as_complete(monkeypatch) -> None:
+    """D98"""
+    first, second = requests(2, 1000)
+    bar = GenerationProgress([first, second], 10**6, is_shown=False)
+    advance(bar, [first, second])
+    assert (bar.n, bar.total) == (2, 2000)
+    advance(bar, [first], finish=True)
+    assert bar.n == 1001
+    bar.finish()
+    assert bar.n == 2000
+
+
+def test_the_total_is_what_the_model_can_generate(monkeypatch) -> None:
+    """D98: max_tokens may be beyond max_model_len."""
+    assert GenerationProgress(requests(2, 10**9, num_prompt_tokens=3), 64, is_shown=False).total == 2 * 61
+
+
+def test_an_exception_leaves_no_bar(monkeypatch) -> None:
+    """D98"""
+    with terminal(80, monkeypatch) as shown:
+        with suppress(KeyboardInterrupt), Progress("Loading weights", 10) as bar:
+            bar.update()
+            raise KeyboardInterrupt
+        assert shown()[-2].isspace(), "the last thing written is blanks over the bar, and a carriage return"
+
+
+def test_use_tqdm_false_shows_nothing(monkeypatch) -> None:
+    with terminal(80, monkeypatch) as shown:
+        with Progress("Loading weights", 10, is_shown=False) as bar:
+            bar.update(10)
+        print("end", file=sys.stderr)
+        assert shown() == ["end", ""]
+
+
+def test_a_notebook_gets_the_bar_of_tqdm(monkeypatch) -> None:
+    """There, standard error is no terminal, and tqdm.auto makes a widget."""
+    made: list[Any] = []
+
+    def widget(**options: Any) -> Any:
+        made.append(progress.tqdm(**options, file=io.StringIO()))
+        return made[0]
+
+    monkeypatch.setattr(progress, "_HAS_WIDGETS", True)
+    monkeypatch.setattr(progress, "auto_tqdm", widget)
+    with Progress("Loading weights", 10) as bar:
+        bar.update(4)
+    assert (made[0].n, made[0].total, made[0].desc) == (4, 10, "Loading weights")
