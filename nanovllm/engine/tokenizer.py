@@ -4,6 +4,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from nanovllm.thread_waiting import sleeping_threads
+
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 logger = logging.getLogger("nanovllm")
@@ -17,7 +19,8 @@ def load_tokenizer(model_dir: Path) -> Any:
     if not any((model_dir / name).is_file() for name in _FILES):
         logger.warning("%s has no tokenizer: prompts must be token ids, and outputs have no text", model_dir)
         return None
-    from transformers import AutoTokenizer  # takes a second to import
+    with sleeping_threads():  # transformers imports torch
+        from transformers import AutoTokenizer  # takes a second to import
 
     try:
         return AutoTokenizer.from_pretrained(str(model_dir), trust_remote_code=False)

@@ -8,7 +8,7 @@ TEXT = TABLE.read_text(encoding="utf-8")
 ROWS = [row for line in TEXT.splitlines() if (row := ROW.match(line))]
 IDS = [
     f"D{number:02}"
-    for numbers in (range(1, 22), range(30, 40), range(40, 46), range(50, 59), range(60, 73))
+    for numbers in (range(1, 22), range(30, 40), range(40, 46), range(50, 59), range(60, 73), range(97, 98))
     for number in numbers
 ]
 PARTS_TO_COME = {"", "tensor parallelism", "CUDA graphs", "kernels"}
