@@ -21,9 +21,6 @@ SEEDS = (1, 2)
 
 def run_demo() -> int:
     """Print the demo. Returns 0, or 1 if an output differs from transformers' own, or a seed does not decide."""
-    import torch
-
-    torch.set_num_threads(1)  # of so small a model, threads would spend their time waiting for each other
     path = bundled_model_path()
     print("The bundled model: a tiny Qwen3 that knows passages of the King James Bible by heart. CPU, float32.")
     with LLM(str(path), device="cpu", dtype="float32") as llm:

@@ -1,4 +1,9 @@
-"""Plugin: `pytest -m gpu` runs in several processes, since Triton's compiler, not the GPU, takes the time.
+"""Plugin: what the GPU tests need, and how they share a GPU.
+
+A run whose -m selects nothing but tests for GPUs ends in one line where there is no GPU. A test that needs more GPUs
+than there are is skipped: multi_gpu(N) needs N, multi_gpu alone needs 2.
+
+`pytest -m gpu` runs in several processes, since Triton's compiler, not the GPU, takes the time.
 
 In one process a third of the tests took seven and a half of the eight minutes that all of them may take, nearly all of
 it on one core. So several run side by side on one GPU, unless -n says how many. Tests marked
@@ -7,6 +12,7 @@ every GPU test and exclusively by those.
 """
 
 import fcntl
+import itertools
 import os
 import re
 import sys
@@ -17,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from _pytest.mark.expression import Expression
 
 MOST_WORKERS = 8  # each holds memory of the GPU, some tests 4 GiB and more
 
@@ -24,10 +31,16 @@ MOST_WORKERS = 8  # each holds memory of the GPU, some tests 4 GiB and more
 @pytest.hookimpl(tryfirst=True)  # before xdist's own, which reads the number
 def pytest_cmdline_main(config: pytest.Config) -> None:
     option = config.option
-    if option.markexpr != "gpu" or option.collectonly or hasattr(config, "workerinput"):
-        return  # another part of the tests, or nothing is run, or this is such a process
-    if not has_gpu():
-        raise pytest.UsageError("-m gpu: these tests need an NVIDIA GPU, and torch finds none here")
+    if option.collectonly or hasattr(config, "workerinput"):
+        return  # nothing is run, or this is such a process
+    needed = gpus_needed_by(option.markexpr)
+    if 0 in needed:
+        return  # also other tests
+    if not num_gpus():
+        some = "an NVIDIA GPU" if 1 in needed else "several NVIDIA GPUs"
+        raise pytest.UsageError(f"-m {option.markexpr!r}: these tests need {some}, and torch finds none here")
+    if needed != {1}:
+        return  # several GPUs are shared by those who say -n
     if getattr(option, "numprocesses", 0) is not None or option.usepdb:
         return  # no xdist, or -n was given; a debugger wants one process
     if any("::" in argument for argument in config.args):
@@ -36,10 +49,42 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     option.dist = "worksteal"  # for some tests take a hundred times as long as others
 
 
-def has_gpu() -> bool:
+def num_gpus() -> int:
     import torch
 
-    return torch.cuda.is_available()
+    return torch.cuda.device_count()
+
+
+def gpus_needed_by(markexpr: str) -> set[int]:
+    """How many GPUs tests may need that `markexpr`, the value of -m, selects: some of 0, 1 and 2 (several).
+
+    Tried on all sets of the markers that it names and of those that say what a test needs.
+    """
+    try:
+        expression = Expression.compile(markexpr)
+    except Exception:  # pytest says what is wrong with it
+        return {0}
+    names = sorted(set(re.findall(r"[^\W\d]\w*", markexpr)) - {"and", "or", "not"} | {"gpu", "multi_gpu"})
+    needed = set()
+    for is_marked in itertools.product((False, True), repeat=len(names)):
+        markers = {name for name, is_one in zip(names, is_marked, strict=True) if is_one}
+        if ("whole_gpu" in markers and "gpu" not in markers) or {"gpu", "multi_gpu"} <= markers:
+            continue  # there are no such tests
+        if not markexpr or expression.evaluate(lambda name, markers=markers, **_: name in markers):
+            needed.add(2 if "multi_gpu" in markers else int("gpu" in markers))
+    return needed or {0}
+
+
+def gpus_needed(item: pytest.Item) -> int:
+    """GPUs without which the test is skipped: 0 if it is not marked multi_gpu."""
+    return max([marker.args[0] if marker.args else 2 for marker in item.iter_markers("multi_gpu")], default=0)
+
+
+@pytest.hookimpl(tryfirst=True)  # before its fixtures
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    needed = gpus_needed(item)
+    if needed and needed > (there := num_gpus()):
+        pytest.skip(f"needs {needed} GPUs, there are {there}")
 
 
 @pytest.hookimpl(trylast=True)  # after random_order's, which was loaded before

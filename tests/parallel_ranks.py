@@ -11,6 +11,7 @@ import torch
 from nanovllm.layers.tensor_parallel import TensorParallel
 from nanovllm.worker.meeting import meet
 from nanovllm.worker.process_group import FileStore, Place, join, leave
+from tests.limits import HANG_SECONDS
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -34,7 +35,7 @@ class _Exchange:
     """Where the threads of one group lay out their tensors for the others."""
 
     def __init__(self, size: int) -> None:
-        self.barrier = threading.Barrier(size, timeout=30)
+        self.barrier = threading.Barrier(size, timeout=HANG_SECONDS)
         self.parts: list[Any] = [None] * size
 
     def all_parts(self, rank: int, part: torch.Tensor) -> list[torch.Tensor]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from nanovllm.model_config import ModelConfig, load_model_config
+from nanovllm.thread_waiting import sleeping_threads
 
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _SENTENCEPIECE = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}  # package -> module
@@ -27,7 +28,8 @@ def load_tokenizer(model_dir: Path, model_config: ModelConfig | None = None) -> 
     if found == ["tokenizer.model"]:
         _require_sentencepiece(model_dir)
     model_config = model_config or load_model_config(model_dir)
-    from transformers import AutoConfig, AutoTokenizer  # takes a second to import
+    with sleeping_threads():  # transformers imports torch
+        from transformers import AutoConfig, AutoTokenizer  # takes a second to import
 
     try:
         config = AutoConfig.for_model(model_config.model_type, name_or_path=str(model_dir))

@@ -34,6 +34,7 @@ from nanovllm.layers.tensor_parallel import SINGLE_RANK, TensorParallel
 from nanovllm.model_config import ModelConfig
 from nanovllm.models.loader import load_model
 from nanovllm.models.registry import build_model
+from nanovllm.worker.cpu_threads import choose_num_threads, torch_threads
 from nanovllm.worker.cuda_graph import DecodeGraphs, graph_batch_sizes
 from nanovllm.worker.kv_cache import block_bytes, cache_too_large, num_blocks_on_cpu, num_blocks_that_fit
 from nanovllm.worker.launched_step import LaunchedStep
@@ -77,6 +78,7 @@ class ModelRunner:
         backend = choose_attention_backend(
             config.attention_backend, self.device, self.dtype, model_config.head_dim, config.kv_cache_block_size
         )
+        self.num_threads = choose_num_threads(model_config, self.num_sharing) if self.device.type == "cpu" else None
         with self.device:
             self.model = build_model(self.model_config, backend, tp)
         self.num_kv_heads = self._attention_layers()[0].num_kv_heads
@@ -251,7 +253,7 @@ class ModelRunner:
 
         sampled_before: those of the step before, when model_input has unknown tokens.
         """
-        with gpu_lock if self.device.type == "cuda" else nullcontext():
+        with torch_threads(self.num_threads), gpu_lock if self.device.type == "cuda" else nullcontext():
             logits = self._sampled_logits(model_input, sampled_before)
             if logits is None:
                 return torch.empty(0, dtype=torch.int64)

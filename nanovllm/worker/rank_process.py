@@ -13,7 +13,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from nanovllm.config import Config
@@ -63,8 +62,6 @@ def run_rank(
     tqdm.set_lock(threading.RLock())  # its own is a system-wide semaphore, which nobody removes when a rank is killed
     try:
         reports.send(READY)
-        if "OMP_NUM_THREADS" not in os.environ:  # else all ranks would compete for all cores
-            torch.set_num_threads(max(1, torch.get_num_threads() // place.num_sharing))
         tp = join(place, FileStore(store_path, place.size), meet)
         serve(model, place, tp, receiver.receive)
     except BaseException as error:

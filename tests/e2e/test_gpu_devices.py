@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from tests.limits import HANG_SECONDS
 from tests.source_tree import ROOT
 
 
@@ -22,6 +23,6 @@ def test_the_engine_runs_on_a_gpu_named_by_its_uuid() -> None:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=HANG_SECONDS,
     )
     assert (result.returncode, result.stdout.startswith(" God")) == (0, True), result.stderr

@@ -14,10 +14,10 @@ from nanovllm.engine import llm_engine
 from nanovllm.engine.request import Request
 from tests.e2e.conftest import BUNDLED_OPTIONS
 from tests.evidence import compared
+from tests.limits import HANG_SECONDS
 
 GREEDY = SamplingParams.greedy(max_tokens=12)
 PROMPTS = ["In the beginning", "The LORD is my shepherd", "And God said"]
-LIMIT_SECONDS = 60  # only a deadlock takes as long
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ class Gate:
         def gated(*args: Any) -> Any:
             if not self.is_reached.is_set():
                 self.is_reached.set()
-                assert self.is_open.wait(LIMIT_SECONDS)
+                assert self.is_open.wait(HANG_SECONDS)
                 if self.error is not None:
                     raise self.error
             return method(*args)
@@ -73,7 +73,7 @@ class Gate:
         monkeypatch.setattr(llm._executor, name, gated)
 
     def wait(self) -> None:
-        assert self.is_reached.wait(LIMIT_SECONDS)
+        assert self.is_reached.wait(HANG_SECONDS)
 
     def open(self, error: BaseException | None = None) -> None:
         self.error = error
@@ -101,8 +101,8 @@ def test_calls_of_many_threads_give_what_they_give_alone(engine: LLM, threads: T
         threads.submit(streamed if k % 3 == 0 else tokens, engine, list(prompts), params)
         for k, (prompts, params) in enumerate(jobs)
     ]
-    assert [future.result(LIMIT_SECONDS) for future in futures] == expected
-    assert stepped.result(LIMIT_SECONDS) == [token_ids[0] for token_ids in expected[:8]]
+    assert [future.result(HANG_SECONDS) for future in futures] == expected
+    assert stepped.result(HANG_SECONDS) == [token_ids[0] for token_ids in expected[:8]]
     compared("calls of several threads against the same calls alone", len(jobs))
 
 
@@ -131,7 +131,7 @@ def test_requests_of_several_threads_are_computed_in_one_batch(
     monkeypatch.setattr(engine, "_take_in", lambda batch, ids: sizes.append(len(ids)) or take_in(batch, ids))
     gate.open()
     for future in [first, *others]:
-        future.result(LIMIT_SECONDS)
+        future.result(HANG_SECONDS)
     assert max(sizes) == 3
 
 
@@ -142,7 +142,7 @@ def test_tokens_that_another_threads_steps_brought_cost_no_step(
     expected = streamed(engine, PROMPTS[:1], GREEDY)[0]
     stream = engine.generate_stream(PROMPTS[0], GREEDY)
     items = [next(stream)]
-    threads.submit(tokens, engine, PROMPTS[1], SamplingParams.greedy(max_tokens=30)).result(LIMIT_SECONDS)
+    threads.submit(tokens, engine, PROMPTS[1], SamplingParams.greedy(max_tokens=30)).result(HANG_SECONDS)
     monkeypatch.setattr(engine, "_advance", lambda: pytest.fail("there was nothing left to compute"))
     items += stream
     assert [token for item in items for token in item["token_ids"]] == expected
@@ -164,8 +164,8 @@ def test_a_step_that_fails_costs_no_other_call_its_output(
         other = threads.submit(tokens, engine, PROMPTS[2])
         gate.open(error)
         with pytest.raises(type(error)):
-            failing.result(LIMIT_SECONDS)
-        assert other.result(LIMIT_SECONDS) == [expected[2]]
+            failing.result(HANG_SECONDS)
+        assert other.result(HANG_SECONDS) == [expected[2]]
     items += streams[0]
     assert [token for item in items for token in item["token_ids"]] == expected[0]
     assert items[-1]["finish_reason"] == "length"
@@ -187,7 +187,7 @@ def test_a_token_that_is_not_taken_in_is_an_error_of_its_call(
     with monkeypatch.context() as planted:
         planted.setattr(Request, "take_in_token", fail)
         with pytest.raises(MemoryError):
-            threads.submit(list, streams[1]).result(LIMIT_SECONDS)
+            threads.submit(list, streams[1]).result(HANG_SECONDS)
     message = r"^a step of another call failed: MemoryError: planted; call generate again$"
     with pytest.raises(RuntimeError, match=message):
         list(streams[0])
@@ -205,8 +205,8 @@ def test_abort_while_another_thread_computes(
     gate.wait()
     aborting = threads.submit(engine.abort, first + 1)
     gate.open()
-    assert aborting.result(LIMIT_SECONDS)
-    outputs = generating.result(LIMIT_SECONDS)
+    assert aborting.result(HANG_SECONDS)
+    outputs = generating.result(HANG_SECONDS)
     assert [output["finish_reason"] for output in outputs] == ["length", "abort", "length"]
     assert [outputs[0]["token_ids"], outputs[2]["token_ids"]] == [expected[0], expected[2]]
 
@@ -227,11 +227,11 @@ def test_close_while_others_compute(
             threading.Event().wait(0.001)
         calls.append(threads.submit(tokens, llm, PROMPTS[2]))
         gate.open()
-        closing.result(LIMIT_SECONDS)
+        closing.result(HANG_SECONDS)
         calls.append(threads.submit(list, stream))
         for call in calls:
             with pytest.raises(RuntimeError, match=r"^this engine is closed: make a new one$"):
-                call.result(LIMIT_SECONDS)
+                call.result(HANG_SECONDS)
 
 
 def test_a_stream_that_is_closed_inside_a_step_ends_after_it(engine: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,18 +262,18 @@ def test_one_thread_tokenizes_at_a_time_and_steps_go_on(
             num_inside.append(1)
             assert len(num_inside) == 1
             is_reached.set()
-            assert may_go.wait(LIMIT_SECONDS)
+            assert may_go.wait(HANG_SECONDS)
             num_inside.pop()
         return as_token_ids(prompt, *args)
 
     expected = tokens(llm, [[5, 6, 7]])
     monkeypatch.setattr(llm_engine, "as_token_ids", slow)
     calls = [threads.submit(tokens, llm, prompt) for prompt in PROMPTS]
-    assert is_reached.wait(LIMIT_SECONDS)
+    assert is_reached.wait(HANG_SECONDS)
     assert tokens(llm, [[5, 6, 7]]) == expected
     may_go.set()
     for call in calls:
-        call.result(LIMIT_SECONDS)
+        call.result(HANG_SECONDS)
 
 
 # --- several engines ---
@@ -285,12 +285,12 @@ def test_engines_in_several_threads_do_not_meet(llm: LLM, threads: ThreadPoolExe
     barrier = threading.Barrier(4)
 
     def use(dtype: str) -> list[list[int]]:
-        barrier.wait(LIMIT_SECONDS)
+        barrier.wait(HANG_SECONDS)
         with LLM(str(bundled_model_path()), **BUNDLED_OPTIONS, dtype=dtype) as own:
             runner = own._executor._runner
             assert {parameter.dtype for parameter in runner.model.parameters()} == {runner.dtype}
             return tokens(own, PROMPTS)
 
     results = [threads.submit(use, dtype) for dtype in ("float32", "float16", "float32", "bfloat16")]
-    results = [result.result(LIMIT_SECONDS) for result in results]
+    results = [result.result(HANG_SECONDS) for result in results]
     assert [results[0], results[2]] == [expected, expected]

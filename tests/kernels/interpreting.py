@@ -21,6 +21,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from tests.kernels.versions import INTERPRETER_REASON, interprets
+from tests.limits import HANG_SECONDS
 from tests.source_tree import ROOT
 
 MARGIN = 4096  # elements on each side: more than a tile, so that what runs over by a tile meets them
@@ -124,7 +125,7 @@ def program_order(order: str) -> Iterator[None]:
         yield
 
 
-def run_interpreted(cases: str, timeout: float = 110) -> None:
+def run_interpreted(cases: str) -> None:
     """Run CHECKS of module `cases` in every order, in another process. Raises AssertionError with what it printed.
 
     The last case named there is the one that failed, or during which the process died.
@@ -133,7 +134,7 @@ def run_interpreted(cases: str, timeout: float = 110) -> None:
         pytest.skip(INTERPRETER_REASON)
     command = [sys.executable, "-m", "tests.kernels.interpreting", cases]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=HANG_SECONDS)
     assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
     assert result.stdout.splitlines()[-1] == "done"
 

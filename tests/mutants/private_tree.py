@@ -23,6 +23,7 @@ from tests.source_tree import ROOT
 
 _LEFT_OUT = ("__pycache__", "build", "dist", "*.egg-info")
 _MEMORY_KIB = 12 * 2**20  # what a process may allocate: a mutant that never stops appending is killed
+_HANG_LIMIT, _TEST_LIMIT = 100, 300  # seconds, shorter than the suite's own: many a mutant hangs
 _SURVIVED, _FAILED, _INTERRUPTED = 0, 1, 2  # pytest's exit codes; 2: an error in collecting, with -x
 
 
@@ -147,8 +148,8 @@ def _command(tests: tuple[str, ...]) -> list[str]:
         (cases,) = tests
         module = cases.removesuffix(".py").replace("/", ".")
         return ["env", "TRITON_INTERPRET=1", sys.executable, "-m", "tests.kernels.interpreting", module]
-    pytest = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    return [*pytest, "-p", "tests.mutants.pytest_plugin", *tests]
+    pytest = [sys.executable, "-m", "pytest", "-x", "-q", f"--timeout={_TEST_LIMIT}"]
+    return [*pytest, "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "tests.mutants.pytest_plugin", *tests]
 
 
 def _kill(group: int) -> None:
@@ -160,4 +161,5 @@ def _environment() -> dict[str, str]:
     """One seed for all runs, so that a mutant meets the same fate again."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "NANOVLLM_"))}
     kept.pop("PYTHONPATH", None)
+    kept["NANOVLLM_TEST_HANG_SECONDS"] = str(_HANG_LIMIT)
     return {**kept, "HYPOTHESIS_PROFILE": "dev", "NANOVLLM_TEST_SEED": "0", "OMP_NUM_THREADS": "1"}

@@ -24,7 +24,7 @@ from tests.parallel.faults import CONNECTING, PLACES, Fault, plant
 from tests.parallel.holdings import Watch
 from tests.parallel.test_failures import ERRORS, MAX_SECONDS, check_failure, engine, generate
 
-pytestmark = [pytest.mark.campaign, pytest.mark.timeout(3600)]
+pytestmark = pytest.mark.campaign
 
 SEED = os.environ.get("NANOVLLM_TEST_SEED", "0")
 NUM_STARTS = 100

@@ -92,7 +92,6 @@ def run_scenario(llm: LLM, recorder: Recorder) -> dict[int, Any]:
     return outputs
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("architecture", BLOCK_SIZES)
 def test_ranks_say_what_the_reference_says(architecture: str) -> None:
     """D30 D37 D39: tokens of 1, 2 and 4 ranks are the reference's, and so, up to rounding, are their logits."""

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from nanovllm import LLM
+from tests.limits import HANG_SECONDS
 from tests.parallel.holdings import Watch
 from tests.parallel.test_failures import GREEDY, PROMPTS, engine, generate
 from tests.source_tree import ROOT
@@ -72,7 +73,7 @@ def test_a_forked_child_that_ends_leaves_the_engine_alone(tmp_path: Path, size: 
     program.write_text(PROGRAM)
     result = subprocess.run(
         [sys.executable, str(program), str(size)], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True, text=True, timeout=110,
+        capture_output=True, text=True, timeout=HANG_SECONDS,
     )  # fmt: skip
     assert (result.returncode, result.stdout, result.stderr.count("Error")) == (0, "as before\n", 0), result.stderr
 

@@ -18,6 +18,7 @@ import pytest
 from nanovllm import LLM, SamplingParams, bundled_model_path
 from nanovllm.worker.local_ranks import LocalRanks
 from tests.evidence import happened
+from tests.limits import HANG_SECONDS
 from tests.parallel.holdings import SHARED_MEMORY, Watch
 from tests.parallel.test_failures import OPTIONS, engine, generate
 from tests.source_tree import ROOT
@@ -149,7 +150,7 @@ class Program:
 
     def end(self) -> tuple[int, str, str]:
         """Exit code, output, errors; fails unless the rank, its directory and its segments have gone."""
-        out, err = self.process.communicate(timeout=60)
+        out, err = self.process.communicate(timeout=HANG_SECONDS)
         wait_until(lambda: not self.rank_1.is_running(), "rank 1 has ended")
         wait_until(lambda: not self.store.parent.exists(), "the directory has gone")
         for path in (SHARED_MEMORY / name for name in self.segments):
@@ -178,7 +179,7 @@ def start_program(tmp_path: Path) -> Iterator[Callable[[str], Program]]:
 
 
 def wait_until(is_true: Callable[[], bool], what: str) -> None:
-    for _ in range(300):  # 30 s at least
+    for _ in range(10 * HANG_SECONDS):
         if is_true():
             return
         time.sleep(0.1)
@@ -223,12 +224,13 @@ def test_ranks_end_when_rank_0_is_killed(start_program: Callable[[str], Program]
     import subprocess, time
     if {"child" in where}:
         files = [pipe.fileno() for pipe in llm._executor._ranks._reports]
-        subprocess.Popen(["sleep", "100"], pass_fds=files, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        child = ["sleep", "{2 * HANG_SECONDS}"]
+        subprocess.Popen(child, pass_fds=files, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     if {"in a collective" in where}:
-        llm._executor._runner.run = lambda batch: print("sent", flush=True) or time.sleep(1000)
+        llm._executor._runner.run = lambda batch: print("sent", flush=True) or time.sleep({2 * HANG_SECONDS})
         {GENERATE_LONG}
     print("idle", flush=True)
-    time.sleep(1000)
+    time.sleep({2 * HANG_SECONDS})
 """
     program = start_program(body)
     assert program.process.stdout is not None

@@ -14,6 +14,7 @@ from nanovllm import LLM, Config, SamplingParams, bundled_model_path
 from nanovllm.worker import executor
 from nanovllm.worker.rank_process import Model
 from tests.evidence import compared
+from tests.limits import HANG_SECONDS
 from tests.parallel.faults import WORDS
 from tests.parallel.test_failures import OPTIONS
 from tests.source_tree import ROOT
@@ -42,7 +43,7 @@ def torchrun(
         return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, **pipes)
 
     agents = [agent(machine) for machine in range(num_machines)]
-    outputs = [agent.communicate(timeout=110) for agent in agents]
+    outputs = [agent.communicate(timeout=HANG_SECONDS) for agent in agents]
     return [
         subprocess.CompletedProcess(agent.args, agent.returncode, out, err)
         for agent, (out, err) in zip(agents, outputs, strict=True)

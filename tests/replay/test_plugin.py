@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.limits import HANG_SECONDS
 from tests.replay.plugin import FOLDER
 
 ROOT = Path(__file__).parents[2]
@@ -41,7 +42,7 @@ def pytest_run(folder: Path, *args: str, fault: bool) -> tuple[int, str]:
     command = [sys.executable, "-m", "pytest", "-p", "tests.replay.plugin", "-p", "no:cacheprovider", "-q"]
     command += ["--rootdir", str(folder), "-c", str(folder / "pytest.ini"), "--import-mode=importlib", "--noconftest"]
     command += [*(["-p", "planted_fault"] if fault else []), *args]
-    process = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=100)
+    process = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=HANG_SECONDS)
     return process.returncode, process.stdout + process.stderr
 
 
@@ -123,6 +124,6 @@ def trace_in_the_checkout() -> Iterator[Path]:
 def test_the_option_is_known_in_the_checkout(trace_in_the_checkout: Path) -> None:
     """pytest takes FILE for a folder of tests until it has found the plugin, with the project's own files only."""
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "--replay", str(trace_in_the_checkout)]
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANG_SECONDS)
     assert process.returncode == 0, process.stdout + process.stderr
     assert "1 passed" in process.stdout

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from tests.kernels.versions import INTERPRETER_REASON, interprets
+from tests.limits import HANG_SECONDS
 from tests.report.facts import Skip
 
 
@@ -49,7 +50,7 @@ def _cannot_mount() -> bool:
     """Whether this user may not make a mount namespace of its own, as in most containers."""
     command = ["unshare", "--mount", "--map-root-user", "mount", "-t", "tmpfs", "tmpfs", "/dev/shm"]
     try:
-        return subprocess.run(command, capture_output=True, timeout=100).returncode != 0
+        return subprocess.run(command, capture_output=True, timeout=HANG_SECONDS).returncode != 0
     except FileNotFoundError:
         return True
 
@@ -58,9 +59,9 @@ MOST_GPUS = 8  # that a test asks for
 
 STATED = [
     Stated(
-        r"tests/parallel/test_gpu_ranks\.py::test_ranks_over_nccl_say_what_one_says\[.*\]",
-        r"needs [248] GPUs",
-        at_most=24,  # four architectures, three sizes, graphs and eager
+        r"tests/parallel/test_gpu_ranks\.py::test_\w+\[.*\]",
+        r"needs [248] GPUs, there are [0-7]",
+        at_most=28,  # four architectures, three sizes, graphs and eager; and four failures
         why="a run with -m multi_gpu takes the sizes for which there are GPUs",
         expected=_has_few_gpus,
     ),

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests import evidence
+from tests.limits import HANG_SECONDS
 from tests.source_tree import ROOT
 
 INI = """[pytest]
@@ -76,7 +77,7 @@ def run(suite: Path, *arguments: str, **environment: str) -> tuple[int, str]:
         env=kept | {"PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "NO_COLOR": "1"} | environment,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=HANG_SECONDS,
     )
     return result.returncode, result.stdout + result.stderr
 

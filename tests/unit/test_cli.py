@@ -11,6 +11,7 @@ import pytest
 from nanovllm import LLM, SamplingParams, bundled_model_path, cli, demo
 from nanovllm.bench import draw_requests
 from nanovllm.cli_errors import BUG, USER_ERROR
+from tests.limits import HANG_SECONDS
 from tests.source_tree import ROOT
 
 PROMPT = "In the beginning"
@@ -28,7 +29,7 @@ def texts() -> dict[str, str]:
 
 def run_module(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "nanovllm", *arguments]
-    return subprocess.run(command, cwd=ROOT, input=stdin, capture_output=True, text=True, timeout=100)
+    return subprocess.run(command, cwd=ROOT, input=stdin, capture_output=True, text=True, timeout=HANG_SECONDS)
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -294,7 +295,7 @@ def test_reader_that_goes_away_is_no_error():
         assert process.stderr is not None
         process.stdout.close()
         errors = process.stderr.read()
-        code = process.wait(timeout=100)
+        code = process.wait(timeout=HANG_SECONDS)
     assert code == cli.READER_GONE
     assert "Traceback" not in errors
     assert "Exception ignored" not in errors

@@ -10,6 +10,7 @@ import pytest
 
 from nanovllm import cli
 from nanovllm.console import lossless_console, read_lines_from_stdin
+from tests.limits import HANG_SECONDS
 from tests.source_tree import ROOT
 
 SMALL = ["--max-tokens", "4", "--greedy", "--max-model-len", "64", "--device", "cpu"]
@@ -29,7 +30,7 @@ def run_shell(command: str, **environment: str) -> subprocess.CompletedProcess[b
     """`command` in sh, in which $N is the command `nanovllm generate` with options that make it quick."""
     n = f"{sys.executable} -m nanovllm generate {' '.join(SMALL)}"
     variables = {**os.environ, "N": n, **environment}
-    return subprocess.run(["sh", "-c", command], cwd=ROOT, env=variables, capture_output=True, timeout=600)
+    return subprocess.run(["sh", "-c", command], cwd=ROOT, env=variables, capture_output=True, timeout=HANG_SECONDS)
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii", "latin-1", "utf-8"])

@@ -1,11 +1,13 @@
 """What keeps the suite honest: every file is collected, every test can fail, and the run is strict."""
 
+import re
 import textwrap
 from pathlib import Path
 
 import pytest
 
 from tests.asserting import can_fail, collected_tests, files_of_tests, misplaced_tests
+from tests.limits import HANG_SECONDS
 from tests.source_tree import ROOT, python_files
 
 # Tests that say what is accepted, beside one that says what is refused: they fail when there is an error.
@@ -49,14 +51,14 @@ def test_every_marker_that_is_left_out_has_a_run_of_its_own(pytestconfig: pytest
     """What the default run leaves out is what some `-m MARKER` runs: the left out markers are those that are listed."""
     addopts = pytestconfig.getini("addopts")
     left_out = {word for word in addopts[addopts.index("-m") + 1].split() if word not in {"not", "and"}}
-    assert left_out == {line.partition(":")[0] for line in pytestconfig.getini("markers") if "run with -m" in line}
+    assert left_out == set(re.findall(r"run with -m (\w+)", "\n".join(pytestconfig.getini("markers"))))
 
 
 def test_the_run_is_strict(pytestconfig: pytest.Config) -> None:
     assert {"--strict-markers", "--strict-config"} <= set(pytestconfig.getini("addopts"))
     assert pytestconfig.getini("filterwarnings")[0] == "error"
     assert pytestconfig.getini("xfail_strict") is True
-    assert float(pytestconfig.getini("timeout")) <= 120
+    assert HANG_SECONDS < float(pytestconfig.getini("timeout")) <= 3600  # so the reason is printed, not just the stack
     assert not pytestconfig.pluginmanager.has_plugin("rerunfailures"), "a failure is not run again until it passes"
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.limits import HANG_SECONDS
 from tests.source_tree import ROOT, Import, imports, module_name, parse, python_files
 
 NANOVLLM = python_files("nanovllm")
@@ -24,6 +25,7 @@ BASE = {
     "nanovllm.progress",
     "nanovllm.rope_config",
     "nanovllm.sampling_params",
+    "nanovllm.thread_waiting",
     "nanovllm.torchrun",
     "nanovllm.validation",
 }
@@ -142,7 +144,9 @@ def test_reference_imports_itself_torch_and_the_standard_library_only():
 def test_import_loads_no_torch(module):
     """`import nanovllm` is cheap, and the engine's decisions can be run and tested without torch."""
     code = f"import sys, {module}; print(sorted({{'torch', 'transformers', 'triton'}} & sys.modules.keys()))"
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=HANG_SECONDS
+    )
     assert (result.returncode, result.stdout.strip()) == (0, "[]"), result.stderr
 
 

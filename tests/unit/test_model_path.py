@@ -12,6 +12,7 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from nanovllm.model_path import local_model_dir
+from tests.limits import HANG_SECONDS
 from tests.source_tree import ROOT
 
 
@@ -132,7 +133,7 @@ def test_a_wrong_endpoint_is_one_line_at_the_command_line(endpoint: str, tmp_pat
     if not endpoint:
         variables["HF_HUB_OFFLINE"] = "1"
     command = [sys.executable, "-m", "nanovllm", "generate", "--model", "some/model", "x"]
-    result = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=600)
+    result = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=HANG_SECONDS)
     assert result.returncode == 2, result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert result.stderr.startswith("nanovllm: error: --model must be ")

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.limits import HANG_SECONDS
 from tests.source_tree import ROOT
 
 API_TESTS = [
@@ -20,7 +21,7 @@ OPTIONS = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore::pyte
 
 def run_under_o(*paths: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-O", "-m", "pytest", *OPTIONS, *map(str, paths)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=110)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANG_SECONDS)
 
 
 def test_api_tests_pass_under_o():

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.limits import HANG_SECONDS
 from tests.source_tree import ROOT, imports, module_name, python_files
 
 PACKAGED = ("pyproject.toml", "README.md", "LICENSE", "nanovllm")
@@ -39,7 +40,7 @@ def unpacked_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         else:
             shutil.copy(ROOT / name, source / name)
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
-    result = subprocess.run([*build, "-w", wheels, source], capture_output=True, text=True, timeout=100)
+    result = subprocess.run([*build, "-w", wheels, source], capture_output=True, text=True, timeout=HANG_SECONDS)
     assert result.returncode == 0, result.stderr
     (wheel,) = wheels.glob("nanovllm-*.whl")
     with zipfile.ZipFile(wheel) as archive:
@@ -50,7 +51,7 @@ def unpacked_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_module_of_the_wheel_imports(unpacked_wheel):
     """D71: the checkout is out of reach, so a module that the wheel lacks cannot be found."""
     command = [sys.executable, "-c", IMPORT_EVERYTHING, str(unpacked_wheel)]
-    result = subprocess.run(command, cwd=unpacked_wheel, capture_output=True, text=True, timeout=100)
+    result = subprocess.run(command, cwd=unpacked_wheel, capture_output=True, text=True, timeout=HANG_SECONDS)
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == [module_name(path) for path in python_files("nanovllm")]
 

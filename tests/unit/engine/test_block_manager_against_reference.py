@@ -147,7 +147,6 @@ class LockStepWithCollisions(LockStep):
     hash_function = staticmethod(two_bit_hash)
 
 
-@pytest.mark.timeout(1800)  # with the nightly profile's examples
 @pytest.mark.parametrize("machine", [LockStep, LockStepWithCollisions])
 def test_engine_and_reference_do_the_same(machine: type[LockStep]) -> None:
     """D02, D05, D09, D13, D14: hits, twins, what fits, what is reused in which order, whatever the hash."""

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from nanovllm.engine.fair_lock import FairLock
-
-LIMIT_SECONDS = 60  # only a deadlock takes as long
+from tests.limits import HANG_SECONDS
 
 
 def start(work: Callable[[], Any]) -> threading.Thread:
@@ -20,12 +19,12 @@ def start(work: Callable[[], Any]) -> threading.Thread:
 
 def join(*threads: threading.Thread) -> None:
     for thread in threads:
-        thread.join(LIMIT_SECONDS)
+        thread.join(HANG_SECONDS)
         assert not thread.is_alive(), "a thread waits for the lock and never gets it"
 
 
 def wait_for_queue(lock: FairLock, length: int) -> None:
-    deadline = time.monotonic() + LIMIT_SECONDS
+    deadline = time.monotonic() + HANG_SECONDS
     while len(lock._queue) != length:
         assert time.monotonic() < deadline
         time.sleep(0.001)
@@ -91,7 +90,7 @@ def test_an_exception_in_the_waiting_gives_the_place_up(monkeypatch: pytest.Monk
     def hold() -> None:
         with lock:
             is_inside.set()
-            assert may_leave.wait(LIMIT_SECONDS)
+            assert may_leave.wait(HANG_SECONDS)
 
     def be_interrupted() -> None:
         class Interrupted:
@@ -112,7 +111,7 @@ def test_an_exception_in_the_waiting_gives_the_place_up(monkeypatch: pytest.Monk
             events.append("entered")
 
     holder = start(hold)
-    assert is_inside.wait(LIMIT_SECONDS)
+    assert is_inside.wait(HANG_SECONDS)
     be_interrupted()
     wait_for_queue(lock, 1)
     last = start(enter)

@@ -84,7 +84,6 @@ class LockStepWithCollisions(LockStep):
     hash_function = staticmethod(two_bit_hash)
 
 
-@pytest.mark.timeout(1800)  # with the nightly profile's examples
 @pytest.mark.parametrize("machine", [LockStep, LockStepWithCollisions])
 def test_the_engine_decides_as_the_reference(machine: type[LockStep]) -> None:
     """D02 D06 D08 D10 D11 D13 D15 D16 D17 D19: who computes how much, who runs, waits and shares, at every step."""

@@ -14,7 +14,6 @@ class MachineWithCollisions(EngineMachine):
     hash_function = staticmethod(two_bit_hash)
 
 
-@pytest.mark.timeout(1800)  # with the nightly profile's examples
 @pytest.mark.parametrize("machine", [EngineMachine, MachineWithCollisions])
 def test_no_run_reads_a_wrong_key_breaks_a_limit_or_starves_anyone(machine: type[EngineMachine]) -> None:
     """D02 D05 D08 D09 D10 D13 D15 D16 D17 D18 D19; and liveness: each request ends within its bound of steps."""

@@ -124,7 +124,6 @@ def expected_text(seq: Sequence, max_model_len: int) -> list[int]:
     return text
 
 
-@pytest.mark.timeout(1800)  # with the nightly profile's examples
 @settings(max_examples=20 * settings().max_examples)
 @given(scenario=scenarios())
 def test_every_token_reads_what_it_should(scenario: Scenario) -> None:
@@ -132,7 +131,6 @@ def test_every_token_reads_what_it_should(scenario: Scenario) -> None:
     play(scenario, PickledModel)
 
 
-@pytest.mark.timeout(1800)
 def test_a_worker_in_another_process_reads_the_same() -> None:
     """D04, D31: it knows what was pickled for it, and nothing of torch."""
     with SymbolicWorker() as worker:

@@ -12,6 +12,7 @@ from nanovllm.config import ATTENTION_BACKENDS
 from nanovllm.kernels import flash_attention
 from nanovllm.layers import attention_backend
 from nanovllm.layers.attention_backend import choose_attention_backend
+from tests.limits import HANG_SECONDS
 from tests.source_tree import ROOT
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -174,6 +175,6 @@ print("No module named 'flash_attn'" in nanovllm.kernels.flash_attention.import_
 def test_package_works_without_flash_attn_triton_and_gpu():
     """D55"""
     command = [sys.executable, "-c", WITHOUT_OPTIONAL_PACKAGES]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANG_SECONDS)
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == ["torch", "True"]

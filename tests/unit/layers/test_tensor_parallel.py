@@ -9,6 +9,7 @@ import torch.multiprocessing as multiprocessing
 
 from nanovllm.layers.tensor_parallel import TensorParallel
 from nanovllm.worker import process_group
+from tests.limits import HANG_SECONDS
 from tests.parallel_ranks import run_in_gloo_process
 
 
@@ -46,7 +47,7 @@ class Group:
     def allreduce(self, *_: Any) -> Any:
         self.events.append("begins to launch")
         self.is_launching.set()
-        self.may_end.wait(20)
+        self.may_end.wait(HANG_SECONDS)
         self.events.append("has launched")
         return self
 
@@ -72,10 +73,10 @@ def test_a_group_is_not_aborted_while_work_is_given_to_it(collective: Any) -> No
     tp = TensorParallel(0, 2, group := Group(events := []))
     launching = threading.Thread(target=collective, args=[tp])
     launching.start()
-    assert group.is_launching.wait(20)
+    assert group.is_launching.wait(HANG_SECONDS)
     aborted = process_group.abort(tp)
     threading.Timer(0.1, group.may_end.set).start()
-    aborted.result(20)
+    aborted.result(HANG_SECONDS)
     launching.join()
     assert events == ["begins to launch", "has launched", "aborts"]
     for _ in range(2):
@@ -90,8 +91,8 @@ def test_work_that_waits_for_a_full_gpu_does_not_hold_up_the_abort(monkeypatch: 
     tp = TensorParallel(0, 2, group := Group(events := []))
     launching = threading.Thread(target=tp.all_reduce, args=[torch.ones(2)])
     launching.start()
-    assert group.is_launching.wait(20)
-    process_group.abort(tp).result(20)
+    assert group.is_launching.wait(HANG_SECONDS)
+    process_group.abort(tp).result(HANG_SECONDS)
     group.may_end.set()
     launching.join()
     assert events == ["begins to launch", "aborts", "has launched"]

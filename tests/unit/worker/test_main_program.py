@@ -8,6 +8,7 @@ from types import ModuleType
 import pytest
 
 from nanovllm.worker.main_program import require_importable_program
+from tests.limits import HANG_SECONDS
 from tests.source_tree import ROOT
 
 PROGRAM = """\
@@ -20,7 +21,7 @@ if __name__ == "__main__":
 
 def run(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
     command = [sys.executable, *arguments]
-    return subprocess.run(command, cwd=ROOT, input=stdin, capture_output=True, text=True, timeout=600)
+    return subprocess.run(command, cwd=ROOT, input=stdin, capture_output=True, text=True, timeout=HANG_SECONDS)
 
 
 def test_a_program_on_stdin_is_refused_with_a_remedy_that_works(tmp_path: Path) -> None:

@@ -18,10 +18,10 @@ from nanovllm.worker.local_ranks import PATIENCE_SECONDS
 from nanovllm.worker.meeting import meet
 from nanovllm.worker.process_group import FileStore, Place, PrefixStore
 from tests.evidence import happened, tolerated
+from tests.limits import HANG_SECONDS
 from tests.parallel.faults import CONNECTING, WORDS, Fault, StrikingStore
 
 SLOW_SECONDS = 1.5  # longer than a FileStore waits at least, which is one second
-HANG_SECONDS = 20  # a rank that waits for longer waits for ever
 
 
 @pytest.fixture(autouse=True)

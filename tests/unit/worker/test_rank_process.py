@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from nanovllm import Config
 from nanovllm.worker import rank_process
@@ -33,14 +32,11 @@ class Life:
         monkeypatch.setattr(rank_process, "FileStore", lambda *_: None)
         monkeypatch.setattr(rank_process, "join", self.join)
         monkeypatch.setattr(rank_process, "serve", lambda *_: self.events.append("serve"))
-        monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
-        monkeypatch.setattr(torch, "set_num_threads", lambda number: self.events.append(f"{number} threads"))
         monkeypatch.setattr(rank_process.time, "sleep", lambda seconds: self.events.append(seconds))
         monkeypatch.setattr(rank_process.os, "_exit", self.exit)
-        monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
-    def live(self, num_sharing: int = 2) -> None:
-        run_rank(MODEL, Place(1, 2, num_sharing), "store", self, self, PARENT)  # type: ignore[arg-type]
+    def live(self) -> None:
+        run_rank(MODEL, Place(1, 2, num_sharing=2), "store", self, self, PARENT)  # type: ignore[arg-type]
 
     def send(self, report: Any) -> None:
         if self.is_alone:
@@ -67,15 +63,6 @@ def test_a_rank_is_ready_before_it_joins(monkeypatch: pytest.MonkeyPatch) -> Non
     life = Life(monkeypatch)
     life.live()
     assert life.events == [READY, "join", "serve"]
-
-
-@pytest.mark.parametrize(("num_sharing", "number"), [(1, 8), (2, 4), (3, 2), (16, 1)])
-def test_ranks_share_the_cores(monkeypatch: pytest.MonkeyPatch, num_sharing: int, number: int) -> None:
-    """8 threads would be alone; else all ranks would compete for all cores."""
-    life = Life(monkeypatch)
-    monkeypatch.delenv("OMP_NUM_THREADS")
-    life.live(num_sharing)
-    assert life.events == [READY, f"{number} threads", "join", "serve"]
 
 
 @pytest.mark.parametrize("error", [ArithmeticError("oh"), SystemExit("oh")])

@@ -13,6 +13,7 @@ import pytest
 
 from nanovllm.worker import shm_channel
 from nanovllm.worker.shm_channel import CAPACITY, ShmSender
+from tests.limits import HANG_SECONDS
 from tests.source_tree import ROOT
 
 SPAWN = multiprocessing.get_context("spawn")
@@ -102,7 +103,7 @@ def test_a_real_small_file_system() -> None:
         pytest.skip("needs a mount namespace of its own")
     result = subprocess.run(
         [*enter, sys.executable, SMALL], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True, text=True, timeout=100,
+        capture_output=True, text=True, timeout=HANG_SECONDS,
     )  # fmt: skip
     message, left = result.stdout.splitlines()
     assert message.startswith("several ranks need 1.0 MiB of shared memory in /dev/shm for their messages, got 0.02 of")
@@ -112,6 +113,6 @@ def test_a_real_small_file_system() -> None:
 def can_mount() -> bool:
     command = ["unshare", "--mount", "--map-root-user", "mount", "-t", "tmpfs", "tmpfs", shm_channel.SHM_DIRECTORY]
     try:
-        return subprocess.run(command, capture_output=True, timeout=100).returncode == 0
+        return subprocess.run(command, capture_output=True, timeout=HANG_SECONDS).returncode == 0
     except FileNotFoundError:
         return False

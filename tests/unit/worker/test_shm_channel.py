@@ -20,9 +20,9 @@ from nanovllm.engine.scheduler import ScheduledBatch
 from nanovllm.engine.sequence import Sequence
 from nanovllm.worker.shm_channel import CAPACITY, ShmReceiver, ShmSender, encode
 from tests.evidence import compared, tolerated
+from tests.limits import HANG_SECONDS
 
 SPAWN = multiprocessing.get_context("spawn")
-LIMIT_SECONDS = 20  # for messages that take microseconds: by then, something hangs
 
 
 class ReceiverGone(Exception):
@@ -63,9 +63,9 @@ def received_by_each(sender: ShmSender, messages: list[Any]) -> list[list[Any]]:
     for thread in threads:
         thread.start()
     for message in messages:
-        sender.send(message, give_up_after(LIMIT_SECONDS))
+        sender.send(message, give_up_after(HANG_SECONDS))
     for thread in threads:
-        thread.join(LIMIT_SECONDS)
+        thread.join(HANG_SECONDS)
         assert not thread.is_alive(), "a receiver waits for a message that was sent"
     return results
 
@@ -125,13 +125,13 @@ def test_a_slow_receiver_is_waited_for_and_looked_after() -> None:
     results: list[Any] = []
 
     def read_late() -> None:
-        assert checked.wait(60)  # the sender has come to wait, and has looked
+        assert checked.wait(HANG_SECONDS)  # the sender has come to wait, and has looked
         results.append(receiver.receive())
 
     thread = threading.Thread(target=read_late, daemon=True)
     thread.start()
     sender.send(message, checked.set)
-    thread.join(60)
+    thread.join(HANG_SECONDS)
     sender.close()
     assert results == [message]
 
@@ -152,10 +152,10 @@ def test_a_receiver_killed_while_it_waits_does_not_hold_the_sender() -> None:
     process.start()
     sender.send("read", never)
     receiver = sender.receivers[0]
-    assert receiver.is_read.acquire(timeout=60)  # it has read, and waits again
+    assert receiver.is_read.acquire(timeout=HANG_SECONDS)  # it has read, and waits again
     receiver.is_read.release()
     process.kill()
-    process.join(60)
+    process.join(HANG_SECONDS)
     assert process.exitcode == -signal.SIGKILL
     sender.send("written for a dead one", gone)  # returns
     with pytest.raises(ReceiverGone):
