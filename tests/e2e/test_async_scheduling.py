@@ -10,10 +10,10 @@ from nanovllm import LLM, SamplingParams, bundled_model_path
 from nanovllm.demo_prompts import DEMO_PROMPTS
 from nanovllm.worker.launched_step import LaunchedStep
 from tests.e2e.conftest import BUNDLED_OPTIONS
-from tests.evidence import compared
 from tests.poison import poisoned_llm
 from tests.replay.player import BareScheduler, play
 from tests.replay.recorder import install, recording_of
+from tests.support.counts import count_comparisons
 
 PROMPTS = list(DEMO_PROMPTS[:8])
 GREEDY = SamplingParams.greedy(max_tokens=12)
@@ -57,7 +57,7 @@ def test_outputs_are_the_same_however_requests_end() -> None:
             outputs[is_async] = without_ids(first + llm.generate(PROMPTS[::-1], PARAMS, use_tqdm=False))
     assert outputs[True] == outputs[False]
     assert {output["finish_reason"] for output in outputs[True]} == {"stop", "length"}
-    compared("async_scheduling against waiting for each step: outputs", len(outputs[True]))
+    count_comparisons("async_scheduling against waiting for each step: outputs", len(outputs[True]))
 
 
 def test_the_next_step_is_begun_before_the_tokens_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:

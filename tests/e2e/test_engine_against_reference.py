@@ -11,10 +11,10 @@ from hypothesis import example, given, settings
 
 from nanovllm import SamplingParams
 from nanovllm.engine.inputs import request_seed
-from tests.engine_events import scheduler_events
-from tests.evidence import happened
 from tests.oracle import Oracle
 from tests.poison import poisoned_llm
+from tests.support.counts import count_event
+from tests.support.engine_events import scheduler_events
 from tests.tiny_models import tiny_model
 
 MAX_MODEL_LEN = 40
@@ -130,7 +130,7 @@ def run(model_dir: str, scenario: Scenario, oracle: Oracle) -> Counter[str]:
         if output["finish_reason"] == "abort":
             assert arrival.abort_after is not None
             counts["abort"] += 1
-            happened("abort")
+            count_event("abort")
         oracle.check(list(arrival.prompt), arrival.params, seed, output["token_ids"], output["finish_reason"])
     return counts
 

@@ -13,9 +13,9 @@ from nanovllm import LLM, SamplingParams
 from nanovllm.engine.model_input import PADDING_BLOCK, ModelInput
 from nanovllm.engine.sequence import Sequence
 from nanovllm.layers.torch_attention import TorchAttentionBackend
-from tests.evidence import happened
 from tests.oracle import Oracle
 from tests.poison import PoisonedEmpty, PoisonError, poisoned_llm
+from tests.support.counts import count_event
 from tests.tiny_models import tiny_model
 
 GREEDY = SamplingParams.greedy(max_tokens=12, ignore_eos=True)
@@ -125,7 +125,7 @@ def test_preemptions_at_any_moment_change_no_token(architecture: str) -> None:
             if llm.scheduler.running and rng.random() < 0.3 and num_steps < 500:
                 llm.scheduler.preempt(llm.scheduler.running[-1])
         assert llm.scheduler.num_preemptions > 5
-        happened("preemption", llm.scheduler.num_preemptions)
+        count_event("preemption", llm.scheduler.num_preemptions)
     for seq_id, prompt in zip(ids, prompts, strict=True):
         oracle.check(prompt, GREEDY, 0, outputs[seq_id], "length")
     assert oracle.num_excused <= 1

@@ -1,103 +1,88 @@
-"""Evidence: what the tests compared, how closely, and what happened on the way, counted while they run.
+"""Counts of the running test: what it compared with which oracle, what occurred, how much of a tolerance it used.
 
-A number of tests says little: one test may compare one token, another a million. So tests say what they compared, and
-`pytest --report` adds it up over all processes.
+    count_comparisons("BlockManager against reference", 12)     "what against which oracle", number of values
+    count_kernel_comparisons("rms_norm", "float16", "interpreted", 640)
+    count_event("preemption", 3)
+    record_error("decode attention, bf16", 0.8, 2.0)            error found, error allowed
 
-    compared("BlockManager against reference", 12)     comparisons made, by "what against which oracle"
-    compared_kernel("rms_norm", "float16", "interpreted", 640)
-    happened("preemption", 3)                          events that a campaign must have met
-    tolerated("decode attention, bf16", 0.8, 2.0)      error found, error allowed: the largest ratio is kept
-
-A process that is not pytest's own (the interpreter's, a rank's) writes its counts at exit, if its environment names a
-folder in NANOVLLM_EVIDENCE.
+tests/support/report_plugin.py attaches the counts to the test as user_properties, so they travel with its report, from
+xdist's workers too. `pytest --report` adds them up. Outside pytest the functions do nothing. A process that a test
+starts returns its numbers to the test, which counts them.
 """
 
-import atexit
-import json
 import math
-import os
-import uuid
 from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Any
 
-FOLDER = "NANOVLLM_EVIDENCE"  # environment variable: where each process leaves its counts
-KERNELS = "kernel"  # the part of which the report makes a table of its own: "kernel: NAME, DTYPE, WAY"
-INTERPRETED, COMPILED, ON_A_GPU = WAYS = ("interpreted", "compiled", "on a GPU")
+# A way to check a kernel -> its oracle.
+KERNEL_ORACLES = {"interpreted": "the reference", "compiled": "the GPU's limits", "on a GPU": "the reference"}
+INTERPRETED, COMPILED, ON_A_GPU = KERNEL_ORACLES
 
 
 @dataclass
 class Counts:
-    """tolerances: name -> (error, allowed) of the largest error / allowed."""
+    """errors: name -> (error, allowed), those with the largest error / allowed."""
 
     comparisons: Counter[str] = field(default_factory=Counter)
     events: Counter[str] = field(default_factory=Counter)
-    tolerances: dict[str, tuple[float, float]] = field(default_factory=dict)
+    errors: dict[str, tuple[float, float]] = field(default_factory=dict)
 
-    def tolerated(self, name: str, error: float, allowed: float) -> None:
-        known = self.tolerances.get(name)
-        if known is None or error / allowed > known[0] / known[1]:
-            self.tolerances[name] = (error, allowed)
+    def record_error(self, name: str, error: float, allowed: float) -> None:
+        largest = self.errors.get(name, (-1.0, 1.0))
+        if error / allowed > largest[0] / largest[1]:
+            self.errors[name] = (error, allowed)
 
-    def add(self, other: "Counts") -> None:
-        self.comparisons.update(other.comparisons)
-        self.events.update(other.events)
-        for name, (error, allowed) in other.tolerances.items():
-            self.tolerated(name, error, allowed)
+    def to_properties(self) -> list[tuple[str, Any]]:
+        """For pytest's user_properties: plain dicts, which xdist can send."""
+        return [(name, {**values}) for name, values in vars(self).items() if values]
 
-    def clear(self) -> None:
-        for counts in (self.comparisons, self.events, self.tolerances):
-            counts.clear()
-
-
-counts = Counts()  # this process's
-
-
-def compared(component: str, number: int = 1) -> None:
-    """`number` values were compared with an oracle's."""
-    counts.comparisons[component] += number
+    def add_properties(self, properties: Iterable[tuple[str, Any]]) -> None:
+        """Add what another Counts has written; other properties are passed over."""
+        found = dict(properties)
+        self.comparisons.update(found.get("comparisons", {}))
+        self.events.update(found.get("events", {}))
+        for name, (error, allowed) in found.get("errors", {}).items():
+            self.record_error(name, error, allowed)
 
 
-def compared_kernel(kernel: str, dtype: object, way: str, number: int = 1) -> None:
-    """`number` values of a kernel were compared, or (compiled) `number` of its variants were looked at.
+_current = Counts()  # outside a test: read by no one
 
-    dtype: a torch.dtype, or its name. way: one of WAYS.
+
+@contextmanager
+def counting() -> Iterator[Counts]:
+    """Within it, the functions below count here."""
+    global _current
+    outer, _current = _current, Counts()
+    try:
+        yield _current
+    finally:
+        _current = outer
+
+
+def count_comparisons(oracle_pair: str, number: int = 1) -> None:
+    """`number` values were compared. oracle_pair: "what against which oracle"."""
+    _current.comparisons[oracle_pair] += number
+
+
+def count_kernel_comparisons(kernel: str, dtype: object, way: str, number: int = 1) -> None:
+    """`number` values of a kernel's output were compared, or `number` of its compiled variants.
+
+    dtype: a torch.dtype, or its name. way: a key of KERNEL_ORACLES.
     """
-    if way not in WAYS:
-        raise ValueError(f"way must be one of {WAYS}, got {way!r}")
-    compared(f"{KERNELS}: {kernel}, {str(dtype).removeprefix('torch.')}, {way}", number)
+    name = f"kernel {kernel}, {str(dtype).removeprefix('torch.')}, {way}"
+    count_comparisons(f"{name} against {KERNEL_ORACLES[way]}", number)
 
 
-def happened(event: str, number: int = 1) -> None:
-    """An event occurred `number` times; 0 is worth telling, since it makes the event's row appear."""
-    counts.events[event] += number
+def count_event(name: str, number: int = 1) -> None:
+    """An event occurred `number` times. 0 makes the event's row appear in the report."""
+    _current.events[name] += number
 
 
-def tolerated(name: str, error: float, allowed: float) -> None:
-    """An error of `error` was found where `allowed` would have passed."""
+def record_error(name: str, error: float, allowed: float) -> None:
+    """An error was found where `allowed` would have passed. Raises ValueError for a number without meaning."""
     if not (allowed > 0 and math.isfinite(error)):
-        raise ValueError(f"allowed must be positive and error a number, got {allowed} and {error} for {name!r}")
-    counts.tolerated(name, error, allowed)
-
-
-def write(folder: str | None = None) -> None:
-    """Leave this process's counts in `folder` (or what NANOVLLM_EVIDENCE names), and start again from nothing."""
-    folder = folder or os.environ.get(FOLDER)
-    if not folder or not any(vars(counts).values()):
-        return
-    path = Path(folder) / f"{os.getpid()}-{uuid.uuid4().hex}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(vars(counts)))
-    counts.clear()
-
-
-def read(folder: Path) -> Counts:
-    """The counts that all processes left in `folder`, added up."""
-    total = Counts()
-    for path in sorted(folder.glob("*.json")):
-        stored = json.loads(path.read_text())
-        total.add(Counts(Counter(stored["comparisons"]), Counter(stored["events"]), stored["tolerances"]))
-    return total
-
-
-atexit.register(write)
+        raise ValueError(f"allowed must be positive and error finite, got {allowed} and {error} for {name!r}")
+    _current.record_error(name, error, allowed)

@@ -1,220 +1,155 @@
-"""The report's page as data: facts in, sections and tables out. text.py and html.py draw it."""
+"""The report of a run: RunData as tables, and the tables as text and as one HTML page without scripts."""
 
-import math
+import json
+import os
+import sys
+import textwrap
+from collections import Counter
 from dataclasses import dataclass, field
+from html import escape
+from importlib.metadata import PackageNotFoundError, version
+from typing import NamedTuple
 
-from tests.evidence import COMPILED, KERNELS, WAYS
-from tests.report import floors, skips
-from tests.report.facts import GPU, PART, Facts
+from tests.source_tree import ROOT
+from tests.support.counts import Counts
+from tests.support.skips import Skip, why
 
-
-@dataclass(frozen=True)
-class Bar:
-    """A fraction, drawn as a bar; label: what stands beside it."""
-
-    fraction: float
-    label: str = ""
-
-
-Cell = str | int | Bar
+SCORE = ROOT / "tests" / "mutants" / "score.json"
+TITLE = "nanovllm: what this run checked"
+HEAD = f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{TITLE}</title><style>
+:root {{ color-scheme: light dark; font: 15px/1.45 system-ui, sans-serif }}
+body {{ max-width: 72rem; margin: 2rem auto; padding: 0 1rem }}
+h2 {{ margin: 2rem 0 .3rem }} table {{ border-collapse: collapse; font-size: .93em }}
+tr:first-child {{ font-weight: bold }}
+td {{ padding: .2rem 1.2rem .2rem 0; border-bottom: 1px solid #8884; text-align: left; vertical-align: top }}
+.number {{ text-align: right }} .problem {{ color: #c33 }}
+</style></head><body><h1>{TITLE}</h1>"""
 
 
 @dataclass
-class Section:
-    """A title, what it means in a sentence or two, and a table; without rows, `empty` stands in its place."""
+class RunData:
+    """What is known after a run of the tests."""
 
+    command: str = ""
+    outcomes: Counter[str] = field(default_factory=Counter)  # passed, failed, error: of tests
+    skips: list[Skip] = field(default_factory=list)
+    counts: Counts = field(default_factory=Counts)
+    num_tests: Counter[str] = field(default_factory=Counter)  # that made a comparison, by its name
+    problems: list[str] = field(default_factory=list)
+
+
+class Table(NamedTuple):
     title: str
     text: str
-    columns: tuple[str, ...] = ()
-    rows: list[tuple[Cell, ...]] = field(default_factory=list)
-    empty: str = ""
-
-    @property
-    def holds_numbers(self) -> list[bool]:
-        """Of each column; they stand on the right."""
-        return [any(isinstance(cell, int) for cell in column) for column in zip(*self.rows, strict=True)]
+    columns: tuple[str, ...]
+    rows: list[tuple[str | int, ...]]
 
 
-@dataclass
-class Page:
-    title: str
-    verdict: str
-    good: str  # what is said where there are no problems
-    problems: list[str]
-    facts: list[tuple[str, str]]
-    sections: list[Section]
+def defects_without_test() -> list[tuple[str | int, ...]]:
+    from tests.defects import ROW, TABLE, covering_tests  # late: it reads every test
 
-    @property
-    def is_good(self) -> bool:
-        return not self.problems
+    covered = covering_tests()
+    rows = (ROW.match(line) for line in TABLE.read_text(encoding="utf-8").splitlines())
+    return [(row[1], row[2]) for row in rows if row and row[1] not in covered]
 
 
-def make_page(facts: Facts, problems: list[str]) -> Page:
-    failed = facts.outcomes["failed"] + facts.outcomes["error"]
-    if failed:
-        problems = [f"{failed} {'test' if failed == 1 else 'tests'} failed, so no floor was applied", *problems]
-    compared = sum(n for name, n in facts.counts.comparisons.items() if not name.endswith(f", {COMPILED}"))
-    verdict = f"Tests: {facts.outcomes['passed']:,} passed, {failed:,} failed, {len(facts.skips):,} skipped. They "
-    verdict += f"compared {compared:,} values with what an oracle says that they must be."
-    good = "Nothing is wrong: every figure is above its floor, every skip is stated."
-    if facts.scope == PART:
-        good = "Nothing is wrong. This was a part of the tests, so no floor was applied; every skip is stated."
-    return Page(
-        title="nanovllm: what this run checked",
-        verdict=verdict,
-        good=good,
-        problems=problems,
-        facts=[("run", facts.scope), ("repeat with", facts.repeat), *facts.machine.items()],
-        sections=[
-            _comparisons(facts),
-            _kernels(facts),
-            _events(facts),
-            _tolerances(facts),
-            _mutants(facts),
-            _defects(facts),
-            _skips(facts),
-            _slowest(facts),
-        ],
-    )
+def mutation_scores() -> list[tuple[str | int, ...]]:
+    """Component, caught, all; without tests/mutants/score.json none."""
+    scores = json.loads(SCORE.read_text(encoding="utf-8")) if SCORE.exists() else {}
+    components = {**scores.get("components", {}), "generic": scores.get("generic")}
+    return [(name, s["caught"], s.get("mutants", s.get("total", 0))) for name, s in components.items() if s]
 
 
-def _comparisons(facts: Facts) -> Section:
-    """Bars on a logarithmic scale: components differ by factors of thousands."""
-    figures = {name: n for name, n in facts.counts.comparisons.items() if not name.startswith(f"{KERNELS}:")}
-    known = floors.COMPARISONS.get(facts.scope, {})
-    names = sorted(figures.keys() | {name for name in known if not name.startswith(f"{KERNELS}:")})
-    largest = max([*figures.values(), 10])
-    rows = []
-    for name in names:
-        number = figures.get(name, 0)
-        what, _, oracle = name.partition(" against ")
-        bar = Bar(math.log10(max(number, 1)) / math.log10(largest))
-        rows.append((what, oracle, number, _floor(known.get(name)), bar))
-    return Section(
-        "Comparisons",
-        "Values that were compared with an oracle: a reference, Hugging Face transformers, PyTorch, a formula by "
-        "hand. A figure below its floor fails the run: tests that compare next to nothing pass, and prove nothing. The "
-        "bars are logarithmic.",
-        ("what", "against", "values", "floor", ""),
-        rows,
-        empty="no test of this run counts what it compares",
-    )
+def machine() -> str:
+    """Versions, processor cores, and the GPU if torch is loaded and has one."""
+    words = [f"Python {sys.version.split()[0]}", f"{os.cpu_count()} cores"]
+    for package in ("torch", "triton", "transformers", "numpy", "hypothesis", "pytest"):
+        try:
+            words.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            words.append(f"no {package}")
+    torch = sys.modules.get("torch")
+    has_gpu = torch is not None and torch.cuda.is_available()
+    return ", ".join([*words, torch.cuda.get_device_name() if has_gpu else "no GPU in use"])
 
 
-def _kernels(facts: Facts) -> Section:
-    figures = facts.counts.comparisons
-    known = floors.COMPARISONS.get(facts.scope, {})
-    names = [name for name in figures.keys() | known.keys() if name.startswith(f"{KERNELS}: ")]
-    cases = sorted({tuple(name.removeprefix(f"{KERNELS}: ").split(", ")[:2]) for name in names})
-    rows: list[tuple[Cell, ...]] = []
-    for kernel, dtype in cases:
-        row: list[Cell] = [kernel, dtype]
-        for name in (f"{KERNELS}: {kernel}, {dtype}, {way}" for way in WAYS):
-            row += [figures[name], _floor(known.get(name))]
-        rows.append(tuple(row))
-    return Section(
-        "Kernels",
-        "Interpreted: values that Triton's interpreter computed on the CPU and that were compared with a reference; in "
-        "bfloat16 only where nothing is computed, since the interpreter computes it wrongly. Compiled: "
-        "variants that were compiled for GPUs of compute capability 8.0, 9.0 or 10.0, which need not be there, "
-        "with registers and shared memory within what is allowed. On a GPU: values compared there.",
-        ("kernel", "dtype", *(title for way in WAYS for title in (way, "floor"))),
-        rows,
-        empty="no test of a kernel was in this run",
-    )
+def summary(data: RunData) -> list[str]:
+    failed = data.outcomes["failed"] + data.outcomes["error"]
+    tests = f"{data.outcomes['passed']:,} tests passed, {failed:,} failed, {len(data.skips):,} skipped"
+    return [tests, f"Repeat with: {data.command}", machine()]
 
 
-def _events(facts: Facts) -> Section:
-    known = floors.EVENTS.get(facts.scope, {})
-    figures = facts.counts.events
-    rows = [(name, figures[name], _floor(known.get(name))) for name in sorted(figures.keys() | known.keys())]
-    note = "" if facts.scope == GPU else " CUDA graphs are replayed on a GPU only: a CPU replays none."
-    return Section(
-        "What happened on the way",
-        "An engine is easily right while nothing happens. So often did the tests meet what makes it hard: requests "
-        "that were preempted, prefixes found in the cache, blocks evicted, hashes that collided, prompts cut into "
-        f"chunks.{note}",
-        ("event", "times", "floor"),
-        rows,
-        empty="no test of this run counts events",
-    )
-
-
-def _tolerances(facts: Facts) -> Section:
-    ratios = sorted(facts.counts.tolerances.items(), key=lambda item: item[1][0] / item[1][1], reverse=True)
-    rows: list[tuple[Cell, ...]] = [
-        (name, f"{error:.2g}", f"{allowed:.2g}", Bar(error / allowed, f"{100 * error / allowed:.0f} %"))
-        for name, (error, allowed) in ratios
+def tables(data: RunData) -> list[Table]:
+    counts = data.counts
+    compared = sorted(counts.comparisons.items())
+    errors = sorted(counts.errors.items(), key=lambda item: item[1][0] / item[1][1], reverse=True)
+    return [
+        Table(
+            "Comparisons",
+            "How many values were compared with which oracle, and in how many tests. Kernels: interpreted on the CPU, "
+            "compiled for GPUs that need not be present (number of variants), or run on a GPU.",
+            ("what", "oracle", "values", "tests"),
+            [(*name.partition(" against ")[::2], number, data.num_tests[name]) for name, number in compared],
+        ),
+        Table(
+            "Events",
+            "What makes an engine hard to get right. Each campaign fails if an event that it is about did not occur.",
+            ("event", "times"),
+            [*sorted(counts.events.items())],
+        ),
+        Table(
+            "Tolerance used",
+            "The largest error under each name. Near 100 %: another machine may exceed the bound. Near 0 %: the bound "
+            "is loose, and a small mistake could pass.",
+            ("comparison", "error", "allowed", "used"),
+            [(name, f"{error:.2g}", f"{most:.2g}", f"{100 * error / most:.0f} %") for name, (error, most) in errors],
+        ),
+        Table(
+            "Skipped",
+            "A skip that is not on the list of tests/support/skips.py fails the run.",
+            ("test", "it says", "reason on the list"),
+            [(skip.test, skip.reason, why(skip) or "NOT ALLOWED") for skip in sorted(data.skips)],
+        ),
+        Table(
+            "Mutants",
+            "Small faults put into nanovllm/, each of which must make a test fail; as tests/mutants/score.json has it.",
+            ("component", "caught", "of"),
+            mutation_scores(),
+        ),
+        Table("Defects without a test", "Of tests/DEFECTS.md.", ("id", "what must hold"), defects_without_test()),
     ]
-    return Section(
-        "Tolerance used",
-        "Of all errors under one name, the one nearest to what is allowed. Near 100 %: the next machine may break the "
-        "bound. Near 0 %: the bound is loose, or rounding happened to be kind; a small mistake could pass.",
-        ("comparison", "largest error", "allowed", "used"),
-        rows,
-        empty="no test of this run counts its errors",
-    )
 
 
-def _mutants(facts: Facts) -> Section:
-    text = (
-        "Small wrong changes to nanovllm's own code, each applied in turn: a test must fail. Equivalent ones change "
-        "nothing that can be noticed, and do not count. This is what make mutants wrote when it last ran."
-    )
-    if facts.mutants is None:
-        return Section("Mutants", text, empty="not measured: there is no tests/mutants/score.json")
-    rows = []
-    for name, score in facts.mutants.get("components", {}).items():
-        rows.append((name, score["caught"], *_mutant_cells(score)))
-    generic = facts.mutants.get("generic")
-    if generic:
-        name = f"generic ({generic.get('tool', 'a mutation tool')})"
-        rows.append((name, generic["caught"], *_mutant_cells(generic)))
-    if facts.mutants.get("date"):
-        text += f" Measured on {facts.mutants['date']}."
-    return Section("Mutants", text, ("component", "caught", "of", "equivalent", "score"), rows, empty="none")
+def to_text(data: RunData) -> str:
+    parts = [TITLE, "\n".join(summary(data)), *(["THE RUN FAILS", *data.problems] if data.problems else [])]
+    for table in tables(data):
+        rows = [table.columns, *table.rows]
+        widths = [max(len(_words(cell)) for cell in column) for column in zip(*rows, strict=True)]
+        parts.append(f"{table.title}\n{'-' * len(table.title)}\n{textwrap.fill(table.text, 120)}")
+        lines = ("  ".join(map(_padded, row, widths)).rstrip() for row in rows)
+        parts.append("\n".join(f"  {line}" for line in lines) if table.rows else "  none")
+    return "\n\n".join(parts) + "\n"
 
 
-def _mutant_cells(score: dict) -> tuple[Cell, ...]:
-    ratio = floors.mutation_score(score)
-    return floors.num_mutants(score), score.get("equivalent", 0), Bar(ratio, f"{100 * ratio:.1f} %")
+def to_html(data: RunData) -> str:
+    parts = [HEAD, *(f"<p>{escape(line)}</p>" for line in summary(data))]
+    parts += [f'<p class="problem">The run fails: {escape(problem)}</p>' for problem in data.problems]
+    for table in tables(data):
+        parts.append(f"<h2>{table.title}</h2><p>{escape(table.text)}</p><table>")
+        for row in [table.columns, *table.rows] if table.rows else [("none",)]:
+            parts.append(f"<tr>{''.join(map(_html_cell, row))}</tr>")
+        parts.append("</table>")
+    return "\n".join([*parts, "</body></html>"]) + "\n"
 
 
-def _defects(facts: Facts) -> Section:
-    without = [(name, what) for name, (what, number) in facts.defects.items() if not number]
-    covered = len(facts.defects) - len(without)
-    return Section(
-        "Known defects",
-        f"tests/DEFECTS.md lists {len(facts.defects)} defects that reached users of engines of this kind. {covered} of "
-        "them have tests that say they would notice. Those without:",
-        ("id", "what must hold"),
-        list(without),
-        empty="none",
-    )
+def _words(cell: str | int) -> str:
+    return f"{cell:,}" if isinstance(cell, int) else cell
 
 
-def _skips(facts: Facts) -> Section:
-    rows = [(skip.test, skip.reason, skips.why(skip) or "NOT STATED") for skip in sorted(facts.skips, key=str)]
-    return Section(
-        "Skips",
-        "A skip that is not on the list of tests/report/skips.py fails the run.",
-        ("test", "it says", "stated reason"),
-        list(rows),
-        empty="nothing was skipped",
-    )
+def _padded(cell: str | int, width: int) -> str:
+    return _words(cell).rjust(width) if isinstance(cell, int) else cell.ljust(width)
 
 
-def _slowest(facts: Facts) -> Section:
-    slowest = facts.seconds.most_common(10)
-    longest = max([seconds for _, seconds in slowest], default=1.0)
-    return Section(
-        "Slowest tests",
-        "In seconds; the clock of a shared machine, so to be read with care.",
-        ("test", "seconds"),
-        [(test, Bar(seconds / longest, f"{seconds:.1f}")) for test, seconds in slowest],
-        empty="nothing ran",
-    )
-
-
-def _floor(floor: floors.Floor | None) -> Cell:
-    return floor.least if floor else ""
+def _html_cell(cell: str | int) -> str:
+    kind = ' class="number"' if isinstance(cell, int) else ""
+    return f"<td{kind}>{escape(_words(cell))}</td>"

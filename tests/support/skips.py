@@ -1,115 +1,97 @@
-"""Every skip that may happen, with its reason. One that is not here, or more of them than here, fails the run.
+"""Every skip that may occur, with its reason. A skip that is not here, or more of them than here, fails the run.
 
 So running out of memory, a kernel that is missing or a package that was forgotten cannot pass as a skip.
 """
 
-import importlib.util
 import re
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import NamedTuple
 
 from tests.kernels.versions import INTERPRETER_REASON, interprets
-from tests.report.facts import Skip
 
 
-@dataclass(frozen=True)
-class Stated:
+class Skip(NamedTuple):
+    """test: node id; of a module that was skipped whole, its path. reason: as the test gave it."""
+
+    test: str
+    reason: str
+
+
+class AllowedSkip(NamedTuple):
     """test and reason are regular expressions for the whole node id and the whole reason.
 
-    expected: whether it may be skipped here: on a machine that lacks what the test needs.
+    is_needed_here: whether this machine lacks what the test needs.
     """
 
     test: str
     reason: str
     at_most: int
     why: str
-    expected: Callable[[], bool]
+    is_needed_here: Callable[[], bool]
 
     def covers(self, skip: Skip) -> bool:
         return bool(re.fullmatch(self.test, skip.test) and re.fullmatch(self.reason, skip.reason))
 
 
-def _lacks(package: str) -> Callable[[], bool]:
-    return lambda: importlib.util.find_spec(package) is None
-
-
-def _has_few_gpus() -> bool:
-    torch = sys.modules.get("torch")
-    return torch is None or torch.cuda.device_count() < MOST_GPUS
+def _has_fewer_than_8_gpus() -> bool:
+    torch = sys.modules.get("torch")  # the skipped test has loaded it, unless a worker of xdist ran the test
+    return torch is None or torch.cuda.device_count() < 8
 
 
 def _has_no_hopper() -> bool:
-    torch = sys.modules.get("torch")  # the test that was skipped has loaded it, unless a worker of xdist ran it
+    torch = sys.modules.get("torch")
     return torch is None or not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0)
 
 
-MOST_GPUS = 8  # that a test asks for
-
-STATED = [
-    Stated(
-        r"tests/parallel/test_gpu_ranks\.py::test_ranks_over_nccl_say_what_one_says\[.*\]",
-        r"needs [248] GPUs",
-        at_most=24,  # four architectures, three sizes, graphs and eager
-        why="a run with -m multi_gpu takes the sizes for which there are GPUs",
-        expected=_has_few_gpus,
+# fmt: off
+ALLOWED = [
+    AllowedSkip(
+        r"tests/parallel/test_gpu_ranks\.py::test_ranks_over_nccl_say_what_one_says\[.*\]", r"needs [248] GPUs", 24,
+        "a run with -m multi_gpu takes the sizes for which there are GPUs", _has_fewer_than_8_gpus,
     ),
-    Stated(
-        r"tests/kernels/test_flash_attention\.py::test_equals_the_reference\[.*\]",
-        r"could not import 'flash_attn'.*",
-        at_most=90,  # all cases of the file
-        why="flash-attn is an extra that is compiled on the GPU machine",
-        expected=_lacks("flash_attn"),
+    AllowedSkip(
+        r"tests/kernels/test_flash_attention\.py::test_equals_the_reference\[.*\]", r"could not import 'flash_attn'.*",
+        90, "flash-attn is an extra that is compiled on the GPU machine", lambda: find_spec("flash_attn") is None,
     ),
-    Stated(
-        r"tests/kernels/test_varlen_attention_hopper\.py::.*",
-        r"needs compute capability 9\.0",
-        at_most=73,  # all GPU tests of the file
-        why="a kernel for Hopper GPUs only",
-        expected=_has_no_hopper,
+    AllowedSkip(
+        r"tests/kernels/test_varlen_attention_hopper\.py::.*", r"needs compute capability 9\.0", 73,
+        "a kernel for Hopper GPUs only", _has_no_hopper,
     ),
-    Stated(
-        r"tests/unit/test_benchmark_report\.py::test_.*",
-        r"could not import 'matplotlib'.*",
-        at_most=1,
-        why="matplotlib draws a picture of benchmarks, and is an extra",
-        expected=_lacks("matplotlib"),
+    AllowedSkip(
+        r"tests/unit/test_benchmark_report\.py::test_.*", r"could not import 'matplotlib'.*", 1,
+        "matplotlib draws a picture of benchmarks, and is an extra", lambda: find_spec("matplotlib") is None,
     ),
-    Stated(
-        r"tests/kernels/(test_\w+|faulty_kernels|sampling_probes)\.py",
-        r"could not import 'triton'.*",
-        at_most=14,  # modules
-        why="Triton exists on Linux only",
-        expected=lambda: not sys.platform.startswith("linux"),
+    AllowedSkip(
+        r"tests/kernels/(test_\w+|faulty_kernels|sampling_probes)\.py", r"could not import 'triton'.*", 14,
+        "Triton exists on Linux only", lambda: not sys.platform.startswith("linux"),
     ),
-    Stated(
-        r"tests/kernels/test_\w+\.py::.*",
-        re.escape(INTERPRETER_REASON),
-        at_most=20,
-        why="the pinned versions do interpret; others are met on GPU machines",
-        expected=lambda: not interprets(),
+    AllowedSkip(
+        r"tests/kernels/test_\w+\.py::.*", re.escape(INTERPRETER_REASON), 20,
+        "the pinned versions can interpret; others are installed on GPU machines", lambda: not interprets(),
     ),
 ]
+# fmt: on
 
 
-def judge(skips: Iterable[Skip], stated: Iterable[Stated] = STATED) -> list[str]:
-    """What is wrong with the skips of a run, in words; empty if each is stated."""
-    problems, stated = [], list(stated)
-    numbers = dict.fromkeys(range(len(stated)), 0)
+def check(skips: Iterable[Skip], allowed: list[AllowedSkip] = ALLOWED) -> list[str]:
+    """What is wrong with the skips of a run, a sentence each; empty if all are allowed."""
+    problems, numbers = [], [0] * len(allowed)
     for skip in skips:
-        entry = next((index for index, known in enumerate(stated) if known.covers(skip)), None)
-        if entry is None:
-            problems.append(f"skipped, but not on the list of tests/report/skips.py: {skip.test} ({skip.reason})")
-        elif not stated[entry].expected():
+        index = next((index for index, entry in enumerate(allowed) if entry.covers(skip)), None)
+        if index is None:
+            problems.append(f"skipped, but not on the list of tests/support/skips.py: {skip.test} ({skip.reason})")
+        elif not allowed[index].is_needed_here():
             problems.append(f"skipped, though nothing that it needs is missing here: {skip.test} ({skip.reason})")
         else:
-            numbers[entry] += 1
-    for index, number in numbers.items():
-        if number > stated[index].at_most:
-            problems.append(f"{number} skips where at most {stated[index].at_most} are stated: {stated[index].test}")
+            numbers[index] += 1
+    for entry, number in zip(allowed, numbers, strict=True):
+        if number > entry.at_most:
+            problems.append(f"{number} skips where at most {entry.at_most} are allowed: {entry.test}")
     return problems
 
 
 def why(skip: Skip) -> str:
-    """The stated reason; empty if there is none."""
-    return next((entry.why for entry in STATED if entry.covers(skip)), "")
+    """The reason that the list gives; empty if the skip is not allowed."""
+    return next((entry.why for entry in ALLOWED if entry.covers(skip)), "")

@@ -18,7 +18,7 @@ from nanovllm.engine.block_manager import BlockHash, block_hash
 from nanovllm.engine.model_input import PADDING_SLOT, ModelInput, prepare_ahead, prepare_decode, prepare_prefill
 from nanovllm.engine.scheduler import MAX_CONSECUTIVE_PREFILLS, ScheduledBatch
 from nanovllm.engine.sequence import Sequence
-from tests.evidence import compared, happened
+from tests.support.counts import count_comparisons, count_event
 from tests.symbolic_model import PickledModel, expected_digest
 from tests.unit.engine.harness import PROMPTS, Collisions, make_scheduler, make_sequence
 
@@ -151,7 +151,7 @@ class EngineMachine(RuleBasedStateMachine):
 
     def report(self, event: str, number: int = 1) -> None:
         self.seen[event] += number
-        happened(event, number)
+        count_event(event, number)
 
     # --- a request, and what must hold of it ---
 
@@ -206,7 +206,7 @@ class EngineMachine(RuleBasedStateMachine):
             for seq, digest in zip(batch.sampled_sequences, self.digests, strict=True):
                 expected = expected_digest(tuple(seq.token_ids), seq.sampling_params, seq.seed)
                 assert digest == expected, f"D09: {seq} read what it should not"
-            compared("symbolic model: tokens against what was attended", len(self.digests))
+            count_comparisons("symbolic model: tokens against what was attended", len(self.digests))
         return batch
 
     def take_up_or_schedule(self) -> tuple[ScheduledBatch, bool]:

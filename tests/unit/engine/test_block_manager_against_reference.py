@@ -19,7 +19,7 @@ from hypothesis.stateful import (
 from nanovllm.engine.block_manager import BlockHash, BlockManager, block_hash
 from nanovllm.engine.sequence import Sequence
 from reference.block_manager import BlockManager as Reference
-from tests.evidence import compared, happened
+from tests.support.counts import count_comparisons, count_event
 from tests.unit.engine.harness import PROMPTS, Collisions, make_sequence, two_bit_hash
 
 
@@ -47,9 +47,9 @@ class LockStep(RuleBasedStateMachine):
         assert len(self.engine.find_cached_blocks(seq)) == len(self.reference.hits(token_ids)), "D09, D13"
         can_allocate = self.engine.can_allocate(seq, num_reserved)
         assert can_allocate == self.reference.can_allocate(token_ids, num_reserved), "D10"
-        compared("BlockManager against reference", 2)
+        count_comparisons("BlockManager against reference", 2)
         if not can_allocate:
-            happened("allocation refused")
+            count_event("allocation refused")
             return
         self.engine.allocate(seq)
         self.reference, num_cached_tokens = self.reference.allocate(seq.seq_id, token_ids)
@@ -93,9 +93,9 @@ class LockStep(RuleBasedStateMachine):
             seq.append_token(token_id)
             can_append = self.engine.can_append(seq)
             assert can_append == self.reference.can_append(seq.seq_id, len(seq)), "D02"
-            compared("BlockManager against reference")
+            count_comparisons("BlockManager against reference")
             if not can_append:
-                happened("append refused")
+                count_event("append refused")
                 self.free(number)
                 return
             self.engine.append(seq)
@@ -111,9 +111,9 @@ class LockStep(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         if hasattr(self, "engine"):
-            happened("hash collision", self.collisions.number)
-            happened("block hit", self.engine.num_hit_blocks)
-            happened("block evicted", self.engine.num_evictions)
+            count_event("hash collision", self.collisions.number)
+            count_event("block hit", self.engine.num_hit_blocks)
+            count_event("block evicted", self.engine.num_evictions)
 
     # --- what must hold ---
 
@@ -134,7 +134,7 @@ class LockStep(RuleBasedStateMachine):
         will_forget = [self.content[block_id] for block_id in self.cached_free_blocks()]
         order = self.reference.reuse_order()
         assert will_forget == [self.reference.prefixes[block] for block in order if block in self.reference.prefixes]
-        compared("BlockManager against reference", 2 * len(theirs) + len(will_forget) + 1)
+        count_comparisons("BlockManager against reference", 2 * len(theirs) + len(will_forget) + 1)
 
     def cached_free_blocks(self) -> list[int]:
         """Next to be reused first; what is not cached must come before them."""

@@ -19,7 +19,7 @@ from nanovllm.engine.scheduler import ScheduledBatch
 from nanovllm.engine.sequence import Sequence
 from nanovllm.sampling_params import SamplingParams
 from tests import symbolic_model
-from tests.evidence import compared, happened
+from tests.support.counts import count_comparisons, count_event
 from tests.symbolic_model import PickledModel, SymbolicModel, SymbolicWorker, expected_digest
 from tests.unit.engine.harness import PROMPTS, Collisions, make_scheduler, two_bit_hash
 
@@ -103,12 +103,14 @@ def play(scenario: Scenario, start_model: Callable[[int, int], Model]) -> None:
     for seq in sequences:
         text = expected_text(seq, scenario.max_model_len)
         assert seq.token_ids == text, f"{seq} did not read what it should: tokens {seq.token_ids}, expected {text}"
-    compared("symbolic model: tokens against what was attended", sum(seq.num_completion_tokens for seq in sequences))
-    happened("preemption", scheduler.num_preemptions)
-    happened("prefill chunk", scheduler.num_prefill_chunks)
-    happened("block hit", scheduler.block_manager.num_hit_blocks)
-    happened("block evicted", scheduler.block_manager.num_evictions)
-    happened("hash collision", collisions.number)
+    count_comparisons(
+        "symbolic model: tokens against what was attended", sum(seq.num_completion_tokens for seq in sequences)
+    )
+    count_event("preemption", scheduler.num_preemptions)
+    count_event("prefill chunk", scheduler.num_prefill_chunks)
+    count_event("block hit", scheduler.block_manager.num_hit_blocks)
+    count_event("block evicted", scheduler.block_manager.num_evictions)
+    count_event("hash collision", collisions.number)
 
 
 def arriving(request: Request, scenario: Scenario, earlier: list[Sequence]) -> Sequence:

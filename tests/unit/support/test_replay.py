@@ -1,188 +1,166 @@
-"""The player sees every recorded field, and names the first that differs; exceptions and near ties."""
+"""Recording changes nothing that it was not asked for; the player names the first difference; --record."""
 
-import copy
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from nanovllm.engine.scheduler import ScheduledBatch, Scheduler
-from nanovllm.engine.sequence import Sequence
-from tests.replay.make_corpus import CORPUS
-from tests.replay.player import BareScheduler, Difference, machine_for, play
-from tests.replay.recorder import recording_of
-from tests.replay.trace import Trace, TraceError
-from tests.unit.engine.harness import add_prompt, make_scheduler, run, step
+from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.engine.scheduler import Scheduler
+from tests.source_tree import ROOT
+from tests.support.replay import player
+from tests.support.replay.player import play, target_for
+from tests.support.replay.trace import CALLS, Trace, recording
+from tests.unit.engine.golden_runs import GOLDEN
+from tests.unit.engine.harness import add_prompt, make_scheduler, run, step, two_bit_hash
 
 
-def corpus(name: str) -> Trace:
-    return Trace.load(CORPUS / f"{name}.jsonl")
+def golden(name: str = "preemption") -> Trace:
+    return Trace.load(GOLDEN / f"{name}.jsonl")
 
 
-def event_of(trace: Trace, kind: str, number: int) -> dict[str, Any]:
-    return [event for event in trace.events if event["do"] == kind][number]
+def replay(trace: Trace) -> dict[str, int]:
+    with target_for(trace, device="none") as scheduler:
+        return play(trace, scheduler)
+
+
+def event_of(trace: Trace, call: str, number: int) -> dict[str, Any]:
+    return [event for event in trace.events if event["call"] == call][number]
+
+
+# --- recording ---
+
+
+def test_nothing_is_patched_unless_it_is_asked_for(pytestconfig: pytest.Config) -> None:
+    files = {
+        vars(owner)[name].__code__.co_filename for owner in (Scheduler, LLMEngine) for name in ("__init__", "abort")
+    }
+    assert pytestconfig.getoption("--record") or {Path(file).parent.name for file in files} == {"engine"}
+    scheduler = make_scheduler()
+    with recording(scheduler):
+        assert set(CALLS) <= vars(scheduler).keys()
+    assert not set(CALLS) & vars(scheduler).keys()
+
+
+def test_a_recorded_run_replays_from_its_file(tmp_path: Path) -> None:
+    """Calls of every kind, one that raises, and a hash of the test's own."""
+    scheduler = make_scheduler(7, 2, max_num_seqs=3, hash_function=two_bit_hash)
+    with recording(scheduler) as trace:
+        with pytest.raises(ValueError, match="7 blocks"):
+            add_prompt(scheduler, 50, 99)
+        for seq_id in range(5):
+            add_prompt(scheduler, 3, seq_id, max_tokens=6, stop_token_ids=(2,) if seq_id == 3 else ())
+        step(scheduler)
+        scheduler.preempt(scheduler.running[-1])
+        scheduler.finish(scheduler.running[0], "stop")
+        assert scheduler.abort(4)
+        run(scheduler)
+    trace.save(tmp_path / "new" / "trace.jsonl")
+    loaded = Trace.load(tmp_path / "new" / "trace.jsonl")
+    assert replay(loaded)["calls"] == len(trace.events)
+    assert {event["call"] for event in loaded.events} == CALLS.keys() - {"schedule_ahead", "take_up"}
+    del loaded.events[0]["then"]["raised"]
+    with pytest.raises(AssertionError, match=r"step 0, add: recorded {}, now {'raised': 'ValueError"):
+        replay(loaded)
+
+
+def test_a_scheduler_that_was_used_is_refused() -> None:
+    scheduler = make_scheduler()
+    add_prompt(scheduler, 9)
+    step(scheduler)
+    with pytest.raises(ValueError, match="begins with an empty cache"), recording(scheduler):
+        pass
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", '{"nanovllm_trace": 1}'])
+def test_another_file_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "file").write_text(content)
+    with pytest.raises(ValueError, match=r"is not a trace of version 2|Expecting"):
+        Trace.load(tmp_path / "file")
 
 
 # --- differences ---
 
 
 @pytest.mark.parametrize(
-    ("field", "wrong"),
-    [("scheduled", 2), ("cached", 9), ("stored", 9), ("table", [0, 0]), ("hashes", [1]), ("seq", 9)],
+    ("change", "place"),
+    [
+        (lambda then: then.update(is_prefill=True), "is_prefill: recorded True, now False"),
+        (lambda then: then.update(sampled=[]), r"sampled: recorded \[\], now"),
+        (lambda then: then.update(running=[9]), r"running: recorded \[9\], now"),
+        (lambda then: then.update(free_blocks=99), "free_blocks: recorded 99, now"),
+        (lambda then: then["batch"]["1"].update(scheduled=2), "batch, 1, scheduled: recorded 2, now 1"),
+        (lambda then: then["batch"]["1"].update(table=[0]), r"batch, 1, table: recorded \[0\], now"),
+    ],
 )
-def test_a_difference_in_a_sequence_is_named(field: str, wrong: Any) -> None:
-    trace = corpus("preemption")
-    row = event_of(trace, "schedule", 1)["batch"][1]
-    right, row[field] = row[field], wrong
-    what = "sequences of the batch: recorded" if field == "seq" else f"sequence 1, {field}: recorded"
-    with pytest.raises(Difference, match=f"step 1.*{what}") as raised:
-        play(trace, BareScheduler(trace))
-    assert str(wrong) in str(raised.value)
-    assert str(right) in str(raised.value)
-
-
-@pytest.mark.parametrize(
-    ("field", "wrong"),
-    [("is_prefill", True), ("sampled", []), ("running", [9]), ("waiting", [9]), ("free_blocks", 99)],
-)
-def test_a_difference_in_a_step_is_named(field: str, wrong: Any) -> None:
-    trace = corpus("preemption")
-    event_of(trace, "schedule", 1)[field] = wrong
-    with pytest.raises(Difference, match=re.escape(f"step 1, {field}: recorded {wrong}, now")):
-        play(trace, BareScheduler(trace))
-
-
-def test_a_difference_in_how_requests_end_is_named() -> None:
-    trace = corpus("preemption")
-    ending = next(event for event in trace.events if event.get("finished"))
-    ending["finished"][0][1] = "stop"
-    with pytest.raises(Difference, match=rf"step {ending['step']}, endings: .*'stop'.*, now .*'length'"):
-        play(trace, BareScheduler(trace))
-
-
-def test_an_abort_that_finds_nothing_any_more_is_named() -> None:
-    trace = corpus("abort_in_mid_step")
-    event_of(trace, "abort", 0)["seq"] = 77
-    with pytest.raises(Difference, match="sequence 77, abort found it: recorded True, now False"):
-        play(trace, BareScheduler(trace))
+def test_a_difference_is_named(change: Any, place: str) -> None:
+    trace = golden()
+    change(event_of(trace, "schedule", 1)["then"])
+    with pytest.raises(AssertionError, match=f"step 2, schedule, {place}"):
+        replay(trace)
 
 
 def test_a_changed_decision_of_the_engine_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The corpus' use: admission that reserves no blocks."""
+    """What the golden traces are for: admission that reserves no blocks."""
     monkeypatch.setattr(Scheduler, "_num_reserved_blocks", lambda *_: 0)
-    trace = corpus("preemption")
-    with pytest.raises(Difference, match="step 0, running: recorded"):
-        play(trace, BareScheduler(trace))
+    with pytest.raises(AssertionError, match=r"step 1, schedule, .*recorded"):
+        replay(golden())
 
 
-def test_a_hash_of_a_test_that_is_asked_for_something_else_is_named() -> None:
-    trace = corpus("collision")
-    trace.header["hashes"].pop(0)
-    with pytest.raises(Difference, match=r"the hash of \[.*\] after .* is asked for, and was not"):
-        play(trace, BareScheduler(trace))
+def test_a_wrong_token_is_named_and_a_near_tie_is_excused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oracle of near ties is the float64 reference."""
+    trace = golden("engine")
+    args = event_of(trace, "postprocess", 2)["args"]
+    seq_id, right = args[0]
+    args[0][1] = wrong = (right + 1) % 256
+    message = f"token of sequence {seq_id}: recorded {wrong}, now {right}"
+    with target_for(trace) as engine, pytest.raises(AssertionError, match=message):
+        play(trace, engine)
+    trace.events = trace.events[: trace.events.index(event_of(trace, "postprocess", 2)) + 1]
+    monkeypatch.setattr(player, "is_rounding", lambda *_: True)
+    with target_for(trace) as engine:
+        assert play(trace, engine)["excused"] == 1
 
 
-# --- exceptions ---
+# --- --record ---
 
+FAULT = """
+from nanovllm.engine.scheduler import Scheduler
+Scheduler._finish_reason = lambda self, seq: "length" if seq.num_completion_tokens > 3 else None
+"""
+TEST = """
+from hypothesis import given, settings, strategies as st
+from tests.unit.engine.harness import add_prompt, make_scheduler, run
 
-def test_what_raised_must_raise_again() -> None:
-    scheduler = make_scheduler(num_blocks=2, block_size=2)
-    with pytest.raises(ValueError, match="2 blocks"):
-        add_prompt(scheduler, 5, 0, max_tokens=5)
-    add_prompt(scheduler, 2, 1, max_tokens=2)
+@settings(max_examples=40, database=None, derandomize=True)
+@given(lengths=st.lists(st.integers(1, 6), min_size=1, max_size=5))
+def test_lengths(lengths):
+    scheduler = make_scheduler(30, 2)
+    seqs = [add_prompt(scheduler, n, seq_id, max_tokens=3) for seq_id, n in enumerate(lengths)]
     run(scheduler)
-    trace = recording_of(scheduler).trace()
-    assert trace.events[0]["raised"].startswith("ValueError: prompt and output must fit")
-    assert play(trace, BareScheduler(trace)).num_steps == 2
-    del trace.events[0]["raised"]
-    with pytest.raises(Difference, match="sequence 0, exception of add: recorded None, now 'ValueError"):
-        play(trace, BareScheduler(trace))
+    assert [seq.num_completion_tokens for seq in seqs] == [3] * len(seqs)
+"""
 
 
-def test_an_invariant_that_breaks_on_the_way_is_reported() -> None:
-    trace = corpus("preemption")
-    machine = BareScheduler(trace)
-    machine.scheduler.block_manager.blocks[8].ref_count = 1  # and it is on the free list, too
-    with pytest.raises(RuntimeError, match="invariant broken"):
-        play(trace, machine)
+def test_a_failure_with_record_leaves_the_smallest_trace_and_the_command_that_replays_it(tmp_path: Path) -> None:
+    (tmp_path / "fault.py").write_text(FAULT)
+    (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = -p fault -p tests.support.replay.plugin\n")
+    (tmp_path / "test_planted.py").write_text(TEST)
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}", "PYTHONDONTWRITEBYTECODE": "1"}
 
+    def output_of(*arguments: str) -> str:
+        command = [sys.executable, "-m", *arguments]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100)
+        assert done.returncode == 1, done.stdout + done.stderr
+        return done.stdout + done.stderr
 
-# --- tokens ---
-
-
-class OneWrongToken(BareScheduler):
-    """A model that says what was recorded, but once."""
-
-    def __init__(self, trace: Trace, tying: set[int]) -> None:
-        super().__init__(trace)
-        self._answers = [[token for _, token in event["tokens"]] for event in trace.events if "tokens" in event]
-        self._answers[3][0] = 55
-        self._tying = tying
-
-    def compute(self, batch: ScheduledBatch) -> list[int]:
-        return self._answers.pop(0)
-
-    def is_rounding(self, seq: Sequence, token_id: int) -> bool:
-        return token_id in self._tying
-
-
-def test_a_token_that_ties_is_excused_and_the_recorded_one_goes_on() -> None:
-    trace = corpus("preemption")
-    recorded = event_of(trace, "postprocess", 3)["tokens"][0][1]
-    assert play(trace, OneWrongToken(trace, {recorded, 55})).num_excused == 1
-
-
-@pytest.mark.parametrize("only_tie", ["recorded", "now"])
-def test_a_token_is_not_excused_unless_both_tie(only_tie: str) -> None:
-    trace = corpus("preemption")
-    seq_id, recorded = event_of(trace, "postprocess", 3)["tokens"][0]
-    with pytest.raises(Difference, match=f"step 3, sequence {seq_id}, token: recorded {recorded}, now 55"):
-        play(trace, OneWrongToken(trace, {recorded if only_tie == "recorded" else 55}))
-
-
-def test_a_wrong_token_of_a_model_is_no_rounding() -> None:
-    """A real engine, its judge the float64 reference: as if the recorded run had had a fault that is now mended."""
-    trace = corpus("engine_llama")
-    seq_id, right = event_of(trace, "postprocess", 0)["tokens"][0]
-    event_of(trace, "postprocess", 0)["tokens"][0][1] = (right + 1) % 256
-    with (
-        machine_for(trace) as machine,
-        pytest.raises(Difference, match=rf"step 0, sequence {seq_id}, token: .*{right}"),
-    ):
-        play(trace, machine)
-
-
-# --- models ---
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [({"sha256": "0"}, "are not those the trace was recorded with"), ({"tiny": "qwen2"}, "are not those")],
-)
-def test_other_weights_are_refused(change: dict[str, str], message: str) -> None:
-    trace = copy.deepcopy(corpus("engine_llama"))
-    trace.header["engine"]["model"] |= change
-    with pytest.raises(TraceError, match=message), machine_for(trace):
-        pass
-    with machine_for(trace, "none") as machine:
-        play(trace, machine)
-
-
-def test_a_model_that_is_gone_is_named() -> None:
-    trace = corpus("engine_llama")
-    trace.header["engine"]["model"] = {"path": "/nowhere/model", "sha256": "0"}
-    with pytest.raises(TraceError, match="model /nowhere/model is not there"), machine_for(trace):
-        pass
-
-
-def test_a_run_recorded_now_goes_as_recorded() -> None:
-    scheduler = make_scheduler(7, 2, max_num_seqs=3)
-    for seq_id in range(5):
-        add_prompt(scheduler, 3, seq_id, max_tokens=6, stop_token_ids=(2,) if seq_id == 3 else ())
-    step(scheduler)
-    scheduler.preempt(scheduler.running[-1])
-    scheduler.finish(scheduler.running[0], "stop")
-    run(scheduler)
-    trace = recording_of(scheduler).trace()
-    assert {"preempt", "finish"} <= {event["do"] for event in trace.events}
-    play(trace, BareScheduler(trace))
+    assert "with --record, the command leaves a trace" in output_of("pytest", "-p", "no:cacheprovider")
+    assert not (tmp_path / ".traces").exists()
+    line = re.search(r"python -m (\S+) (\.traces/\S+)", output_of("pytest", "-p", "no:cacheprovider", "--record"))
+    assert line is not None
+    assert [event["call"] for event in Trace.load(tmp_path / line[2]).events].count("add") == 1
+    assert "step 3, postprocess, ended: recorded {}, now {'0': 'length'}" in output_of(*line.groups())

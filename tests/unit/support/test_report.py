@@ -1,52 +1,30 @@
-"""The plugins on a tiny suite of their own, in a process of its own: random order, evidence, floors, skips."""
+"""Counts, report and list of skips on a small suite, run in a process of its own, with and without xdist."""
 
 import os
-import re
 import subprocess
 import sys
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
-from tests import evidence
 from tests.source_tree import ROOT
+from tests.support import counts
+from tests.support.counts import counting
+from tests.support.report import RunData, to_html
 
-INI = """[pytest]
-testpaths = tests
-addopts = -m "not gpu"
-markers = gpu: run with -m gpu
-"""
-CONFTEST = """
-from tests.report import floors, plugin, skips
-pytest_plugins = ["tests.random_order", "tests.report.plugin"]
-plugin.read_defects = dict
-plugin.read_mutants = dict
-floors.COMPARISONS = {"the whole CPU suite": {"things against an oracle": floors.Floor(6, "planted")}}
-floors.EVENTS = {}
-skips.STATED[:] = [skips.Stated(r"tests/test_one.py::test_skipped", "no x", 1, "planted", lambda: True)]
-"""
-TEST_ONE = """
-import os, subprocess, sys, pytest
-from tests.evidence import compared, happened, tolerated
-@pytest.mark.parametrize("n", range(4))
-def test_counts(n):
-    compared("things against an oracle")
-    happened("event", 2)
-    tolerated("bound", n, 10)
-def test_counts_in_another_process():
-    code = "from tests.evidence import *; compared('things against an oracle', 2); tolerated('bound', 4, 10)"
-    subprocess.run([sys.executable, "-c", code], check=True)
-def test_skipped():
-    pytest.skip("no x")
-@pytest.mark.gpu
-def test_left_out():
-    raise RuntimeError
-"""
-TEST_TWO = """
+TEST = """
 import os, pytest
-@pytest.mark.parametrize("n", range(5))
-def test_order(n):
-    pass
+from tests.support.counts import count_comparisons, count_event, record_error
+@pytest.fixture
+def of_a_fixture():
+    count_event("set up", 0)
+    yield
+    count_event("torn down")
+@pytest.mark.parametrize("n", range(4))
+def test_counts(n, of_a_fixture):
+    count_comparisons("things <b>& against an oracle", 300)
+    record_error("bound", n, 10)
 def test_fails_if_told_to():
     assert "FAIL" not in os.environ
 def test_skips_if_told_to():
@@ -56,24 +34,23 @@ def test_interrupts_if_told_to():
     if "INTERRUPT" in os.environ:
         raise KeyboardInterrupt
 """
+XDIST = ("-p", "xdist", "-n", "1")
 
 
 @pytest.fixture
 def suite(tmp_path: Path) -> Path:
-    (tmp_path / "tests").mkdir()
-    (tmp_path / "pytest.ini").write_text(INI)
-    for name, text in (("conftest", CONFTEST), ("test_one", TEST_ONE), ("test_two", TEST_TWO)):
-        (tmp_path / "tests" / f"{name}.py").write_text(text)
+    (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = -p tests.support.report_plugin\n")
+    (tmp_path / "test_small.py").write_text(TEST)
     return tmp_path
 
 
 def run(suite: Path, *arguments: str, **environment: str) -> tuple[int, str]:
     """Exit status and output."""
-    kept = {name: value for name, value in os.environ.items() if name not in (evidence.FOLDER, "NANOVLLM_TEST_SEED")}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-v", *arguments],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments],
         cwd=suite,
-        env=kept | {"PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "NO_COLOR": "1"} | environment,
+        env=kept | {"PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"} | environment,
         capture_output=True,
         text=True,
         timeout=100,
@@ -81,76 +58,71 @@ def run(suite: Path, *arguments: str, **environment: str) -> tuple[int, str]:
     return result.returncode, result.stdout + result.stderr
 
 
-def order(output: str) -> list[str]:
-    return re.findall(r"^(tests/\S+::\S+) [A-Z]+ ", output, re.MULTILINE)
-
-
-@pytest.mark.parametrize("workers", [(), ("-p", "xdist", "-n", "2")], ids=["one process", "two workers"])
-def test_evidence_of_all_processes_is_added_up(suite: Path, workers: tuple[str, ...]) -> None:
-    """4 things in pytest's own processes, 2 in one that a test starts; of the errors, the worst."""
+@pytest.mark.parametrize("workers", [(), XDIST], ids=["one process", "xdist"])
+def test_the_report_adds_up_what_the_tests_counted(suite: Path, workers: tuple[str, ...]) -> None:
     code, output = run(suite, *workers, "--report")
     assert code == 0, output
-    text = (suite / ".report" / "report.txt").read_text()
-    assert re.search(r"things +an oracle +6 +6", text)
-    assert re.search(r"event +8", text)
-    assert re.search(r"bound +4 +10 .* 40 %", text)
-    assert re.search(r"test_one.py::test_skipped +no x +planted", text)
-    assert "Tests: 13 passed, 0 failed, 1 skipped" in text
-    assert re.search(r"NANOVLLM_TEST_SEED=\d+ python -m pytest -v .*--report$", text, re.MULTILINE)
-    assert (suite / ".report" / "report.html").read_text().startswith("<!doctype html>")
+    assert f"written: {Path('.report/report.txt')}" in output
+    rows = [line.split() for line in (suite / ".report" / "report.txt").read_text().splitlines()]
+    assert ["things", "<b>&", "an", "oracle", "1,200", "4"] in rows
+    assert ["set", "up", "0"] in rows
+    assert ["torn", "down", "4"] in rows
+    assert ["bound", "3", "10", "30", "%"] in rows
+    assert ["7", "tests", "passed,", "0", "failed,", "0", "skipped"] in rows
+    html = (suite / ".report" / "report.html").read_text()
+    assert "<td>things &lt;b&gt;&amp;</td><td>an oracle</td>" in html
 
 
-def test_a_whole_run_below_a_floor_fails_and_a_part_does_not(suite: Path) -> None:
-    (suite / "tests" / "test_one.py").write_text(TEST_ONE.replace("oracle', 2", "oracle', 1"))
-    code, output = run(suite, "--report=there")
-    assert code == 1
-    assert "comparisons: things against an oracle: 5, below the floor of 6 (planted)" in output
-    assert "below the floor" in (suite / "there" / "report.txt").read_text()
-    code, output = run(suite, "--report=there", "-k", "counts")
-    assert code == 0, output
-    assert "no floor was applied" in (suite / "there" / "report.txt").read_text()
+def test_a_skip_that_is_not_allowed_fails_the_run_and_stands_in_the_report(suite: Path) -> None:
+    problem = "not on the list of tests/support/skips.py: test_small.py::test_skips_if_told_to (CUDA out of memory)"
+    code, output = run(suite, "--report=there", SKIP="1")
+    assert (code, problem in output) == (pytest.ExitCode.TESTS_FAILED, True)
+    assert problem in (suite / "there" / "report.txt").read_text()
+    assert run(suite, "-k", "counts")[0] == pytest.ExitCode.OK
+    assert not (suite / ".report").exists(), "no report unless it is asked for"
 
 
-def test_a_skip_that_is_not_stated_fails_without_a_report_too(suite: Path) -> None:
-    code, output = run(suite, "tests/test_two.py", SKIP="1")
-    assert code == 1
-    assert "not on the list of tests/report/skips.py: tests/test_two.py::test_skips_if_told_to (CUDA out" in output
-    code, output = run(suite, "tests/test_one.py")
-    assert code == 0, output
-    assert not (suite / ".report").exists()
-
-
-def test_a_file_that_is_not_collected_fails_a_whole_run(suite: Path) -> None:
-    (suite / "tests" / "conftest.py").write_text(f"{CONFTEST}collect_ignore = ['test_two.py']\n")
-    code, output = run(suite)
-    assert code == 1
-    assert "never collected: tests/test_two.py" in output
-
-
-def test_the_order_is_the_seeds_and_files_stay_together(suite: Path) -> None:
-    orders = {seed: order(run(suite, NANOVLLM_TEST_SEED=seed)[1]) for seed in ("1", "2")}
-    again = order(run(suite, NANOVLLM_TEST_SEED="1")[1])
-    assert len(again) == 14
-    assert orders["1"] == again
-    assert orders["1"] != orders["2"]
-    assert sorted(orders["1"]) == sorted(orders["2"])
-    for names in orders.values():
-        files = [name.partition("::")[0] for name in names]
-        assert files in (sorted(files), sorted(files, reverse=True))
+def test_a_failed_test_is_in_the_report(suite: Path) -> None:
+    assert run(suite, "--report", FAIL="1")[0] == pytest.ExitCode.TESTS_FAILED
+    assert "6 tests passed, 1 failed" in (suite / ".report" / "report.txt").read_text()
 
 
 def test_tests_are_not_taken_for_the_folder_of_the_report(suite: Path) -> None:
-    code, output = run(suite, "--report", "tests")
+    code, output = run(suite, "--report", ".")
     assert code == pytest.ExitCode.USAGE_ERROR
-    assert "--report tests: those are tests; write --report=FOLDER" in output
+    assert "--report .: those are tests; write --report=FOLDER" in output
 
 
-@pytest.mark.parametrize("workers", [(), ("-p", "xdist", "-n", "1")], ids=["one process", "xdist"])
-def test_an_interrupted_run_names_what_has_not_ended(suite: Path, workers: tuple[str, ...]) -> None:
-    _, output = run(suite, *workers, INTERRUPT="1")
-    assert "interrupted" in output
-    named = output.split("tests have not ended")[1].split("!!!")[0]
-    assert "tests/test_two.py::test_interrupts_if_told_to" in named
-    ended = re.findall(r"(tests/\S+) PASSED|PASSED (?:\[.*?\] )?(tests/\S+)", output.split("tests have not ended")[0])
-    assert not any((first or second) in named for first, second in ended)
-    assert "tests have not ended" not in run(suite, *workers)[1]
+@pytest.mark.parametrize("workers", [(), XDIST], ids=["one process", "xdist"])
+def test_an_interrupted_run_names_the_test_that_was_running(suite: Path, workers: tuple[str, ...]) -> None:
+    output = run(suite, *workers, INTERRUPT="1")[1]
+    assert "test_small.py::test_interrupts_if_told_to" in output.split("when the run was interrupted")[1]
+
+
+def test_the_html_is_one_file_whose_tags_are_closed() -> None:
+    class Reader(HTMLParser):
+        open: list[str] = []  # noqa: RUF012
+
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            assert tag not in {"script", "link", "img"}
+            self.open += [tag] if tag != "meta" else []
+
+        def handle_endtag(self, tag: str) -> None:
+            assert self.open.pop() == tag
+
+    reader = Reader()
+    reader.feed(to_html(RunData(problems=["<i>"])))
+    assert reader.open == []
+
+
+def test_the_largest_share_of_a_tolerance_is_kept() -> None:
+    with counting() as found:
+        for error, allowed in ((1.0, 10.0), (2.0, 4.0), (3.0, 100.0)):
+            counts.record_error("x", error, allowed)
+    assert found.errors == {"x": (2.0, 4.0)}
+
+
+@pytest.mark.parametrize(("error", "allowed"), [(0.0, 0.0), (float("nan"), 1.0), (float("inf"), 1.0), (0.0, -1.0)])
+def test_an_error_without_meaning_is_refused(error: float, allowed: float) -> None:
+    with pytest.raises(ValueError, match="for 'x'"):
+        counts.record_error("x", error, allowed)
