@@ -31,11 +31,24 @@ def preempt_every_third_step(llm: LLM, num_steps: int) -> None:
         llm.scheduler.preempt(llm.scheduler.running[-1])
 
 
+steps_ahead: list[bool] = []  # of the engine that runs: whether a step was in flight after each
+
+
+def num_steps_ahead(llm: LLM) -> int:
+    number = sum(steps_ahead)
+    steps_ahead.clear()
+    return number
+
+
 ALONE = Way(is_alone=True)
 IN_A_BATCH = Way()
 SAME_SHAPES = {
     "pickled": Way(is_pickled=True),
-    "one step ahead": Way({"async_scheduling": True}),
+    "one step ahead": Way(
+        {"async_scheduling": True},
+        after_step=lambda llm, num_steps: steps_ahead.append(llm._ahead is not None),
+        happens=num_steps_ahead,
+    ),
     "blocks of 1": Way({"kv_cache_block_size": 1, "num_kv_cache_blocks": 400}),
     "blocks of 4": Way({"kv_cache_block_size": 4, "num_kv_cache_blocks": 100}),
     "blocks of 64": Way({"kv_cache_block_size": 64}),

@@ -13,6 +13,7 @@ from reference.block_manager import BlockManager
 from tests.support.counts import count_comparisons
 from tests.unit.engine.engine_machine import EOS, MAX_MODEL_LEN, EngineMachine
 from tests.unit.engine.harness import two_bit_hash
+from tests.unit.engine.long_runs import play_until_everything_occurred
 
 
 class LockStep(EngineMachine):
@@ -89,3 +90,8 @@ class LockStepWithCollisions(LockStep):
 def test_the_engine_decides_as_the_reference(machine: type[LockStep]) -> None:
     """D02 D06 D08 D10 D11 D13 D15 D16 D17 D19: who computes how much, who runs, waits and shares, at every step."""
     run_state_machine_as_test(machine, settings=settings(stateful_step_count=40))
+
+
+def test_every_event_occurs() -> None:
+    """As above, in long runs."""
+    play_until_everything_occurred(LockStepWithCollisions, num_runs=8)
