@@ -1,8 +1,8 @@
-"""The plugins of the suite, loaded wherever pytest is pointed at: `pytest --replay FILE` names no folder of tests."""
+"""The plugins of the suite, loaded wherever pytest is pointed at: `pytest --report` names no folder of tests."""
 
 pytest_plugins = [
     "tests.random_order",
-    "tests.report.plugin",
-    "tests.replay.plugin",
+    "tests.support.report_plugin",
+    "tests.support.replay.plugin",
     "tests.gpu_sharing",
 ]

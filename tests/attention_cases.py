@@ -9,7 +9,7 @@ from nanovllm.layers.attention import Attention
 from nanovllm.layers.attention_backend import AttentionBackend
 from reference.paged_attention import paged_attention
 from reference.store_kvcache import store_kvcache
-from tests.comparing import assert_within
+from tests.support.comparing import assert_within
 
 
 @dataclass(frozen=True)

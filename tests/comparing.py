@@ -1,31 +1,5 @@
-"""Comparisons of tensors that leave evidence: how many numbers, and how much of the tolerance they used."""
+"""The old name of tests/support/comparing.py, for tests/kernels."""
 
-import torch
+from tests.support.comparing import assert_close, assert_equal, assert_within
 
-from tests.evidence import compared, tolerated
-
-
-def assert_close(component: str, actual: torch.Tensor, expected: torch.Tensor, rtol: float, atol: float) -> None:
-    """torch.testing.assert_close, counted for `component`."""
-    torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
-    compared(component, expected.numel())
-    allowed = atol + rtol * expected.double().abs()
-    judged = expected.isfinite() & (allowed > 0)
-    if judged.any():
-        error, allowed = (actual.double() - expected.double()).abs()[judged], allowed[judged]
-        worst = (error / allowed).argmax()
-        tolerated(component, float(error[worst]), float(allowed[worst]))
-
-
-def assert_equal(component: str, actual: torch.Tensor, expected: torch.Tensor) -> None:
-    """Equal, and of one shape, dtype and device; counted for `component`."""
-    assert_close(component, actual, expected, rtol=0, atol=0)
-
-
-def assert_within(component: str, actual: torch.Tensor, exact: torch.Tensor, allowed: float, rule: str = "") -> None:
-    """No number of `actual` errs by more than `allowed`. rule: what `allowed` was made of, for the message."""
-    error = float((actual.double() - exact).abs().max())
-    assert error <= allowed, f"error {error}, allowed {allowed} {rule}"
-    compared(component, exact.numel())
-    if allowed > 0:
-        tolerated(component, error, allowed)
+__all__ = ["assert_close", "assert_equal", "assert_within"]

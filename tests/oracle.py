@@ -11,7 +11,7 @@ from reference.checkpoint import Checkpoint, load_checkpoint
 from reference.generate import Generation, generate
 from reference.sampling import sampling
 from reference.transformer import transformer
-from tests.evidence import compared, happened
+from tests.support.counts import count_comparisons, count_event
 
 # Two float32 evaluations of one function differ from float64 by errors of the same size; the largest of some thousand
 # such errors is rarely over twice another such largest, so four times the reference's own is not reached by rounding.
@@ -66,7 +66,7 @@ class Oracle:
         expected = self.generate(prompt, params, seed)
         for step, (ours, theirs) in enumerate(zip(token_ids, expected.token_ids, strict=False)):
             self.num_compared += 1
-            compared("engine: tokens against reference.generate")
+            count_comparisons("engine: tokens against reference.generate")
             if ours != theirs:
                 prefix = [*prompt, *token_ids[:step]]
                 assert self.is_rounding(prefix, params, seed, ours), (
@@ -74,7 +74,7 @@ class Oracle:
                     f"tokens {token_ids}, reference {expected.token_ids}"
                 )
                 self.num_excused += 1
-                happened("token excused as a near tie")
+                count_event("token excused as a near tie")
                 return  # from here on the two continue different texts
         if reason == "abort":
             assert len(token_ids) <= len(expected.token_ids)

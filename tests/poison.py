@@ -31,7 +31,7 @@ from nanovllm.engine.model_input import PADDING_BLOCK, ModelInput
 from nanovllm.engine.scheduler import ScheduledBatch
 from nanovllm.engine.sequence import Sequence
 from nanovllm.worker.launched_step import LaunchedStep
-from tests.evidence import compared, happened
+from tests.support.counts import count_comparisons, count_event
 
 UNINITIALISED = {
     torch.empty,
@@ -103,7 +103,7 @@ class Poison:
         for block_id in block_ids:
             self._runner.kv_cache[:, :, block_id] = torch.nan
             self._fate[block_id] = f"{fate} after step {self.num_steps}"
-        happened("block poisoned", len(block_ids))
+        count_event("block poisoned", len(block_ids))
 
     def _allocate(self, allocate: Callable[..., None], seq: Sequence) -> None:
         allocate(seq)
@@ -178,7 +178,7 @@ class Poison:
 
     def _check(self, rows: torch.Tensor, bounds: np.ndarray, model_input: ModelInput) -> None:
         """rows [num_rows, size]; those of sequence i begin at bounds[i]."""
-        compared("poison: computed rows against NaN", len(rows))
+        count_comparisons("poison: computed rows against NaN", len(rows))
         is_nan = rows.isnan().any(dim=1).cpu().numpy()
         if self._batch is not None and is_nan.any():
             index = int(np.searchsorted(bounds, is_nan.argmax(), side="right")) - 1

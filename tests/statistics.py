@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import numpy as np
 import xxhash
 
-from tests.evidence import compared
+from tests.support.counts import count_comparisons
 
 FALSE_ALARMS = 5e-10  # per run of the suite
 MAX_COMPARISONS = 20_000  # per run of the suite
@@ -84,7 +84,7 @@ def check_differences(a: np.ndarray, b: np.ndarray, num_values: int, what: str) 
 def _count_comparisons(number: int) -> None:
     global _num_comparisons
     _num_comparisons += number
-    compared("sampler statistics against exact probabilities", number)
+    count_comparisons("sampler statistics against exact probabilities", number)
     assert _num_comparisons <= MAX_COMPARISONS, "more comparisons than the rate of false alarms allows: raise its share"
 
 

@@ -19,8 +19,8 @@ from reference.checkpoint import load_checkpoint
 from reference.transformer import transformer
 from tests.e2e.row_by_row import row_by_row
 from tests.e2e.serving import PROMPTS, Served, Way, serve
-from tests.evidence import compared, tolerated
 from tests.oracle import ERROR_RATIO, Oracle
+from tests.support.counts import count_comparisons, record_error
 from tests.tiny_models import VOCAB_SIZE, tiny_model
 
 ARCHITECTURES = ["qwen2", "qwen3_moe"]  # between them: biases, norms of heads, a mixture of experts
@@ -31,11 +31,24 @@ def preempt_every_third_step(llm: LLM, num_steps: int) -> None:
         llm.scheduler.preempt(llm.scheduler.running[-1])
 
 
+steps_ahead: list[bool] = []  # of the engine that runs: whether a step was in flight after each
+
+
+def num_steps_ahead(llm: LLM) -> int:
+    number = sum(steps_ahead)
+    steps_ahead.clear()
+    return number
+
+
 ALONE = Way(is_alone=True)
 IN_A_BATCH = Way()
 SAME_SHAPES = {
     "pickled": Way(is_pickled=True),
-    "one step ahead": Way({"async_scheduling": True}),
+    "one step ahead": Way(
+        {"async_scheduling": True},
+        after_step=lambda llm, num_steps: steps_ahead.append(llm._ahead is not None),
+        happens=num_steps_ahead,
+    ),
     "blocks of 1": Way({"kv_cache_block_size": 1, "num_kv_cache_blocks": 400}),
     "blocks of 4": Way({"kv_cache_block_size": 4, "num_kv_cache_blocks": 100}),
     "blocks of 64": Way({"kv_cache_block_size": 64}),
@@ -61,7 +74,7 @@ def assert_equal(ours: list[Served], theirs: list[Served]) -> None:
     for one, other in zip(ours, theirs, strict=True):
         assert one.token_ids == other.token_ids
         assert torch.equal(one.logits, other.logits), f"off by {(one.logits - other.logits).abs().max()}"
-        compared("equalities: logits bit for bit against the prompt alone", one.logits.numel())
+        count_comparisons("equalities: logits bit for bit against the prompt alone", one.logits.numel())
 
 
 def assert_close(ours: list[Served], theirs: list[Served], bound: float, name: str) -> None:
@@ -71,13 +84,13 @@ def assert_close(ours: list[Served], theirs: list[Served], bound: float, name: s
         for step, (token, expected) in enumerate(zip(one.token_ids, other.token_ids, strict=True)):
             error = float((one.logits[step] - other.logits[step]).abs().max())
             assert error <= 2 * bound, f"logits of token {step} are off by {error}, allowed {2 * bound}"
-            tolerated(f"equalities: {name}", error, 2 * bound)
+            record_error(f"equalities: {name}", error, 2 * bound)
             num_tokens += 1
             if token != expected:
                 margin = other.logits[step][expected] - other.logits[step][token]
                 assert margin <= 2 * bound, f"token {step} is {token}, not {expected}, by a margin of {margin}"
                 break
-    compared("equalities: logits within rounding against the prompt alone", num_tokens)
+    count_comparisons("equalities: logits within rounding against the prompt alone", num_tokens)
     assert num_tokens >= 0.9 * sum(len(other.token_ids) for other in theirs), "too many near ties to show anything"
 
 

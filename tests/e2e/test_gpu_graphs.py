@@ -13,8 +13,8 @@ from nanovllm.engine.sequence import Sequence
 from nanovllm.worker.model_runner import ModelRunner
 from reference.checkpoint import load_checkpoint
 from reference.transformer import transformer
-from tests.evidence import happened
 from tests.model_probe import make_runner
+from tests.support.counts import count_event
 from tests.tiny_models import VOCAB_SIZE, tiny_model
 
 pytestmark = pytest.mark.gpu
@@ -64,7 +64,7 @@ def graph_logits(runner: ModelRunner, model_input: ModelInput) -> torch.Tensor:
     assert runner.graphs is not None
     assert runner.graphs.can_replay(model_input)
     logits = runner.graphs.replay(model_input)
-    happened("graph replay")
+    count_event("graph replay")
     assert logits is not None
     return logits.double().cpu()
 

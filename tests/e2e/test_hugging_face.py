@@ -11,11 +11,11 @@ import torch
 
 from nanovllm import LLM, SamplingParams, bundled_model_path
 from nanovllm.demo_prompts import DEMO_PROMPTS
-from tests.comparing import assert_within
-from tests.evidence import compared
 from tests.hugging_face import hugging_face_logits, judge, load_hugging_face
 from tests.model_probe import make_runner, teacher_forced_logits
 from tests.oracle import ERROR_RATIO
+from tests.support.comparing import assert_within
+from tests.support.counts import count_comparisons
 from tests.tiny_models import VARIANTS, VOCAB_SIZE, tiny_model
 
 OPTIONS: dict[str, Any] = {"device": "cpu", "dtype": "float32", "attention_backend": "torch"}
@@ -54,7 +54,7 @@ def test_greedy_continuations(variant: dict[str, Any]) -> None:
         # each of two logits may be off by the bound
         assert judgement.shortfalls.max() <= 2 * ERROR_RATIO * judgement.rounding
         num_excused += int((judgement.shortfalls > 0).sum())
-        compared("engine: greedy tokens against transformers' logits", len(output["token_ids"]))
+        count_comparisons("engine: greedy tokens against transformers' logits", len(output["token_ids"]))
     assert num_excused <= 1
 
 
@@ -67,4 +67,4 @@ def test_the_bundled_model_generates_what_transformers_generates() -> None:
             inputs = torch.tensor([llm.tokenizer.encode(prompt)])
             generated = model.generate(inputs, max_new_tokens=48, do_sample=False)[0, inputs.shape[1] :]
             assert output["token_ids"] == generated.tolist()
-            compared("engine: greedy tokens against transformers' generate", len(generated))
+            count_comparisons("engine: greedy tokens against transformers' generate", len(generated))

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from nanovllm import LLM, SamplingParams
-from tests.evidence import compared, tolerated
 from tests.hugging_face import judge
 from tests.oracle import ERROR_RATIO
+from tests.support.counts import count_comparisons, record_error
 from tests.tiny_models import VOCAB_SIZE, tiny_model
 
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "qwen3_moe"]
@@ -45,8 +45,8 @@ def assert_transformers_agrees(architecture: str, dtype: str, **options: Any) ->
         judgement = judge(model_dir, prompt, output["token_ids"], getattr(torch, dtype))
         half_place = torch.finfo(getattr(torch, dtype)).eps * judgement.largest_logit / 2
         bound = 2 * (FACTORS[dtype] * judgement.rounding + half_place)
-        tolerated(f"greedy choices against transformers, {dtype}", float(judgement.shortfalls.max()), bound)
-        compared("engine: greedy tokens against transformers' logits", params.max_tokens)
+        record_error(f"greedy choices against transformers, {dtype}", float(judgement.shortfalls.max()), bound)
+        count_comparisons("engine: greedy tokens against transformers' logits", params.max_tokens)
         assert judgement.shortfalls.max() <= bound
         assert (judgement.shortfalls == 0).float().mean() >= 0.9
 

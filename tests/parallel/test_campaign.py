@@ -19,10 +19,10 @@ import pytest
 
 from nanovllm.worker import local_ranks
 from nanovllm.worker.local_ranks import RankError
-from tests.evidence import happened, tolerated
 from tests.parallel.faults import CONNECTING, PLACES, Fault, plant
 from tests.parallel.holdings import Watch
 from tests.parallel.test_failures import ERRORS, MAX_SECONDS, check_failure, engine, generate
+from tests.support.counts import count_event, record_error
 
 pytestmark = pytest.mark.campaign
 
@@ -48,7 +48,7 @@ def test_a_hundred_starts_and_stops_leave_nothing(nothing_left: Watch) -> None:
             llm.close()
         del llm
         assert nothing_left.holdings() == before, f"after start {start}"
-        happened("an engine with two ranks started and stopped")
+        count_event("an engine with two ranks started and stopped")
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def continuing() -> Iterator[None]:
         is_over.set()
         thread.join()
     assert num_continued > 0
-    happened("a rank suspended and continued")
+    count_event("a rank suspended and continued")
 
 
 def work_for_ever() -> None:
@@ -133,7 +133,7 @@ def one_killed(rng: random.Random, begin: Callable[[], bool], max_seconds: float
     with pytest.raises(RankError, match=r"^rank [123] of 4 was killed by SIGKILL"):
         yield
     seconds = time.monotonic() - killed_at[0]
-    tolerated("seconds from a rank's end to the error", seconds, MAX_SECONDS)
+    record_error("seconds from a rank's end to the error", seconds, MAX_SECONDS)
     assert seconds < MAX_SECONDS
 
 
@@ -145,7 +145,7 @@ def test_a_rank_killed_at_any_moment(nothing_left: Watch) -> None:
         with one_killed(rng, lambda: len(multiprocessing.active_children()) > 0, MAX_SECONDS_TO_START):
             work_for_ever()
         assert nothing_left.holdings() == before, f"attempt {attempt}"
-        happened("a rank killed at a random moment")
+        count_event("a rank killed at a random moment")
 
 
 def test_ctrl_c_at_any_moment(nothing_left: Watch) -> None:
@@ -169,10 +169,10 @@ def test_ctrl_c_at_any_moment(nothing_left: Watch) -> None:
             with pytest.raises(KeyboardInterrupt):
                 be_interrupted(seconds)
             seconds = time.monotonic() - interrupted_at
-            tolerated("seconds from Ctrl-C to its exception", seconds, MAX_SECONDS)
+            record_error("seconds from Ctrl-C to its exception", seconds, MAX_SECONDS)
             assert seconds < MAX_SECONDS
             assert nothing_left.holdings() == before, f"attempt {attempt}"
-            happened("Ctrl-C at a random moment")
+            count_event("Ctrl-C at a random moment")
     finally:
         signal.signal(signal.SIGINT, heed)
 
@@ -202,5 +202,5 @@ def test_a_rank_killed_while_the_ranks_meet(nothing_left: Watch, monkeypatch: py
             work_for_ever()
         assert nothing_left.holdings() == before, f"attempt {attempt}"
         num_disturbed += len(times) == 1
-    happened("a rank killed while the ranks meet", num_disturbed)
+    count_event("a rank killed while the ranks meet", num_disturbed)
     assert num_disturbed >= NUM_KILLS_WHILE_MEETING / 3

@@ -20,11 +20,11 @@ from nanovllm.engine.inputs import request_seed
 from nanovllm.engine.scheduler import ScheduledBatch
 from nanovllm.worker.shm_channel import encode
 from reference.transformer import transformer
-from tests.evidence import compared, happened, tolerated
 from tests.model_probe import make_runner
 from tests.oracle import ERROR_RATIO, Oracle
 from tests.parallel.faults import MEMORY, plant_memory
 from tests.parallel.holdings import Watch
+from tests.support.counts import count_comparisons, count_event, record_error
 from tests.tiny_models import tiny_model
 
 # Four query heads and two key/value heads: shared by two ranks, replicated among four.
@@ -109,7 +109,7 @@ def test_ranks_say_what_the_reference_says(architecture: str) -> None:
         for event, count in events.items():
             assert count > 0, f"vacuous: no {event}"
             if size > 1:
-                happened(event, count)
+                count_event(event, count)
         aborted = outputs[ABORTED]
         assert (aborted["finish_reason"], len(aborted["token_ids"])) == ("abort", NUM_TOKENS_OF_ABORTED)
         check_outputs(oracle, outputs)
@@ -118,7 +118,7 @@ def test_ranks_say_what_the_reference_says(architecture: str) -> None:
     assert oracle.num_excused == 0  # so that tokens are compared one by one
     assert tokens[2] == tokens[1]
     assert tokens[4] == tokens[1]
-    compared("ranks: tokens against reference.generate", oracle.num_compared)
+    count_comparisons("ranks: tokens against reference.generate", oracle.num_compared)
 
 
 def check_outputs(oracle: Oracle, outputs: dict[int, Any]) -> None:
@@ -136,8 +136,8 @@ def check_logits(oracle: Oracle, outputs: dict[int, Any], recorder: Recorder, si
         single = transformer(token_ids, *oracle.single)[len(prompt) - 1 :][: len(ours)]
         error, bound = float((ours - exact).abs().max()), ERROR_RATIO * float((single - exact).abs().max())
         if size > 1:
-            tolerated(f"logits of {size} ranks, float32", error, bound)
-            compared("ranks: logits against the reference, float64", ours.numel())
+            record_error(f"logits of {size} ranks, float32", error, bound)
+            count_comparisons("ranks: logits against the reference, float64", ours.numel())
         assert error <= bound, f"request {index}"
 
 
@@ -174,7 +174,7 @@ def test_a_worker_needs_nothing_but_the_pickled_sequences() -> None:
         outputs = llm.generate([list(prompt) for prompt, _ in REQUESTS], GREEDY, use_tqdm=False)
         assert llm.scheduler.num_preemptions > 0
         assert len(outputs) == len(REQUESTS)
-        compared("ranks: steps on pickled sequences against rank 0's own", num_steps)
+        count_comparisons("ranks: steps on pickled sequences against rank 0's own", num_steps)
 
 
 def test_the_poorest_rank_decides_how_many_blocks_there_are(

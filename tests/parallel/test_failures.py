@@ -13,9 +13,9 @@ import torch
 from nanovllm import LLM, SamplingParams, bundled_model_path
 from nanovllm.worker.local_ranks import GRACE_SECONDS, PATIENCE_SECONDS, RankError
 from nanovllm.worker.meeting import ADDRESS_SECONDS, CONNECT_SECONDS
-from tests.evidence import happened, tolerated
 from tests.parallel.faults import CONNECTING, PLACES, WORDS, Fault, plant
 from tests.parallel.holdings import Watch
+from tests.support.counts import count_event, record_error
 
 OPTIONS: dict[str, Any] = {
     "device": "cpu", "attention_backend": "torch", "kv_cache_block_size": 16, "num_kv_cache_blocks": 32,
@@ -61,7 +61,7 @@ def check_failure(fault: Fault, size: int, watch: Watch) -> None:
         start_and_generate(size)
     seconds = fault.seconds_since()
     assert watch.holdings() == before
-    tolerated("seconds from a rank's failure to the error", seconds, MAX_SECONDS)
+    record_error("seconds from a rank's failure to the error", seconds, MAX_SECONDS)
     assert seconds < MAX_SECONDS
     if fault.rank:
         assert str(caught.value).startswith(said(fault, size))
@@ -70,7 +70,7 @@ def check_failure(fault: Fault, size: int, watch: Watch) -> None:
             assert "in strike\n" in str(caught.value), "the traceback of the rank that failed"
     else:
         assert str(caught.value) == WORDS
-    happened(f"a rank that failed: {fault.what} at {fault.place}")
+    count_event(f"a rank that failed: {fault.what} at {fault.place}")
 
 
 @pytest.mark.parametrize(

@@ -17,11 +17,11 @@ import pytest
 
 from nanovllm import LLM, SamplingParams, bundled_model_path
 from nanovllm.worker.local_ranks import LocalRanks
-from tests.evidence import happened
 from tests.limits import HANG_SECONDS
 from tests.parallel.holdings import SHARED_MEMORY, Watch
 from tests.parallel.test_failures import OPTIONS, engine, generate
 from tests.source_tree import ROOT
+from tests.support.counts import count_event
 
 POPULAR_PORTS = (29500, 2333)  # torch.distributed's, nano-vllm's
 
@@ -84,7 +84,7 @@ def test_a_slow_rank_is_waited_for(nothing_left: Watch) -> None:
         pieces += stream
         assert [token for piece in pieces for token in piece["token_ids"]] == whole
         assert generate(llm) == expected
-        happened("a rank suspended and continued")
+        count_event("a rank suspended and continued")
 
 
 def test_an_engine_that_nobody_holds_ends(nothing_left: Watch) -> None:

@@ -13,11 +13,11 @@ import pytest
 from nanovllm import LLM, Config, SamplingParams, bundled_model_path
 from nanovllm.worker import executor
 from nanovllm.worker.rank_process import Model
-from tests.evidence import compared
 from tests.limits import HANG_SECONDS
 from tests.parallel.faults import WORDS
 from tests.parallel.test_failures import OPTIONS
 from tests.source_tree import ROOT
+from tests.support.counts import count_comparisons
 
 PROMPTS = ["In the beginning", "And it came to pass"]
 CLI_OPTIONS = ["--device", "cpu", "--max-model-len", "64", "--max-tokens", "12", "--greedy"]
@@ -59,7 +59,7 @@ def test_two_machines_say_what_one_process_says(tmp_path: Path) -> None:
     assert (first.returncode, first.stdout) == (0, "".join(expected)), first.stderr
     assert (second.returncode, second.stdout) == (0, ""), second.stderr
     assert "using the bundled one" not in second.stderr
-    compared("ranks: texts of two machines against one process's", len(PROMPTS))
+    count_comparisons("ranks: texts of two machines against one process's", len(PROMPTS))
 
 
 @pytest.mark.campaign

@@ -18,8 +18,6 @@ from tests.gpu_sharing import (
     pytest_runtest_setup,
 )
 from tests.limits import HANG_SECONDS
-from tests.report.facts import Skip
-from tests.report.skips import why
 from tests.source_tree import ROOT
 
 SHORT = 0.2  # seconds, in which a thread that may not come does not

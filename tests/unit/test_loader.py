@@ -14,7 +14,7 @@ from nanovllm.layers.torch_attention import TorchAttentionBackend
 from nanovllm.models.loader import INDEX_FILE, SINGLE_FILE, load_model
 from nanovllm.models.registry import build_model
 from tests.checkpoints import checkpoint_tensors, small_config
-from tests.evidence import compared
+from tests.support.counts import count_comparisons
 
 CONFIG = small_config()
 MOE_CONFIG = small_config("qwen3_moe")
@@ -86,7 +86,7 @@ def expected_parameters(tensors):
 def assert_same(parameters, expected):
     assert parameters.keys() == expected.keys()
     assert [name for name in expected if not torch.equal(parameters[name], expected[name])] == []
-    compared("loader: parameters against tensors packed by hand", len(expected))
+    count_comparisons("loader: parameters against tensors packed by hand", len(expected))
 
 
 @pytest.mark.parametrize("num_shards", [1, 2])

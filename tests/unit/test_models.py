@@ -17,8 +17,8 @@ from nanovllm.model_config import ARCHITECTURES
 from nanovllm.models.loader import load_model
 from nanovllm.models.registry import build_model, model_dict
 from tests.checkpoints import SMALL_MOE, checkpoint_tensors, small_config
-from tests.comparing import assert_close
 from tests.parallel_ranks import run_together, threaded_ranks
+from tests.support.comparing import assert_close
 
 
 def config(model_type, **changes):

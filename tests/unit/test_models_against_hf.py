@@ -13,7 +13,7 @@ from nanovllm.layers.torch_attention import TorchAttentionBackend
 from nanovllm.model_config import load_model_config
 from nanovllm.models.loader import load_model
 from nanovllm.models.registry import build_model
-from tests.comparing import assert_within
+from tests.support.comparing import assert_within
 from tests.tiny_models import VARIANTS, VOCAB_SIZE, tiny_model
 
 ERROR_RATIO = 4

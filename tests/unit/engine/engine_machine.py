@@ -18,7 +18,8 @@ from nanovllm.engine.block_manager import BlockHash, block_hash
 from nanovllm.engine.model_input import PADDING_SLOT, ModelInput, prepare_ahead, prepare_decode, prepare_prefill
 from nanovllm.engine.scheduler import MAX_CONSECUTIVE_PREFILLS, ScheduledBatch
 from nanovllm.engine.sequence import Sequence
-from tests.evidence import compared, happened
+from tests.support.counts import count_comparisons, count_event
+from tests.support.engine_events import scheduler_events
 from tests.symbolic_model import PickledModel, expected_digest
 from tests.unit.engine.harness import PROMPTS, Collisions, make_scheduler, make_sequence
 
@@ -143,15 +144,12 @@ class EngineMachine(RuleBasedStateMachine):
             self.limits_and_invariants_hold()
         assert self.scheduler.is_finished
         assert self.manager.num_free_blocks == len(self.manager.blocks)
-        self.report("preemption", self.scheduler.num_preemptions)
-        self.report("prefill chunk", self.scheduler.num_prefill_chunks)
-        self.report("block hit", self.manager.num_hit_blocks)
-        self.report("block evicted", self.manager.num_evictions)
-        self.report("hash collision", self.collisions.number)
+        self.seen.update(scheduler_events(self.scheduler))
+        self.count("hash collision", self.collisions.number)
 
-    def report(self, event: str, number: int = 1) -> None:
+    def count(self, event: str, number: int = 1) -> None:
         self.seen[event] += number
-        happened(event, number)
+        count_event(event, number)
 
     # --- a request, and what must hold of it ---
 
@@ -163,7 +161,7 @@ class EngineMachine(RuleBasedStateMachine):
             with pytest.raises(ValueError, match=r"a prompt must be shorter|must fit in the KV cache"):
                 self.scheduler.add(seq)
             assert seq not in self.scheduler.waiting
-            self.report("refused at the door")
+            self.count("request refused")
         else:
             self.scheduler.add(seq)
             self.live.append(seq)
@@ -206,7 +204,7 @@ class EngineMachine(RuleBasedStateMachine):
             for seq, digest in zip(batch.sampled_sequences, self.digests, strict=True):
                 expected = expected_digest(tuple(seq.token_ids), seq.sampling_params, seq.seed)
                 assert digest == expected, f"D09: {seq} read what it should not"
-            compared("symbolic model: tokens against what was attended", len(self.digests))
+            count_comparisons("symbolic model: tokens against what was attended", len(self.digests))
         return batch
 
     def take_up_or_schedule(self) -> tuple[ScheduledBatch, bool]:
@@ -217,8 +215,8 @@ class EngineMachine(RuleBasedStateMachine):
             if not batch.is_empty:
                 digests = dict(zip(begun.sampled_sequences, self.digests, strict=True))
                 self.digests = [digests[seq] for seq in batch.sampled_sequences]
-                self.report("step ahead")
-                self.report("computed in vain", len(begun.sequences) - len(batch.sequences))
+                self.count("step ahead")
+                self.count("token discarded", len(begun.sequences) - len(batch.sequences))
                 return batch, True
         return self.scheduler.schedule(), False
 
@@ -236,7 +234,7 @@ class EngineMachine(RuleBasedStateMachine):
 
     def check_writes(self, inputs: ModelInput) -> None:
         slots = inputs.slot_mapping
-        self.report("not stored again", int((slots == PADDING_SLOT).sum()))
+        self.count("not stored again", int((slots == PADDING_SLOT).sum()))
         for slot in slots[slots != PADDING_SLOT].tolist():
             block = self.manager.blocks[slot // self.block_size]
             assert block.ref_count == 1, "D05: a shared block is never written"
@@ -255,7 +253,7 @@ class EngineMachine(RuleBasedStateMachine):
             assert gap <= MAX_CONSECUTIVE_PREFILLS + 1, (
                 "D15: a running sequence's next token comes within so many steps"
             )
-            self.report("forced decode", gap == MAX_CONSECUTIVE_PREFILLS + 1)
+            self.count("forced decode", gap == MAX_CONSECUTIVE_PREFILLS + 1)
             self.last_token[seq] = self.num_steps
             if seq.is_finished:
                 self.leave(seq)

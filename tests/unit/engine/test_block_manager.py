@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from nanovllm.engine.block_manager import BlockManager, block_hash
 from reference import block_hash as reference
-from tests.evidence import compared
+from tests.support.counts import count_comparisons
 from tests.unit.engine.harness import allocated, compute, computed, make_sequence
 
 
@@ -36,7 +36,7 @@ every_hash = pytest.mark.parametrize("hash_function", [block_hash, weak_hash, no
 @given(tokens=st.lists(st.integers(0, 2**31), min_size=1, max_size=40), parent=st.none() | st.integers(0, 2**64 - 1))
 def test_block_hash_equals_the_references(tokens: list[int], parent: int | None) -> None:
     assert block_hash(tokens, parent) == reference.block_hash(tokens, parent)
-    compared("BlockManager: hashes against the reference")
+    count_comparisons("BlockManager: hashes against the reference")
 
 
 def test_block_hash_is_xxh64_of_parent_and_tokens_as_8_bytes_each() -> None:

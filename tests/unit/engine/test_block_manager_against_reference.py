@@ -4,6 +4,9 @@ The two number their blocks differently; what is compared is behaviour, and so t
 their blocks. Both hashes: the engine's, and one of two bits, with which collisions happen all the time.
 """
 
+from collections import Counter
+from typing import ClassVar
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -19,7 +22,8 @@ from hypothesis.stateful import (
 from nanovllm.engine.block_manager import BlockHash, BlockManager, block_hash
 from nanovllm.engine.sequence import Sequence
 from reference.block_manager import BlockManager as Reference
-from tests.evidence import compared, happened
+from tests.support.counts import count_comparisons, count_event
+from tests.support.engine_events import assert_occurred
 from tests.unit.engine.harness import PROMPTS, Collisions, make_sequence, two_bit_hash
 
 
@@ -27,6 +31,7 @@ class LockStep(RuleBasedStateMachine):
     """Sequences are allocated, computed piece by piece, grow, and are freed; pools are small enough to run out."""
 
     hash_function: BlockHash = staticmethod(block_hash)
+    seen: ClassVar[Counter[str]] = Counter()  # what occurred, over all runs
 
     @initialize(num_blocks=st.integers(2, 12), block_size=st.integers(1, 4))
     def start(self, num_blocks: int, block_size: int) -> None:
@@ -47,9 +52,9 @@ class LockStep(RuleBasedStateMachine):
         assert len(self.engine.find_cached_blocks(seq)) == len(self.reference.hits(token_ids)), "D09, D13"
         can_allocate = self.engine.can_allocate(seq, num_reserved)
         assert can_allocate == self.reference.can_allocate(token_ids, num_reserved), "D10"
-        compared("BlockManager against reference", 2)
+        count_comparisons("BlockManager against reference", 2)
         if not can_allocate:
-            happened("allocation refused")
+            self.count("allocation refused")
             return
         self.engine.allocate(seq)
         self.reference, num_cached_tokens = self.reference.allocate(seq.seq_id, token_ids)
@@ -93,9 +98,9 @@ class LockStep(RuleBasedStateMachine):
             seq.append_token(token_id)
             can_append = self.engine.can_append(seq)
             assert can_append == self.reference.can_append(seq.seq_id, len(seq)), "D02"
-            compared("BlockManager against reference")
+            count_comparisons("BlockManager against reference")
             if not can_append:
-                happened("append refused")
+                self.count("append refused")
                 self.free(number)
                 return
             self.engine.append(seq)
@@ -111,9 +116,13 @@ class LockStep(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         if hasattr(self, "engine"):
-            happened("hash collision", self.collisions.number)
-            happened("block hit", self.engine.num_hit_blocks)
-            happened("block evicted", self.engine.num_evictions)
+            self.count("hash collision", self.collisions.number)
+            self.count("block hit", self.engine.num_hit_blocks)
+            self.count("block evicted", self.engine.num_evictions)
+
+    def count(self, event: str, number: int = 1) -> None:
+        self.seen[event] += number
+        count_event(event, number)
 
     # --- what must hold ---
 
@@ -134,7 +143,7 @@ class LockStep(RuleBasedStateMachine):
         will_forget = [self.content[block_id] for block_id in self.cached_free_blocks()]
         order = self.reference.reuse_order()
         assert will_forget == [self.reference.prefixes[block] for block in order if block in self.reference.prefixes]
-        compared("BlockManager against reference", 2 * len(theirs) + len(will_forget) + 1)
+        count_comparisons("BlockManager against reference", 2 * len(theirs) + len(will_forget) + 1)
 
     def cached_free_blocks(self) -> list[int]:
         """Next to be reused first; what is not cached must come before them."""
@@ -147,7 +156,30 @@ class LockStepWithCollisions(LockStep):
     hash_function = staticmethod(two_bit_hash)
 
 
+def everything_occurs(machine: LockStep) -> None:
+    """Two equal prompts fill a pool of six blocks of two tokens; one is freed and comes again; then one grows."""
+    machine.start(num_blocks=6, block_size=2)
+    machine.allocate_and_compute_copies([0, 1, 0, 1, 1], num_copies=2)
+    machine.free(1)
+    machine.allocate_again(0, num_more=0)
+    machine.allocate_again(1, num_more=0)
+    machine.both_own_share_and_remember_the_same()
+    machine.allocate([0] * 6)
+    machine.grow(0, [0, 1, 0, 1, 0, 1, 0, 1])
+    machine.free(0)
+    for number in range(16):
+        machine.allocate([number >> bit & 1 for bit in range(4)] * 2)
+        machine.compute(0, 8)
+        machine.both_own_share_and_remember_the_same()
+        machine.free(0)
+    machine.teardown()
+
+
 @pytest.mark.parametrize("machine", [LockStep, LockStepWithCollisions])
 def test_engine_and_reference_do_the_same(machine: type[LockStep]) -> None:
     """D02, D05, D09, D13, D14: hits, twins, what fits, what is reused in which order, whatever the hash."""
+    machine.seen.clear()
+    everything_occurs(machine())
+    required = {"allocation refused", "append refused", "block hit", "block evicted"}
+    assert_occurred(machine.seen, required | ({"hash collision"} if machine is LockStepWithCollisions else set()))
     run_state_machine_as_test(machine, settings=settings(stateful_step_count=40))

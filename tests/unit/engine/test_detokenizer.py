@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from nanovllm import bundled_model_path
 from nanovllm.engine.detokenizer import Detokenizer, decode
 from nanovllm.engine.tokenizer import load_tokenizer
-from tests.evidence import compared
+from tests.support.counts import count_comparisons
 
 
 class ByteTokenizer:
@@ -72,7 +72,7 @@ def test_the_pieces_joined_are_the_whole_text_of_the_bundled_tokenizer(
 ) -> None:
     pieces, _ = stream(bundled_tokenizer, token_ids)
     assert "".join(pieces) == decode(bundled_tokenizer, token_ids)
-    compared("detokenizer: streamed tokens against the whole text", len(token_ids))
+    count_comparisons("detokenizer: streamed tokens against the whole text", len(token_ids))
 
 
 def test_a_real_text_streams_whole_characters(bundled_tokenizer: Any) -> None:

@@ -14,7 +14,7 @@ from nanovllm.engine.model_input import ModelInput, SamplingRows, prepare_decode
 from nanovllm.engine.sequence import Sequence
 from reference.packing import packing
 from reference.slot_mapping import slot_mapping
-from tests.evidence import compared
+from tests.support.counts import count_comparisons
 from tests.unit.engine.harness import make_sequence
 
 
@@ -185,7 +185,7 @@ def check_definition(model_input: ModelInput, sequences: list[Sequence]) -> None
     rows = np.repeat(np.arange(len(sequences)), np.diff(model_input.cu_seqlens_q))
     actual = zip(rows, model_input.input_ids, model_input.positions, model_input.slot_mapping, strict=True)
     assert [tuple(int(item) for item in token) for token in actual] == expected
-    compared("model input: tokens, positions and slots against the definition", len(expected))
+    count_comparisons("model input: tokens, positions and slots against the definition", len(expected))
 
     keys = [seq.token_ids[: seq.num_cached_tokens + seq.num_scheduled_tokens] for seq in sequences]
     assert model_input.cu_seqlens_k.tolist() == packing([torch.tensor(item) for item in keys])[1].tolist()
@@ -220,6 +220,6 @@ def test_pickled_copies_give_the_same_input(sequences: list[Sequence]) -> None:
     for prepare in (prepare_prefill, prepare_decode):
         here, there = prepare(sequences), prepare(pickle.loads(pickle.dumps(sequences)))
         assert as_lists(here) == as_lists(there)
-        compared("model input: tokens of pickled sequences against those of the sender", len(here.input_ids))
+        count_comparisons("model input: tokens of pickled sequences against those of the sender", len(here.input_ids))
         for field in dataclasses.fields(SamplingRows):
             assert getattr(here.sampling, field.name).tolist() == getattr(there.sampling, field.name).tolist()

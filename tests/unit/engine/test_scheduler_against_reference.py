@@ -10,9 +10,10 @@ from nanovllm.engine.scheduler import ScheduledBatch
 from nanovllm.engine.sequence import Sequence
 from reference import postprocess, scheduler
 from reference.block_manager import BlockManager
-from tests.evidence import compared
+from tests.support.counts import count_comparisons
 from tests.unit.engine.engine_machine import EOS, MAX_MODEL_LEN, EngineMachine
 from tests.unit.engine.harness import two_bit_hash
+from tests.unit.engine.long_runs import play_until_everything_occurred
 
 
 class LockStep(EngineMachine):
@@ -52,7 +53,7 @@ class LockStep(EngineMachine):
         assert batch.is_prefill == self.decision.is_prefill, "D15"
         ids = [seq.seq_id for seq in batch.sequences]
         assert tuple(zip(ids, batch.num_scheduled_tokens, strict=True)) == self.decision.scheduled, "D06"
-        compared("Scheduler against reference", 1 + len(ids))
+        count_comparisons("Scheduler against reference", 1 + len(ids))
         self.compare_queues()
 
     def has_postprocessed(self, tokens: dict[int, int]) -> None:
@@ -69,7 +70,7 @@ class LockStep(EngineMachine):
             assert [(seq.seq_id, seq.token_ids, seq.num_cached_tokens) for seq in ours] == [
                 (seq.seq_id, list(seq.token_ids), seq.num_cached_tokens) for seq in theirs
             ]
-            compared("Scheduler against reference", len(theirs))
+            count_comparisons("Scheduler against reference", len(theirs))
         pool = self.decision.block_manager
         for seq in self.scheduler.running:
             owners = [self.manager.blocks[block_id].ref_count for block_id in seq.block_table]
@@ -77,7 +78,7 @@ class LockStep(EngineMachine):
                 "D13: who shares with how many"
             )
         assert self.manager.num_free_blocks == len(pool.free), "D02"
-        compared("Scheduler against reference", sum(map(len, pool.tables.values())) + 1)
+        count_comparisons("Scheduler against reference", sum(map(len, pool.tables.values())) + 1)
 
 
 class LockStepWithCollisions(LockStep):
@@ -88,3 +89,8 @@ class LockStepWithCollisions(LockStep):
 def test_the_engine_decides_as_the_reference(machine: type[LockStep]) -> None:
     """D02 D06 D08 D10 D11 D13 D15 D16 D17 D19: who computes how much, who runs, waits and shares, at every step."""
     run_state_machine_as_test(machine, settings=settings(stateful_step_count=40))
+
+
+def test_every_event_occurs() -> None:
+    """As above, in long runs."""
+    play_until_everything_occurred(LockStepWithCollisions, num_runs=8)

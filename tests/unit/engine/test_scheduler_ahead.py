@@ -10,7 +10,7 @@ import pytest
 from nanovllm.engine.model_input import UNKNOWN_TOKEN, prepare_ahead, prepare_decode
 from nanovllm.engine.scheduler import ScheduledBatch, Scheduler
 from nanovllm.engine.sequence import Sequence
-from tests.evidence import compared
+from tests.support.counts import count_comparisons
 from tests.unit.engine.harness import add_prompt, allocated, make_scheduler, step
 from tests.unit.engine.test_model_input import as_lists
 
@@ -63,7 +63,7 @@ def test_its_input_is_what_prepare_decode_makes_of_it_later(num_steps: int) -> N
     for name, rows in vars(after.sampling).items():
         assert np.array_equal(getattr(before.sampling, name), rows), name
         assert getattr(before.sampling, name).dtype == rows.dtype
-    compared("prepare_ahead against prepare_decode", len(ahead.sequences))
+    count_comparisons("prepare_ahead against prepare_decode", len(ahead.sequences))
 
 
 def test_unknown_tokens_are_named_by_their_rows() -> None:

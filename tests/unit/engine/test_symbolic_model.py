@@ -4,13 +4,14 @@ Thousands of drawn scenarios; the same through a worker in a process of its own;
 to go wrong changes what comes out.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 import pytest
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 
 from nanovllm.engine.block_manager import BlockManager, block_hash
@@ -19,7 +20,8 @@ from nanovllm.engine.scheduler import ScheduledBatch
 from nanovllm.engine.sequence import Sequence
 from nanovllm.sampling_params import SamplingParams
 from tests import symbolic_model
-from tests.evidence import compared, happened
+from tests.support.counts import count_comparisons, count_event
+from tests.support.engine_events import assert_occurred, scheduler_events
 from tests.symbolic_model import PickledModel, SymbolicModel, SymbolicWorker, expected_digest
 from tests.unit.engine.harness import PROMPTS, Collisions, make_scheduler, two_bit_hash
 
@@ -76,8 +78,8 @@ def scenarios() -> st.SearchStrategy[Scenario]:
     )
 
 
-def play(scenario: Scenario, start_model: Callable[[int, int], Model]) -> None:
-    """Serve the scenario's requests; every output must be the one from the formula."""
+def play(scenario: Scenario, start_model: Callable[[int, int], Model]) -> Counter[str]:
+    """Serve the scenario's requests; every output must be the one from the formula. Returns what occurred."""
     scheduler = make_scheduler(
         scenario.num_blocks,
         scenario.block_size,
@@ -103,12 +105,10 @@ def play(scenario: Scenario, start_model: Callable[[int, int], Model]) -> None:
     for seq in sequences:
         text = expected_text(seq, scenario.max_model_len)
         assert seq.token_ids == text, f"{seq} did not read what it should: tokens {seq.token_ids}, expected {text}"
-    compared("symbolic model: tokens against what was attended", sum(seq.num_completion_tokens for seq in sequences))
-    happened("preemption", scheduler.num_preemptions)
-    happened("prefill chunk", scheduler.num_prefill_chunks)
-    happened("block hit", scheduler.block_manager.num_hit_blocks)
-    happened("block evicted", scheduler.block_manager.num_evictions)
-    happened("hash collision", collisions.number)
+    num_tokens = sum(seq.num_completion_tokens for seq in sequences)
+    count_comparisons("symbolic model: tokens against what was attended", num_tokens)
+    count_event("hash collision", collisions.number)
+    return scheduler_events(scheduler) + Counter({"hash collision": collisions.number})
 
 
 def arriving(request: Request, scenario: Scenario, earlier: list[Sequence]) -> Sequence:
@@ -124,22 +124,36 @@ def expected_text(seq: Sequence, max_model_len: int) -> list[int]:
     return text
 
 
-@settings(max_examples=20 * settings().max_examples)
-@given(scenario=scenarios())
-def test_every_token_reads_what_it_should(scenario: Scenario) -> None:
+EVENTS = ("preemption", "prefill chunk", "block hit", "block evicted", "hash collision")  # all occur in CROWDED
+CROWDED = Scenario(7, 2, 3, 1, two_bit_hash, tuple(
+    Request(index // 2, (0, 1, 1, 0, index % 2, 1), SamplingParams.greedy(max_tokens=8), 7, parent)
+    for index, parent in enumerate((None, None, 0, 0, None, 1))
+))  # fmt: skip
+
+
+def campaign(max_examples: int, start_model: Callable[[int, int], Model]) -> None:
+    """Drawn scenarios, and one in which every event occurs."""
+    events: Counter[str] = Counter()
+
+    @settings(max_examples=max_examples)
+    @given(scenario=scenarios())
+    @example(scenario=CROWDED)
+    def play_scenario(scenario: Scenario) -> None:
+        events.update(play(scenario, start_model))
+
+    play_scenario()
+    assert_occurred(events, EVENTS)
+
+
+def test_every_token_reads_what_it_should() -> None:
     """D01 D04 D05 D06 D07 D08 D09 D13 D57: through pickled batches, with chunks, hits, evictions and preemptions."""
-    play(scenario, PickledModel)
+    campaign(20 * settings().max_examples, PickledModel)
 
 
 def test_a_worker_in_another_process_reads_the_same() -> None:
     """D04, D31: it knows what was pickled for it, and nothing of torch."""
     with SymbolicWorker() as worker:
-
-        @given(scenario=scenarios())
-        def campaign(scenario: Scenario) -> None:
-            play(scenario, worker.start)
-
-        campaign()
+        campaign(settings().max_examples, worker.start)
         assert {"torch", "transformers", "triton"}.isdisjoint(worker.loaded_modules())
 
 
@@ -276,9 +290,9 @@ def test_a_fault_changes_what_comes_out(fault: str, monkeypatch: pytest.MonkeyPa
 
     @settings(max_examples=500, derandomize=True, database=None, phases=[Phase.generate], report_multiple_bugs=False)
     @given(scenario=scenarios())
-    def campaign(scenario: Scenario) -> None:
+    def search(scenario: Scenario) -> None:
         play(scenario, PickledModel)
 
     FAULTS[fault](monkeypatch)
     with pytest.raises(AssertionError, match="did not read what it should"):
-        campaign()
+        search()

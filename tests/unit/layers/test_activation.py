@@ -5,7 +5,7 @@ import torch
 
 from nanovllm.layers.activation import SiluAndMul
 from reference.silu_and_mul import silu_and_mul
-from tests.comparing import assert_close
+from tests.support.comparing import assert_close
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 

@@ -18,8 +18,8 @@ from tests.attention_cases import (
     make_step,
     running_sum,
 )
-from tests.comparing import assert_close
-from tests.evidence import compared
+from tests.support.comparing import assert_close
+from tests.support.counts import count_comparisons
 
 WHOLE_PROMPTS = ((5, 5), (1, 1), (33, 33), (16, 16))
 PREFIX_HITS_AND_CHUNKS = ((5, 21), (1, 16), (17, 17), (3, 40), (1, 1), (16, 32))
@@ -45,7 +45,7 @@ def assert_attends_like_the_reference(case: Case) -> None:
     assert_close(ATTENTION, output, expected, rtol=0, atol=FLOAT64_TOLERANCE)
     assert_same_bits(step.k_cache, k_cache)
     assert_same_bits(step.v_cache, v_cache)
-    compared("attention: KV cache against reference.store_kvcache", 2 * k_cache.numel())
+    count_comparisons("attention: KV cache against reference.store_kvcache", 2 * k_cache.numel())
 
 
 @pytest.mark.parametrize("num_kv_heads", [8, 4, 2, 1])

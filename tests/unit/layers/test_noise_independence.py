@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from nanovllm.layers.philox import token_words
-from tests.evidence import compared
 from tests.statistics import check_counts, check_differences, random_integers
+from tests.support.counts import count_comparisons
 
 LAGS = (1, 2, 3, 4, 5, 8, 64, 1024)
 NUM_PAIRS = 4096  # for each bit: a flip with another probability than 1/2 is noticed from 0.06 = sqrt(32 / 2 / n) on
@@ -42,7 +42,7 @@ def check_distinct(words: Words) -> None:
     seeds = np.array([0, 1, 2, 3, 2**32, 2**33, 2**32 + 1, 2**63] * 64, dtype=np.uint64)
     positions = np.repeat(np.array([*range(62), 2**31, 2**32 - 1]), 8)
     quadruples = words_of(words, seeds, positions, 2048).reshape(-1, 4)
-    compared("sampler statistics against exact probabilities", len(quadruples))
+    count_comparisons("sampler statistics against exact probabilities", len(quadruples))
     num_equal = len(quadruples) - len(np.unique(quadruples, axis=0))
     assert num_equal == 0, f"words of {num_equal} of {len(quadruples)} (seed, position, four tokens) are not their own"
 

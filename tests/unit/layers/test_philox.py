@@ -6,8 +6,8 @@ import torch
 from nanovllm.layers.philox import exponential_from_words, philox, token_words
 from reference.philox import philox as reference_philox
 from reference.sampling import exponential_noise
-from tests.comparing import assert_equal
-from tests.evidence import compared
+from tests.support.comparing import assert_equal
+from tests.support.counts import count_comparisons
 
 # Random123's kat_vectors, philox4x32 with 10 rounds: key, counter, output.
 KNOWN_ANSWERS = [
@@ -47,7 +47,7 @@ def test_token_takes_word_v_modulo_4_of_call_v_over_4(vocab_size):
         for seed, position in zip(SEEDS, POSITIONS, strict=True)
     ]
     assert words_of(SEEDS, POSITIONS, vocab_size).tolist() == expected
-    compared("layers: Philox against the reference", len(SEEDS) * vocab_size)
+    count_comparisons("layers: Philox against the reference", len(SEEDS) * vocab_size)
 
 
 def test_exponential_noise_equals_the_reference_bit_for_bit():

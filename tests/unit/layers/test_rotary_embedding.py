@@ -10,8 +10,8 @@ import torch
 from nanovllm.layers.rotary_embedding import RotaryEmbedding, apply_rotary_embedding, inverse_frequencies
 from nanovllm.rope_config import RopeConfig
 from reference.rotary_embedding import rotary_embedding
-from tests.comparing import assert_close
-from tests.evidence import compared, tolerated
+from tests.support.comparing import assert_close
+from tests.support.counts import count_comparisons, record_error
 
 D = 32
 ROPE = "layers: rotary embedding against the reference"
@@ -55,9 +55,9 @@ def test_rotation_equals_the_reference(rope, scaling, dtype):
     bound = angle_error * x.abs().max() * 2 + torch.finfo(dtype).eps * expected.abs()
     error = (actual.double() - expected).abs()
     assert bool((error <= bound).all())
-    compared(ROPE, error.numel())
+    count_comparisons(ROPE, error.numel())
     worst = (error / bound).argmax()
-    tolerated(ROPE, float(error.flatten()[worst]), float(bound.flatten()[worst]))
+    record_error(ROPE, float(error.flatten()[worst]), float(bound.flatten()[worst]))
 
 
 @ROPES

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from nanovllm.layers.sampler import Sampler, SamplingTensors, kept
 from reference.sampling import exponential_noise
 from reference.sampling import kept as reference_kept
-from tests.evidence import compared
 from tests.sampler_draws import make_rows
+from tests.support.counts import count_comparisons
 
 # float32 rounds a probability and a sum of them by less than this, relatively: where the filters' choice hangs on less,
 # either is right.
@@ -58,7 +58,7 @@ def test_any_row_keeps_and_draws_what_float64_says(
     tensors = SamplingTensors.from_rows(rows, "cpu")
     token = Sampler()(row[None], tensors).item()
     z = (row / tensors.temperature).nan_to_num(nan=-INF, neginf=-INF, posinf=MAX)
-    compared("sampler: drawn tokens against float64")
+    count_comparisons("sampler: drawn tokens against float64")
     if top_k == 1:
         clean = row.nan_to_num(nan=-INF, neginf=-INF, posinf=MAX)
         assert token == int((clean == clean.max()).nonzero()[0])

@@ -18,7 +18,7 @@ from reference.packing import packing, unpacking, varlen_attention
 from reference.paged_attention import paged_attention
 from reference.slot_mapping import slot_mapping
 from reference.store_kvcache import store_kvcache
-from tests.comparing import assert_close
+from tests.support.comparing import assert_close
 
 TOLERANCE = 1e-12
 

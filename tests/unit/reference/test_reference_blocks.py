@@ -10,13 +10,13 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from reference.block_hash import block_hash, xxh64
 from reference.block_manager import BlockManager
-from tests.evidence import compared
+from tests.support.counts import count_comparisons
 
 
 @given(data=st.binary(max_size=200), seed=st.integers(0, 2**64 - 1))
 def test_xxh64_equals_the_package(data: bytes, seed: int) -> None:
     assert xxh64(data, seed) == xxhash.xxh64_intdigest(data, seed)
-    compared("reference: xxh64 against the package")
+    count_comparisons("reference: xxh64 against the package")
 
 
 @given(
@@ -104,7 +104,7 @@ class CacheMachine(RuleBasedStateMachine):
     @invariant()
     def no_sequence_loses_what_it_computed(self) -> None:
         assert all(self.is_stored(seq_id, n) for seq_id, n in self.num_computed.items())
-        compared("reference: block tables against what was stored", len(self.num_computed))
+        count_comparisons("reference: block tables against what was stored", len(self.num_computed))
 
     @invariant()
     def only_full_known_prefixes_are_shared(self) -> None:

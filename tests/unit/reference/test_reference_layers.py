@@ -15,7 +15,7 @@ from reference.rms_norm import rms_norm
 from reference.rotary_embedding import inverse_frequencies, rotary_embedding
 from reference.silu_and_mul import silu_and_mul
 from reference.tensor_parallel import column_parallel_linear, row_parallel_linear, vocab_parallel_embedding
-from tests.comparing import assert_close
+from tests.support.comparing import assert_close
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

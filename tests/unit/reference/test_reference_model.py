@@ -24,8 +24,8 @@ from reference.checkpoint import Checkpoint, load_checkpoint
 from reference.generate import generate
 from reference.sampling import kept, sampling
 from reference.transformer import transformer
-from tests.comparing import assert_close
-from tests.evidence import compared
+from tests.support.comparing import assert_close
+from tests.support.counts import count_comparisons
 
 BOUND, MISTAKE = 1e-4, 1.0
 NUM_TOKENS = 40
@@ -236,7 +236,7 @@ def test_greedy_generation_is_that_of_transformers(architecture: str, tmp_path: 
     best, second = actual.logits.topk(2).values.T
     assert (best - second).min() > 2 * BOUND, "no tie that rounding could turn"
     assert actual.token_ids == expected
-    compared("reference: generated tokens against transformers", len(expected))
+    count_comparisons("reference: generated tokens against transformers", len(expected))
     assert actual.finish_reason == ("stop" if expected[-1] == 60 else "length")
 
 
@@ -291,4 +291,4 @@ def test_filters_equal_those_of_transformers(filters: tuple[int | None, float | 
         z = 2 * torch.randn(60, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         expected: Any = warpers(torch.zeros(1, 1, dtype=torch.long), z[None])
         assert torch.equal(kept(z, top_k, top_p, min_p), expected[0].isfinite())
-        compared("reference: sampling filters against transformers", len(z))
+        count_comparisons("reference: sampling filters against transformers", len(z))

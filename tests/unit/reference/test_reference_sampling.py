@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import reference.sampling
 from reference.philox import WORD, philox
 from reference.sampling import exponential_noise, kept, sampling
-from tests.evidence import compared
+from tests.support.counts import count_comparisons
 
 # Random123's file kat_vectors, lines "philox4x32 10": counter, key, result
 KNOWN_ANSWERS = [
@@ -112,7 +112,7 @@ def test_filters_equal_a_walk_along_the_sorted_tokens(
     n <= 480, and every threshold is further than 1e-9 from all of those, which rounding in float64 cannot bridge."""
     z = torch.tensor(counts, dtype=torch.float64).log()
     assert kept(z, top_k, top_p, min_p).tolist() == kept_one_by_one(z.tolist(), top_k, top_p, min_p)
-    compared("reference: sampling filters against a walk along the tokens", len(z))
+    count_comparisons("reference: sampling filters against a walk along the tokens", len(z))
 
 
 def test_ties_with_the_kth_stay_and_top_p_drops_equals_from_the_highest_id() -> None:

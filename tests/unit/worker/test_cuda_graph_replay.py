@@ -18,7 +18,7 @@ from nanovllm.engine.model_input import PADDING_BLOCK, PADDING_SLOT, ModelInput,
 from nanovllm.engine.sequence import Sequence
 from nanovllm.worker import cuda_graph
 from nanovllm.worker.cuda_graph import DecodeGraphs
-from tests.evidence import compared
+from tests.support.counts import count_comparisons
 from tests.unit.engine.harness import make_sequence
 
 BATCH_SIZES = [1, 2, 4, 7]
@@ -149,7 +149,7 @@ def test_each_batch_sees_its_own_integers_and_neutral_padding() -> None:
         logits = graphs.replay(model_input)
         assert logits is not None
         assert torch.equal(logits, expected(model_input))
-        compared("graph buffers against the batch's integers", logits.numel())
+        count_comparisons("graph buffers against the batch's integers", logits.numel())
         num_rows = next(each for each in BATCH_SIZES if each >= size)
         assert Recording.replayed is not None
         input_ids, positions, context = Recording.replayed.inputs

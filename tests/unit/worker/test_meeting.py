@@ -17,9 +17,9 @@ from nanovllm.worker import meeting
 from nanovllm.worker.local_ranks import PATIENCE_SECONDS
 from nanovllm.worker.meeting import meet
 from nanovllm.worker.process_group import FileStore, Place, PrefixStore
-from tests.evidence import happened, tolerated
 from tests.limits import HANG_SECONDS
 from tests.parallel.faults import CONNECTING, WORDS, Fault, StrikingStore
+from tests.support.counts import count_event, record_error
 
 SLOW_SECONDS = 1.5  # longer than a FileStore waits at least, which is one second
 
@@ -120,7 +120,7 @@ def test_when_a_rank_is_slow_all_try_again(
     groups = meet_in_threads(store_path, 3)
     assert sums(groups) == [6.0] * 3
     assert attempts.count(0) == attempts.count(1) == attempts.count(2) >= 2
-    happened("ranks that tried again to connect")
+    count_event("ranks that tried again to connect")
 
 
 class Connected:
@@ -214,7 +214,7 @@ def test_an_attempt_with_a_rank_that_died_is_over_while_it_is_waited_for(store_p
         if "refused" not in error:
             break
     assert "Connect timeout" in error
-    tolerated("seconds of an attempt to connect to a rank that died", seconds, PATIENCE_SECONDS)
+    record_error("seconds of an attempt to connect to a rank that died", seconds, PATIENCE_SECONDS)
     assert seconds < PATIENCE_SECONDS
 
 

@@ -1,0 +1,112 @@
+"""Every skip that may occur, with its reason. A skip that is not here, or more of them than here, fails the run.
+
+So running out of memory, a kernel that is missing or a package that was forgotten cannot pass as a skip.
+"""
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from importlib.util import find_spec
+from typing import NamedTuple
+
+from tests.kernels.versions import INTERPRETER_REASON, interprets
+from tests.limits import HANG_SECONDS
+
+
+class Skip(NamedTuple):
+    """test: node id; of a module that was skipped whole, its path. reason: as the test gave it."""
+
+    test: str
+    reason: str
+
+
+class AllowedSkip(NamedTuple):
+    """test and reason are regular expressions for the whole node id and the whole reason.
+
+    is_needed_here: whether this machine lacks what the test needs.
+    """
+
+    test: str
+    reason: str
+    at_most: int
+    why: str
+    is_needed_here: Callable[[], bool]
+
+    def covers(self, skip: Skip) -> bool:
+        return bool(re.fullmatch(self.test, skip.test) and re.fullmatch(self.reason, skip.reason))
+
+
+def _has_fewer_than_8_gpus() -> bool:
+    torch = sys.modules.get("torch")  # the skipped test has loaded it, unless a worker of xdist ran the test
+    return torch is None or torch.cuda.device_count() < 8
+
+
+def _has_no_hopper() -> bool:
+    torch = sys.modules.get("torch")
+    return torch is None or not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0)
+
+
+def _cannot_mount() -> bool:
+    """Whether this user may not make a mount namespace of its own, as in most containers."""
+    command = ["unshare", "--mount", "--map-root-user", "mount", "-t", "tmpfs", "tmpfs", "/dev/shm"]
+    try:
+        return subprocess.run(command, capture_output=True, timeout=HANG_SECONDS).returncode != 0
+    except FileNotFoundError:
+        return True
+
+
+# fmt: off
+ALLOWED = [
+    AllowedSkip(
+        r"tests/unit/worker/test_shared_memory_size\.py::test_a_real_small_file_system",
+        r"needs a mount namespace of its own", 1, "most containers do not permit one", _cannot_mount,
+    ),
+    AllowedSkip(
+        r"tests/parallel/test_gpu_ranks\.py::test_\w+\[.*\]", r"needs [248] GPUs, there are [0-7]", 28,
+        "a run with -m multi_gpu takes the sizes for which there are GPUs", _has_fewer_than_8_gpus,
+    ),
+    AllowedSkip(
+        r"tests/kernels/test_flash_attention\.py::test_equals_the_reference\[.*\]", r"could not import 'flash_attn'.*",
+        90, "flash-attn is an extra that is compiled on the GPU machine", lambda: find_spec("flash_attn") is None,
+    ),
+    AllowedSkip(
+        r"tests/kernels/test_varlen_attention_hopper\.py::.*", r"needs compute capability 9\.0", 73,
+        "a kernel for Hopper GPUs only", _has_no_hopper,
+    ),
+    AllowedSkip(
+        r"tests/unit/test_benchmark_report\.py::test_.*", r"could not import 'matplotlib'.*", 1,
+        "matplotlib draws a picture of benchmarks, and is an extra", lambda: find_spec("matplotlib") is None,
+    ),
+    AllowedSkip(
+        r"tests/kernels/(test_\w+|faulty_kernels|sampling_probes)\.py", r"could not import 'triton'.*", 14,
+        "Triton exists on Linux only", lambda: not sys.platform.startswith("linux"),
+    ),
+    AllowedSkip(
+        r"tests/kernels/test_\w+\.py::.*", re.escape(INTERPRETER_REASON), 20,
+        "the pinned versions can interpret; others are installed on GPU machines", lambda: not interprets(),
+    ),
+]
+# fmt: on
+
+
+def check(skips: Iterable[Skip], allowed: list[AllowedSkip] = ALLOWED) -> list[str]:
+    """What is wrong with the skips of a run, a sentence each; empty if all are allowed."""
+    problems, numbers = [], [0] * len(allowed)
+    for skip in skips:
+        index = next((index for index, entry in enumerate(allowed) if entry.covers(skip)), None)
+        if index is None:
+            problems.append(f"skipped, but not on the list of tests/support/skips.py: {skip.test} ({skip.reason})")
+        elif not allowed[index].is_needed_here():
+            problems.append(f"skipped, though nothing that it needs is missing here: {skip.test} ({skip.reason})")
+        else:
+            numbers[index] += 1
+    for entry, number in zip(allowed, numbers, strict=True):
+        if number > entry.at_most:
+            problems.append(f"{number} skips where at most {entry.at_most} are allowed: {entry.test}")
+    return problems
+
+
+def why(skip: Skip) -> str:
+    """The reason that the list gives; empty if the skip is not allowed."""
+    return next((entry.why for entry in ALLOWED if entry.covers(skip)), "")
