@@ -90,12 +90,14 @@ def test_runner_tells_caught_from_surviving_and_leaves_the_code(
     hangs = ("hangs", "Stack.push", "self.items.append(item)", "while True: pass")
     survivor = ("survivor", "Stack.pop", "return self.items.pop()", "return None")
     write_mutants(project, caught, hangs, survivor)
-    assert run(project) == 1
+    assert run(project, "caught", "hangs", "--tests-pass") == 0
     output = capsys.readouterr().out
-    assert "2 of 3 mutants were caught" in output
-    assert output.count("SURVIVED") == 1
+    assert "2 of 2 mutants were caught" in output
+    assert "SURVIVED" not in output
+    assert run(project, "survivor") == 1
+    output = capsys.readouterr().out
+    assert "0 of 1 mutants were caught" in output
     assert "SURVIVED survivor in Stack.pop: Why.\n  - return self.items.pop()\n  + return None" in output
-    assert run(project, "caught", "--tests-pass") == 0
     assert (project / "nanovllm" / "stack.py").read_text(encoding="utf-8") == CODE
 
 
