@@ -2,7 +2,7 @@
 
 pyproject.toml says in which files, and which tests judge. A PATTERN, such as "nanovllm.engine.scheduler*", chooses
 some of the mutants. Prints the survivors and the score, and fails below LEAST_SCORE; survivors.md judges the survivors.
-mutmut keeps its results in the folder mutants/ and tries a function again when it or its tests change.
+mutmut keeps its results in the folder mutants/ until the function changes; delete it when tests have changed.
 """
 
 import os
