@@ -33,6 +33,14 @@ def test_ranks_sum_and_gather_in_rank_order(tmp_path: Path) -> None:
     assert second == (total, None, 6)
 
 
+def test_single_rank_needs_no_group() -> None:
+    tp, x = TensorParallel(0, 1), torch.ones(2, 3)
+    assert tp.all_reduce(x) is x
+    assert tp.gather(x) is x
+    assert tp.minimum(5) == tp.share("vocab_size", 5) == 5
+    assert tp.is_graph_safe
+
+
 def test_share_that_is_no_integer_is_refused_by_name():
     with pytest.raises(ValueError, match="vocab_size must be divisible by the tensor-parallel size 4, got 10"):
         TensorParallel(0, 4).share("vocab_size", 10)
