@@ -1,6 +1,8 @@
 """TensorParallel over real gloo groups, and the arithmetic of shares."""
 
 import threading
+from concurrent.futures import FIRST_EXCEPTION, wait
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,7 @@ import torch
 from nanovllm.layers.tensor_parallel import TensorParallel
 from nanovllm.worker import process_group
 from nanovllm.worker.meeting import meet
-from nanovllm.worker.process_group import FileStore, Place, join, leave
-from tests.parallel_ranks import run_together
+from nanovllm.worker.process_group import FileStore, Place, in_background, join, leave
 
 
 def test_ranks_sum_and_gather_in_rank_order(tmp_path: Path) -> None:
@@ -19,15 +20,18 @@ def test_ranks_sum_and_gather_in_rank_order(tmp_path: Path) -> None:
 
     def work(rank: int) -> tuple[Any, ...]:
         tp = join(Place(rank, 2, num_sharing=2), FileStore(str(tmp_path / "rendezvous"), 2), meet)
-        try:
-            x = 10.0 * rank + torch.arange(6.0).view(2, 3)
-            gathered = tp.gather(x.T.contiguous().T)
-            total, smallest = tp.all_reduce(x.clone()), tp.minimum(7 - rank)
-            return total.tolist(), None if gathered is None else gathered.tolist(), smallest
-        finally:
-            leave(tp)  # after a failure this also ends the other rank's wait
+        x = 10.0 * rank + torch.arange(6.0).view(2, 3)
+        gathered = tp.gather(x.T.contiguous().T)
+        total, smallest = tp.all_reduce(x.clone()), tp.minimum(7 - rank)
+        leave(tp)
+        return total.tolist(), None if gathered is None else gathered.tolist(), smallest
 
-    first, second = run_together(work, [0, 1])
+    # In daemon threads: when one rank fails, the other may wait without end.
+    ranks = [in_background(partial(work, rank)) for rank in range(2)]
+    done, _ = wait(ranks, timeout=20, return_when=FIRST_EXCEPTION)
+    for rank in done:
+        rank.result()
+    first, second = (rank.result(0) for rank in ranks)
     total = [[10.0, 12.0, 14.0], [16.0, 18.0, 20.0]]
     assert first == (total, [[0.0, 1.0, 2.0, 10.0, 11.0, 12.0], [3.0, 4.0, 5.0, 13.0, 14.0, 15.0]], 6)
     assert second == (total, None, 6)
