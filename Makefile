@@ -24,7 +24,7 @@ TEST_ENV := $(QUIET) OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-gpu sanitize bench benchmarks mutants mutants-sample lint format clean
+.PHONY: help install demo test test-gpu sanitize bench benchmarks mutants mutants-defects lint format clean
 
 help: ## explain the targets
 	@echo "nanovllm: a small LLM inference engine that anyone can read, and a test suite that proves it"
@@ -80,11 +80,15 @@ benchmarks: ## time every kernel against the GPU's ceiling, and the host side (a
 	@$(NEEDS) pytest pytest_benchmark hypothesis torch
 	$(QUIET) "$(MACHINE_PYTHON)" -m pytest --benchmark-only $(ARGS)
 
-mutants: $(STAMP) ## put small errors into the code, one at a time: do the tests notice? (half an hour; goes on where it stopped)
-	$(TEST_ENV) $(BIN)/python -m tests.mutants --workers $(WORKERS) $(ARGS)
+mutants: mutants-defects $(VENV)/.mutmut ## put errors into the code: do the tests notice? known defects, then those that mutmut makes (an hour)
+	$(TEST_ENV) WORKERS=$(WORKERS) $(BIN)/python -m tools.mutants.generic
 
-mutants-sample: $(STAMP) ## a hundred of them, drawn at random; after four minutes no more are begun
-	$(TEST_ENV) $(BIN)/python -m tests.mutants --workers $(WORKERS) --sample 100 --minutes 4 --tests-pass $(ARGS)
+mutants-defects: $(STAMP) ## put each known defect of tests/DEFECTS.md back (four minutes)
+	$(TEST_ENV) $(BIN)/python -m tools.mutants --workers $(WORKERS) --tests-pass $(ARGS)
+
+$(VENV)/.mutmut: $(STAMP)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[mutants]'
+	@touch $@
 
 lint: $(STAMP) ## check format, style and types
 	$(BIN)/ruff format --check .
@@ -97,5 +101,5 @@ format: $(STAMP) ## format the code, mend what ruff can, bring tests/DEFECTS.md 
 	$(BIN)/python -m tests.defects
 
 clean: ## remove .venv and everything that was built
-	rm -rf $(VENV) .traces .report .mutants build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) .traces .report mutants build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -9,9 +9,6 @@ from typing import Any, TypeVar
 import torch
 
 from nanovllm.layers.tensor_parallel import TensorParallel
-from nanovllm.worker.meeting import meet
-from nanovllm.worker.process_group import FileStore, Place, join, leave
-from tests.limits import HANG_SECONDS
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -71,14 +68,3 @@ def run_together(work: Callable[[Item], Result], items: list[Item]) -> list[Resu
     """work(item) of all items at once, one thread each, in order. Items hold the ranks of one threaded_ranks()."""
     with ThreadPoolExecutor(len(items)) as threads:
         return list(threads.map(work, items))
-
-
-def run_in_gloo_process(rank: int, size: int, store_path: str, results: Any) -> None:
-    """One process of a real group: puts (rank, all_reduce, gather or None, minimum) of a [2, 3] tensor that names its
-    rank.
-    """
-    tp = join(Place(rank, size, num_sharing=size), FileStore(store_path, size), meet)
-    x = 10.0 * rank + torch.arange(6.0).view(2, 3)
-    total, gathered = tp.all_reduce(x.clone()), tp.gather(x.T.contiguous().T)
-    results.put((rank, total.tolist(), None if gathered is None else gathered.tolist(), tp.minimum(7 - rank)))
-    leave(tp)

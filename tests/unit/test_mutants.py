@@ -1,144 +1,141 @@
-"""tests/mutants: every mutant still fits its file, and the data say what they must. Running them is `make mutants`."""
+"""tools/mutants: every mutant fits the code, every defect is put back, and the runner tells caught from surviving."""
 
 import re
-from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from tests.defects import TABLE
-from tests.mutants import __main__ as command_line
-from tests.mutants.mutant import Mutant, MutantError, read_mutants, source_of
-from tests.mutants.private_tree import PrivateTree
-from tests.mutants.report import is_good, scores
-from tests.mutants.results import Result
 from tests.source_tree import ROOT
+from tools.mutants.__main__ import main
+from tools.mutants.mutant import MutantError, read_mutants
 
 MUTANTS = read_mutants()
 
 
-def test_every_mutant_fits_its_file_and_compiles() -> None:
+def test_every_mutant_fits_compiles_and_has_its_tests() -> None:
+    changes = set()
     for mutant in MUTANTS:
-        source = source_of(mutant)
-        changed = mutant.apply(source)
-        assert changed != source, mutant.id
-        if mutant.file.endswith(".py"):
-            compile(changed, mutant.file, "exec")
+        path, text = mutant.apply(ROOT)
+        assert (path, text) not in changes, f"{mutant.id} is the same change as another"
+        changes.add((path, text))
+        if path.suffix == ".py":
+            compile(text, str(path), "exec")
+        for test in mutant.tests:
+            file, _, name = test.partition("::")
+            assert name == "" or f"def {name}(" in (ROOT / file).read_text(encoding="utf-8"), f"{mutant.id}: {test}"
+            assert (ROOT / file).is_file(), f"{mutant.id}: {test}"
 
 
-def test_every_mutants_tests_exist() -> None:
-    for mutant in MUTANTS:
-        assert mutant.tests, mutant.id
-        for test in (*mutant.tests, *mutant.then):
-            path, _, name = test.partition("::")
-            assert not name or f"def {name}(" in (ROOT / path).read_text(encoding="utf-8"), f"{mutant.id}: {test}"
-            assert (ROOT / path).is_file(), f"{mutant.id}: {test}"
+def test_ids_are_unique() -> None:
+    ids = [mutant.id for mutant in MUTANTS]
+    assert len(set(ids)) == len(ids)
 
 
-def test_there_are_enough_of_them_and_no_two_are_one() -> None:
-    assert len(MUTANTS) >= 150
-    assert max(Counter(mutant.id for mutant in MUTANTS).values()) == 1
-    assert max(Counter((mutant.file, mutant.apply(source_of(mutant))) for mutant in MUTANTS).values()) == 1
-
-
-def test_every_defect_is_put_back() -> None:
+def test_every_known_defect_is_put_back_by_a_mutant() -> None:
     known = set(re.findall(r"^\| (D\d\d) \|", TABLE.read_text(encoding="utf-8"), re.MULTILINE))
-    put_back = {defect for mutant in MUTANTS for defect in mutant.defects if not mutant.equivalent}
-    assert put_back == known
+    assert {mutant.defect for mutant in MUTANTS if mutant.defect} == known
 
 
-# --- the tool itself ---
+# --- the tool itself, on a small project ---
 
-HEAD = "file: pyproject.toml\ntests: tests/unit/test_packaging.py\n\n"
+CODE = """
+LIMIT = 3
 
+class Stack:
+    def push(self, item):
+        self.items.append(
+            item,  # on top
+        )
+        if len(self.items) > LIMIT:
+            raise ValueError("full")
 
-def read(folder: Path, text: str) -> list[Mutant]:
-    (folder / "component.mutants").write_text(HEAD + text, encoding="utf-8")
-    return read_mutants(folder)
+    def pop(self):
+        return self.items.pop()
+"""
+TEST = """
+from nanovllm.stack import Stack
 
-
-def test_a_mutant_is_read(tmp_path: Path) -> None:
-    text = "[some-name] D01 D02\nWrong, and\nso on.\n- a\n-   b\n+ c\noccurrence: 2 of 3\nequivalent: since\nit is\n"
-    (mutant,) = read(tmp_path, text)
-    assert (mutant.id, mutant.component, mutant.file) == ("some-name", "component", "pyproject.toml")
-    assert (mutant.old, mutant.new, mutant.occurrence) == ("a\n  b", "c", (2, 3))
-    assert (mutant.why, mutant.equivalent, mutant.defects) == ("Wrong, and so on.", "since it is", ("D01", "D02"))
-
-
-@pytest.mark.parametrize(
-    "text", ["[no-reason]\n- a\n+ b\n", "[no-old-text]\nWhy.\n+ b\n", "[no-change]\nWhy.\n- a\n+ a\n", "words\n"]
-)
-def test_a_mutant_that_says_too_little_is_refused(tmp_path: Path, text: str) -> None:
-    with pytest.raises(MutantError, match="component"):
-        read(tmp_path, text)
-
-
-def test_the_stated_occurrence_is_changed_and_another_number_refused(tmp_path: Path) -> None:
-    (mutant,) = read(tmp_path, "[x]\nWhy.\n- ab\n+ cd\noccurrence: 2 of 3\n")
-    assert mutant.apply("ab ab ab") == "ab cd ab"
-    with pytest.raises(MutantError, match="must occur 3 times in pyproject"):
-        mutant.apply("ab ab")
+def test_push():
+    stack = Stack()
+    stack.items = []
+    stack.push(1)
+    assert stack.items == [1]
+"""
+MUTANT = "[{id}] {place}\nWhy.\ntests: test_stack.py\n- {old}\n+ {new}\n"
 
 
-def test_a_private_copy_judges_and_the_checkout_stays_as_it_is(tmp_path: Path) -> None:
-    """A right change passes, a wrong one fails, one that never ends is killed; then the copy is as before."""
-    file, test = "nanovllm/engine/throughput.py", ("tests/unit/engine/test_throughput.py",)
-    source = (ROOT / file).read_text(encoding="utf-8")
-    with PrivateTree() as tree:
-        assert tree.run_changed(file, source + "\n", test, 20).passed
-        assert "test_throughput.py" in tree.run_changed(file, source.replace("+= batch", "-= batch"), test, 20).by
-        assert "killed" in tree.run_changed(file, source + "while True:\n    pass\n", test, 1).by
-        assert (tree.root / file).read_text(encoding="utf-8") == source
-        folder = tree.root
-    assert not folder.exists()
-    assert (ROOT / file).read_text(encoding="utf-8") == source
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    (tmp_path / "nanovllm").mkdir()
+    (tmp_path / "nanovllm" / "stack.py").write_text(CODE, encoding="utf-8")
+    (tmp_path / "test_stack.py").write_text(TEST, encoding="utf-8")
+    return tmp_path
 
 
-def test_the_score_is_of_those_that_can_be_noticed(tmp_path: Path) -> None:
-    mutants = read(
-        tmp_path,
-        "[a]\nWhy.\n- a\n+ b\n\n[b]\nWhy.\n- a\n+ b\n\n[c]\nWhy.\n- a\n+ b\nequivalent: so\n\n[d]\nWhy.\n- a\n",
-    )
-    results = [Result("a", True, "test", 1), Result("b", False, "", 1), Result("c", False, "", 1)]
-    total = scores(mutants, results)["total"]
-    assert (total.num_mutants, total.num_caught, total.num_equivalent, total.num_survivors) == (3, 1, 1, 1)
-    assert total.percent == 50
-    assert not is_good(mutants, results)
-    assert is_good(mutants, [results[0], results[2]])
-    assert not is_good(mutants, [Result("c", True, "test", 1)]), "a proof that a test refutes"
+def write_mutants(project: Path, *mutants: tuple[str, str, str, str]) -> None:
+    entries = [MUTANT.format(id=id_, place=place, old=old, new=new) for id_, place, old, new in mutants]
+    (project / "small.mutants").write_text("\n".join(entries), encoding="utf-8")
 
 
-@pytest.mark.parametrize(
-    ("num_run", "survivors", "code", "said"),
-    [
-        (4, [], 0, "repeat with --sample 4 --seed 3"),
-        (3, [], 0, "1 of them were not run: the minutes were over"),
-        (4, [2], 1, "SURVIVED"),
-        (1, [0], 1, "SURVIVED"),
-    ],
-)
-def test_a_survivor_fails_the_command_and_too_few_minutes_do_not(
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    num_run: int,
-    survivors: list[int],
-    code: int,
-    said: str,
+def run(project: Path, *arguments: str) -> int:
+    return main(["--root", str(project), "--data", str(project), *arguments])
+
+
+def test_runner_tells_caught_from_surviving_and_leaves_the_code(
+    project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    noticeable = [mutant for mutant in MUTANTS if not mutant.equivalent]
-
-    def run_mutants(mutants: list[Mutant], *_: object) -> list[Result]:
-        assert len(mutants) == 4
-        return [Result(mutants[i].id, i not in survivors, "a test", 1) for i in range(num_run)]
-
-    monkeypatch.setattr(command_line, "read_mutants", lambda: noticeable)
-    monkeypatch.setattr(command_line, "run_mutants", run_mutants)
-    monkeypatch.setattr(command_line.os, "nice", lambda _: 0)
-    monkeypatch.setattr(command_line.signal, "signal", lambda *_: None)
-    monkeypatch.setattr("sys.argv", ["tests.mutants", "--sample", "4", "--seed", "3", "--minutes", "1"])
-    assert command_line.main() == code
+    monkeypatch.setattr("tools.mutants.runner.CPU_SECONDS", 3)
+    caught = ("caught", "Stack.push", "self.items.append(item)", "pass")
+    hangs = ("hangs", "Stack.push", "self.items.append(item)", "while True: pass")
+    survivor = ("survivor", "Stack.pop", "return self.items.pop()", "return None")
+    write_mutants(project, caught, hangs, survivor)
+    assert run(project, "caught", "hangs", "--tests-pass") == 0
     output = capsys.readouterr().out
-    assert said in output
-    assert output.count("SURVIVED") == len(survivors)
-    chosen = command_line._chosen(noticeable, command_line._arguments())
-    assert all(f"{chosen[i].id}: SURVIVED: {chosen[i].why}" in output for i in survivors)
+    assert "2 of 2 mutants were caught" in output
+    assert "SURVIVED" not in output
+    assert run(project, "survivor") == 1
+    output = capsys.readouterr().out
+    assert "0 of 1 mutants were caught" in output
+    assert "SURVIVED survivor in Stack.pop: Why.\n  - return self.items.pop()\n  + return None" in output
+    assert (project / "nanovllm" / "stack.py").read_text(encoding="utf-8") == CODE
+
+
+def test_nothing_is_judged_when_the_tests_fail_on_the_unchanged_code(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (project / "test_stack.py").write_text("def test_nothing():\n    assert False\n", encoding="utf-8")
+    write_mutants(project, ("survivor", "Stack.pop", "return self.items.pop()", "return None"))
+    assert run(project) == 2
+    assert "a test fails on the unchanged code" in capsys.readouterr().err
+
+
+def test_old_text_is_found_in_its_function_however_it_is_formatted(project: Path) -> None:
+    write_mutants(
+        project,
+        ("a", "Stack.push", "self.items.append(item)", "self.items += [item]"),
+        ("b", "LIMIT", "3", "4"),
+        ("c", "Stack.pop", "self.items.pop()", "self.items.pop(0)"),
+        ("d", "test_stack.py", "stack.push(1)", "pass"),
+    )
+    changes = {mutant.id: mutant.apply(project) for mutant in read_mutants(project)}
+    assert "        self.items += [item]\n        if len" in changes["a"][1]
+    assert changes["b"][1] == CODE.replace("3", "4")
+    assert changes["c"][1] == CODE.replace("pop()\n", "pop(0)\n")
+    assert changes["d"] == (project / "test_stack.py", TEST.replace("stack.push(1)", "pass"))
+
+
+@pytest.mark.parametrize(("place", "old"), [("Stack.push", "item"), ("Stack.pop", "item"), ("Stack.peek", "self")])
+def test_old_text_that_does_not_occur_once_is_refused(project: Path, place: str, old: str) -> None:
+    write_mutants(project, ("a", place, old, "x"))
+    with pytest.raises(MutantError, match=f"a: its old text must occur once in {place}, not "):
+        read_mutants(project)[0].apply(project)
+
+
+@pytest.mark.parametrize(
+    "text", ["[a] f\nWhy.\n- b\n+ c", "[a] f\ntests: t.py\n- b\n+ c", "words", "[a] f\nWhy.\ntests: t"]
+)
+def test_entry_that_lacks_a_part_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "small.mutants").write_text(text, encoding="utf-8")
+    with pytest.raises(MutantError, match=r"small\.mutants"):
+        read_mutants(tmp_path)

@@ -106,6 +106,18 @@ def test_all_that_tie_with_the_kth_can_be_drawn_and_nothing_else() -> None:
     assert reachable([-INF, 2.0, -INF], top_k=3) == {1}, "-inf ties with the third, and is still never drawn"
 
 
+def test_top_p_among_many_equal_tokens_keeps_the_lowest_ids() -> None:
+    """1024 tokens: torch's sort keeps the order of few equal values by itself, but not of many."""
+    allowed = kept(torch.zeros(1, 1024), torch.tensor([0]), torch.tensor([0.5]), torch.tensor([0.0]))
+    assert allowed.tolist() == [[True] * 512 + [False] * 512]
+
+
+def test_top_p_is_compared_in_float32() -> None:
+    """Ten tokens of 1/10 each: the float64 sum of three, 0.30000000447, is less than 0.3 as float32 has it."""
+    allowed = kept(torch.zeros(1, 10), torch.tensor([0]), torch.tensor([0.3]), torch.tensor([0.0]))
+    assert allowed.tolist() == [[True] * 3 + [False] * 7]
+
+
 def test_top_k_goes_first_then_top_p_of_what_is_left() -> None:
     """Halves of what top_k left: with all four, 0.5 would need two of them."""
     assert reachable([0.0, 0.0, 0.0, 0.0, -1.0], top_p=0.5) == {0, 1, 2}

@@ -1,27 +1,49 @@
-"""TensorParallel over real processes, and the arithmetic of shares."""
+"""TensorParallel over real gloo groups, and the arithmetic of shares."""
 
 import threading
+from concurrent.futures import FIRST_EXCEPTION, wait
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
 
 from nanovllm.layers.tensor_parallel import TensorParallel
 from nanovllm.worker import process_group
+from nanovllm.worker.meeting import meet
+from nanovllm.worker.process_group import FileStore, Place, in_background, join, leave
 from tests.limits import HANG_SECONDS
-from tests.parallel_ranks import run_in_gloo_process
 
 
-def test_ranks_sum_and_gather_in_rank_order(tmp_path):
+def test_ranks_sum_and_gather_in_rank_order(tmp_path: Path) -> None:
     """D37: rows of a batch stay rows; rank r's columns stand at place r. D30: the minimum is every rank's."""
-    context = multiprocessing.get_context("spawn")
-    results = context.SimpleQueue()
-    multiprocessing.spawn(run_in_gloo_process, (2, str(tmp_path / "rendezvous"), results), nprocs=2)
-    by_rank = {rank: said for rank, *said in (results.get(), results.get())}
+
+    def work(rank: int) -> tuple[Any, ...]:
+        tp = join(Place(rank, 2, num_sharing=2), FileStore(str(tmp_path / "rendezvous"), 2), meet)
+        x = 10.0 * rank + torch.arange(6.0).view(2, 3)
+        gathered = tp.gather(x.T.contiguous().T)
+        total, smallest = tp.all_reduce(x.clone()), tp.minimum(7 - rank)
+        leave(tp)
+        return total.tolist(), None if gathered is None else gathered.tolist(), smallest
+
+    # In daemon threads: when one rank fails, the other may wait without end.
+    ranks = [in_background(partial(work, rank)) for rank in range(2)]
+    done, _ = wait(ranks, timeout=HANG_SECONDS, return_when=FIRST_EXCEPTION)
+    for rank in done:
+        rank.result()
+    first, second = (rank.result(0) for rank in ranks)
     total = [[10.0, 12.0, 14.0], [16.0, 18.0, 20.0]]
-    assert by_rank[0] == [total, [[0.0, 1.0, 2.0, 10.0, 11.0, 12.0], [3.0, 4.0, 5.0, 13.0, 14.0, 15.0]], 6]
-    assert by_rank[1] == [total, None, 6]
+    assert first == (total, [[0.0, 1.0, 2.0, 10.0, 11.0, 12.0], [3.0, 4.0, 5.0, 13.0, 14.0, 15.0]], 6)
+    assert second == (total, None, 6)
+
+
+def test_single_rank_needs_no_group() -> None:
+    tp, x = TensorParallel(0, 1), torch.ones(2, 3)
+    assert tp.all_reduce(x) is x
+    assert tp.gather(x) is x
+    assert tp.minimum(5) == tp.share("vocab_size", 5) == 5
+    assert tp.is_graph_safe
 
 
 def test_share_that_is_no_integer_is_refused_by_name():
