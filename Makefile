@@ -56,7 +56,7 @@ sanitize: ## watch every kernel with compute-sanitizer's memcheck, initcheck and
 	@"$(PYTHON)" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "error: '$(PYTHON)' finds no NVIDIA GPU (or no torch) here; name the python that does: make sanitize PYTHON=..." >&2; exit 1; }
 	@for tool in $(TOOLS); do \
 	  echo "== $$tool"; if [ $$tool = racecheck ]; then skip="$(NOT_RACECHECKED)"; else skip=; fi; \
-	  $(TEST_ENV) $(SANITIZE) --tool $$tool $$skip "$(PYTHON)" -m tests.kernels.sanitize_run $(ARGS) || exit 1; \
+	  $(TEST_ENV) $(SANITIZE) --tool $$tool $$skip "$(PYTHON)" -m tests.support.kernels.sanitize_run $(ARGS) || exit 1; \
 	done
 
 bench: $(STAMP) ## measure throughput (ARGS='--model DIR --num-seqs 256'; see nanovllm bench --help)

@@ -1,4 +1,4 @@
-"""Cases of grouped_gemm for a device: see tests/kernels/interpreting.py. The kernel is imported late, for triton."""
+"""Cases of grouped_gemm for a device: see tests/support/kernels/interpreting.py. The kernel is imported late, for triton."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -8,8 +8,8 @@ import torch
 from nanovllm.layers.moe import Experts
 from nanovllm.layers.tensor_parallel import SINGLE_RANK
 from reference.moe import moe
-from tests.kernels.accuracy import assert_within_twice_the_error_of_plain_torch
-from tests.kernels.interpreting import Guards
+from tests.support.kernels.accuracy import assert_within_twice_the_error_of_plain_torch
+from tests.support.kernels.interpreting import Guards
 
 
 @dataclass(frozen=True)

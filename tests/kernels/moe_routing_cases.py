@@ -1,12 +1,12 @@
-"""Cases of moe_routing for a device: see tests/kernels/interpreting.py. The kernel is imported late, for triton."""
+"""Cases of moe_routing for a device: see tests/support/kernels/interpreting.py. The kernel is imported late, for triton."""
 
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
-from tests.kernels.accuracy import counted
-from tests.kernels.interpreting import Guards
+from tests.support.kernels.accuracy import counted
+from tests.support.kernels.interpreting import Guards
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Cases of paged_attention for a device: see tests/kernels/interpreting.py. The kernel is imported late."""
+"""Cases of paged_attention for a device: see tests/support/kernels/interpreting.py. The kernel is imported late."""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -6,8 +6,8 @@ from functools import partial
 import torch
 
 from reference.paged_attention import paged_attention as reference_paged_attention
-from tests.kernels.accuracy import assert_within_twice_the_error_of_plain_torch
-from tests.kernels.interpreting import Guards
+from tests.support.kernels.accuracy import assert_within_twice_the_error_of_plain_torch
+from tests.support.kernels.interpreting import Guards
 
 NO_BLOCK = 2**30  # fills the block tables: who follows it leaves the cache by far
 

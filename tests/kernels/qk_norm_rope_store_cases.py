@@ -1,4 +1,4 @@
-"""Cases of qk_norm_rope_store for a device: see tests/kernels/interpreting.py."""
+"""Cases of qk_norm_rope_store for a device: see tests/support/kernels/interpreting.py."""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -9,9 +9,9 @@ from nanovllm.layers.rotary_embedding import apply_rotary_embedding
 from reference.rms_norm import rms_norm
 from reference.store_kvcache import store_kvcache
 from tests.attention_cases import assert_same_bits
-from tests.kernels.accuracy import assert_rounded_alike, assert_within_twice_the_error_of_plain_torch, counted
-from tests.kernels.interpreting import Guards
 from tests.kernels.rotary_embedding_cases import tables
+from tests.support.kernels.accuracy import assert_rounded_alike, assert_within_twice_the_error_of_plain_torch, counted
+from tests.support.kernels.interpreting import Guards
 
 EPS = 1e-5
 

@@ -1,12 +1,12 @@
-"""Cases of rms_norm and add_rms_norm for a device: see tests/kernels/interpreting.py."""
+"""Cases of rms_norm and add_rms_norm for a device: see tests/support/kernels/interpreting.py."""
 
 from functools import partial
 
 import torch
 
 from reference.rms_norm import rms_norm as reference_rms_norm
-from tests.kernels.accuracy import assert_rounded_alike, assert_within_twice_the_error_of_plain_torch
-from tests.kernels.interpreting import Guards
+from tests.support.kernels.accuracy import assert_rounded_alike, assert_within_twice_the_error_of_plain_torch
+from tests.support.kernels.interpreting import Guards
 
 EPS = 1e-5
 

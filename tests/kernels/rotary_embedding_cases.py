@@ -1,4 +1,4 @@
-"""Cases of rotary_embedding for a device: see tests/kernels/interpreting.py."""
+"""Cases of rotary_embedding for a device: see tests/support/kernels/interpreting.py."""
 
 from functools import partial
 
@@ -6,8 +6,8 @@ import torch
 
 from nanovllm.layers.rotary_embedding import apply_rotary_embedding
 from reference.rotary_embedding import inverse_frequencies
-from tests.kernels.accuracy import assert_within_twice_the_error_of_plain_torch
-from tests.kernels.interpreting import Guards
+from tests.support.kernels.accuracy import assert_within_twice_the_error_of_plain_torch
+from tests.support.kernels.interpreting import Guards
 
 
 def tables(num_tokens: int, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:

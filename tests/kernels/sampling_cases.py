@@ -1,4 +1,4 @@
-"""Cases of sampling for a device: see tests/kernels/interpreting.py. The kernel is imported late, for triton's sake."""
+"""Cases of sampling for a device: see tests/support/kernels/interpreting.py. The kernel is imported late, for triton's sake."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -7,8 +7,8 @@ import torch
 
 from reference.philox import WORD, philox
 from reference.sampling import sampling as reference_sampling
-from tests.kernels.accuracy import counted
-from tests.kernels.interpreting import Guards
+from tests.support.kernels.accuracy import counted
+from tests.support.kernels.interpreting import Guards
 
 POSITIONS = (0, 1, 2**20, 2**31, 2**32 - 1)
 SEEDS = (0, 1, 2**32 - 1, 2**32, 0x0123456789ABCDEF, 2**63, 2**64 - 1)

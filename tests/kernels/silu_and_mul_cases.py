@@ -1,12 +1,12 @@
-"""Cases of silu_and_mul for a device: see tests/kernels/interpreting.py."""
+"""Cases of silu_and_mul for a device: see tests/support/kernels/interpreting.py."""
 
 from functools import partial
 
 import torch
 
 from reference.silu_and_mul import silu_and_mul as reference_silu_and_mul
-from tests.kernels.accuracy import assert_within_twice_the_error_of_plain_torch
-from tests.kernels.interpreting import Guards
+from tests.support.kernels.accuracy import assert_within_twice_the_error_of_plain_torch
+from tests.support.kernels.interpreting import Guards
 
 
 def check_shape(num_tokens: int, size: int, dtype: torch.dtype, device: str, stride: int | None = None, **tiles: int):

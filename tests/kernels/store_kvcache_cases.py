@@ -1,4 +1,4 @@
-"""Cases of store_kvcache for a device: see tests/kernels/interpreting.py. Kernels are imported late, for triton."""
+"""Cases of store_kvcache for a device: see tests/support/kernels/interpreting.py. Kernels are imported late, for triton."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -7,8 +7,8 @@ import torch
 
 from reference.store_kvcache import store_kvcache as reference_store_kvcache
 from tests.attention_cases import assert_same_bits
-from tests.kernels.accuracy import counted
-from tests.kernels.interpreting import Guards
+from tests.support.kernels.accuracy import counted
+from tests.support.kernels.interpreting import Guards
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,12 @@
 
 import pytest
 
-from tests.kernels.compiling import assert_fits, compile_launches
-from tests.kernels.interpreting import run_interpreted
+from tests.support.kernels.compiling import assert_fits, compile_launches
+from tests.support.kernels.interpreting import run_interpreted
 
 pytest.importorskip("triton")
 
-CASES = "tests.kernels.faulty_kernels"
+CASES = "tests.support.kernels.faulty_kernels"
 
 
 def test_faults_are_noticed_and_a_right_kernel_passes():
@@ -21,7 +21,7 @@ def test_dependence_on_the_order_is_noticed(monkeypatch):
 
 
 def test_spills_are_noticed():
-    from tests.kernels.faulty_kernels import launch_with_spills
+    from tests.support.kernels.faulty_kernels import launch_with_spills
 
     (compiled,) = compile_launches(launch_with_spills)
     with pytest.raises(AssertionError, match="spills"):

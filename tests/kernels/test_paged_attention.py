@@ -8,9 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.kernels import paged_attention_cases as cases
-from tests.kernels.compiling import CAPABILITIES, assert_fits, compile_launches
-from tests.kernels.interpreting import run_interpreted
 from tests.kernels.paged_attention_cases import Case
+from tests.support.kernels.compiling import CAPABILITIES, assert_fits, compile_launches
+from tests.support.kernels.interpreting import run_interpreted
 
 pytest.importorskip("triton")
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.kernels import qk_norm_rope_store_cases as cases
-from tests.kernels.compiling import TARGETS, assert_fits, compile_launches
-from tests.kernels.interpreting import run_interpreted
+from tests.support.kernels.compiling import TARGETS, assert_fits, compile_launches
+from tests.support.kernels.interpreting import run_interpreted
 
 pytest.importorskip("triton")
 

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from nanovllm.layers.philox import exponential_from_words, token_words
 from nanovllm.layers.sampler import argmax
 from tests.kernels import sampling_cases as cases
-from tests.kernels.accuracy import counted
-from tests.kernels.compiling import CAPABILITIES, assert_fits, compile_launches
-from tests.kernels.interpreting import run_interpreted
+from tests.support.kernels.accuracy import counted
+from tests.support.kernels.compiling import CAPABILITIES, assert_fits, compile_launches
+from tests.support.kernels.interpreting import run_interpreted
 
 pytest.importorskip("triton")
 

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.kernels import silu_and_mul_cases as cases
-from tests.kernels.compiling import TARGETS, assert_fits, compile_launches
-from tests.kernels.interpreting import run_interpreted
+from tests.support.kernels.compiling import TARGETS, assert_fits, compile_launches
+from tests.support.kernels.interpreting import run_interpreted
 
 pytest.importorskip("triton")
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from tests.kernels import store_kvcache_cases as cases
-from tests.kernels.compiling import TARGETS, assert_fits, compile_launches
-from tests.kernels.interpreting import run_interpreted
+from tests.support.kernels.compiling import TARGETS, assert_fits, compile_launches
+from tests.support.kernels.interpreting import run_interpreted
 
 pytest.importorskip("triton")
 

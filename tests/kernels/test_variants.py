@@ -12,7 +12,7 @@ import torch
 
 from nanovllm.engine.model_input import prepare_kinds_of_prefill
 from tests.evidence import compared
-from tests.kernels.compiling import compile_launches
+from tests.support.kernels.compiling import compile_launches
 
 pytest.importorskip("triton")
 

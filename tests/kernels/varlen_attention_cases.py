@@ -1,4 +1,4 @@
-"""Cases of varlen_attention: see tests/kernels/interpreting.py. The kernel is imported late, for triton's sake."""
+"""Cases of varlen_attention: see tests/support/kernels/interpreting.py. The kernel is imported late, for triton's sake."""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -8,8 +8,8 @@ import torch
 from reference.packing import varlen_attention as reference_varlen_attention
 from reference.paged_attention import paged_attention as reference_paged_attention
 from tests.attention_cases import running_sum
-from tests.kernels.accuracy import assert_within_twice_the_error_of_plain_torch
-from tests.kernels.interpreting import Guards
+from tests.support.kernels.accuracy import assert_within_twice_the_error_of_plain_torch
+from tests.support.kernels.interpreting import Guards
 
 NO_BLOCK = 2**30  # fills the block tables: who follows it leaves the cache by far
 

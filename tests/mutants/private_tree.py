@@ -146,7 +146,7 @@ def _command(tests: tuple[str, ...]) -> list[str]:
     if tests[0].endswith("_cases.py"):
         (cases,) = tests
         module = cases.removesuffix(".py").replace("/", ".")
-        return ["env", "TRITON_INTERPRET=1", sys.executable, "-m", "tests.kernels.interpreting", module]
+        return ["env", "TRITON_INTERPRET=1", sys.executable, "-m", "tests.support.kernels.interpreting", module]
     pytest = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
     return [*pytest, "-p", "tests.mutants.pytest_plugin", *tests]
 

@@ -9,8 +9,8 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from tests.kernels.versions import INTERPRETER_REASON, interprets
 from tests.report.facts import Skip
+from tests.support.kernels.versions import INTERPRETER_REASON, interprets
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.parameter import ShapeError
 from reference.rms_norm import rms_norm
 from tests import comparing
-from tests.kernels.accuracy import assert_rounded_alike
+from tests.support.kernels.accuracy import assert_rounded_alike
 
 E, EPS = 48, 1e-5
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)

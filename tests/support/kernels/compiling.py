@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from tests.evidence import COMPILED, compared_kernel
-from tests.kernels.versions import tolerated_stack_bytes
+from tests.support.kernels.versions import tolerated_stack_bytes
 
 MAX_REGISTERS_OF_AN_SM = 65536
 # Shared memory that one block may have, by compute capability (CUDA C++ Programming Guide, "Technical Specifications").

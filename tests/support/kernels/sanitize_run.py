@@ -1,6 +1,6 @@
 """A small run of every kernel on a GPU, for compute-sanitizer to watch: the cases that the interpreter runs too.
 
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python -m tests.kernels.sanitize_run [NAME ...]
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python -m tests.support.kernels.sanitize_run [NAME ...]
 
 `make sanitize` does so with memcheck, initcheck and racecheck. Without torch's caching, and without the margins that
 the interpreter needs, every tensor is an allocation of its own, and what lies beyond it belongs to nobody. A launcher's
@@ -18,7 +18,7 @@ from unittest.mock import patch
 
 import torch
 
-from tests.kernels import interpreting
+from tests.support.kernels import interpreting
 
 FAR = "far"  # cases beyond 2**31 elements: gigabytes, which the tools take very long to watch
 

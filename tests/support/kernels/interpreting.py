@@ -20,8 +20,8 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from tests.kernels.versions import INTERPRETER_REASON, interprets
 from tests.source_tree import ROOT
+from tests.support.kernels.versions import INTERPRETER_REASON, interprets
 
 MARGIN = 4096  # elements on each side: more than a tile, so that what runs over by a tile meets them
 ORDERS = ("in order", "reversed", "shuffled")
@@ -131,7 +131,7 @@ def run_interpreted(cases: str, timeout: float = 110) -> None:
     """
     if not interprets():
         pytest.skip(INTERPRETER_REASON)
-    command = [sys.executable, "-m", "tests.kernels.interpreting", cases]
+    command = [sys.executable, "-m", "tests.support.kernels.interpreting", cases]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
     assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
