@@ -13,7 +13,7 @@ from tests.kernels import varlen_attention_cases as cases
 from tests.kernels.test_varlen_attention import MIXED, meta_inputs
 from tests.kernels.varlen_attention_cases import Case, Inputs
 from tests.support.kernels.compiling import assert_fits, compile_launches
-from tests.support.kernels.interpreting import Guards
+from tests.support.kernels.guards import Guards
 
 KERNEL = "varlen_attention_hopper"  # in the evidence
 HALF_DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

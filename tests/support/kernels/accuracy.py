@@ -1,17 +1,25 @@
-"""The tolerance of kernels that compute: flash-attention's, a bound in terms of plain PyTorch in the same dtype."""
+"""Comparisons of a kernel's output with its reference, whose failures say where, by how much, and what was allowed.
+
+axes: how an index is told: a name for each dimension ("token", "head"), or a function of the index.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import torch
 
 from tests.evidence import INTERPRETED, ON_A_GPU, compared_kernel, tolerated
 
+Axes: TypeAlias = Sequence[str] | Callable[[tuple[int, ...]], str]
+
 
 def assert_within_twice_the_error_of_plain_torch(
-    kernel: str, actual: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor
+    kernel: str, actual: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor, axes: Axes = ()
 ) -> None:
-    """actual errs at most twice as much as plain, the reference in the same dtype, and one unit in the last place more.
+    """flash-attention's bound: at most twice the error of plain PyTorch, and one unit in the last place more.
 
-    exact: the reference on float64 copies of the inputs. Errors are the largest over the tensor, the unit that of its
-    largest element: it is the rounding of the output itself. NaN anywhere fails. kernel: for the evidence.
+    plain: the reference in the same dtype. exact: the reference on float64 copies of the inputs. Errors are the largest
+    over the tensor, the unit that of its largest element: it is the rounding of the output itself. NaN anywhere fails.
     """
     assert (actual.dtype, actual.shape) == (plain.dtype, plain.shape)
     assert exact.dtype == torch.float64
@@ -19,12 +27,48 @@ def assert_within_twice_the_error_of_plain_torch(
         return
     last_place = torch.finfo(actual.dtype).eps * exact.abs().max()
     plain_error = (plain.double() - exact).abs().max()
-    error = (actual.double() - exact).abs().max()
     allowed = 2 * plain_error + last_place
-    assert error <= allowed, f"error {error}, plain PyTorch's {plain_error}, unit {last_place}"
+    errors = (actual.double() - exact).abs().nan_to_num(nan=torch.inf)
+    assert errors.max() <= allowed, (
+        f"{_where(kernel, actual, exact, errors > allowed, errors, axes)}\n"
+        f"its error is {errors.max():.3g}, plain PyTorch's largest {plain_error:.3g}; allowed are {allowed:.3g}: "
+        f"twice plain PyTorch's and one unit in the last place, {last_place:.3g}"
+    )
     counted(kernel, actual)
     if allowed:  # not where all is 0
-        tolerated(f"kernel {kernel}, {str(actual.dtype).removeprefix('torch.')}", float(error), float(allowed))
+        name = f"kernel {kernel}, {str(actual.dtype).removeprefix('torch.')}"
+        tolerated(name, float(errors.max()), float(allowed))
+
+
+def assert_same_bits(kernel: str, actual: torch.Tensor, expected: torch.Tensor, axes: Axes = ()) -> None:
+    """Equal bit for bit, NaN included."""
+    assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[actual.element_size()]
+    differs = actual.contiguous().view(integer) != expected.contiguous().view(integer)
+    assert not differs.any(), _where(kernel, actual, expected, differs, differs.double(), axes)
+    counted(kernel, actual)
+
+
+def _where(
+    kernel: str,
+    actual: torch.Tensor,
+    expected: torch.Tensor,
+    is_wrong: torch.Tensor,
+    errors: torch.Tensor,
+    axes: Axes,
+) -> str:
+    flat = int(errors.argmax())
+    index = tuple(int(place) for place in torch.unravel_index(torch.tensor(flat), actual.shape))
+    if callable(axes):
+        place = axes(index)
+    else:
+        names = [*axes, *(f"dimension {number}" for number in range(len(axes), len(index)))]
+        place = ", ".join(f"{name} {number}" for name, number in zip(names, index, strict=False))
+    return (
+        f"{kernel} differs from its reference in {int(is_wrong.sum())} of {actual.numel()} elements "
+        f"({str(actual.dtype).removeprefix('torch.')})\n"
+        f"the worst is at {place}: expected {expected[index].item():.8g}, got {actual[index].item():.8g}"
+    )
 
 
 def counted(kernel: str, output: torch.Tensor) -> None:
@@ -41,3 +85,19 @@ def assert_rounded_alike(actual: torch.Tensor, expected: torch.Tensor) -> None:
     assert actual.shape == expected.shape
     share = (actual != expected).double().mean().item()
     assert share <= 0.02, f"{share:.1%} of the elements are rounded otherwise"
+
+
+def assert_repeats(run: Callable[[], object], times: int = 50) -> None:
+    """run() gives the same bits every time; it returns a tensor or several."""
+    first = [output.clone() for output in tensors(run())]
+    for _ in range(times):
+        for left, right in zip(first, tensors(run()), strict=True):
+            is_equal = torch.equal(left.contiguous().view(torch.uint8), right.contiguous().view(torch.uint8))
+            assert is_equal, "the same inputs gave other bits"
+
+
+def tensors(outputs: object) -> list[torch.Tensor]:
+    """The tensors of an output that is one or several, None left out."""
+    if isinstance(outputs, torch.Tensor):
+        return [outputs]
+    return [output for output in outputs if output is not None]  # type: ignore[union-attr]

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from tests.support.kernels.interpreting import Guards
+from tests.support.kernels.guards import Guards
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")

@@ -1,106 +1,138 @@
 """Runs kernels in Triton's interpreter, on the CPU, so that a wrong index, a forgotten element or a race would show.
 
-A kernel's cases are in tests/kernels/NAME_cases.py: CHECKS, a dict of check(device) by name, each of which calls the
-launcher on tensors of a Guards and raises AssertionError. `run_interpreted` runs them in a process of their own, since
-the interpreter is chosen before triton's first import and an access far out of bounds kills it: first with the programs
-of each grid in order, then reversed, then shuffled. On a GPU, `check("cuda")` runs the same case.
+The interpreter is chosen before triton's first import, and an access far out of bounds kills the process: so cases run
+in a process beside pytest's, one at a time, and a new one is started when it died. A case runs with the programs of
+each grid in order, then reversed, then shuffled.
+
+    python -m tests.support.kernels.interpreting tests.kernels.rms_norm_cases [CASE ...]
+
+runs all cases of a file, or those that are named, up to the first that fails; tests/mutants uses it.
 """
 
+import atexit
 import importlib
+import multiprocessing
 import os
 import random
-import subprocess
 import sys
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
-import pytest
-import torch
-from torch.overrides import TorchFunctionMode
+from tests import evidence
 
-from tests.source_tree import ROOT
-from tests.support.kernels.versions import INTERPRETER_REASON, interprets
-
-MARGIN = 4096  # elements on each side: more than a tile, so that what runs over by a tile meets them
+HANG_SECONDS = 110  # a case takes seconds
 ORDERS = ("in order", "reversed", "shuffled")
 
 
-class Guards(TorchFunctionMode):
-    """Gives tensors between margins of NaN (the largest number, if integers), in one buffer each.
+class Outcome(NamedTuple):
+    """failure: what to print, or "" if the case passed. functions: names of the @triton.jit functions that ran."""
 
-    Each buffer has another NaN, told by its bits: one that a kernel computes of a margin and stores in another is seen.
-
-    Inside `with guards:` torch.empty and its like are guarded too, and start as NaN: so are a launcher's outputs and
-    scratch. assert_intact() raises unless all margins, and all tensors given by `read`, are as they were.
-    """
-
-    def __init__(self, device: str) -> None:
-        super().__init__()
-        self.device = torch.device(device)
-        self._buffers: list[tuple[torch.Tensor, tuple[slice, ...], torch.Tensor]] = []
-        self._read: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-    def read(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A copy, strides included, that kernels must leave as it is. Views of it are welcome."""
-        copy = self.written(tensor)
-        self._read.append((copy, copy.clone()))
-        return copy
-
-    def written(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A copy, strides included, that kernels may change."""
-        return self._make(tensor.shape, tensor.stride(), tensor.dtype, tensor)
-
-    def unwritten(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
-        """A contiguous tensor full of NaN."""
-        return self._make(shape, torch.empty(shape, device="meta").stride(), dtype)
-
-    def assert_intact(self) -> None:
-        for buffer, margins, poison in self._buffers:
-            for margin in margins:
-                is_intact = _same_bits(buffer[margin], poison.repeat(MARGIN))
-                assert is_intact, f"written outside a tensor of {buffer.numel() - 2 * MARGIN} elements"
-        for tensor, before in self._read:
-            assert _same_bits(tensor, before), f"an input of shape {list(tensor.shape)} was changed"
-
-    def _make(self, shape: Any, stride: Any, dtype: torch.dtype, content: torch.Tensor | None = None) -> torch.Tensor:
-        """Filled on the CPU and moved in one copy, margins and all: compute-sanitizer sees that as writing."""
-        size = 1 + sum((length - 1) * step for length, step in zip(shape, stride, strict=True)) if 0 not in shape else 0
-        poison = _poison(dtype, len(self._buffers))
-        buffer = poison.repeat(size + 2 * MARGIN)
-        if content is not None:
-            buffer.as_strided(shape, stride, MARGIN).copy_(content)
-        buffer = buffer.to(self.device)
-        self._buffers.append((buffer, (slice(0, MARGIN), slice(MARGIN + size, None)), poison.to(self.device)))
-        return buffer.as_strided(shape, stride, MARGIN)
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if func in _ALLOCATIONS and result.device.type == self.device.type and result.numel():
-            return self._make(result.shape, result.stride(), result.dtype)
-        return result
+    failure: str
+    functions: frozenset[str]
 
 
-_ALLOCATIONS = {
-    torch.empty,
-    torch.empty_like,
-    torch.empty_strided,
-    torch.Tensor.new_empty,
-    torch.Tensor.new_empty_strided,
-}
+class Interpreter:
+    """A process in which Triton interprets. It is started at the first call, and again after it died."""
+
+    def __init__(self) -> None:
+        self._process: Any = None
+
+    def run(self, module: str, case: str, timeout: float = HANG_SECONDS) -> Outcome:
+        """Run KERNEL.cases[case] of `module` in every order."""
+        return self.call(run_case, module, case, timeout=timeout)
+
+    def call(self, function: Callable[..., Any], *args: Any, timeout: float = HANG_SECONDS) -> Any:
+        """function(*args), of module level, in that process. An exception there becomes an Outcome."""
+        if self._process is None:
+            self._start()
+        self._connection.send((function, args))
+        if not self._connection.poll(timeout):
+            self.close()
+            return Outcome(f"it ran for more than {timeout} s and was stopped", frozenset())
+        try:
+            return self._connection.recv()
+        except EOFError:
+            self._process.join()
+            code, self._process = self._process.exitcode, None
+            return Outcome(
+                f"the interpreting process died with exit code {code}: an access far out of bounds", frozenset()
+            )
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        with patch.dict("os.environ", TRITON_INTERPRET="1", OMP_NUM_THREADS="1"):
+            self._process.start()
+        theirs.close()
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+            self._process = None
 
 
-def _poison(dtype: torch.dtype, number: int) -> torch.Tensor:
-    """[1]: a NaN whose last bits say `number` (up to 63), the largest integer, or True."""
-    if not dtype.is_floating_point:
-        return torch.tensor([True if dtype == torch.bool else torch.iinfo(dtype).max], dtype=dtype)
-    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
-    return (torch.tensor([torch.nan], dtype=dtype).view(bits) | (1 + number % 63)).view(dtype)
+INTERPRETER = Interpreter()
+atexit.register(INTERPRETER.close)
 
 
-def _same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
-    return torch.equal(left.contiguous().view(torch.uint8), right.contiguous().view(torch.uint8))
+def _serve(connection: Any) -> None:
+    while True:
+        try:
+            function, args = connection.recv()
+        except EOFError:  # pytest has ended
+            return
+        try:
+            result = function(*args)
+        except BaseException:
+            result = Outcome(traceback.format_exc(), frozenset())
+        evidence.write()
+        connection.send(result)
+
+
+def run_case(module: str, case: str) -> Outcome:
+    """In the process that interprets: the case in every order, up to the first in which it fails."""
+    check = load_cases(module)[case]
+    with recorded_functions() as functions:
+        for order in ORDERS:
+            with program_order(order):
+                failure = failure_of(check, "cpu")
+            if failure:
+                return Outcome(f"programs {order}\n{failure}", frozenset(functions))
+    return Outcome("", frozenset(functions))
+
+
+def load_cases(module: str) -> Any:
+    """KERNEL.cases of a module, whose kernels will be interpreted."""
+    from tests.support.kernels import gluon_emulation
+
+    gluon_emulation.install()
+    return importlib.import_module(module).KERNEL.cases
+
+
+def failure_of(check: Callable[[str], None], device: str) -> str:
+    """What the check says when it fails, with what it was given and where it failed; "" if it passes."""
+    try:
+        check(device)
+    except AssertionError as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        return f"{describe(check)}\n{error or frame.line}\n(at {os.path.relpath(frame.filename)}:{frame.lineno})"
+    except Exception:
+        return f"{describe(check)}\n{traceback.format_exc()}"
+    return ""
+
+
+def describe(check: Callable[[str], None]) -> str:
+    """check_shape(7, 24, torch.float16, tile_size=16)"""
+    if not isinstance(check, partial):
+        return f"{getattr(check, '__name__', check)}()"
+    words = [*map(str, check.args), *(f"{name}={value}" for name, value in check.keywords.items())]
+    return f"{check.func.__name__}({', '.join(words)})"
 
 
 @contextmanager
@@ -113,40 +145,61 @@ def program_order(order: str) -> Iterator[None]:
     def set_other_index(x: int, y: int, z: int) -> None:
         # The interpreter counts through the grid, last axis fastest; give it the program at another place instead.
         _, num_y, num_z = grid = interpreter_builder.grid_dim
-        place, count = (x * num_y + y) * num_z + z, grid[0] * num_y * num_z
-        if order == "reversed":
-            place = count - 1 - place
-        elif order == "shuffled":
-            place = random.Random(count).sample(range(count), count)[place]
+        count = grid[0] * num_y * num_z
+        place = ordered(count, order)[(x * num_y + y) * num_z + z]
         set_grid_index(place // (num_y * num_z), place // num_z % num_y, place % num_z)
 
-    with patch.object(interpreter_builder, "set_grid_idx", set_other_index):
+    from tests.support.kernels import gluon_emulation
+
+    with (
+        patch.object(interpreter_builder, "set_grid_idx", set_other_index),
+        patch.object(gluon_emulation, "ordered", partial(ordered, order=order)),
+    ):
         yield
 
 
-def run_interpreted(cases: str, timeout: float = 110) -> None:
-    """Run CHECKS of module `cases` in every order, in another process. Raises AssertionError with what it printed.
-
-    The last case named there is the one that failed, or during which the process died.
-    """
-    if not interprets():
-        pytest.skip(INTERPRETER_REASON)
-    command = [sys.executable, "-m", "tests.support.kernels.interpreting", cases]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
-    assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
-    assert result.stdout.splitlines()[-1] == "done"
+def ordered(count: int, order: str) -> list[int]:
+    """The numbers below `count` in one of ORDERS."""
+    if order == "shuffled":
+        return random.Random(count).sample(range(count), count)
+    return list(range(count))[:: -1 if order == "reversed" else 1]
 
 
-def main(cases: str) -> None:
-    checks = importlib.import_module(cases).CHECKS
+@contextmanager
+def recorded_functions() -> Iterator[set[str]]:
+    """Names of the @triton.jit functions that are launched or called within it, by the interpreter or the emulation."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    from tests.support.kernels.gluon_emulation import EmulatedFunction
+
+    names: set[str] = set()
+
+    def recording(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            names.add(self.fn.__name__)
+            return method(self, *args, **kwargs)
+
+        return call
+
+    with (
+        patch.object(InterpretedFunction, "run", recording(InterpretedFunction.run)),
+        patch.object(InterpretedFunction, "__call__", recording(InterpretedFunction.__call__)),
+        patch.object(EmulatedFunction, "__call__", recording(EmulatedFunction.__call__)),
+    ):
+        yield names
+
+
+def main(module: str, names: list[str]) -> None:
+    cases = load_cases(module)
     for order in ORDERS:
         with program_order(order):
-            for name, check in checks.items():
+            for name in names or cases:
                 print(f"{name} ({order})", flush=True)
-                check("cpu")
+                failure = failure_of(cases[name], "cpu")
+                if failure:
+                    sys.exit(failure)
     print("done")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], sys.argv[2:])
