@@ -182,7 +182,7 @@ KERNEL = Kernel(
     },
     refused=Refusals(
         moe_routing,
-        lambda: {"logits": torch.zeros(3, 4), "top_k": 2, "norm_topk_prob": True, "block_size": 16},
+        lambda: {"router_logits": torch.zeros(3, 4), "top_k": 2, "norm_topk_prob": True, "block_size": 16},
         (
             ({"logits": torch.zeros(3, 4).double()}, "bfloat16, float16 or float32, got torch.float64"),
             ({"logits": torch.zeros(0, 4)}, "must have a row or more"),

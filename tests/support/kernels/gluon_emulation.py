@@ -4,7 +4,8 @@ install() imports those kernels with the stand-ins in Gluon's place. Layouts mea
 warp-specialised program are threads of which one runs at a time, until it waits at a barrier. Everything asynchronous
 happens as late as the barriers and waits allow, so that using it earlier is noticed:
 
-- a copy (TMA) fills its destination with NaN when it starts. It lands only when every part waits.
+- a copy (TMA) fills its destination with NaN when it starts. It lands only when every part waits, and
+  one of them for it.
 - a matrix product reads its operands when it is waited for. Its result is no tensor until then.
 - a load or store outside of a tensor's storage raises, and so do parts that all wait with nothing under way.
 """
@@ -154,7 +155,7 @@ def arrive(barriers: Barriers, count: int = 1) -> None:
 
 
 def wait(barriers: Barriers, phase: Any) -> None:
-    current.part.wait_until(lambda: barriers.barriers[0].phase != int(phase))
+    current.part.wait_for(barriers.barriers[0], int(phase))
 
 
 class TensorDescriptor:
@@ -173,12 +174,13 @@ def async_copy(desc: TensorDescriptor, start: list[Any], barriers: Barriers, tar
     is_inside = ((rows >= 0) & (rows < height))[:, None] & ((columns >= 0) & (columns < width))[None, :]
     box = desc.matrix[rows.clamp(0, height - 1)[:, None], columns.clamp(0, width - 1)[None, :]].where(is_inside, 0)
     target.data.fill_(torch.nan)
+    barrier = barriers.barriers[0]
 
     def land() -> None:
         target.data.copy_(box)
-        barriers.barriers[0].land(box.nbytes)
+        barrier.land(box.nbytes)
 
-    program.copies.append(land)
+    program.copies.append((barrier, land))
 
 
 class Product:
@@ -217,7 +219,8 @@ class Part:
         self.function, self.args = function, args
         self.products: list[Product] = []  # not waited for, oldest first
         self.turn, self.yielded = threading.Semaphore(0), threading.Semaphore(0)
-        self.can_go_on: Callable[[], bool] = lambda: True
+        self.barrier: Barrier | None = None  # that it waits for, in this phase
+        self.phase = 0
         self.has_ended = self.is_cancelled = False
         self.error: BaseException | None = None
         self.thread = threading.Thread(target=self._run, daemon=True)
@@ -230,10 +233,13 @@ class Part:
         if self.error is not None:
             raise self.error
 
-    def wait_until(self, condition: Callable[[], bool]) -> None:
-        while not condition():
-            self.can_go_on = condition
+    def wait_for(self, barrier: Barrier, phase: int) -> None:
+        self.barrier, self.phase = barrier, phase
+        while not self.can_go_on():
             self._yield()
+
+    def can_go_on(self) -> bool:
+        return self.barrier is None or self.barrier.phase != self.phase
 
     def cancel(self) -> None:
         self.is_cancelled = True
@@ -265,22 +271,29 @@ class Program:
 
     def __init__(self, place: tuple[int, ...], grid: tuple[int, ...]) -> None:
         self.place, self.grid = place, grid
-        self.copies: list[Callable[[], None]] = []  # started, and not landed; oldest first
+        self.copies: list[tuple[Barrier, Callable[[], None]]] = []  # started, and not landed
 
     def specialize(self, functions: list[tuple[Callable[..., Any], tuple[Any, ...]]], *_: Any) -> None:
         parts = [Part(*functions[index]) for index in ordered(len(functions))]
         try:
             while not all(part.has_ended for part in parts):
-                ready = [part for part in parts if not part.has_ended and part.can_go_on()]
+                waiting = [part for part in parts if not part.has_ended]
+                ready = [part for part in waiting if part.can_go_on()]
                 if ready:
                     ready[0].step()
                 else:
-                    assert self.copies, "all parts wait at barriers, and no copy is under way"
-                    self.copies.pop(0)()
+                    self._land_copy({id(part.barrier) for part in waiting})
         finally:
             for part in parts:
                 part.cancel()
         assert not self.copies, "a program ended before its copies had landed"
+
+    def _land_copy(self, barriers: set[int]) -> None:
+        """One that a part waits for, and no other: copies land in any order."""
+        places = [place for place, (barrier, _) in enumerate(self.copies) if id(barrier) in barriers]
+        assert places, "all parts wait at barriers for which no copy is under way"
+        _, land = self.copies.pop(places[0])
+        land()
 
 
 program: Program  # the one that runs
