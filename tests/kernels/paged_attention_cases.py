@@ -1,4 +1,7 @@
-"""Cases of paged_attention against reference.paged_attention. D52, D53"""
+"""Cases of paged_attention against reference.paged_attention. D52, D53
+
+It is one file, so that all that is known of the kernel is declared in one place.
+"""
 
 from dataclasses import dataclass, replace
 from functools import partial

@@ -1,4 +1,7 @@
-"""Cases of sampling against reference.sampling: the same tokens. D56, D57, D58"""
+"""Cases of sampling against reference.sampling: the same tokens. D56, D57, D58
+
+It is one file, so that all that is known of the kernel is declared in one place.
+"""
 
 from dataclasses import dataclass
 from functools import partial

@@ -64,7 +64,7 @@ def test_a_mismatch_is_told_with_everything_that_helps() -> None:
         "its error is 0.5, plain PyTorch's largest 0; allowed are 4.65e-06: twice plain PyTorch's and one unit in the "
         "last place, 4.65e-06",
     ]
-    assert "tests/support/kernels/accuracy.py:" in told.splitlines()[-1]
+    assert "tests/support/kernels/faulty_kernels.py:" in told.splitlines()[-1]
 
 
 @NEEDS_INTERPRETER

@@ -1,4 +1,7 @@
-"""Cases of varlen_attention against reference.packing and reference.paged_attention. D07, D52, D53"""
+"""Cases of varlen_attention against reference.packing and reference.paged_attention. D07, D52, D53
+
+It is one file, so that all that is known of the kernel is declared in one place.
+"""
 
 from bisect import bisect_right
 from collections.abc import Callable

@@ -8,6 +8,8 @@ happens as late as the barriers and waits allow, so that using it earlier is not
   one of them for it.
 - a matrix product reads its operands when it is waited for. Its result is no tensor until then.
 - a load or store outside of a tensor's storage raises, and so do parts that all wait with nothing under way.
+
+It is one file, since each stand-in is understood only with the others.
 """
 
 import importlib
