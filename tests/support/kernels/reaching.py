@@ -3,11 +3,12 @@
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from unittest.mock import patch
 
 from tests.support.kernels.interpreting import recorded_functions
 
-PROMPTS = [list(range(5, 45)), [7, 8, 9]]
+PROMPTS = [list(range(5, 45)), [7, 8, 9]]  # the first has keys enough to be split in decode
 LONG_PROMPT = list(range(5, 605))  # long enough for the kernels of long prompts
 
 
@@ -18,6 +19,7 @@ def kernels_of_interpreted_llm(architecture: str) -> frozenset[str]:
     return frozenset(names)
 
 
+@cache
 def kernels_of_llm_on_a_gpu(architecture: str) -> frozenset[str]:
     from triton.runtime.jit import JITFunction
 
@@ -29,21 +31,22 @@ def kernels_of_llm_on_a_gpu(architecture: str) -> frozenset[str]:
         return run(self, *args, **kwargs)
 
     with patch.object(JITFunction, "run", note):
-        _generate(architecture, "cuda", "bfloat16", 128, [*PROMPTS, LONG_PROMPT])
+        _generate(architecture, "cuda", "bfloat16", 128, PROMPTS, [LONG_PROMPT])
     return frozenset(names)
 
 
-def _generate(architecture: str, device: str, dtype: str, head_dim: int, prompts: list[list[int]]) -> None:
+def _generate(architecture: str, device: str, dtype: str, head_dim: int, *steps: list[list[int]]) -> None:
     from nanovllm import LLM, SamplingParams
     from tests.tiny_models import tiny_model
 
     model_dir = tiny_model(architecture, head_dim=head_dim, max_position_embeddings=1024)
-    params = [SamplingParams(max_tokens=2, ignore_eos=True, seed=index) for index in range(len(prompts))]
     with LLM(
-        str(model_dir), device=device, dtype=dtype, attention_backend="triton", num_kv_cache_blocks=50,
-        kv_cache_block_size=16, max_num_seqs=len(prompts),
+        str(model_dir), device=device, dtype=dtype, attention_backend="triton", num_kv_cache_blocks=80,
+        kv_cache_block_size=16, max_num_seqs=2,
     ) as llm:  # fmt: skip
-        llm.generate(prompts, params, use_tqdm=False)
+        for prompts in steps:
+            params = [SamplingParams(max_tokens=2, ignore_eos=True, seed=index) for index in range(len(prompts))]
+            llm.generate(prompts, params, use_tqdm=False)
 
 
 @contextmanager
