@@ -184,9 +184,9 @@ KERNEL = Kernel(
         moe_routing,
         lambda: {"router_logits": torch.zeros(3, 4), "top_k": 2, "norm_topk_prob": True, "block_size": 16},
         (
-            ({"logits": torch.zeros(3, 4).double()}, "bfloat16, float16 or float32, got torch.float64"),
-            ({"logits": torch.zeros(0, 4)}, "must have a row or more"),
-            ({"logits": torch.zeros(4, 3).T}, "contiguous last dimension"),
+            ({"router_logits": torch.zeros(3, 4).double()}, "bfloat16, float16 or float32, got torch.float64"),
+            ({"router_logits": torch.zeros(0, 4)}, "must have a row or more"),
+            ({"router_logits": torch.zeros(4, 3).T}, "contiguous last dimension"),
             ({"top_k": 5}, "top_k must be from 1 to the number of experts, 4, got 5"),
             ({"top_k": 0}, "top_k must be from 1"),
             ({"block_size": 12}, "must be powers of two, got 12"),
