@@ -204,6 +204,7 @@ def warpgroup_mma(left: Any, right: SharedMemory, acc: Any, use_acc: bool = True
 
 
 def warpgroup_mma_wait(num_outstanding: int, deps: list[Any]) -> Any:
+    current.part.let_others_run()
     products = current.part.products
     while len(products) > num_outstanding:
         products.pop(0).compute()
@@ -239,6 +240,10 @@ class Part:
         self.barrier, self.phase = barrier, phase
         while not self.can_go_on():
             self._yield()
+
+    def let_others_run(self) -> None:
+        self.barrier = None
+        self._yield()
 
     def can_go_on(self) -> bool:
         return self.barrier is None or self.barrier.phase != self.phase
@@ -282,6 +287,7 @@ class Program:
                 waiting = [part for part in parts if not part.has_ended]
                 ready = [part for part in waiting if part.can_go_on()]
                 if ready:
+                    parts.append(parts.pop(parts.index(ready[0])))  # they take turns
                     ready[0].step()
                 else:
                     self._land_copy({id(part.barrier) for part in waiting})
