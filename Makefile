@@ -69,7 +69,7 @@ sanitize: ## watch every kernel with compute-sanitizer's memcheck, initcheck and
 	@$(NEEDS) --gpu torch
 	@for tool in $(TOOLS); do \
 	  echo "== $$tool"; if [ $$tool = racecheck ]; then skip="$(NOT_RACECHECKED)"; else skip=; fi; \
-	  $(TEST_ENV) $(SANITIZE) --tool $$tool $$skip "$(MACHINE_PYTHON)" -m tests.kernels.sanitize_run $(ARGS) || exit 1; \
+	  $(TEST_ENV) $(SANITIZE) --tool $$tool $$skip "$(MACHINE_PYTHON)" -m tests.support.kernels.sanitize_run $(ARGS) || exit 1; \
 	done
 
 bench: $(STAMP) ## measure throughput (ARGS='--model DIR --num-seqs 256'; see nanovllm bench --help)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks import regression, report
+from benchmarks.hosting import HostMeasurement
 
 FOLDER = Path(__file__).resolve().parent
 RESULTS = FOLDER / "results"
@@ -72,6 +73,17 @@ def measure(request: pytest.FixtureRequest, benchmark: Any) -> Any:
     return Measurement(benchmark, stash[CEILINGS])
 
 
+@pytest.fixture
+def host(request: pytest.FixtureRequest, benchmark: Any) -> HostMeasurement:
+    """For one benchmark of the host side."""
+    state = getattr(request.config, "_benchmarksession", None)
+    for stored in state.compared_mapping.values() if state is not None else ():
+        ratios = stored.get(benchmark.fullname, {}).get("extra_info", {}).get("ratios")
+        if ratios:
+            return HostMeasurement(benchmark, ratios[0])
+    return HostMeasurement(benchmark, None)
+
+
 @pytest.fixture(autouse=True)
 def _free_gpu_memory() -> Any:
     """What one benchmark allocated is there for the next."""
@@ -105,18 +117,24 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Fail the session if a kernel became slower than in the run that --benchmark-compare names."""
+    """Fail the session if a kernel or the host became slower than in the run that --benchmark-compare names."""
     benchmarks = getattr(session.config, "_benchmarksession", None)
     if benchmarks is None or not benchmarks.compared_mapping:
         return
-    now = {bench.fullname: list(bench.stats.data) for bench in benchmarks.benchmarks if bench}
-    host = {bench.fullname for bench in benchmarks.benchmarks if bench and "kernel" not in bench.extra_info}
+    done = [bench for bench in benchmarks.benchmarks if bench]
+    kernels = {bench.fullname: list(bench.stats.data) for bench in done if "kernel" in bench.extra_info}
+    hosts = {bench.fullname: bench.extra_info["ratios"] for bench in done if "host" in bench.extra_info}
     decisions = []
     for stored in benchmarks.compared_mapping.values():
-        before = {name: bench["stats"].get("data", []) for name, bench in stored.items()}
-        decisions += regression.decide_all(before, now, only_reported=host)
+        decisions += regression.decide_all(
+            {name: bench["stats"].get("data", []) for name, bench in stored.items()}, kernels
+        )
+        for name, ratios in hosts.items():
+            before = stored.get(name, {}).get("extra_info", {}).get("ratios")
+            if before:
+                decisions.append(regression.decide_host(name, before[0], ratios))
     session.config.stash[DECISIONS] = decisions
-    if any(decision.is_regression for decision in decisions):
+    if any(decision.is_slower for decision in decisions):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
@@ -126,10 +144,17 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if benchmarks is None or not config.option.benchmark_only:
         return
     terminalreporter.write_line(f"measured: {_what_is_measured()}")
-    rows = [bench.extra_info for bench in benchmarks.benchmarks if bench and "kernel" in bench.extra_info]
+    done = [bench.extra_info for bench in benchmarks.benchmarks if bench]
+    machine = report.machine_info(gpu_name())
+    results = []
+    rows = [row for row in done if "kernel" in row]
     if rows:
-        result = report.Result(report.machine_info(gpu_name()), config.stash[CEILINGS]._asdict(), rows)
         terminalreporter.section("kernels against the ceiling, worst first")
+        results.append(report.Result(machine, config.stash[CEILINGS]._asdict(), rows))
+    rows = [row for row in done if "host" in row]
+    if rows:
+        results.append(report.HostResult(machine, rows))
+    for result in results:
         terminalreporter.write_line(report.table(result))
         for path in report.write(result, RESULTS):
             terminalreporter.write_line(f"written: {path}")

@@ -1,6 +1,7 @@
 """One kernel on one shape: checked, then timed in turns with its peers, and put in proportion to the ceiling."""
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from statistics import median
 from typing import Any
@@ -18,39 +19,41 @@ TOLERANCE = 1e-2  # of the norm: five times what rounding to bfloat16 does, and 
 Function = Callable[..., Any]
 
 
-class Measurement:
-    """What the fixture `measure` gives: call it once in a test.
+@dataclass(frozen=True)
+class Measured:
+    """One benchmark at one point, as tests/kernels/NAME_cases.py declares it.
 
-    kernel, case: names for the report. make(i): inputs of set i, random. run(*inputs): the kernel's outputs, a tensor
-    or several. expected(*inputs): the same by other means, in float32 or wider where that matters. work: what it must
-    move and do. peers: others' functions of the same inputs, such as flash-attn and plain PyTorch. A peer that fails,
-    or is wrong, or cannot be recorded in a graph, gets no figure but a note.
+    make(i): inputs of set i, random, on the GPU. run(*inputs): the kernel's outputs, a tensor or several.
+    expected(*inputs): the same by other means, in float32 or wider where that matters. work: what it must move and do.
+    peers: others' functions of the same inputs, such as flash-attn and plain PyTorch. A peer that fails, or is wrong,
+    or cannot be recorded in a graph, gets no figure but a note.
     """
+
+    make: Callable[[int], tuple[Any, ...]]
+    run: Function
+    expected: Function
+    work: arithmetic.Work
+    peers: Mapping[str, Function] = field(default_factory=dict)
+    tolerance: float = TOLERANCE
+
+
+class Measurement:
+    """What the fixture `measure` gives: call it once in a test, with the names of kernel and point for the report."""
 
     def __init__(self, benchmark: Any, ceilings: arithmetic.Ceilings) -> None:
         self._benchmark = benchmark
         self._ceilings = ceilings
 
-    def __call__(
-        self,
-        kernel: str,
-        case: str,
-        *,
-        make: Callable[[int], tuple[Any, ...]],
-        run: Function,
-        expected: Function,
-        work: arithmetic.Work,
-        peers: Mapping[str, Function] | None = None,
-        tolerance: float = TOLERANCE,
-    ) -> None:
+    def __call__(self, kernel: str, case: str, measured: Measured) -> None:
+        make, run, work, tolerance = measured.make, measured.run, measured.work, measured.tolerance
         first = make(0)
-        wanted = expected(*first)
+        wanted = measured.expected(*first)
         check(run(*first), wanted, tolerance)
         floor = arithmetic.floor(work, self._ceilings)
         num_calls = choose_num_calls(rough_seconds(partial(run, *first)), floor.seconds)
         sets = [first, *(make(i) for i in range(1, choose_num_sets(work.num_bytes, num_calls)))]
         replay = Replay(calls(run, sets, num_calls))
-        others, notes = _record_peers(peers or {}, sets, wanted, tolerance)
+        others, notes = _record_peers(measured.peers, sets, wanted, tolerance)
         samples: dict[str, list[float]] = {name: [] for name in others}
 
         def time_peers() -> None:

@@ -1,18 +1,24 @@
-"""Whether a kernel became slower than in a stored run, decided from the samples of both and not from one number.
+"""Whether a kernel, or the host side, became slower than in a stored run, decided from many samples of both.
 
-    regression: the whole confidence interval of median(now) / median(before) lies above 1 + PRACTICAL_THRESHOLD
+    a kernel: the whole confidence interval of median(now) / median(before) lies above 1 + PRACTICAL_THRESHOLD
 
 The interval is a percentile bootstrap (Efron 1979): both runs' samples are drawn anew, with replacement, RESAMPLES
 times. Its level is shared among the benchmarks that are compared (Bonferroni), so that the more there are, the less
 one of them fails by chance. Samples are taken in turns with the peers', so that what drifts in a session widens the
 interval. What differs between two sessions on one GPU without any change of code (clocks, temperature, memory layout)
 no interval of one session knows: the practical threshold is there for that.
+
+    the host side: the ratio to a fixed workload of plain Python grew by more than SLOWER, measured RETRIES times more
+
+On a shared machine times of the host scatter by a factor of two, and those ratios do not (benchmarks/hosting.py).
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from benchmarks.hosting import RETRIES, SLOWER
 
 PRACTICAL_THRESHOLD = 0.05
 CONFIDENCE = 0.99  # that no benchmark of a session fails by chance
@@ -21,7 +27,7 @@ MIN_SAMPLES = 8  # fewer have no quantiles worth the name
 
 
 class Decision(NamedTuple):
-    """ratio: median now over median before, between low and high. only_reported: slower or not, it fails nothing."""
+    """ratio: median now over median before, between low and high."""
 
     name: str
     ratio: float
@@ -29,11 +35,6 @@ class Decision(NamedTuple):
     high: float
     is_slower: bool
     is_faster: bool
-    only_reported: bool = False
-
-    @property
-    def is_regression(self) -> bool:
-        return self.is_slower and not self.only_reported
 
 
 def check_same_device(now: Mapping[str, Any], before: Mapping[str, Any]) -> None:
@@ -53,7 +54,6 @@ def decide(
     *,
     num_comparisons: int = 1,
     threshold: float = PRACTICAL_THRESHOLD,
-    only_reported: bool = False,
 ) -> Decision:
     """The decision for one benchmark, from seconds a call. The same samples give the same decision."""
     for what, samples in (("stored", before), ("new", now)):
@@ -68,18 +68,20 @@ def decide(
     low, high = np.quantile(ratios, [tail, 1 - tail])
     ratio = float(np.median(now) / np.median(before))
     is_slower, is_faster = bool(low > 1 + threshold), bool(high < 1 - threshold)
-    return Decision(name, ratio, float(low), float(high), is_slower, is_faster, only_reported)
+    return Decision(name, ratio, float(low), float(high), is_slower, is_faster)
 
 
-def decide_all(
-    before: Mapping[str, Sequence[float]], now: Mapping[str, Sequence[float]], *, only_reported: Collection[str] = ()
-) -> list[Decision]:
-    """One decision for each benchmark that both runs hold. Those of only_reported never are regressions."""
+def decide_all(before: Mapping[str, Sequence[float]], now: Mapping[str, Sequence[float]]) -> list[Decision]:
+    """One decision for each kernel's benchmark that both runs hold, from the seconds of its calls."""
     common = [name for name in now if name in before]
-    return [
-        decide(name, before[name], now[name], num_comparisons=len(common), only_reported=name in only_reported)
-        for name in common
-    ]
+    return [decide(name, before[name], now[name], num_comparisons=len(common)) for name in common]
+
+
+def decide_host(name: str, before: float, now: Sequence[float]) -> Decision:
+    """The decision for a benchmark of the host. before, now: ratios to the yardstick; now: one for each measurement."""
+    growth = sorted(ratio / before for ratio in now)
+    is_slower = len(now) > RETRIES and growth[0] > SLOWER
+    return Decision(name, growth[0], growth[0], growth[-1], is_slower, growth[-1] < 1 / SLOWER)
 
 
 def _medians(rng: np.random.Generator, samples: Sequence[float]) -> np.ndarray:
@@ -92,15 +94,13 @@ def summary(decisions: Sequence[Decision]) -> str:
     lines = []
     for decision in sorted(decisions, key=lambda decision: -decision.ratio):
         if decision.is_slower or decision.is_faster:
-            word = "SLOWER" if decision.is_regression else "slower" if decision.is_slower else "faster"
+            word = "SLOWER" if decision.is_slower else "faster"
             interval = f"{decision.low - 1:+.1%} to {decision.high - 1:+.1%}"
             lines.append(f"{word} {decision.ratio - 1:+.1%} ({interval})  {decision.name}")
-    num_slower = sum(decision.is_regression for decision in decisions)
-    num_silent = sum(decision.only_reported for decision in decisions)
+    num_slower = sum(decision.is_slower for decision in decisions)
     lines.append(
-        f"{len(decisions)} benchmarks compared, {num_slower} of them SLOWER: the whole confidence interval of the "
-        f"ratio of medians ({CONFIDENCE:.0%} for all together) lies above +{PRACTICAL_THRESHOLD:.0%}"
+        f"{len(decisions)} benchmarks compared, {num_slower} of them SLOWER. A kernel: the whole confidence interval "
+        f"of the ratio of medians ({CONFIDENCE:.0%} for all together) lies above +{PRACTICAL_THRESHOLD:.0%}. The host "
+        f"side: {1 + RETRIES} times more than {SLOWER} times as long as before, as a ratio to plain Python"
     )
-    if num_silent:
-        lines.append(f"{num_silent} of them time the host, whose times scatter: they are reported and fail nothing")
     return "\n".join(lines)

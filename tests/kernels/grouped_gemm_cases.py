@@ -1,15 +1,29 @@
-"""Cases of grouped_gemm for a device: see tests/kernels/interpreting.py. The kernel is imported late, for triton."""
+"""Cases of grouped_gemm against reference.moe."""
 
 from dataclasses import dataclass
 from functools import partial
 
 import torch
+from hypothesis import strategies as st
+from torch.nn import functional
 
+from benchmarks.arithmetic import Work
+from benchmarks.kernels.inputs import randn
+from benchmarks.measuring import Measured
+from benchmarks.shapes import Shape
 from nanovllm.layers.moe import Experts
 from nanovllm.layers.tensor_parallel import SINGLE_RANK
 from reference.moe import moe
-from tests.kernels.accuracy import assert_within_twice_the_error_of_plain_torch
-from tests.kernels.interpreting import Guards
+from tests.support.kernels.accuracy import assert_within_twice_the_error_of_plain_torch
+from tests.support.kernels.guards import Guards
+from tests.support.kernels.registry import EVERY_TARGET, Compilation, Kernel, Limits, Refusals, Steps, lazy, meta
+
+grouped_gemm, grouped_gemm_tiles = lazy("grouped_gemm.grouped_gemm"), lazy("grouped_gemm.grouped_gemm_tiles")
+Tiles, Routing = lazy("grouped_gemm.Tiles"), lazy("moe_routing.Routing")
+moe_routing = lazy("moe_routing.moe_routing")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+QWEN3_30B_A3B = {"num_experts": 128, "top_k": 8, "hidden_size": 2048, "intermediate_size": 768}
+NUM_TOKENS = (1, 64, 512, 16_384)  # one for each entry of grouped_gemm_tiles
 
 
 @dataclass(frozen=True)
@@ -96,9 +110,6 @@ def plain_output(case: Case, layer: Layer) -> torch.Tensor:
 
 def check(case: Case, device: str) -> None:
     """Raise AssertionError unless the output is reference.moe's, and nothing else is written."""
-    from nanovllm.kernels.grouped_gemm import Tiles, grouped_gemm, grouped_gemm_tiles
-    from nanovllm.kernels.moe_routing import moe_routing
-
     layer = make_layer(case, device)
     num_assignments = case.num_tokens * case.top_k
     if case.tiles is None:
@@ -112,7 +123,145 @@ def check(case: Case, device: str) -> None:
         output = grouped_gemm(*arguments, routing, tiles=tiles)
     guards.assert_intact()
     exact, plain = expected_output(case, layer), plain_output(case, layer)
-    assert_within_twice_the_error_of_plain_torch("grouped_gemm", output, plain, exact)
+    assert_within_twice_the_error_of_plain_torch("grouped_gemm", output, plain, exact, ("token", "element"))
 
 
-CHECKS = {name: partial(check, case) for name, case in CASES.items()}
+def check_far_expert(device: str) -> None:
+    """D52: the last of 700 experts' weights begin beyond 2**31 elements; all others are NaN."""
+    num_experts, e, f = 700, 2048, 1024
+    gate_up = torch.full((num_experts, 2 * f, e), torch.nan, dtype=torch.float16, device=device)
+    down = torch.full((num_experts, e, f), torch.nan, dtype=torch.float16, device=device)
+    gate_up[-1].normal_(std=e**-0.5), down[-1].normal_(std=f**-0.5)
+    logits = torch.zeros(5, num_experts, device=device)
+    logits[:, -1] = 1.0
+    x = torch.randn(5, e, device=device, dtype=torch.float16)
+    tiles = Tiles(16, 64, 64, 4, 3)
+    output = grouped_gemm(x, gate_up, down, moe_routing(logits, 1, True, 16), tiles=tiles)
+    alone = moe_routing(logits[:, -1:], 1, True, 16)
+    assert torch.equal(output, grouped_gemm(x, gate_up[-1:], down[-1:], alone, tiles=tiles))
+    assert output.isfinite().all()
+
+
+def check_order_of_tokens(device: str) -> None:
+    """A token's row in its block, and the other tokens, change no bit of its output."""
+    case = Case(200, **QWEN3_30B_A3B, dtype=torch.bfloat16)
+    layer = make_layer(case, device)
+    tiles, logits = grouped_gemm_tiles(200 * case.top_k, case.num_experts, 2), router_logits(layer)
+
+    def run(order: torch.Tensor) -> torch.Tensor:
+        routing = moe_routing(logits[order].contiguous(), case.top_k, True, tiles.rows)
+        x = layer.hidden_states[order].contiguous()
+        return grouped_gemm(x, layer.gate_up_proj, layer.down_proj, routing, tiles=tiles)
+
+    shuffled = torch.randperm(200, device=device)
+    assert torch.equal(run(shuffled), run(torch.arange(200, device=device))[shuffled])
+
+
+def launch(num_tokens: int, dtype: torch.dtype = torch.bfloat16) -> None:
+    """As SparseMoeBlock has it, with Qwen3-30B-A3B's experts, on meta tensors."""
+    tiles = grouped_gemm_tiles(num_tokens * 8, 128, dtype.itemsize)
+    routing = moe_routing(meta(num_tokens, 128, dtype=dtype), 8, True, tiles.rows)
+    weights = meta(128, 2 * 768, 2048, dtype=dtype), meta(128, 2048, 768, dtype=dtype)
+    grouped_gemm(meta(num_tokens, 2048, dtype=dtype), *weights, routing, tiles=tiles)
+
+
+def launch_refused(tiles: tuple[int, ...], block_size: int, **arguments: torch.Tensor) -> None:
+    experts = torch.zeros(3, 2, dtype=torch.int32)
+    routing = Routing(experts.float(), experts, experts[0], experts[0], experts[0], block_size)
+    grouped_gemm(**arguments, routing=routing, tiles=Tiles(*tiles))
+
+
+def measured(shape: Shape, num_tokens: int) -> Measured:
+    num_experts, top_k, size, inner = shape.num_experts, shape.top_k, shape.hidden_size, shape.intermediate_size
+
+    def make(index: int) -> tuple:
+        x, logits = randn(index, num_tokens, size), randn(index + 1, num_tokens, num_experts)
+        gate_up, down = randn(index, num_experts, 2 * inner, size) * 0.02, randn(index, num_experts, size, inner) * 0.02
+        block_size = grouped_gemm_tiles(num_tokens * top_k, num_experts, 2).rows
+        return x, gate_up, down, moe_routing(logits, top_k, True, block_size)
+
+    def expected(x, gate_up, down, routing):
+        """Expert by expert, in float32."""
+        output = torch.zeros_like(x, dtype=torch.float32)
+        for expert in routing.experts.unique().tolist():
+            token, choice = torch.where(routing.experts == expert)
+            gate, up = functional.linear(x[token].float(), gate_up[expert].float()).chunk(2, dim=1)
+            hidden = functional.linear(functional.silu(gate) * up, down[expert].float())
+            output.index_add_(0, token, hidden * routing.weights[token, choice, None])
+        return output
+
+    def plain(x, gate_up, down, routing):
+        """Every expert on every token: what plain PyTorch can do without asking the host who was chosen."""
+        gate, up = torch.matmul(x, gate_up.transpose(1, 2)).chunk(2, dim=2)
+        products = torch.bmm(functional.silu(gate) * up, down.transpose(1, 2))
+        weights = torch.zeros(num_tokens, num_experts, device="cuda").scatter_(
+            1, routing.experts.long(), routing.weights
+        )
+        return torch.einsum("nte,tn->te", products, weights.to(products.dtype))
+
+    *_, routing = make(0)
+    num_experts_hit = len(routing.experts.unique())
+    # two roundings to bfloat16 before the sum over experts, and plain PyTorch rounds a third time
+    work, peers = work_of_experts(num_tokens, num_experts_hit, top_k, size, inner), {"torch": plain}
+    return Measured(make=make, run=grouped_gemm, expected=expected, work=work, peers=peers, tolerance=2e-2)
+
+
+def work_of_experts(num_tokens: int, num_experts_hit: int, top_k: int, size: int, inner: int) -> Work:
+    """6 T top_k E F operations; the three matrices of every expert that a token chose, tokens in, tokens out."""
+    num_bytes = num_tokens * size * 2
+    return Work(num_experts_hit * 3 * size * inner * 2 + num_bytes, num_bytes, 6 * num_tokens * top_k * size * inner)
+
+
+KERNEL = Kernel(
+    name="grouped_gemm",
+    launched={"grouped_gemm_kernel": Limits()},
+    cases={name: partial(check, case) for name, case in CASES.items()},
+    on_gpu={
+        f"qwen3-30b-a3b, {n} tokens, {str(dtype)[6:]}": partial(
+            check, Case(n, **QWEN3_30B_A3B, dtype=dtype, tiles=None)
+        )
+        for n in (1, 8, 64, 300)
+        for dtype in DTYPES
+    }
+    | {"far expert": check_far_expert, "order of tokens": check_order_of_tokens},
+    drawn=st.builds(
+        lambda num_tokens, num_experts, top_k, size, inner, dtype, tiles, seed: partial(
+            check,
+            Case(num_tokens, num_experts, min(top_k, num_experts), size, inner, dtype, tiles=tiles, seed=seed),
+        ),
+        st.integers(1, 100),
+        st.integers(1, 20),
+        st.integers(1, 4),
+        st.integers(1, 130),
+        st.integers(1, 130),
+        st.sampled_from(DTYPES),
+        st.sampled_from([None, (16, 32, 32), (64, 64, 32)]),
+        st.integers(0, 2**16),
+    ),
+    compiled={
+        f"qwen3-30b-a3b, {n} tokens": Compilation(lambda dtype, _, n=n: launch(n, dtype), EVERY_TARGET)
+        for n in NUM_TOKENS
+    },
+    refused=Refusals(
+        launch_refused,
+        lambda: {
+            "hidden_states": torch.zeros(3, 16),
+            "gate_up_proj": torch.zeros(4, 32, 16),
+            "down_proj": torch.zeros(4, 16, 16),
+            "tiles": (16, 16, 16, 4, 3),
+            "block_size": 16,
+        },
+        (
+            ({"hidden_states": torch.zeros(3, 16).double()}, "bfloat16, float16 or float32, got torch.float64"),
+            ({"hidden_states": torch.zeros(4, 16)}, "hidden_states must be .* of shape .3, 16."),
+            ({"gate_up_proj": torch.zeros(4, 16, 16)}, "gate_up_proj must be .* of shape .4, 32, 16."),
+            ({"down_proj": torch.zeros(4, 16, 16).half()}, "down_proj must be contiguous, torch.float32"),
+            ({"gate_up_proj": torch.zeros(4, 16, 32).mT}, "gate_up_proj must be contiguous"),
+            ({"block_size": 32}, "block_size must be the rows of a tile, 16, got 32"),
+            ({"tiles": (16, 48, 16, 4, 3)}, "powers of two from 16"),
+        ),
+    ),
+    steps={"": Steps(launch, None, met_at_start=True)},
+    measured={"grouped_gemm": measured},
+    reached_by="qwen3_moe",
+)

@@ -1,15 +1,28 @@
-"""Cases of paged_attention for a device: see tests/kernels/interpreting.py. The kernel is imported late."""
+"""Cases of paged_attention against reference.paged_attention. D52, D53
+
+It is one file, so that all that is known of the kernel is declared in one place.
+"""
 
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
+from hypothesis import strategies as st
 
+from benchmarks.arithmetic import Work
+from benchmarks.kernels.inputs import MAX_MODEL_LEN, attend_one_by_one, int32, paged_cache, randn
+from benchmarks.measuring import Measured
+from benchmarks.shapes import SHAPES
 from reference.paged_attention import paged_attention as reference_paged_attention
-from tests.kernels.accuracy import assert_within_twice_the_error_of_plain_torch
-from tests.kernels.interpreting import Guards
+from tests.support.kernels.accuracy import assert_repeats, assert_within_twice_the_error_of_plain_torch
+from tests.support.kernels.compiling import Compiled
+from tests.support.kernels.guards import Guards
+from tests.support.kernels.paged_cache import poisoned_caches
+from tests.support.kernels.registry import Compilation, Kernel, Limits, Refusals, Steps, lazy, meta
 
-NO_BLOCK = 2**30  # fills the block tables: who follows it leaves the cache by far
+paged_attention, Tiling = lazy("paged_attention.paged_attention"), lazy("paged_attention.Tiling")
+flash_attention_decode = lazy("flash_attention.flash_attention_decode")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -79,32 +92,16 @@ CASES |= {
 
 
 def make_inputs(case: Case, device: str = "cpu") -> Inputs:
-    """The caches have 2 more blocks than are used. D53: every slot that no sequence owns is NaN."""
-    generator = torch.Generator().manual_seed(case.seed)
-    num_blocks = [-(-length // case.block_size) for length in case.context_lens]
-    block_ids = torch.randperm(sum(num_blocks) + 2, generator=generator)
-    block_tables = torch.full((len(num_blocks), max(num_blocks, default=0) + 1), NO_BLOCK, dtype=torch.int32)
-    is_owned = torch.zeros(len(block_ids), case.block_size, dtype=torch.bool)
-    for table, ids, length in zip(block_tables, block_ids.split([*num_blocks, 2]), case.context_lens, strict=False):
-        table[: len(ids)] = ids
-        position = torch.arange(length)
-        is_owned[ids[position // case.block_size], position % case.block_size] = True
-
-    device_generator = torch.Generator(device).manual_seed(case.seed)
-    caches = []
-    for _ in range(2):
-        shape = (*is_owned.shape, case.num_kv_heads, case.head_dim)
-        cache = torch.randn(shape, generator=device_generator, device=device).to(case.dtype)
-        caches.append(cache.masked_fill_(~is_owned.to(device)[:, :, None, None], torch.nan))
-    shape = (len(num_blocks), case.num_heads, case.head_dim)
-    query = (torch.randn(shape, generator=generator) * case.query_size).to(device, case.dtype)
+    caches = poisoned_caches(
+        list(case.context_lens), case.block_size, case.num_kv_heads, case.head_dim, case.dtype, case.seed, device
+    )
+    shape = (len(case.context_lens), case.num_heads, case.head_dim)
+    query = torch.randn(shape, generator=torch.Generator().manual_seed(case.seed)) * case.query_size
     context_lens = torch.tensor(case.context_lens, dtype=torch.int32, device=device)
-    return Inputs(query, *caches, block_tables.to(device), context_lens)
+    return Inputs(query.to(device, case.dtype), *caches, context_lens)
 
 
 def run(case: Case, inputs: Inputs, **options) -> torch.Tensor:
-    from nanovllm.kernels.paged_attention import Tiling, paged_attention
-
     if case.is_ordered:
         options["sequence_order"] = inputs.context_lens.argsort(descending=True).int()
     if case.tiling is not None:
@@ -116,7 +113,9 @@ def assert_right(inputs: Inputs, output: torch.Tensor) -> None:
     """Off by at most twice what the reference errs in the inputs' own dtype, and one unit in the last place."""
     if len(output):
         plain, exact = inputs.expected(output.dtype), inputs.expected()
-        assert_within_twice_the_error_of_plain_torch("paged_attention", output, plain, exact)
+        assert_within_twice_the_error_of_plain_torch(
+            "paged_attention", output, plain, exact, ("sequence", "head", "dimension")
+        )
 
 
 def check_case(case: Case, device: str) -> None:
@@ -177,6 +176,212 @@ def check_far_block(device: str) -> None:
     assert_right(replace(near, v_cache=near.k_cache), output)
 
 
-CHECKS = {name: partial(check_case, case) for name, case in CASES.items()}
-CHECKS |= {"strides": partial(check_strides, 1), "strides, split": partial(check_strides, 3)}
-CHECKS |= {"order": check_order, "far block": check_far_block}
+def check_graph(num_splits: int | None, device: str) -> None:
+    """Captured over contexts of 0, as a padded batch has them; then longer, shorter and none again."""
+    case = Case((700, 3, 0, 256, 1025), 16, 8, 128, 16, torch.bfloat16, num_splits=num_splits)
+    full = make_inputs(case, device)
+    order = torch.arange(5, dtype=torch.int32, device=device)
+    live = replace(full, block_tables=full.block_tables.clone(), context_lens=torch.zeros_like(full.context_lens))
+    run(case, live, sequence_order=order)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = run(case, live, sequence_order=order)
+    for rows in ([0, 1, 2, 3, 4], [4, 3, 2, 1, 0], [1, 1, 2, 2, 1], [2, 2, 2, 2, 2]):
+        step = replace(full, block_tables=full.block_tables[rows], context_lens=full.context_lens[rows])
+        live.block_tables.copy_(step.block_tables)
+        live.context_lens.copy_(step.context_lens)
+        order.copy_(step.context_lens.argsort(descending=True))
+        output.fill_(torch.nan)
+        graph.replay()
+        assert_right(step, output)
+
+
+def check_same_bits(num_splits: int | None, device: str) -> None:
+    case = Case((900, 17, 2000, 64), 16, 8, 128, 256, torch.bfloat16, num_splits=num_splits)
+    inputs = make_inputs(case, device)
+    assert_repeats(lambda: run(case, inputs))
+
+
+def lengths_like(num_seqs: int) -> tuple[int, ...]:
+    """Drawn from 1 to 1800, the last one 2048."""
+    generator = torch.Generator().manual_seed(num_seqs)
+    return (*torch.randint(1, 1800, (num_seqs,), generator=generator).tolist()[1:], 2048)
+
+
+def meta_inputs(
+    dtype: torch.dtype = torch.float16, head_dim: int = 32, block_size: int = 16, num_heads: int = 4
+) -> dict[str, torch.Tensor]:
+    """Inputs of 2 sequences and 2 kv heads that have shapes and no contents."""
+    caches = meta(2, 4, 100, block_size, 2, head_dim, dtype=dtype)
+    return {
+        "query": meta(2, num_heads + 4, head_dim, dtype=dtype)[:, :num_heads],
+        "k_cache": caches[0, 0],
+        "v_cache": caches[1, 0],
+        "block_tables": meta(2, 4096 // block_size, dtype=torch.int32),
+        "context_lens": meta(2, dtype=torch.int32),
+    }
+
+
+def compilation(num_splits: int, group_size: int = 4, targets: tuple = ((90, torch.bfloat16),), **shape) -> Compilation:
+    def launch(dtype: torch.dtype, capability: int) -> None:
+        inputs = meta_inputs(dtype, num_heads=2 * group_size, **shape)
+        paged_attention(**inputs, num_splits=num_splits, starts_early=capability >= 90)
+
+    def waits_where_it_starts_early(compiled: Compiled) -> None:
+        assert ("griddepcontrol.wait" in compiled.ptx) == (compiled.capability >= 90)
+
+    return Compilation(launch, targets, waits_where_it_starts_early)
+
+
+def launch_wider_tables(width: int) -> None:
+    """Not split: splitting is chosen by the number of sequences."""
+    tables, lens = meta(64, width, dtype=torch.int32), meta(64, dtype=torch.int32)
+    paged_attention(meta(64, 16, 128), *(meta(100, 256, 8, 128) for _ in range(2)), tables, lens, num_splits=1)
+
+
+def launch_split(width: int) -> None:
+    tables, lens = meta(1, width, dtype=torch.int32), meta(1, dtype=torch.int32)
+    caches = meta(100, 256, 8, 128), meta(100, 256, 8, 128)
+    paged_attention(meta(1, 16, 128), *caches, tables, lens, num_splits=min(17, 1 + width))
+
+
+def strided(tensor: torch.Tensor) -> torch.Tensor:
+    """Its like, of which the last dimension is not contiguous."""
+    return torch.empty((*tensor.shape, 2), dtype=tensor.dtype, device="meta")[..., 0]
+
+
+def refusals() -> tuple:
+    def half(*shape: int) -> torch.Tensor:
+        return meta(*shape, dtype=torch.float16)
+
+    def integers(*shape: int) -> torch.Tensor:
+        return meta(*shape, dtype=torch.int32)
+
+    def both(*shape: int) -> dict[str, torch.Tensor]:
+        return {"k_cache": half(*shape), "v_cache": half(*shape)}
+
+    return (
+        ({"query": half(2, 4, 96), **both(9, 16, 2, 96)}, "head_dim must be one of"),
+        ({"v_cache": half(9, 16, 1, 32)}, "one shape"),
+        (both(9, 16, 2, 64), "query's head_dim"),
+        (both(9, 8, 2, 32), "block_size must be a power of two from 16"),
+        (both(9, 48, 2, 32), "block_size must be a power of two from 16"),
+        ({"query": half(2, 5, 32)}, "must be a multiple of k_cache's"),
+        ({"block_tables": integers(3, 8)}, "a row a query"),
+        ({"context_lens": integers(3)}, "a row a query"),
+        ({"sequence_order": integers(3)}, "sequence_order must be"),
+        ({"out": half(2, 4, 16)}, "out must have"),
+        *(({name: torch.Tensor.float}, "must have one dtype") for name in ("query", "k_cache", "v_cache")),
+        (dict.fromkeys(("query", "k_cache", "v_cache"), torch.Tensor.double), "float32, float16 or bfloat16"),
+        *(({name: torch.Tensor.long}, "must be int32") for name in ("block_tables", "context_lens")),
+        *(
+            ({name: strided}, "last dimensions must be contiguous")
+            for name in ("query", "k_cache", "v_cache", "block_tables")
+        ),
+    )
+
+
+def measured(lens: list[int], num_heads: int, num_kv_heads: int, head_dim: int, block_size: int) -> Measured:
+    scale = head_dim**-0.5
+
+    def make(index: int) -> tuple[torch.Tensor, ...]:
+        caches = paged_cache(index, lens, num_kv_heads, head_dim, block_size, MAX_MODEL_LEN // block_size)
+        context_lens = int32(lens)
+        order = context_lens.argsort(descending=True, stable=True).int()
+        return randn(index, len(lens), num_heads, head_dim), *caches, context_lens, order
+
+    def run(query, k_cache, v_cache, block_tables, context_lens, order):
+        return paged_attention(query, k_cache, v_cache, block_tables, context_lens, scale, sequence_order=order)
+
+    def plain(query, k_cache, v_cache, block_tables, context_lens, order, dtype=torch.bfloat16):
+        return attend_one_by_one(query, k_cache, v_cache, block_tables, [1] * len(lens), lens, dtype)
+
+    def flash(query, k_cache, v_cache, block_tables, context_lens, order):
+        return flash_attention_decode(query, k_cache, v_cache, context_lens, block_tables, scale)
+
+    # keys and values of every context read, B H D queries read, as many outputs written
+    query_bytes = len(lens) * num_heads * head_dim * 2
+    kv_bytes = sum(lens) * 2 * num_kv_heads * head_dim * 2
+    return Measured(
+        make=make,
+        run=run,
+        expected=partial(plain, dtype=torch.float32),
+        work=Work(kv_bytes + query_bytes, query_bytes, 4 * num_heads * head_dim * sum(lens)),
+        peers={"torch": plain} | ({"flash-attn": flash} if block_size % 256 == 0 else {}),
+    )
+
+
+KERNEL = Kernel(
+    name="paged_attention",
+    # Half of what a Hopper multiprocessor has, so that two programs share it.
+    launched={
+        "paged_attention_kernel": Limits(max_shared_bytes=113 * 1024),
+        "combine_splits_kernel": Limits(max_shared_bytes=113 * 1024),
+    },
+    cases={name: partial(check_case, case) for name, case in CASES.items()}
+    | {"strides": partial(check_strides, 1), "strides, split": partial(check_strides, 3)}
+    | {"order": check_order, "far block": check_far_block},
+    on_gpu={
+        f"{name}, {num_seqs} sequences, blocks of {size}, {str(dtype)[6:]}": partial(
+            check_case, Case(lengths_like(num_seqs), *shape[:3], size, dtype, num_splits=None)
+        )
+        for name, shape in SHAPES.items()
+        for dtype in DTYPES
+        for num_seqs in (1, 8, 64)
+        for size in (16, 64, 256)
+    }
+    | {
+        f"{name}, {'split by default' if num_splits is None else 'not split'}": partial(check, num_splits)
+        for num_splits in (1, None)
+        for name, check in {"graph": check_graph, "same bits": check_same_bits}.items()
+    }
+    | {
+        f"longest context, num_splits={num_splits}": partial(
+            check_case, Case((131072, 1), 8, 2, 128, 256, torch.bfloat16, num_splits=num_splits)
+        )
+        for num_splits in (1, None)
+    },
+    drawn=st.builds(
+        lambda lens, kv_heads, group_size, head_dim, block_size, dtype, num_splits, is_ordered: partial(
+            check_case,
+            Case(
+                lens,
+                kv_heads * group_size,
+                kv_heads,
+                head_dim,
+                block_size,
+                dtype,
+                num_splits=num_splits,
+                is_ordered=is_ordered,
+            ),
+        ),
+        st.lists(st.integers(0, 700), max_size=20).map(tuple),
+        st.integers(1, 9),
+        st.integers(1, 20),
+        st.sampled_from([32, 64, 128, 256]),
+        st.sampled_from([16, 32, 64, 128, 256, 512]),
+        st.sampled_from(DTYPES),
+        st.none() | st.integers(1, 80),
+        st.booleans(),
+    ),
+    compiled={
+        f"head size {dim}, split": compilation(8, targets=tuple((90, d) for d in DTYPES), head_dim=dim, block_size=256)
+        for dim in (32, 64, 128, 256)
+    }
+    | {
+        f"head size {dim}, tiles of several blocks": compilation(1, head_dim=dim, block_size=16)
+        for dim in (32, 64, 128, 256)
+    }
+    | {
+        f"{group_size} heads a group": compilation(
+            1, group_size, tuple((c, torch.bfloat16) for c in (80, 90, 100)), head_dim=128, block_size=256
+        )
+        for group_size in (1, 7, 16)
+    },
+    refused=Refusals(paged_attention, meta_inputs, refusals()),
+    steps={
+        "": Steps(launch_wider_tables),
+        "split": Steps(launch_split, max_variants=6),  # splits combined at once: 2, 4, 8, 16, 32; and attention
+    },
+    measured={"paged_attention": measured},
+)

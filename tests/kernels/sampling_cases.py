@@ -1,14 +1,29 @@
-"""Cases of sampling for a device: see tests/kernels/interpreting.py. The kernel is imported late, for triton's sake."""
+"""Cases of sampling against reference.sampling: the same tokens. D56, D57, D58
+
+It is one file, so that all that is known of the kernel is declared in one place.
+"""
 
 from dataclasses import dataclass
 from functools import partial
 
 import torch
+from hypothesis import strategies as st
 
+from benchmarks.arithmetic import Work
+from benchmarks.kernels.inputs import randn
+from benchmarks.measuring import Measured
+from nanovllm.layers.philox import exponential_from_words, token_words
+from nanovllm.layers.sampler import argmax
 from reference.philox import WORD, philox
 from reference.sampling import sampling as reference_sampling
-from tests.kernels.accuracy import counted
-from tests.kernels.interpreting import Guards
+from tests.support.kernels.accuracy import counted
+from tests.support.kernels.guards import Guards
+from tests.support.kernels.registry import EVERY_TARGET, Compilation, Kernel, Limits, Refusals, Steps, lazy, meta
+
+sampling = lazy("sampling.sampling")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Qwen3, Llama 3, Qwen2.5 and Llama 2, and sizes that are no multiple of anything
+VOCAB_SIZES = (151_936, 128_256, 152_064, 32_000, 151_937, 97, 1)
 
 POSITIONS = (0, 1, 2**20, 2**31, 2**32 - 1)
 SEEDS = (0, 1, 2**32 - 1, 2**32, 0x0123456789ABCDEF, 2**63, 2**64 - 1)
@@ -82,8 +97,6 @@ def sample(
     guards: Guards, logits: torch.Tensor, rows: dict[str, torch.Tensor], *, row_padding: int = 0, **options: int
 ) -> list[int]:
     """The launcher's tokens of all columns but the last row_padding; nothing else may have been written."""
-    from nanovllm.kernels.sampling import sampling
-
     guarded = {name: guards.read(tensor) for name, tensor in rows.items()}
     logits = guards.read(logits)[:, : logits.shape[1] - row_padding]
     with guards:
@@ -207,13 +220,150 @@ def check_noise(device: str) -> None:
     torch.testing.assert_close(approximate.cpu().double(), expected, rtol=0, atol=0.03)
 
 
-CHECKS = {
-    **{name: partial(check, case) for name, case in CASES.items()},
-    "degenerate rows": check_degenerate_rows,
-    "ties": check_ties,
-    "temperatures": check_temperatures,
-    "near ties": check_near_ties,
-    "rows alone": check_rows_alone,
-    "words": check_words,
-    "noise": check_noise,
-}
+def scores_of_torch(logits: torch.Tensor, rows: dict[str, torch.Tensor]) -> torch.Tensor:
+    """[R, V] float64, reference.sampling's scores out of torch's operations, for whole vocabularies."""
+    words = token_words(rows["seed_low"], rows["seed_high"], rows["position"], logits.shape[1])
+    return logits.float() / rows["temperature"][:, None] - exponential_from_words(words).log()
+
+
+def check_whole_vocabulary(vocab_size: int, scale: float, dtype: torch.dtype, device: str) -> None:
+    rows = {name: tensor.to(device) for name, tensor in make_rows(40, 1.0, seed=vocab_size).items()}
+    logits = (scale * torch.randn(40, vocab_size + 1, device=device)).to(dtype)[:, :vocab_size]
+    expected = torch.where(rows["is_greedy"], argmax(logits), argmax(scores_of_torch(logits, rows)))
+    assert torch.equal(sampling(logits, **rows), expected)
+    counted("sampling", logits[:, 0])
+
+
+def check_tile_maxima(device: str) -> None:
+    """score_error: every tile's largest score is as exact as the second launch assumes, for logits of every size."""
+    from nanovllm.kernels.sampling import TILE_SIZE
+    from tests.kernels.sampling_probes import tile_maxima
+
+    rows = {name: tensor.to(device) for name, tensor in make_rows(64, 1.0, seed=1).items()}
+    rows["is_greedy"][:] = False
+    logits = torch.randn(64, 151_936, device=device) * torch.logspace(-3, 6, 64, device=device)[:, None]
+    scores = scores_of_torch(logits, rows)
+    expected = torch.nn.functional.pad(scores, (0, -151_936 % TILE_SIZE), value=-torch.inf)
+    expected = expected.unflatten(1, (-1, TILE_SIZE)).amax(dim=2)
+    actual = tile_maxima(logits, rows, TILE_SIZE)
+    assert ((actual - expected).abs() <= 2.0**-5 + expected.abs() * 2.0**-20).all()
+
+
+def check_far_row(device: str) -> None:
+    """D52: rows that stand 2**30 elements apart, so the third begins at 2**31."""
+    rows = {name: tensor.to(device) for name, tensor in make_rows(4, 1.0, seed=1).items()}
+    storage = torch.empty(3 * 2**30 + 5000, dtype=torch.float16, device=device)
+    logits = storage.as_strided((4, 5000), (2**30, 1)).normal_()
+    assert torch.equal(sampling(logits, **rows), sampling(logits.clone(), **rows))
+    assert sampling(logits, **rows).unique().numel() == 4
+
+
+def check_graph(device: str) -> None:
+    """D58: a replay reads seeds, positions and logits anew, and nothing waits for the device."""
+    rows = {name: tensor.to(device) for name, tensor in make_rows(16, 1.0, seed=1).items()}
+    logits = torch.randn(16, 5000, device=device)
+    sampling(logits, **rows)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = sampling(logits, **rows)
+    for step in range(3):
+        logits.normal_()
+        rows["position"] += 1
+        rows["is_greedy"].copy_(torch.arange(16) % 2 == step % 2)
+        graph.replay()
+        assert torch.equal(recorded, sampling(logits, **rows))
+
+
+def launch(num_rows: int, vocab_size: int = 151_936, dtype: torch.dtype = torch.bfloat16) -> None:
+    """On meta tensors that are, as the engine has them, rows of one."""
+    _, *integers = meta(4, num_rows, dtype=torch.int64)
+    _, temperature = meta(2, num_rows, dtype=torch.float32)
+    sampling(meta(num_rows, vocab_size, dtype=dtype), temperature, *integers, meta(num_rows, dtype=torch.bool))
+
+
+def measured(num_rows: int, vocab_size: int, is_greedy: bool) -> Measured:
+    def make(index: int) -> tuple[torch.Tensor, ...]:
+        logits = 3 * randn(index, num_rows, vocab_size)
+        if is_greedy:
+            logits[:, vocab_size // 3] = 100.0  # one largest: torch.argmax promises nothing for ties
+        halves = torch.randint(0, 2**32, (2, num_rows), generator=torch.Generator().manual_seed(index)).cuda()
+        position = torch.arange(num_rows, device="cuda") + 100 * index
+        temperature = torch.linspace(0.5, 1.0, num_rows, device="cuda")
+        return logits, temperature, *halves, position, torch.full((num_rows,), is_greedy, device="cuda")
+
+    def plain(logits, temperature, seed_low, seed_high, position, greedy):
+        if is_greedy:
+            return logits.argmax(dim=1)
+        noise = exponential_from_words(token_words(seed_low, seed_high, position, vocab_size))
+        return (logits.float() / temperature[:, None] - noise.log()).argmax(dim=1)
+
+    work = Work(num_rows * vocab_size * 2, 8 * num_rows)  # the logits, once; a token id of 8 bytes a row
+    return Measured(make=make, run=sampling, expected=plain, work=work, peers={"torch": plain})
+
+
+KERNEL = Kernel(
+    name="sampling",
+    launched={
+        "sampling_tile_kernel": Limits(64, 16 * 1024),  # 64 of 65,536 registers: 8 blocks of 128 threads an SM
+        "sampling_row_kernel": Limits(128, 16 * 1024),
+    },
+    cases={
+        **{name: partial(check, case) for name, case in CASES.items()},
+        "degenerate rows": check_degenerate_rows,
+        "ties": check_ties,
+        "temperatures": check_temperatures,
+        "near ties": check_near_ties,
+        "rows alone": check_rows_alone,
+        "words": check_words,
+        "noise": check_noise,
+    },
+    on_gpu={
+        f"{vocab_size} tokens, {scale} x randn, {str(dtype)[6:]}": partial(
+            check_whole_vocabulary, vocab_size, scale, dtype
+        )
+        for vocab_size in VOCAB_SIZES
+        for scale in (0.0, 1.0, 5.0)
+        for dtype in DTYPES
+    }
+    | {"tile maxima": check_tile_maxima, "far row": check_far_row, "graph": check_graph},
+    drawn=st.builds(
+        lambda vocab_size, num_rows, dtype, temperature, log2_size, seed: partial(
+            check,
+            Case(
+                vocab_size,
+                num_rows,
+                dtype,
+                temperature=temperature,
+                row_padding=seed % 9,
+                tile_size=2**log2_size,
+                seed=seed,
+            ),
+        ),
+        st.integers(1, 9000),
+        st.integers(1, 20),
+        st.sampled_from(DTYPES),
+        st.sampled_from([1e-3, 0.5, 1.0, 10.0]),
+        st.integers(7, 12),
+        st.integers(0, 2**16),
+    ),
+    compiled={
+        f"{size} tokens": Compilation(lambda dtype, _, size=size: launch(256, size, dtype), EVERY_TARGET)
+        for size in (151_936, 151_937, 1)
+    },
+    refused=Refusals(
+        sampling,
+        lambda: {"logits": torch.zeros(3, 10), **make_rows(3, 1.0, 0)},
+        (
+            ({"logits": torch.empty(3, 0)}, "logits must be .num_rows, vocab_size., not empty"),
+            ({"logits": torch.empty(30)}, "logits must be .num_rows, vocab_size."),
+            ({"logits": torch.empty(3, 10).double()}, "bfloat16, float16 or float32, got torch.float64"),
+            ({"logits": torch.empty(10, 3).T}, "last dimension must be contiguous"),
+            ({"temperature": torch.ones(3).double()}, "temperature must be contiguous, of shape .3. and torch"),
+            ({"position": torch.ones(2, dtype=torch.int64)}, "position must be contiguous, of shape .3."),
+            ({"seed_high": torch.ones(6, dtype=torch.int64)[::2]}, "seed_high must be contiguous"),
+            ({"is_greedy": torch.ones(3)}, "is_greedy must be .* torch.bool, got .* torch.float32"),
+        ),
+    ),
+    steps={"": Steps(launch, max_variants=2)},  # a tile's part and a row's
+    measured={"sampling": measured},
+)

@@ -1,14 +1,22 @@
-"""Cases of store_kvcache for a device: see tests/kernels/interpreting.py. Kernels are imported late, for triton."""
+"""Cases of store_kvcache against reference.store_kvcache, to the bit. D51, D52"""
 
 from dataclasses import dataclass
 from functools import partial
 
 import torch
+from hypothesis import strategies as st
 
+from benchmarks.arithmetic import Work
+from benchmarks.kernels.inputs import randn
+from benchmarks.measuring import Measured
+from benchmarks.shapes import Shape
 from reference.store_kvcache import store_kvcache as reference_store_kvcache
-from tests.attention_cases import assert_same_bits
-from tests.kernels.accuracy import counted
-from tests.kernels.interpreting import Guards
+from tests.support.kernels.accuracy import assert_same_bits
+from tests.support.kernels.guards import Guards
+from tests.support.kernels.registry import Compilation, Kernel, Limits, Refusals, Steps, lazy, meta
+
+store_kvcache = lazy("store_kvcache.store_kvcache")
+CACHE_AXES = ("block", "slot", "head", "dimension")
 
 
 @dataclass(frozen=True)
@@ -46,8 +54,6 @@ CASES = {
 
 def check_case(case: Case, device: str) -> None:
     """The caches are, bit for bit, what reference.store_kvcache gives."""
-    from nanovllm.kernels.store_kvcache import store_kvcache
-
     guards = Guards(device)
     num_tokens, heads, dim = len(case.slots), case.num_kv_heads, case.head_dim
     # Key and value are views of a packed qkv of 2 query heads, so that a token's stride exceeds its row.
@@ -55,31 +61,28 @@ def check_case(case: Case, device: str) -> None:
     _, key, value = guards.read(qkv).split([2, heads, heads], dim=1)
     slot_mapping = guards.read(torch.tensor(case.slots, dtype=case.slot_dtype))
     shape = (case.num_blocks, case.block_size, heads, dim)
-    k_cache, v_cache = guards.unwritten(*shape, dtype=case.dtype), guards.unwritten(*shape, dtype=case.dtype)
-    expected = reference_store_kvcache(key, value, k_cache, v_cache, slot_mapping)
+    caches = [guards.unwritten(*shape, dtype=case.dtype) for _ in range(2)]
+    expected = reference_store_kvcache(key, value, *caches, slot_mapping)
     with guards:
-        store_kvcache(key, value, k_cache, v_cache, slot_mapping, tile_size=case.tile_size)
+        store_kvcache(key, value, *caches, slot_mapping, tile_size=case.tile_size)
     guards.assert_intact()
-    assert_same_bits(k_cache, expected[0])
-    assert_same_bits(v_cache, expected[1])
-    counted("store_kvcache", torch.stack([k_cache, v_cache]))
+    for cache, expected_cache in zip(caches, expected, strict=True):
+        assert_same_bits("store_kvcache", cache, expected_cache, CACHE_AXES)
 
 
 def check_strides(device: str) -> None:
     """Heads stand further apart than head_dim: every other head of a wider tensor."""
-    from nanovllm.kernels.store_kvcache import store_kvcache
-
     guards = Guards(device)
     wide = guards.read(torch.randn(3, 8, 16, generator=torch.Generator().manual_seed(0)))
     key, value = wide[:, ::2], wide[:, 1::2]
     slot_mapping = guards.read(torch.tensor([3, -1, 1]))
     caches = [guards.unwritten(2, 2, 4, 16, dtype=torch.float32) for _ in range(2)]
-    expected = reference_store_kvcache(key, value, caches[0], caches[1], slot_mapping)
+    expected = reference_store_kvcache(key, value, *caches, slot_mapping)
     with guards:
-        store_kvcache(key, value, caches[0], caches[1], slot_mapping)
+        store_kvcache(key, value, *caches, slot_mapping)
     guards.assert_intact()
     for cache, expected_cache in zip(caches, expected, strict=True):
-        assert_same_bits(cache, expected_cache)
+        assert_same_bits("store_kvcache", cache, expected_cache, CACHE_AXES)
 
 
 def check_far_slot(device: str) -> None:
@@ -87,8 +90,6 @@ def check_far_slot(device: str) -> None:
 
     int8 and one cache for both, so that it takes 2 GiB, of which a CPU touches two pages.
     """
-    from nanovllm.kernels.store_kvcache import store_kvcache
-
     block_size, heads, dim = 256, 4, 64
     row = heads * dim
     num_slots = 2**31 // row + block_size
@@ -101,5 +102,89 @@ def check_far_slot(device: str) -> None:
     assert (rows[slot] == 7).all()
 
 
-CHECKS = {name: partial(check_case, case) for name, case in CASES.items()}
-CHECKS |= {"strides": check_strides, "far slot": check_far_slot}
+def launch(num_tokens: int, heads: int, dim: int, dtype: torch.dtype) -> None:
+    _, key, value = (
+        meta(num_tokens, 4 * heads * dim, dtype=dtype)
+        .view(num_tokens, 4 * heads, dim)
+        .split([2 * heads, heads, heads], dim=1)
+    )
+    cache = meta(100, 256, heads, dim, dtype=dtype)
+    store_kvcache(key, value, cache, cache, meta(num_tokens, dtype=torch.int64))
+
+
+def meta_inputs() -> dict[str, torch.Tensor]:
+    shapes = {"key": (3, 2, 16), "value": (3, 2, 16), "k_cache": (2, 16, 2, 16), "v_cache": (2, 16, 2, 16)}
+    return {name: meta(*shape) for name, shape in shapes.items()} | {"slot_mapping": meta(3, dtype=torch.int64)}
+
+
+def measured(shape: Shape, num_tokens: int) -> Measured:
+    num_heads, num_kv_heads, head_dim = shape[:3]
+    block_size = 256
+    num_blocks = 1 + num_tokens // block_size
+    num_bytes = 2 * num_tokens * num_kv_heads * head_dim * 2
+
+    def make(index: int) -> tuple[torch.Tensor, ...]:
+        qkv = randn(index, num_tokens, num_heads + 2 * num_kv_heads, head_dim)
+        _, key, value = qkv.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
+        k_cache, v_cache = randn(index, 2, num_blocks, block_size, num_kv_heads, head_dim)
+        generator = torch.Generator().manual_seed(index)
+        if num_tokens > 256:  # prefill: whole blocks, which lie anywhere
+            blocks = torch.randperm(num_blocks, generator=generator)[: num_tokens // block_size]
+            slots = (blocks[:, None] * block_size + torch.arange(block_size)).flatten()
+        else:  # decode: one slot here, one there
+            slots = torch.randperm(num_blocks * block_size, generator=generator)[:num_tokens]
+        return key, value, k_cache, v_cache, slots.cuda()
+
+    def run(key, value, k_cache, v_cache, slot_mapping):
+        store_kvcache(key, value, k_cache, v_cache, slot_mapping)
+        return k_cache, v_cache
+
+    def plain(key, value, k_cache, v_cache, slot_mapping):
+        k_cache.flatten(0, 1)[slot_mapping] = key
+        v_cache.flatten(0, 1)[slot_mapping] = value
+        return k_cache, v_cache
+
+    return Measured(
+        make=make,
+        run=run,
+        expected=lambda key, value, k, v, slots: plain(key, value, k.clone(), v.clone(), slots),
+        work=Work(num_bytes, num_bytes),  # keys and values, read and written
+        peers={"torch": plain},
+        tolerance=0.0,
+    )
+
+
+KERNEL = Kernel(
+    name="store_kvcache",
+    # each element is read and written by one thread
+    launched={"store_kvcache_kernel": Limits(max_registers=64, max_shared_bytes=0)},
+    cases={name: partial(check_case, case) for name, case in CASES.items()}
+    | {"strides": check_strides, "far slot": check_far_slot},
+    drawn=st.builds(
+        lambda *shape: partial(check_case, Case(*shape)),
+        st.integers(1, 12),
+        st.sampled_from([1, 24, 64, 80, 128, 256]),
+        st.lists(st.integers(0, 47), unique=True, max_size=48).map(tuple),
+        st.just(3),
+        st.just(16),
+        st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
+    ),
+    compiled={
+        f"{heads} x {dim}": Compilation(lambda dtype, _, heads=heads, dim=dim: launch(9, heads, dim, dtype))
+        for heads, dim in [(8, 128), (4, 128), (2, 64), (3, 80), (8, 256)]
+    },
+    refused=Refusals(
+        store_kvcache,
+        meta_inputs,
+        (
+            ({"value": meta(3, 2, 32)}, "key and value must be"),
+            ({"k_cache": meta(2, 16, 2, 32)}, "k_cache and v_cache must be"),
+            ({"k_cache": meta(2, 16, 4, 16), "v_cache": meta(2, 16, 4, 16)}, "k_cache and v_cache must be"),
+            ({"slot_mapping": meta(2, dtype=torch.int64)}, "one slot a token"),
+        ),
+    ),
+    steps={"": Steps(lambda size: launch(size, 8, 128, torch.bfloat16), met_at_start=True)},
+    measured={"store_kvcache": measured},
+    reached_by=None,
+    unreached="qk_norm_rope_store stores wherever kernels run",
+)

@@ -1,17 +1,33 @@
-"""Cases of varlen_attention: see tests/kernels/interpreting.py. The kernel is imported late, for triton's sake."""
+"""Cases of varlen_attention against reference.packing and reference.paged_attention. D07, D52, D53
 
+It is one file, so that all that is known of the kernel is declared in one place.
+"""
+
+from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
+from hypothesis import strategies as st
 
+from benchmarks.arithmetic import Work
+from benchmarks.kernels.inputs import attend_one_by_one, cumulated, paged_cache, randn
+from benchmarks.measuring import Measured
+from benchmarks.shapes import SHAPES
 from reference.packing import varlen_attention as reference_varlen_attention
 from reference.paged_attention import paged_attention as reference_paged_attention
 from tests.attention_cases import running_sum
-from tests.kernels.accuracy import assert_within_twice_the_error_of_plain_torch
-from tests.kernels.interpreting import Guards
+from tests.support.kernels.accuracy import assert_repeats, assert_within_twice_the_error_of_plain_torch
+from tests.support.kernels.compiling import Compiled
+from tests.support.kernels.guards import Guards
+from tests.support.kernels.paged_cache import poisoned_caches
+from tests.support.kernels.registry import EVERY_TARGET, Compilation, Kernel, Limits, Refusals, Steps, lazy, meta
 
-NO_BLOCK = 2**30  # fills the block tables: who follows it leaves the cache by far
+varlen_attention, Tiles = lazy("varlen_attention.varlen_attention"), lazy("varlen_attention.Tiles")
+choose_tiles = lazy("varlen_attention.choose_tiles")
+flash_attention_prefill = lazy("flash_attention.flash_attention_prefill")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -93,37 +109,21 @@ CASES |= {
 
 
 def make_inputs(case: Case, device: str = "cpu") -> Inputs:
-    """D53: every slot that no sequence owns is NaN, and so are two blocks that none uses."""
     generator = torch.Generator().manual_seed(case.seed)
     q_lens, k_lens = [q for q, _ in case.lengths], [k for _, k in case.lengths]
-    shape = (sum(q_lens), case.num_heads, case.head_dim)
-    query = torch.randn(shape, generator=generator) * case.query_size
+    query = torch.randn(sum(q_lens), case.num_heads, case.head_dim, generator=generator) * case.query_size
+    query = query.to(device, case.dtype)
     cu_seqlens = running_sum(q_lens).to(device), running_sum(k_lens).to(device)
-    if not case.block_size:
-        shape = (sum(k_lens), case.num_kv_heads, case.head_dim)
-        key, value = (torch.randn(shape, generator=generator).to(device, case.dtype) for _ in range(2))
-        return Inputs(query.to(device, case.dtype), key, value, *cu_seqlens, None)
-
-    num_blocks = [-(-k_len // case.block_size) for k_len in k_lens]
-    block_ids = torch.randperm(sum(num_blocks) + 2, generator=generator)
-    block_tables = torch.full((len(k_lens), max(num_blocks, default=0) + 1), NO_BLOCK, dtype=torch.int32)
-    is_owned = torch.zeros(len(block_ids), case.block_size, dtype=torch.bool)
-    for table, ids, k_len in zip(block_tables, block_ids.split([*num_blocks, 2]), k_lens, strict=False):
-        table[: len(ids)] = ids
-        position = torch.arange(k_len)
-        is_owned[ids[position // case.block_size], position % case.block_size] = True
-    device_generator = torch.Generator(device).manual_seed(case.seed)
-    caches = []
-    for _ in range(2):
-        shape = (*is_owned.shape, case.num_kv_heads, case.head_dim)
-        cache = torch.randn(shape, generator=device_generator, device=device).to(case.dtype)
-        caches.append(cache.masked_fill_(~is_owned.to(device)[:, :, None, None], torch.nan))
-    return Inputs(query.to(device, case.dtype), *caches, *cu_seqlens, block_tables.to(device))
+    if case.block_size:
+        shape = (case.block_size, case.num_kv_heads, case.head_dim)
+        key, value, tables = poisoned_caches(k_lens, *shape, case.dtype, case.seed, device)
+        return Inputs(query, key, value, *cu_seqlens, tables)
+    shape = (sum(k_lens), case.num_kv_heads, case.head_dim)
+    key, value = (torch.randn(shape, generator=generator).to(device, case.dtype) for _ in range(2))
+    return Inputs(query, key, value, *cu_seqlens, None)
 
 
 def run(case: Case, inputs: Inputs) -> torch.Tensor:
-    from nanovllm.kernels.varlen_attention import Tiles, varlen_attention
-
     return varlen_attention(
         inputs.query,
         inputs.key,
@@ -141,8 +141,14 @@ def assert_right(inputs: Inputs, output: torch.Tensor, kernel: str = "varlen_att
     assert output.shape == inputs.query.shape
     if not len(output):
         return
+    bounds = inputs.cu_seqlens_q.tolist()
+
+    def place(index: tuple[int, ...]) -> str:
+        sequence = bisect_right(bounds, index[0]) - 1
+        return f"sequence {sequence}, query {index[0] - bounds[sequence]}, head {index[1]}, dimension {index[2]}"
+
     plain, exact = inputs.expected(output.dtype), inputs.expected()
-    assert_within_twice_the_error_of_plain_torch(kernel, output, plain, exact)
+    assert_within_twice_the_error_of_plain_torch(kernel, output, plain, exact, place)
 
 
 def check_case(case: Case, device: str) -> None:
@@ -205,6 +211,222 @@ def check_far_token(device: str) -> None:
     assert_right(near, run(case, Inputs(*views, near.cu_seqlens_q, near.cu_seqlens_k, None)))
 
 
-CHECKS = {name: partial(check_case, case) for name, case in CASES.items()}
-CHECKS |= {"strides, packed": partial(check_strides, 0), "strides, paged": partial(check_strides, 16)}
-CHECKS |= {"far block": check_far_block, "far token": check_far_token}
+def check_chunks(device: str) -> None:
+    """D07: a prompt of 1000 in chunks of 300, 300 and 400, over the cache; each within the bound of the reference."""
+    whole = Case(((1000, 1000),), 16, 4, 2, 128, torch.bfloat16, tiles=None)
+    inputs = make_inputs(whole, device)
+    for start, end in ((0, 300), (300, 600), (600, 1000)):
+        bounds = {
+            "cu_seqlens_q": torch.tensor([0, end - start], dtype=torch.int32, device=device),
+            "cu_seqlens_k": torch.tensor([0, end], dtype=torch.int32, device=device),
+        }
+        chunk = replace(inputs, query=inputs.query[start:end], **bounds)
+        assert_right(chunk, run(replace(whole, lengths=((end - start, end),)), chunk))
+
+
+def check_same_bits(dtype: torch.dtype, block_size: int, device: str) -> None:
+    case = Case(((900, 1500), (17, 17), (640, 640)), block_size, 16, 8, 128, dtype, tiles=None)
+    inputs = make_inputs(case, device)
+    assert_repeats(lambda: run(case, inputs))
+
+
+def meta_inputs(
+    dtype: torch.dtype = torch.float16, head_dim: int = 32, block_size: int = 16, num_heads: int = 4
+) -> dict[str, torch.Tensor | int]:
+    """Inputs of 2 sequences and 2 kv heads that have shapes and no contents; block_size 0: packed."""
+    query, key, value = meta(300, num_heads + 4, head_dim, dtype=dtype).split([num_heads, 2, 2], dim=1)
+    cu_seqlens = meta(3, dtype=torch.int32)
+    inputs = {"query": query, "key": key, "value": value, "cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
+    inputs |= {"max_seqlen_q": 200}
+    if block_size:
+        inputs["key"], inputs["value"] = meta(2, 100, block_size, 2, head_dim, dtype=dtype)
+        inputs["block_tables"] = meta(2, 4096 // block_size, dtype=torch.int32)
+    return inputs
+
+
+def compilation(group_size: int, targets: tuple, **shape: int) -> Compilation:
+    def launch(dtype: torch.dtype, capability: int) -> None:
+        tiles = choose_tiles(dtype, shape["head_dim"], (capability // 10, 0))
+        varlen_attention(**meta_inputs(dtype, num_heads=2 * group_size, **shape), tiles=tiles)
+
+    def does_not_round_float32(compiled: Compiled) -> None:
+        """The bound of the GPU tests is that of plain PyTorch in float32, so this says why if it fails."""
+        assert compiled.dtype != "float32" or "tf32" not in compiled.ptx
+
+    return Compilation(launch, targets, does_not_round_float32)
+
+
+def launch_step(size: int) -> None:
+    """size: of the prompt, and of the block tables' width."""
+    tables, cu_seqlens = meta(2, size, dtype=torch.int32), meta(3, dtype=torch.int32)
+    arguments = meta(size, 16, 128), meta(100, 256, 8, 128), meta(100, 256, 8, 128), cu_seqlens, cu_seqlens
+    varlen_attention(*arguments, max_seqlen_q=size, block_tables=tables, tiles=Tiles(64, 64, 4, 3))
+
+
+def strided(tensor: torch.Tensor) -> torch.Tensor:
+    """Its like, of which the last dimension is not contiguous."""
+    return torch.empty((*tensor.shape, 2), dtype=tensor.dtype, device="meta")[..., 0]
+
+
+def refusals() -> tuple:
+    def half(*shape: int) -> torch.Tensor:
+        return meta(*shape, dtype=torch.float16)
+
+    def both(*shape: int) -> dict[str, torch.Tensor]:
+        return {"key": half(*shape), "value": half(*shape)}
+
+    packed = {"block_tables": None, **both(300, 2, 32)}
+    return (
+        ({"query": half(300, 4, 96), **both(9, 16, 2, 96)}, "head_dim must be one of"),
+        (both(9, 16, 2, 64), "head_dim must be one of"),
+        ({"value": half(9, 16, 1, 32)}, "value must have the shape of key"),
+        (both(9, 8, 2, 32), "block_size must be a power of two from 16"),
+        (both(9, 48, 2, 32), "block_size must be a power of two from 16"),
+        (both(300, 2, 32), "key must have 3 dimensions, 4 with block_tables"),
+        ({"query": half(300, 5, 32)}, "must be a multiple of key's"),
+        ({"block_tables": meta(3, 8, dtype=torch.int32)}, "block_tables must have a row a sequence"),
+        ({"cu_seqlens_k": meta(4, dtype=torch.int32)}, "cu_seqlens_q and cu_seqlens_k must be"),
+        *(({name: torch.Tensor.float}, "must have one dtype") for name in ("query", "key", "value")),
+        *(({name: torch.Tensor.long}, "must be int32") for name in ("cu_seqlens_q", "cu_seqlens_k", "block_tables")),
+        *(({name: strided}, "last dimensions must be contiguous") for name in ("query", "key", "value")),
+        ({**packed, "query": strided}, "last dimensions must be contiguous"),
+        *(({**packed, name: strided(packed["key"])}, "dimensions must be contiguous") for name in ("key", "value")),
+        *(({"scale": scale}, "scale must be above 0") for scale in (0.0, -1.0, float("nan"))),
+    )
+
+
+def measured(
+    query_lens: list[int],
+    prefix: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    *,
+    prefill: Callable[..., torch.Tensor] = varlen_attention,
+) -> Measured:
+    """prefill: the launcher, and by default the kernel that the engine would take."""
+    key_lens = [prefix + length for length in query_lens]
+    scale = head_dim**-0.5
+
+    def make(index: int) -> tuple[torch.Tensor, ...]:
+        qkv = randn(index, sum(query_lens), num_heads + 2 * num_kv_heads, head_dim)
+        caches = paged_cache(index, key_lens, num_kv_heads, head_dim, block_size=256)
+        return qkv[:, :num_heads], *caches, cumulated(query_lens), cumulated(key_lens)
+
+    def run(query, k_cache, v_cache, block_tables, cu_seqlens_q, cu_seqlens_k):
+        arguments = (query, k_cache, v_cache, cu_seqlens_q, cu_seqlens_k, scale)
+        return prefill(*arguments, max_seqlen_q=max(query_lens), block_tables=block_tables)
+
+    def plain(query, k_cache, v_cache, block_tables, cu_seqlens_q, cu_seqlens_k, dtype=torch.bfloat16):
+        return attend_one_by_one(query, k_cache, v_cache, block_tables, query_lens, key_lens, dtype)
+
+    def flash(query, k_cache, v_cache, block_tables, cu_seqlens_q, cu_seqlens_k):
+        lens = (cu_seqlens_q, cu_seqlens_k, max(query_lens), max(key_lens))
+        return flash_attention_prefill(query, k_cache, v_cache, *lens, scale, block_tables)
+
+    return Measured(
+        make=make,
+        run=run,
+        expected=partial(plain, dtype=torch.float32),
+        work=work_of_prefill(query_lens, key_lens, num_heads, num_kv_heads, head_dim),
+        peers={"torch": plain, "flash-attn": flash},
+    )
+
+
+def work_of_prefill(
+    query_lens: list[int], key_lens: list[int], num_heads: int, num_kv_heads: int, head_dim: int
+) -> Work:
+    """4 H D operations a causal pair; queries, keys and values read, outputs written."""
+    query_bytes = sum(query_lens) * num_heads * head_dim * 2
+    kv_bytes = sum(key_lens) * 2 * num_kv_heads * head_dim * 2
+    num_operations = 4 * num_heads * head_dim * num_causal_pairs(query_lens, key_lens)
+    return Work(query_bytes + kv_bytes, query_bytes, num_operations)
+
+
+def num_causal_pairs(query_lens: list[int], key_lens: list[int]) -> int:
+    """Pairs of a query and a key that it sees: query i of q sees k - q + i + 1 of k keys."""
+    return sum(q * (k - q) + q * (q + 1) // 2 for q, k in zip(query_lens, key_lens, strict=True))
+
+
+def portable(query: torch.Tensor, *arguments: object, **options: object) -> torch.Tensor:
+    """The kernel for every GPU, also where there is a special one."""
+    tiles = choose_tiles(query.dtype, query.shape[2], torch.cuda.get_device_capability())
+    return varlen_attention(query, *arguments, tiles=tiles, **options)
+
+
+MIXED = ((5, 5), (1024, 1024), (300, 1001), (1, 700), (513, 513), (64, 320), (3, 3))
+LAYOUTS = {"packed": 0, "blocks of 16": 16, "blocks of 256": 256}
+
+KERNEL = Kernel(
+    name="varlen_attention",
+    launched={"varlen_attention_kernel": Limits()},
+    cases={name: partial(check_case, case) for name, case in CASES.items()}
+    | {"strides, packed": partial(check_strides, 0), "strides, paged": partial(check_strides, 16)}
+    | {"far block": check_far_block, "far token": check_far_token},
+    on_gpu={
+        f"{name}, {layout}, {str(dtype)[6:]}": partial(
+            check_case, Case(MIXED, LAYOUTS[layout], *shape[:3], dtype, tiles=None)
+        )
+        for name, shape in SHAPES.items()
+        for dtype in DTYPES
+        for layout in ("packed", "blocks of 256")
+    }
+    | {
+        f"head size {dim}, {layout}, {str(dtype)[6:]}": partial(
+            check_case, Case(((70, 200), (129, 129), (1, 64)), size, 4, 2, dim, dtype, tiles=None)
+        )
+        for dim in (32, 64, 128, 256)
+        for dtype in DTYPES
+        for layout, size in LAYOUTS.items()
+    }
+    | {
+        f"long prompt, {layout}": partial(
+            check_case, Case(((4100, 4100), (100, 9000)), size, 4, 2, 128, torch.bfloat16, tiles=None)
+        )
+        for layout, size in LAYOUTS.items()
+    }
+    | {
+        f"same bits, {layout}, {str(dtype)[6:]}": partial(check_same_bits, dtype, size)
+        for layout, size in LAYOUTS.items()
+        for dtype in DTYPES
+    }
+    | {"chunks": check_chunks},
+    drawn=st.builds(
+        lambda pairs, kv_heads, group_size, head_dim, block_size, dtype: partial(
+            check_case,
+            Case(
+                tuple((queries, queries + cached) for queries, cached in pairs),
+                block_size,
+                kv_heads * group_size,
+                kv_heads,
+                head_dim,
+                dtype,
+                tiles=None,
+            ),
+        ),
+        st.lists(st.tuples(st.integers(0, 400), st.integers(0, 400)), max_size=8),
+        st.integers(1, 5),
+        st.sampled_from([1, 2, 7]),
+        st.sampled_from([64, 128]),
+        st.sampled_from([0, 16, 64, 512]),
+        st.sampled_from(DTYPES),
+    ),
+    compiled={
+        f"head size {dim}, {layout}": compilation(2, tuple((90, d) for d in DTYPES), head_dim=dim, block_size=size)
+        for dim in (32, 64, 128, 256)
+        for layout, size in LAYOUTS.items()
+    }
+    | {
+        f"head size {dim}, {group_size} heads a group": compilation(
+            group_size,
+            tuple(target for target in EVERY_TARGET if target[1] == torch.bfloat16),
+            head_dim=dim,
+            block_size=256,
+        )
+        for dim in (32, 64, 128, 256)
+        for group_size in (1, 7)
+    },
+    refused=Refusals(varlen_attention, meta_inputs, refusals()),
+    steps={"": Steps(launch_step)},
+    measured={"varlen_attention": partial(measured, prefill=portable), "prefill": measured},
+)

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from typing import NamedTuple
 
-from tests.kernels.versions import INTERPRETER_REASON, interprets
 from tests.limits import HANG_SECONDS
+from tests.support.kernels.versions import INTERPRETER_REASON, interprets
 
 
 class Skip(NamedTuple):
@@ -71,7 +71,8 @@ ALLOWED = [
         90, "flash-attn is an extra that is compiled on the GPU machine", lambda: find_spec("flash_attn") is None,
     ),
     AllowedSkip(
-        r"tests/kernels/test_varlen_attention_hopper\.py::.*", r"needs compute capability 9\.0", 73,
+        r"tests/kernels/test_kernels\.py::test_\w+_on_a_gpu(_only)?\[varlen_attention_hopper.*",
+        r"needs compute capability 9\.0", 120,
         "a kernel for Hopper GPUs only", _has_no_hopper,
     ),
     AllowedSkip(
@@ -79,11 +80,11 @@ ALLOWED = [
         "matplotlib draws a picture of benchmarks, and is an extra", lambda: find_spec("matplotlib") is None,
     ),
     AllowedSkip(
-        r"tests/kernels/(test_\w+|faulty_kernels|sampling_probes)\.py", r"could not import 'triton'.*", 14,
-        "Triton exists on Linux only", lambda: not sys.platform.startswith("linux"),
+        r"tests/(kernels/(test_\w+|sampling_probes)|support/kernels/faulty_kernels)\.py",
+        r"could not import 'triton'.*", 14, "Triton exists on Linux only", lambda: not sys.platform.startswith("linux"),
     ),
     AllowedSkip(
-        r"tests/kernels/test_\w+\.py::.*", re.escape(INTERPRETER_REASON), 20,
+        r"tests/kernels/test_\w+\.py::.*", re.escape(INTERPRETER_REASON), 300,
         "the pinned versions can interpret; others are installed on GPU machines", lambda: not interprets(),
     ),
 ]

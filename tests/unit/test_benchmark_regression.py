@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from benchmarks import conftest, regression
+from benchmarks import conftest, hosting, regression
 
 
 def samples(rng: np.random.Generator, seconds: float, noise: float, num_samples: int = 15) -> list[float]:
@@ -20,7 +20,7 @@ def test_a_slowdown_of_ten_percent_is_caught_among_fifty(noise):
     before = {f"b{i}": samples(rng, 1e-5 * (i + 1), noise) for i in range(50)}
     now = {f"b{i}": samples(rng, 1e-5 * (i + 1) * (1.1 if i == 37 else 1.0), noise) for i in range(50)}
     decisions = regression.decide_all(before, now)
-    assert [decision.name for decision in decisions if decision.is_regression] == ["b37"]
+    assert [decision.name for decision in decisions if decision.is_slower] == ["b37"]
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.01, 0.05, 0.3])
@@ -44,7 +44,7 @@ def test_an_improvement_is_reported_and_fails_nothing():
     rng = np.random.default_rng(0)
     decision = regression.decide("b", samples(rng, 1e-5, 0.01), samples(rng, 0.8e-5, 0.01))
     assert decision.is_faster
-    assert not decision.is_regression
+    assert not decision.is_slower
     assert "faster -" in regression.summary([decision])
 
 
@@ -80,27 +80,95 @@ def test_the_same_gpu_with_other_versions_is_compared():
     conftest.pytest_benchmark_compare_machine_info(now, {"machine_info": before})
 
 
-def session(kernel_samples: list[float], host_samples: list[float], stored: dict[str, list[float]]) -> SimpleNamespace:
+def session(kernel_samples: list[float], host_ratios: list[float], stored: dict[str, dict]) -> SimpleNamespace:
     """What the hook reads of pytest's session, after benchmarks "kernel" and "host" have run."""
-
-    def benchmark(fullname: str, data: list[float]) -> SimpleNamespace:
-        extra_info = {"kernel": "rms_norm"} if fullname == "kernel" else {}
-        return SimpleNamespace(fullname=fullname, stats=SimpleNamespace(data=data), extra_info=extra_info)
-
-    mapping = {"0001.json": {name: {"stats": {"data": data}} for name, data in stored.items()}}
-    benchmarks = [benchmark("kernel", kernel_samples), benchmark("host", host_samples)]
-    state = SimpleNamespace(compared_mapping=mapping, benchmarks=benchmarks)
+    benchmarks = [
+        SimpleNamespace(
+            fullname="kernel", stats=SimpleNamespace(data=kernel_samples), extra_info={"kernel": "rms_norm"}
+        ),
+        SimpleNamespace(fullname="host", stats=None, extra_info={"host": "schedule", "ratios": host_ratios}),
+    ]
+    state = SimpleNamespace(compared_mapping={"0001.json": stored}, benchmarks=benchmarks)
     return SimpleNamespace(config=SimpleNamespace(_benchmarksession=state, stash=pytest.Stash()), exitstatus=0)
 
 
+FAILED = pytest.ExitCode.TESTS_FAILED
+
+
 @pytest.mark.parametrize(
-    ("kernel_factor", "host_factor", "exit_status"),
-    [(1.0, 1.0, 0), (1.1, 1.0, pytest.ExitCode.TESTS_FAILED), (0.8, 1.0, 0), (1.0, 2.0, 0)],
-    ids=["unchanged", "slower kernel", "faster kernel", "slower host"],
+    ("kernel_factor", "host_ratios", "exit_status"),
+    [
+        (1.0, [4.0], 0),
+        (1.1, [4.0], FAILED),
+        (0.8, [4.0], 0),
+        (1.0, [8.0, 8.1, 7.9], FAILED),
+        (1.0, [8.0, 8.1, 4.1], 0),
+        (1.0, [5.9], 0),
+    ],
+    ids=["unchanged", "slower kernel", "faster kernel", "slower host", "host that was busy", "host below the limit"],
 )
-def test_the_session_fails_when_a_kernel_became_slower(kernel_factor, host_factor, exit_status):
+def test_the_session_fails_when_a_kernel_or_the_host_became_slower(kernel_factor, host_ratios, exit_status):
     rng = np.random.default_rng(3)
-    stored = {name: samples(rng, 1e-5, 0.01) for name in ("kernel", "host")}
-    fake: object = session(samples(rng, kernel_factor * 1e-5, 0.01), samples(rng, host_factor * 1e-5, 0.01), stored)
+    stored = {"kernel": {"stats": {"data": samples(rng, 1e-5, 0.01)}}}
+    stored["host"] = {"stats": {"data": []}, "extra_info": {"ratios": [4.0]}}
+    fake: object = session(samples(rng, kernel_factor * 1e-5, 0.01), host_ratios, stored)
     conftest.pytest_sessionfinish(fake)
     assert fake.exitstatus == exit_status
+
+
+def test_a_stored_run_without_ratios_decides_nothing_about_the_host():
+    fake: object = session([1e-5] * 15, [8.0, 8.0, 8.0], {"host": {"stats": {"data": []}}})
+    conftest.pytest_sessionfinish(fake)
+    assert fake.exitstatus == 0
+
+
+# --- the host's measurement ---
+
+
+class Clock:
+    """Stands for pytest-benchmark's fixture: runs all rounds, and says what a round took."""
+
+    disabled = False
+    name = "test_something"
+
+    def __init__(self):
+        self.extra_info = {}
+
+    def pedantic(self, run, *, setup, teardown, rounds, warmup_rounds):
+        data = []
+        for _ in range(warmup_rounds + rounds):
+            arguments, _ = setup()
+            data.append(hosting.seconds_of(lambda: run(*arguments)))  # noqa: B023 (called at once)
+        self.stats = SimpleNamespace(stats=SimpleNamespace(data=data[warmup_rounds:], median=np.median(data)))
+
+
+def work(times: int) -> None:
+    for _ in range(times):
+        hosting.yardstick()
+
+
+def ratios_of(times: int, stored_ratio: float | None) -> list[float]:
+    clock = Clock()
+    hosting.HostMeasurement(clock, stored_ratio)(lambda: work(times))
+    return clock.extra_info["ratios"]
+
+
+def test_a_host_benchmark_that_is_twice_as_slow_is_measured_again_and_fails():
+    """A planted slowdown: as much work twice. The ratio to plain Python does not depend on the machine."""
+    (before,) = ratios_of(2, None)
+    assert before == pytest.approx(2, rel=0.4)
+    now = ratios_of(4, before)
+    assert len(now) == 1 + hosting.RETRIES
+    assert regression.decide_host("host", before, now).is_slower
+
+
+def test_a_host_benchmark_that_did_not_change_is_not_slower():
+    (before,) = ratios_of(2, None)
+    assert not regression.decide_host("host", before, ratios_of(2, before)).is_slower
+
+
+def test_what_is_prepared_is_given_to_each_run_and_taken_down():
+    events = []
+    ratio = hosting.ratio_to_yardstick(events.append, lambda: "prepared", lambda value: events.append(f"{value}, down"))
+    assert events == ["prepared", "prepared, down"] * hosting.ROUNDS
+    assert ratio < 1

@@ -62,3 +62,23 @@ def test_bars_of_text_stand_in_where_it_is_not(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)  # what makes an import fail
     assert report.draw(RESULT, tmp_path) == tmp_path / "kernels.txt"
     assert (tmp_path / "kernels.txt").read_text() == report.text_chart(RESULT)
+
+
+HOST = report.HostResult(
+    {"gpu": None, "python": "3.12.1", "cpu": "x86_64"},
+    [
+        {"host": "prepare_decode", "microseconds": 200.0, "yardstick_microseconds": 100.0, "ratios": [2.0]},
+        {"host": "append", "microseconds": 50.0, "yardstick_microseconds": 100.0, "ratios": [0.5]},
+    ],
+)
+
+
+def test_the_host_side_has_a_table_a_file_and_a_picture_of_its_own(tmp_path):
+    """Without a GPU these are all that a run writes."""
+    assert report.table(HOST).splitlines()[1].split() == ["prepare_decode", "200.0", "2.00"]
+    path, picture = report.write(HOST, tmp_path)
+    assert path.name == "host.json"
+    assert report.HostResult(**json.loads(path.read_text())) == HOST
+    assert picture.stat().st_size > 0
+    first, second = report.text_chart(HOST).splitlines()
+    assert (first.count("#"), second.count("#")) == (report.BAR_WIDTH, report.BAR_WIDTH // 4)

@@ -21,7 +21,7 @@ def test_every_mutant_fits_compiles_and_has_its_tests() -> None:
         changes.add((path, text))
         if path.suffix == ".py":
             compile(text, str(path), "exec")
-        for test in mutant.tests:
+        for test in mutant.paths:
             file, _, name = test.partition("::")
             assert name == "" or f"def {name}(" in (ROOT / file).read_text(encoding="utf-8"), f"{mutant.id}: {test}"
             assert (ROOT / file).is_file(), f"{mutant.id}: {test}"

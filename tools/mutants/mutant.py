@@ -41,6 +41,11 @@ class Mutant:
     old: str
     new: str
 
+    @property
+    def paths(self) -> list[str]:
+        """The paths among `tests`, without options such as -k NAME."""
+        return [argument for argument in self.tests if "/" in argument]
+
     def apply(self, root: Path) -> tuple[Path, str]:
         """(path of the file, its whole text with the change). Raises MutantError unless the old text occurs once."""
         pattern = _pattern(self.old)

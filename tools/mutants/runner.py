@@ -95,7 +95,7 @@ def check_baseline(root: Path, mutants: Iterable[Mutant]) -> None:
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         copy = Copy(root, Path(folder))
         try:
-            copy.start(dict.fromkeys(test for mutant in mutants for test in mutant.tests))
+            copy.start(dict.fromkeys(path for mutant in mutants for path in mutant.paths))
             while (passed := copy.passed()) is None:
                 time.sleep(0.05)
         finally:

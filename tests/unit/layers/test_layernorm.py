@@ -8,8 +8,8 @@ import torch
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.parameter import ShapeError
 from reference.rms_norm import rms_norm
-from tests.kernels.accuracy import assert_rounded_alike
 from tests.support import comparing
+from tests.support.kernels.accuracy import assert_rounded_alike
 
 E, EPS = 48, 1e-5
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)

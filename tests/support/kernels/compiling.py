@@ -12,29 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from unittest.mock import patch
 
-import pytest
-import torch
-
 from tests.evidence import COMPILED, compared_kernel
-from tests.kernels.versions import tolerated_stack_bytes
+from tests.support.kernels.registry import Limits
+from tests.support.kernels.versions import tolerated_stack_bytes
 
 MAX_REGISTERS_OF_AN_SM = 65536
 # Shared memory that one block may have, by compute capability (CUDA C++ Programming Guide, "Technical Specifications").
 MAX_SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-
-CAPABILITIES = pytest.mark.parametrize("capability", MAX_SHARED_BYTES, ids=lambda number: f"sm_{number}")
-# Every dtype where the kernels are tuned, and the usual one on the other generations.
-TARGETS = pytest.mark.parametrize(
-    ("capability", "dtype"),
-    [
-        (90, torch.bfloat16),
-        (90, torch.float16),
-        (90, torch.float32),
-        (80, torch.bfloat16),
-        (100, torch.bfloat16),
-    ],
-    ids=lambda value: f"sm_{value}" if isinstance(value, int) else str(value).removeprefix("torch."),
-)
 
 
 @dataclass(frozen=True)
@@ -95,15 +79,29 @@ def compile_launches(launch: Callable[[], object], capability: int = 90) -> list
     return [read[kernel] for kernel in kernels]
 
 
-def assert_fits(
-    compiled: Compiled, max_registers: int = 255, max_shared_bytes: int | None = None, max_stack_bytes: int = 0
-) -> None:
+def names_of_launches(launch: Callable[[], object]) -> set[str]:
+    """Names of the kernels that launch() launches. It must use meta tensors; nothing is compiled."""
+    from triton.runtime.jit import JITFunction
+
+    names = set()
+
+    def note(self, *args, **kwargs):
+        names.add(self.fn.__name__)
+
+    with patch.object(JITFunction, "run", note):
+        launch()
+    return names
+
+
+def assert_fits(compiled: Compiled, limits: Limits) -> None:
     """Registers, shared memory and what is spilled within the given limits and those of the hardware."""
-    limit = MAX_SHARED_BYTES[compiled.capability]
-    assert compiled.stack_bytes <= max_stack_bytes + tolerated_stack_bytes(), f"spills: {compiled}"
-    assert compiled.registers <= max_registers, compiled
+    most_shared = MAX_SHARED_BYTES[compiled.capability]
+    assert compiled.stack_bytes <= limits.max_stack_bytes + tolerated_stack_bytes(), f"spills: {compiled}"
+    assert compiled.registers <= limits.max_registers, compiled
     assert compiled.registers * 32 * compiled.num_warps <= MAX_REGISTERS_OF_AN_SM, f"cannot be launched: {compiled}"
-    assert compiled.shared_bytes <= min(limit, limit if max_shared_bytes is None else max_shared_bytes), compiled
+    if limits.max_shared_bytes is not None:
+        most_shared = min(most_shared, limits.max_shared_bytes)
+    assert compiled.shared_bytes <= most_shared, compiled
     compared_kernel(compiled.file, compiled.dtype, COMPILED)
 
 

@@ -1,31 +1,11 @@
-"""Runs kernels in Triton's interpreter, on the CPU, so that a wrong index, a forgotten element or a race would show.
+"""Tensors between guard margins: a kernel that writes outside of a tensor, or changes an input, is noticed."""
 
-A kernel's cases are in tests/kernels/NAME_cases.py: CHECKS, a dict of check(device) by name, each of which calls the
-launcher on tensors of a Guards and raises AssertionError. `run_interpreted` runs them in a process of their own, since
-the interpreter is chosen before triton's first import and an access far out of bounds kills it: first with the programs
-of each grid in order, then reversed, then shuffled. On a GPU, `check("cuda")` runs the same case.
-"""
-
-import importlib
-import os
-import random
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
-from unittest.mock import patch
 
-import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from tests.kernels.versions import INTERPRETER_REASON, interprets
-from tests.limits import HANG_SECONDS
-from tests.source_tree import ROOT
-
 MARGIN = 4096  # elements on each side: more than a tile, so that what runs over by a tile meets them
-ORDERS = ("in order", "reversed", "shuffled")
 
 
 class Guards(TorchFunctionMode):
@@ -102,52 +82,3 @@ def _poison(dtype: torch.dtype, number: int) -> torch.Tensor:
 
 def _same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
     return torch.equal(left.contiguous().view(torch.uint8), right.contiguous().view(torch.uint8))
-
-
-@contextmanager
-def program_order(order: str) -> Iterator[None]:
-    """Within it, the interpreter runs the programs of every grid in one of ORDERS."""
-    from triton.runtime.interpreter import interpreter_builder
-
-    set_grid_index = interpreter_builder.set_grid_idx
-
-    def set_other_index(x: int, y: int, z: int) -> None:
-        # The interpreter counts through the grid, last axis fastest; give it the program at another place instead.
-        _, num_y, num_z = grid = interpreter_builder.grid_dim
-        place, count = (x * num_y + y) * num_z + z, grid[0] * num_y * num_z
-        if order == "reversed":
-            place = count - 1 - place
-        elif order == "shuffled":
-            place = random.Random(count).sample(range(count), count)[place]
-        set_grid_index(place // (num_y * num_z), place // num_z % num_y, place % num_z)
-
-    with patch.object(interpreter_builder, "set_grid_idx", set_other_index):
-        yield
-
-
-def run_interpreted(cases: str) -> None:
-    """Run CHECKS of module `cases` in every order, in another process. Raises AssertionError with what it printed.
-
-    The last case named there is the one that failed, or during which the process died.
-    """
-    if not interprets():
-        pytest.skip(INTERPRETER_REASON)
-    command = [sys.executable, "-m", "tests.kernels.interpreting", cases]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=HANG_SECONDS)
-    assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
-    assert result.stdout.splitlines()[-1] == "done"
-
-
-def main(cases: str) -> None:
-    checks = importlib.import_module(cases).CHECKS
-    for order in ORDERS:
-        with program_order(order):
-            for name, check in checks.items():
-                print(f"{name} ({order})", flush=True)
-                check("cpu")
-    print("done")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

@@ -1,0 +1,276 @@
+"""Every registered kernel in every common way: interpreted, compiled, refusing, on a GPU, launched by an LLM.
+
+What a kernel declares is in NAME_cases.py; docs/adding_a_kernel.md shows how one is added.
+"""
+
+import ast
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from benchmarks.shapes import POINTS
+from nanovllm.engine.model_input import prepare_kinds_of_prefill
+from tests.evidence import compared
+from tests.source_tree import ROOT, parse, python_files
+from tests.support.kernels.accuracy import assert_repeats
+from tests.support.kernels.compiling import assert_fits, compile_launches, names_of_launches
+from tests.support.kernels.interpreting import INTERPRETER, failure_of
+from tests.support.kernels.reaching import kernels_of_interpreted_llm, kernels_of_llm_on_a_gpu
+from tests.support.kernels.registry import Kernel, kernels
+from tests.support.kernels.versions import INTERPRETER_REASON, interprets
+
+KERNELS = kernels()
+EACH_KERNEL = pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
+
+
+def each(attribute: str) -> pytest.MarkDecorator:
+    """The test once for each entry of a mapping that kernels declare: kernel, and the entry's name."""
+    entries = [(kernel, name) for kernel in KERNELS.values() for name in getattr(kernel, attribute)]
+    return pytest.mark.parametrize(
+        ("kernel", "name"), entries, ids=[f"{kernel.name}-{name}" for kernel, name in entries]
+    )
+
+
+def failure_message(kernel: Kernel, name: str, failure: str, request: pytest.FixtureRequest) -> str:
+    repeat = f"python -m pytest '{request.node.nodeid}'"
+    if request.node.get_closest_marker("gpu"):
+        repeat = f"python -m pytest -m gpu '{request.node.nodeid}'"
+    return f"kernel {kernel.name}, case {name!r}: {failure}\nrepeat with: {repeat}"
+
+
+# --- interpreted ---
+
+
+@each("cases")
+def test_interpreted(kernel: Kernel, name: str, request: pytest.FixtureRequest) -> None:
+    """D50, D51, D52, D53, D56, D57, D58: each case in three orders of the grid's programs, between guard margins."""
+    if not interprets():
+        pytest.skip(INTERPRETER_REASON)
+    failure = INTERPRETER.run(kernel.module, name).failure
+    if failure:
+        pytest.fail(failure_message(kernel, name, failure, request), pytrace=False)
+
+
+@EACH_KERNEL
+def test_every_function_of_the_file_runs_in_its_cases(kernel: Kernel) -> None:
+    """A @triton.jit function that no case reaches would be tested by nothing."""
+    if not interprets():
+        pytest.skip(INTERPRETER_REASON)
+    missing = set(jit_functions(kernel))
+    for name in sorted(kernel.cases, key=lambda name: "far" in name):
+        if not missing:
+            break
+        missing -= INTERPRETER.run(kernel.module, name).functions
+    assert not missing
+
+
+def jit_functions(kernel: Kernel) -> list[str]:
+    """Names of the functions in the kernel's file that a `jit` decorates."""
+    functions = [node for node in parse(file_of(kernel.name)).body if isinstance(node, ast.FunctionDef)]
+    return [node.name for node in functions if any("jit" in ast.unparse(mark) for mark in node.decorator_list)]
+
+
+def file_of(name: str) -> Any:
+    return ROOT / "nanovllm" / "kernels" / f"{name}.py"
+
+
+def test_every_file_with_kernels_is_registered() -> None:
+    files = {path.stem for path in python_files("nanovllm/kernels") if ".jit" in path.read_text(encoding="utf-8")}
+    assert set(KERNELS) == files
+
+
+# --- compiled ---
+
+
+def compilations() -> Iterator[Any]:
+    for kernel in KERNELS.values():
+        for name, compilation in kernel.compiled.items():
+            for capability, dtype in compilation.targets:
+                target = f"sm_{capability}-{str(dtype).removeprefix('torch.')}"
+                yield pytest.param(kernel, name, capability, dtype, id=f"{kernel.name}-{name}-{target}")
+
+
+@pytest.mark.parametrize(("kernel", "name", "capability", "dtype"), list(compilations()))
+def test_compiled(kernel: Kernel, name: str, capability: int, dtype: Any) -> None:
+    """For a GPU that need not be there: within its declared limits of registers, shared memory and stack."""
+    compilation = kernel.compiled[name]
+    own = [
+        compiled
+        for compiled in compile_launches(lambda: compilation.launch(dtype, capability), capability)
+        if compiled.file == kernel.name
+    ]
+    assert own
+    for compiled in own:
+        assert_fits(compiled, kernel.launched[compiled.name])
+        compilation.also(compiled)
+
+
+@EACH_KERNEL
+def test_every_launched_kernel_is_compiled(kernel: Kernel) -> None:
+    names = set()
+    for compilation in kernel.compiled.values():
+        capability, dtype = compilation.targets[0]
+        names |= names_of_launches(lambda c=compilation, d=dtype, sm=capability: c.launch(d, sm))
+    calls = (node.func for node in ast.walk(parse(file_of(kernel.name))) if isinstance(node, ast.Call))
+    launched = {ast.unparse(call.value) for call in calls if isinstance(call, ast.Subscript)}  # name[grid](...)
+    assert set(kernel.launched) == launched & set(jit_functions(kernel)) == names & set(jit_functions(kernel))
+
+
+# --- refused ---
+
+
+def refusals() -> Iterator[Any]:
+    for kernel in KERNELS.values():
+        for number, (changes, message) in enumerate(kernel.refused.changes if kernel.refused else ()):
+            yield pytest.param(kernel, changes, message, id=f"{kernel.name}-{number}-{'-'.join(changes)}")
+
+
+@pytest.mark.parametrize(("kernel", "changes", "message"), list(refusals()))
+def test_inputs_are_refused(kernel: Kernel, changes: dict[str, Any], message: str) -> None:
+    """Shapes, strides and dtypes that the contract excludes raise ValueError."""
+    inputs = kernel.refused.inputs()
+    for name, change in changes.items():
+        inputs[name] = change(inputs[name]) if callable(change) else change
+    with pytest.raises(ValueError, match=message):
+        kernel.refused.launch(**inputs)
+
+
+# --- steps of other sizes ---
+
+SIZES = (1, 2, 3, 15, 16, 17, 48, 250, 256, 1000)
+# Numbers of tokens: those of start-up's prefills, and others, which any step may have.
+MET_AT_START = tuple({len(kind.input_ids) for kind in prepare_kinds_of_prefill(16384, 4096, 512, 100, 256)})
+ANY = (3, 5, 7, 9, 15, 17, 31, 100, 140, 240, 255, 257, 700, 960, 1023, 1025, 3000, 4095, 4097, 12345, 16383)
+
+
+@each("steps")
+def test_another_size_compiles_nothing_new(kernel: Kernel, name: str) -> None:
+    """A variant takes a second to compile, and a request would wait for it.
+
+    Triton compiles a kernel anew for an integer that is 1 or a multiple of 16, and for an address that is a multiple of
+    16. So a kernel must not look at integers that change from step to step: numbers of tokens, widths of block tables.
+    What a launcher chooses by size (tiles, warps) makes variants too, and those are declared.
+    """
+    steps = kernel.steps[name]
+    if steps.max_variants is not None:
+        variants = {(one.name, one.variant) for one in compile_launches(lambda: [steps.launch(size) for size in SIZES])}
+        assert len(variants) <= steps.max_variants, sorted(kernel for kernel, _ in variants)
+        compared("kernels: variants of a step's sizes", len(SIZES))
+    if steps.met_at_start:
+        compiled = compile_launches(lambda: [steps.launch(size) for size in (*MET_AT_START, *ANY)])
+        variants = [(one.name, one.variant) for one in compiled]
+        num_met = len(MET_AT_START) * (len(variants) // len(MET_AT_START + ANY))  # a launch launches as many kernels
+        assert set(variants[num_met:]) <= set(variants[:num_met])
+        compared("kernels: variants of a step's sizes", len(ANY))
+
+
+# --- reached by an LLM ---
+
+
+@pytest.fixture(scope="module")
+def reached_without_gpu() -> Any:
+    """architecture -> names of the @triton.jit functions that an LLM launches."""
+    found: dict[str, Any] = {}
+
+    def reached(architecture: str) -> Any:
+        if architecture not in found:
+            found[architecture] = INTERPRETER.call(kernels_of_interpreted_llm, architecture)
+        return found[architecture]
+
+    return reached
+
+
+@EACH_KERNEL
+def test_an_llm_launches_it(kernel: Kernel, reached_without_gpu: Any) -> None:
+    """Without a GPU: an LLM of tiny weights whose layers choose interpreted kernels."""
+    if not interprets():
+        pytest.skip(INTERPRETER_REASON)
+    assert_reached(kernel, reached_without_gpu, in_general=kernel.capability is None)
+
+
+@pytest.mark.gpu
+@EACH_KERNEL
+def test_an_llm_launches_it_on_a_gpu(kernel: Kernel) -> None:
+    import torch
+
+    is_for_this_gpu = kernel.capability in (None, torch.cuda.get_device_capability())
+    assert_reached(kernel, kernels_of_llm_on_a_gpu, in_general=is_for_this_gpu)
+
+
+def assert_reached(kernel: Kernel, reached: Any, in_general: bool) -> None:
+    names = reached(kernel.reached_by or "llama")
+    assert isinstance(names, frozenset), names
+    if kernel.reached_by is None:
+        assert kernel.unreached, f"{kernel.name} is launched by no LLM: say why"
+        assert not names & set(kernel.launched), f"{kernel.name} is launched by an LLM: name it in reached_by"
+    elif in_general:
+        assert set(kernel.launched) <= names
+    else:
+        assert not names & set(kernel.launched)
+
+
+# --- on a GPU ---
+
+
+def device_of(kernel: Kernel) -> str:
+    """ "cuda"; skips the test if the kernel is for another GPU."""
+    import torch
+
+    if kernel.capability not in (None, torch.cuda.get_device_capability()):
+        pytest.skip("needs compute capability {}.{}".format(*kernel.capability))
+    return "cuda"
+
+
+@pytest.mark.gpu
+@each("cases")
+def test_on_a_gpu(kernel: Kernel, name: str, request: pytest.FixtureRequest) -> None:
+    """D50, D51, D52, D53, D56, D57, D58: the cases that are interpreted, too."""
+    failure = failure_of(kernel.cases[name], device_of(kernel))
+    if failure:
+        pytest.fail(failure_message(kernel, name, failure, request), pytrace=False)
+
+
+@pytest.mark.gpu
+@each("on_gpu")
+def test_on_a_gpu_only(kernel: Kernel, name: str, request: pytest.FixtureRequest) -> None:
+    """Real sizes, all dtypes, CUDA graphs. D07, D52, D53, D58"""
+    failure = failure_of(kernel.on_gpu[name], device_of(kernel))
+    if failure:
+        pytest.fail(failure_message(kernel, name, failure, request), pytrace=False)
+
+
+@pytest.mark.gpu
+@EACH_KERNEL
+@given(data=st.data())
+@settings(max_examples=30)  # nearly each of them compiles
+def test_drawn_on_a_gpu(kernel: Kernel, data: st.DataObject) -> None:
+    """Shapes, dtypes and options that Hypothesis draws."""
+    device = device_of(kernel)
+    failure = failure_of(data.draw(kernel.drawn), device) if kernel.drawn is not None else ""
+    assert not failure, failure
+
+
+@pytest.mark.gpu
+@each("measured")
+def test_repeats_itself_on_a_gpu(kernel: Kernel, name: str) -> None:
+    """Fifty runs of a benchmark's middle point give the same bits."""
+    device_of(kernel)
+    points = list(POINTS[name].values())
+    measured = kernel.measured[name](*points[len(points) // 2])
+    inputs = measured.make(0)
+    assert_repeats(lambda: measured.run(*inputs))
+
+
+# --- measured ---
+
+
+def test_every_benchmark_has_points_and_every_kernel_a_benchmark() -> None:
+    declared = [name for kernel in KERNELS.values() for name in kernel.measured]
+    assert all(kernel.measured for kernel in KERNELS.values())
+    assert sorted(declared) == sorted(POINTS)

@@ -1,0 +1,104 @@
+"""Comparisons of a kernel's output with its reference, whose failures say where, by how much, and what was allowed.
+
+axes: how an index is told: a name for each dimension ("token", "head"), or a function of the index.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import torch
+
+from tests.evidence import INTERPRETED, ON_A_GPU, compared_kernel, tolerated
+
+Axes: TypeAlias = Sequence[str] | Callable[[tuple[int, ...]], str]
+
+
+def assert_within_twice_the_error_of_plain_torch(
+    kernel: str, actual: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor, axes: Axes = ()
+) -> None:
+    """flash-attention's bound: at most twice the error of plain PyTorch, and one unit in the last place more.
+
+    plain: the reference in the same dtype. exact: the reference on float64 copies of the inputs. Errors are the largest
+    over the tensor, the unit that of its largest element: it is the rounding of the output itself. NaN anywhere fails.
+    """
+    assert (actual.dtype, actual.shape) == (plain.dtype, plain.shape)
+    assert exact.dtype == torch.float64
+    if exact.numel() == 0:
+        return
+    last_place = torch.finfo(actual.dtype).eps * exact.abs().max()
+    plain_error = (plain.double() - exact).abs().max()
+    assert plain_error.isfinite(), f"{kernel}: plain PyTorch gives NaN or infinity, so this case judges nothing"
+    allowed = 2 * plain_error + last_place
+    errors = (actual.double() - exact).abs().nan_to_num(nan=torch.inf)
+    assert errors.max() <= allowed, (
+        f"{_where(kernel, actual, exact, errors > allowed, errors, axes)}\n"
+        f"its error is {errors.max():.3g}, plain PyTorch's largest {plain_error:.3g}; allowed are {allowed:.3g}: "
+        f"twice plain PyTorch's and one unit in the last place, {last_place:.3g}"
+    )
+    counted(kernel, actual)
+    if allowed:  # not where all is 0
+        name = f"kernel {kernel}, {str(actual.dtype).removeprefix('torch.')}"
+        tolerated(name, float(errors.max()), float(allowed))
+
+
+def assert_same_bits(kernel: str, actual: torch.Tensor, expected: torch.Tensor, axes: Axes = ()) -> None:
+    """Equal bit for bit, NaN included."""
+    assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[actual.element_size()]
+    differs = actual.contiguous().view(integer) != expected.contiguous().view(integer)
+    assert not differs.any(), _where(kernel, actual, expected, differs, differs.double(), axes)
+    counted(kernel, actual)
+
+
+def _where(
+    kernel: str,
+    actual: torch.Tensor,
+    expected: torch.Tensor,
+    is_wrong: torch.Tensor,
+    errors: torch.Tensor,
+    axes: Axes,
+) -> str:
+    flat = int(errors.argmax())
+    index = tuple(int(place) for place in torch.unravel_index(torch.tensor(flat), actual.shape))
+    if callable(axes):
+        place = axes(index)
+    else:
+        names = [*axes, *(f"dimension {number}" for number in range(len(axes), len(index)))]
+        place = ", ".join(f"{name} {number}" for name, number in zip(names, index, strict=False))
+    return (
+        f"{kernel} differs from its reference in {int(is_wrong.sum())} of {actual.numel()} elements "
+        f"({str(actual.dtype).removeprefix('torch.')})\n"
+        f"the worst is at {place}: expected {expected[index].item():.8g}, got {actual[index].item():.8g}"
+    )
+
+
+def counted(kernel: str, output: torch.Tensor) -> None:
+    """Evidence: every element of a kernel's output was compared."""
+    compared_kernel(kernel, output.dtype, INTERPRETED if output.device.type == "cpu" else ON_A_GPU, output.numel())
+
+
+def assert_rounded_alike(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """The same bits, but for one element in fifty.
+
+    Two ways to the same float32 number differ by a few units of its last place, which float16, with 13 bits less,
+    rounds alike but for one in a thousand. A rounding left out, or done once too often, changes one in ten or more.
+    """
+    assert actual.shape == expected.shape
+    share = (actual != expected).double().mean().item()
+    assert share <= 0.02, f"{share:.1%} of the elements are rounded otherwise"
+
+
+def assert_repeats(run: Callable[[], object], times: int = 50) -> None:
+    """run() gives the same bits every time; it returns a tensor or several."""
+    first = [output.clone() for output in tensors(run())]
+    for _ in range(times):
+        for left, right in zip(first, tensors(run()), strict=True):
+            is_equal = torch.equal(left.contiguous().view(torch.uint8), right.contiguous().view(torch.uint8))
+            assert is_equal, "the same inputs gave other bits"
+
+
+def tensors(outputs: object) -> list[torch.Tensor]:
+    """The tensors of an output that is one or several, None left out."""
+    if isinstance(outputs, torch.Tensor):
+        return [outputs]
+    return [output for output in outputs if output is not None]  # type: ignore[union-attr]

@@ -1,0 +1,206 @@
+"""Runs kernels in Triton's interpreter, on the CPU, so that a wrong index, a forgotten element or a race would show.
+
+The interpreter is chosen before triton's first import, and an access far out of bounds kills the process: so cases run
+in a process beside pytest's, one at a time, and a new one is started when it died. A case runs with the programs of
+each grid in order, then reversed, then shuffled.
+
+    python -m tests.support.kernels.interpreting tests.kernels.rms_norm_cases [CASE ...]
+
+runs all cases of a file, or those that are named, up to the first that fails; tests/mutants uses it.
+"""
+
+import atexit
+import importlib
+import multiprocessing
+import os
+import random
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+from tests import evidence
+from tests.limits import HANG_SECONDS
+
+ORDERS = ("in order", "reversed", "shuffled")
+
+
+class Outcome(NamedTuple):
+    """failure: what to print, or "" if the case passed. functions: names of the @triton.jit functions that ran."""
+
+    failure: str
+    functions: frozenset[str]
+
+
+class Interpreter:
+    """A process in which Triton interprets. It is started at the first call, and again after it died."""
+
+    def __init__(self) -> None:
+        self._process: Any = None
+
+    def run(self, module: str, case: str, timeout: float = HANG_SECONDS) -> Outcome:
+        """Run KERNEL.cases[case] of `module` in every order."""
+        return self.call(run_case, module, case, timeout=timeout)
+
+    def call(self, function: Callable[..., Any], *args: Any, timeout: float = HANG_SECONDS) -> Any:
+        """function(*args), of module level, in that process. An exception there becomes an Outcome."""
+        if self._process is None:
+            self._start()
+        self._connection.send((function, args))
+        if not self._connection.poll(timeout):
+            self.close()
+            return Outcome(f"it ran for more than {timeout} s and was stopped", frozenset())
+        try:
+            return self._connection.recv()
+        except EOFError:
+            self._process.join()
+            code, self._process = self._process.exitcode, None
+            return Outcome(
+                f"the interpreting process died with exit code {code}: an access far out of bounds", frozenset()
+            )
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        with patch.dict("os.environ", TRITON_INTERPRET="1", OMP_NUM_THREADS="1"):
+            self._process.start()
+        theirs.close()
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+            self._process = None
+
+
+INTERPRETER = Interpreter()
+atexit.register(INTERPRETER.close)
+
+
+def _serve(connection: Any) -> None:
+    while True:
+        try:
+            function, args = connection.recv()
+        except EOFError:  # pytest has ended
+            return
+        try:
+            result = function(*args)
+        except BaseException:
+            result = Outcome(traceback.format_exc(), frozenset())
+        evidence.write()
+        connection.send(result)
+
+
+def run_case(module: str, case: str) -> Outcome:
+    """In the process that interprets: the case in every order, up to the first in which it fails."""
+    check = load_cases(module)[case]
+    with recorded_functions() as functions:
+        for order in ORDERS:
+            with program_order(order):
+                failure = failure_of(check, "cpu")
+            if failure:
+                return Outcome(f"programs {order}\n{failure}", frozenset(functions))
+    return Outcome("", frozenset(functions))
+
+
+def load_cases(module: str) -> Any:
+    """KERNEL.cases of a module, whose kernels will be interpreted."""
+    from tests.support.kernels import gluon_emulation
+
+    gluon_emulation.install()
+    return importlib.import_module(module).KERNEL.cases
+
+
+def failure_of(check: Callable[[str], None], device: str) -> str:
+    """What the check says when it fails, with what it was given and where it failed; "" if it passes."""
+    try:
+        check(device)
+    except AssertionError as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        frame = next(frame for frame in reversed(frames) if not frame.filename.endswith(("accuracy.py", "guards.py")))
+        return f"{describe(check)}\n{error or frame.line}\n(at {os.path.relpath(frame.filename)}:{frame.lineno})"
+    except Exception:
+        return f"{describe(check)}\n{traceback.format_exc()}"
+    return ""
+
+
+def describe(check: Callable[[str], None]) -> str:
+    """check_shape(7, 24, torch.float16, tile_size=16)"""
+    if not isinstance(check, partial):
+        return f"{getattr(check, '__name__', check)}()"
+    words = [*map(str, check.args), *(f"{name}={value}" for name, value in check.keywords.items())]
+    return f"{check.func.__name__}({', '.join(words)})"
+
+
+@contextmanager
+def program_order(order: str) -> Iterator[None]:
+    """Within it, the interpreter runs the programs of every grid in one of ORDERS."""
+    from triton.runtime.interpreter import interpreter_builder
+
+    set_grid_index = interpreter_builder.set_grid_idx
+
+    def set_other_index(x: int, y: int, z: int) -> None:
+        # The interpreter counts through the grid, last axis fastest; give it the program at another place instead.
+        _, num_y, num_z = grid = interpreter_builder.grid_dim
+        count = grid[0] * num_y * num_z
+        place = ordered(count, order)[(x * num_y + y) * num_z + z]
+        set_grid_index(place // (num_y * num_z), place // num_z % num_y, place % num_z)
+
+    from tests.support.kernels import gluon_emulation
+
+    with (
+        patch.object(interpreter_builder, "set_grid_idx", set_other_index),
+        patch.object(gluon_emulation, "ordered", partial(ordered, order=order)),
+    ):
+        yield
+
+
+def ordered(count: int, order: str) -> list[int]:
+    """The numbers below `count` in one of ORDERS."""
+    if order == "shuffled":
+        return random.Random(count).sample(range(count), count)
+    return list(range(count))[:: -1 if order == "reversed" else 1]
+
+
+@contextmanager
+def recorded_functions() -> Iterator[set[str]]:
+    """Names of the @triton.jit functions that are launched or called within it, by the interpreter or the emulation."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    from tests.support.kernels.gluon_emulation import EmulatedFunction
+
+    names: set[str] = set()
+
+    def recording(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            names.add(self.fn.__name__)
+            return method(self, *args, **kwargs)
+
+        return call
+
+    with (
+        patch.object(InterpretedFunction, "run", recording(InterpretedFunction.run)),
+        patch.object(InterpretedFunction, "__call__", recording(InterpretedFunction.__call__)),
+        patch.object(EmulatedFunction, "__call__", recording(EmulatedFunction.__call__)),
+    ):
+        yield names
+
+
+def main(module: str, names: list[str]) -> None:
+    cases = load_cases(module)
+    for order in ORDERS:
+        with program_order(order):
+            for name in names or cases:
+                print(f"{name} ({order})", flush=True)
+                failure = failure_of(cases[name], "cpu")
+                if failure:
+                    sys.exit(failure)
+    print("done")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])

@@ -1,0 +1,127 @@
+"""The registry of kernels: what tests/kernels/NAME_cases.py declares of nanovllm/kernels/NAME.py, as one object KERNEL.
+
+The common tests (tests/kernels/test_kernels.py), compute-sanitizer's run and the benchmarks go over KERNELS. They find
+a new kernel by its file of cases; docs/adding_a_kernel.md shows one.
+"""
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+
+from tests.source_tree import ROOT
+
+Check = Callable[[str], None]  # runs on a device, "cpu" if interpreted or "cuda", and raises AssertionError
+
+# (capability, dtype) of a compilation: every dtype where kernels are tuned, the usual one on the other generations.
+TARGETS = (
+    (90, torch.bfloat16),
+    (90, torch.float16),
+    (90, torch.float32),
+    (80, torch.bfloat16),
+    (100, torch.bfloat16),
+)
+EVERY_TARGET = tuple((c, dtype) for c in (80, 90, 100) for dtype in (torch.bfloat16, torch.float16, torch.float32))
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one compiled kernel may take: registers and bytes of stack of a thread, shared memory of a program."""
+
+    max_registers: int = 255
+    max_shared_bytes: int | None = None
+    max_stack_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """launch(dtype, capability): launches on meta tensors. also: what holds of each compiled kernel besides Limits."""
+
+    launch: Callable[[torch.dtype, int], object]
+    targets: tuple[tuple[int, torch.dtype], ...] = TARGETS
+    also: Callable[[Any], None] = lambda compiled: None
+
+
+@dataclass(frozen=True)
+class Refusals:
+    """launch(**inputs()) is valid; with one of `changes` it must raise a ValueError whose text matches.
+
+    changes: (changed inputs, regular expression). A changed input is a value, or a function of the valid one.
+    """
+
+    launch: Callable[..., object]
+    inputs: Callable[[], dict[str, Any]]
+    changes: tuple[tuple[dict[str, Any], str], ...]
+
+
+@dataclass(frozen=True)
+class Steps:
+    """launch(size) on meta tensors, where size changes from step to step (numbers of tokens, widths of block tables).
+
+    max_variants: how many variants all sizes may take, or None if they are not counted. met_at_start: whether start-up
+    launches with every variant that any number of tokens asks for.
+    """
+
+    launch: Callable[[int], object]
+    max_variants: int | None = 1
+    met_at_start: bool = False
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One file of nanovllm/kernels.
+
+    launched: its kernels, by the name of the @triton.jit function, and their limits.
+    cases: small; run interpreted, on a GPU and under compute-sanitizer. on_gpu: more, for a GPU only.
+    drawn: a Hypothesis strategy of checks, for a GPU only.
+    measured: benchmarks, NAME -> function of a point of benchmarks.shapes.POINTS[NAME], which gives a Measured.
+    reached_by: the architecture of which an LLM launches these kernels on a GPU, or None, and then unreached says why.
+    capability: of the only GPUs that it runs on.
+    """
+
+    name: str
+    launched: Mapping[str, Limits]
+    cases: Mapping[str, Check]
+    compiled: Mapping[str, Compilation]
+    refused: Refusals | None
+    measured: Mapping[str, Callable[..., Any]]
+    reached_by: str | None = "llama"
+    unreached: str = ""
+    on_gpu: Mapping[str, Check] = field(default_factory=dict)
+    drawn: Any = None
+    steps: Mapping[str, Steps] = field(default_factory=dict)
+    capability: tuple[int, int] | None = None
+
+    @property
+    def module(self) -> str:
+        return f"tests.kernels.{self.name}_cases"
+
+
+def lazy(path: str) -> Callable[..., Any]:
+    """nanovllm.kernels' function `path`, such as "rms_norm.add_rms_norm".
+
+    Imported when it is first called: at its import, triton decides whether it interprets.
+    """
+    module, _, name = path.rpartition(".")
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return getattr(importlib.import_module(f"nanovllm.kernels.{module}"), name)(*args, **kwargs)
+
+    call.__name__ = name
+    return call
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """A tensor without contents, for what is compiled and not run."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+@cache
+def kernels() -> dict[str, Kernel]:
+    """Every registered kernel by its name."""
+    names = sorted(path.stem for path in (ROOT / "tests" / "kernels").glob("*_cases.py"))
+    found = [importlib.import_module(f"tests.kernels.{name}").KERNEL for name in names]
+    return {kernel.name: kernel for kernel in found}
