@@ -71,9 +71,10 @@ mutants: $(STAMP) ## put small errors into the code, one at a time: do the tests
 mutants-sample: $(STAMP) ## a hundred of them, drawn at random; after four minutes no more are begun
 	$(TEST_ENV) $(BIN)/python -m tests.mutants --workers $(WORKERS) --sample 100 --minutes 4 --tests-pass $(ARGS)
 
-lint: $(STAMP) ## check format, style and types
+lint: $(STAMP) ## check format, style, types and which module imports which
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports --quiet
 	$(BIN)/pyright
 
 format: $(STAMP) ## format the code, mend what ruff can, bring tests/DEFECTS.md up to date

@@ -1,7 +1,6 @@
 """The plugins of the suite, loaded wherever pytest is pointed at: `pytest --replay FILE` names no folder of tests."""
 
 pytest_plugins = [
-    "tests.random_order",
     "tests.report.plugin",
     "tests.replay.plugin",
     "tests.gpu_sharing",

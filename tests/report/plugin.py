@@ -23,7 +23,6 @@ from tests.report.html import to_html
 from tests.report.page import make_page
 from tests.report.scope import never_collected, scope_of
 from tests.report.text import to_text
-from tests.run_seed import how_to_repeat
 
 DEFAULT = ".report"
 MOST_UNFINISHED = 40  # that are named
@@ -69,7 +68,8 @@ class Reporter:
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
         command = shlex.join(["python", "-m", "pytest", *map(str, config.invocation_params.args)])
-        self.facts = Facts(scope=scope_of(config), repeat=f"{how_to_repeat()} {command}")
+        seed = os.environ.get("NANOVLLM_TEST_SEED", "")
+        self.facts = Facts(scope=scope_of(config), repeat=f"NANOVLLM_TEST_SEED={seed} {command}")
         self.problems: list[str] = []
         self.written: list[Path] = []
         self.unfinished: dict[str, None] = {}  # tests that have not ended, in their order

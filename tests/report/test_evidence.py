@@ -7,7 +7,6 @@ import pytest
 
 from tests import evidence
 from tests.evidence import Counts
-from tests.random_order import shuffled
 
 
 @pytest.fixture
@@ -48,15 +47,3 @@ def test_written_counts_start_again_and_all_files_are_read(counts: Counts, tmp_p
     assert total.comparisons == Counter(a=3)
     assert dict(total.events) == {"never": 0}
     assert total.tolerances == {"x": (2, 4.0)}
-
-
-def test_shuffling_keeps_every_item_and_every_group_together() -> None:
-    items = list(range(40))
-    groups = [f"g{item % 4}" for item in items]
-    results = [shuffled(items, groups, seed) for seed in range(5)]
-    assert shuffled(items[::1], groups, 3) == results[3]
-    assert len({tuple(result) for result in results}) == 5
-    for result in results:
-        assert sorted(result) == items
-        assert len({tuple(item % 4 for item in result[start : start + 10]) for start in range(0, 40, 10)}) == 4
-        assert all(len({item % 4 for item in result[start : start + 10]}) == 1 for start in range(0, 40, 10))
