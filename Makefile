@@ -90,9 +90,10 @@ $(VENV)/.mutmut: $(STAMP)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[mutants]'
 	@touch $@
 
-lint: $(STAMP) ## check format, style and types
+lint: $(STAMP) ## check format, style, types and which module imports which
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports --quiet
 	$(BIN)/pyright
 
 format: $(STAMP) ## format the code, mend what ruff can, bring tests/DEFECTS.md up to date

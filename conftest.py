@@ -1,7 +1,6 @@
 """The plugins of the suite, loaded wherever pytest is pointed at: `pytest --report` names no folder of tests."""
 
 pytest_plugins = [
-    "tests.random_order",
     "tests.support.report_plugin",
     "tests.support.replay.plugin",
     "tests.gpu_sharing",

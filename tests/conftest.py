@@ -1,8 +1,11 @@
-"""What holds for every test: no network, one thread a process, one seed for the run, Hypothesis' profiles.
+"""What holds for every test: one seed, random order, no network, one thread a process, Hypothesis' profiles.
 
-HYPOTHESIS_PROFILE=dev|ci|nightly says how many examples are drawn (dev by default). NANOVLLM_TEST_SEED decides the
-order of the tests, where Python's, numpy's and torch's global generators start before each, and what Hypothesis draws;
-without it a run has a fresh one. A failure prints both.
+HYPOTHESIS_PROFILE=dev|ci|nightly sets how many examples are drawn (default: dev). One seed decides the order of the
+tests, the state of Python's, numpy's and torch's global generators before each test, and what Hypothesis draws:
+`--randomly-seed=N` (pytest-randomly), or NANOVLLM_TEST_SEED=N. It is printed in the header and with each failure.
+
+pytest-randomly (order, seed) and pytest-socket (no network) are kept libraries. A machine that lacks one runs without
+it: in the order of the files, with `--hypothesis-seed` as the seed, with an open network. The header says so.
 """
 
 import os
@@ -14,20 +17,19 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import gc
-import ipaddress
 import random
-import socket
 import sys
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
-from hypothesis.internal.conjecture import providers
 
-from tests.run_seed import PROFILE, SEED, how_to_repeat
-
+PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "dev")
 PROFILES = {"dev": 30, "ci": 100, "nightly": 3000}
+SEED_VARIABLE = "NANOVLLM_TEST_SEED"
+LOOPBACK = "127.0.0.1,::1,localhost"
+PLUGINS = {"randomly": "the order of the tests is fixed", "socket": "connections to other hosts are not refused"}
 
 for _name, _max_examples in PROFILES.items():
     settings.register_profile(
@@ -40,58 +42,43 @@ for _name, _max_examples in PROFILES.items():
     )
 settings.load_profile(PROFILE)
 
-# Hypothesis mixes constants of whatever modules of ours are loaded into its draws: a test alone would draw other cases
-# than among all tests, and the same seed would not find its failure again. Older versions do not.
-if hasattr(providers, "_get_local_constants"):
-    providers._get_local_constants = lambda: providers._local_constants  # as it is now: empty
 
-_connect, _connect_ex = socket.socket.connect, socket.socket.connect_ex
-
-
-def _refuse_other_hosts(address: Any) -> None:
-    """Raise unless `address` is a path (unix socket) or on this machine."""
-    host = address[0] if isinstance(address, tuple) else "localhost"
-    try:
-        is_local = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        is_local = host == "localhost"
-    if not is_local:
-        raise RuntimeError(f"tests use no network, and this one connects to {address!r}")
-
-
-def _guarded_connect(self: socket.socket, address: Any) -> None:
-    _refuse_other_hosts(address)
-    return _connect(self, address)
-
-
-def _guarded_connect_ex(self: socket.socket, address: Any) -> int:
-    _refuse_other_hosts(address)
-    return _connect_ex(self, address)
-
-
-@pytest.hookimpl(tryfirst=True)  # before Hypothesis' plugin reads its option
+@pytest.hookimpl(tryfirst=True)  # before pytest-randomly, pytest-socket and Hypothesis read their options
 def pytest_configure(config: pytest.Config) -> None:
-    if getattr(config.option, "reruns", None):
+    option = config.option
+    if getattr(option, "reruns", None):
         raise pytest.UsageError("--reruns: a test that fails now and then is a defect; find out why instead")
-    if getattr(config.option, "hypothesis_seed", SEED) is None:
-        config.option.hypothesis_seed = SEED
-    socket.socket.connect = _guarded_connect  # type: ignore[method-assign]
-    socket.socket.connect_ex = _guarded_connect_ex  # type: ignore[method-assign]
+    if hasattr(option, "allow_hosts"):
+        option.allow_hosts = option.allow_hosts or LOOPBACK
+        option.allow_unix_socket = True
+    given = [getattr(option, "randomly_seed", None), option.hypothesis_seed, os.environ.get(SEED_VARIABLE)]
+    seed = next((int(value) for value in given if str(value).isdecimal()), random.SystemRandom().randrange(2**31))
+    option.hypothesis_seed = seed  # workers of xdist get the options as they are now
+    option.randomly_seed = seed
+    os.environ[SEED_VARIABLE] = str(seed)  # for processes that tests start, and for tests/statistics.py
 
 
-def pytest_unconfigure(config: pytest.Config) -> None:
-    socket.socket.connect, socket.socket.connect_ex = _connect, _connect_ex  # type: ignore[method-assign]
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    missing = [
+        f"no pytest-{name}: {what}" for name, what in PLUGINS.items() if not config.pluginmanager.hasplugin(name)
+    ]
+    return [f"nanovllm: {_how_to_repeat(config)}", *missing]
 
 
-def pytest_report_header(config: pytest.Config) -> str:
-    return f"nanovllm: {how_to_repeat()}"
+def _seed(config: pytest.Config) -> int:
+    return config.option.hypothesis_seed
+
+
+def _how_to_repeat(config: pytest.Config) -> str:
+    option = "randomly" if config.pluginmanager.hasplugin("randomly") else "hypothesis"
+    return f"HYPOTHESIS_PROFILE={PROFILE} python -m pytest --{option}-seed={_seed(config)}"
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
     report = yield
     if report.failed:
-        text = f"{how_to_repeat()} python -m pytest {_marked(item.config)}'{item.nodeid}'"
+        text = f"{_how_to_repeat(item.config)} {_marked(item.config)}'{item.nodeid}'"
         text += "\n(without the test's name: all tests in the same order)"
         report.sections.append(("repeat with", text))
     return report
@@ -121,10 +108,11 @@ def pytest_runtest_setup() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> None:
-    """The global generators start alike in every test, whatever ran before it."""
-    random.seed(SEED)
-    np.random.seed(SEED)
+def _seeded(pytestconfig: pytest.Config) -> None:
+    """The global generators have the same state before every test (pytest-randomly knows nothing of torch)."""
+    seed = _seed(pytestconfig)
+    random.seed(seed)
+    np.random.seed(seed)
     torch = sys.modules.get("torch")  # a test without torch does not pay for its import
     if torch is not None:
-        torch.manual_seed(SEED)
+        torch.manual_seed(seed)
