@@ -65,7 +65,7 @@ bench: $(STAMP) ## measure throughput (ARGS='--model DIR --num-seqs 256'; see na
 benchmarks: ## time every kernel against the GPU's ceiling, and the host side, with the machine's own python (PYTHON=...)
 	$(QUIET) "$(PYTHON)" -m pytest --benchmark-only $(ARGS)
 
-mutants: mutants-defects $(VENV)/.mutmut ## put errors into the code: do the tests notice? known defects, then those that mutmut makes (an hour)
+mutants: mutants-defects $(VENV)/.mutmut ## put errors into the code: do the tests notice? known defects, then those that mutmut makes (hours)
 	$(TEST_ENV) WORKERS=$(WORKERS) $(BIN)/python -m tools.mutants.generic
 
 mutants-defects: $(STAMP) ## put each known defect of tests/DEFECTS.md back (four minutes)
