@@ -80,7 +80,7 @@ benchmarks: ## time every kernel against the GPU's ceiling, and the host side (a
 	@$(NEEDS) pytest pytest_benchmark hypothesis torch
 	$(QUIET) "$(MACHINE_PYTHON)" -m pytest --benchmark-only $(ARGS)
 
-mutants: mutants-defects $(VENV)/.mutmut ## put errors into the code: do the tests notice? known defects, then those that mutmut makes (an hour)
+mutants: mutants-defects $(VENV)/.mutmut ## put errors into the code: do the tests notice? known defects, then those that mutmut makes (hours)
 	$(TEST_ENV) WORKERS=$(WORKERS) $(BIN)/python -m tools.mutants.generic
 
 mutants-defects: $(STAMP) ## put each known defect of tests/DEFECTS.md back (four minutes)
