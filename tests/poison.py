@@ -21,6 +21,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ from nanovllm import LLM
 from nanovllm.engine.model_input import PADDING_BLOCK, ModelInput
 from nanovllm.engine.scheduler import ScheduledBatch
 from nanovllm.engine.sequence import Sequence
+from nanovllm.worker import model_runner
 from nanovllm.worker.launched_step import LaunchedStep
 from tests.support.counts import count_comparisons, count_event
 
@@ -54,6 +56,20 @@ class PoisonedEmpty(TorchFunctionMode):
         return fill_with_poison(result) if func in UNINITIALISED else result
 
 
+@contextmanager
+def poisoned_empty() -> Iterator[None]:
+    """While it is active, ModelRunners compute under PoisonedEmpty. They remove the function modes around them."""
+    plain = model_runner.plain_torch_state
+
+    @contextmanager
+    def poisoned(*args: Any, **kwargs: Any) -> Iterator[None]:
+        with plain(*args, **kwargs), PoisonedEmpty():
+            yield
+
+    with patch.object(model_runner, "plain_torch_state", poisoned):
+        yield
+
+
 def fill_with_poison(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.is_floating_point():
         return tensor.fill_(torch.nan)
@@ -63,7 +79,7 @@ def fill_with_poison(tensor: torch.Tensor) -> torch.Tensor:
 @contextmanager
 def poisoned_llm(model_dir: str | Path, **options: Any) -> Iterator[LLM]:
     """An LLM under Poison from its construction on: weights that were not loaded are NaN, too."""
-    with PoisonedEmpty():
+    with poisoned_empty():
         llm = LLM(str(model_dir), **options)
     with llm, Poison(llm).installed():
         yield llm
@@ -133,7 +149,7 @@ class Poison:
     def _run(self, run: Callable[..., list[int]], batch: ScheduledBatch) -> list[int]:
         self.num_steps += 1
         self._batch = batch
-        with PoisonedEmpty():
+        with poisoned_empty():
             token_ids = run(batch)
         self._check_tokens(batch, token_ids)
         self._batch = None
@@ -142,7 +158,7 @@ class Poison:
     def _launch(self, launch: Callable[..., LaunchedStep], batch: ScheduledBatch, *before: Any) -> LaunchedStep:
         self.num_steps += 1
         self._batch = batch
-        with PoisonedEmpty():
+        with poisoned_empty():
             launched = launch(batch, *before)
         self._check_tokens(batch, launched.token_ids())
         self._batch = None

@@ -77,8 +77,7 @@ def test_stop_string_of_a_special_token_and_text(talking: LLM) -> None:
 def test_special_token_that_is_also_the_end_of_sequence(tmp_path: Path) -> None:
     """D83: with ignore_eos the stop string ends the request, without it either does."""
     directory = model_that_says(tmp_path / "m", [70, 71, IM_END, 72, 73])
-    path = directory / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": IM_END}))
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": IM_END}))
     with LLM(str(directory), **BUNDLED_OPTIONS) as llm:
         for options in ({}, {"stop": "<|im_end|>"}, {"stop": "<|im_end|>", "ignore_eos": True}):
             assert both_ways(llm, [70], max_tokens=3, **options) == ("h", "stop", [71, IM_END])

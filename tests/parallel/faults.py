@@ -69,11 +69,15 @@ def run_rank_with(fault: Fault, model: Any, place: Any, *rest: Any) -> None:
 def plant_memory(monkeypatch: Any, available: list[int]) -> None:
     """From now on, rank r of engines of this process finds available[r] bytes of memory."""
     monkeypatch.setattr(local_ranks, "run_rank", functools.partial(_run_rank_with_memory, available))
-    monkeypatch.setattr(model_runner.psutil, "virtual_memory", lambda: SimpleNamespace(available=available[0]))
+    monkeypatch.setattr(model_runner.psutil, "virtual_memory", lambda: _memory(available[0]))
+
+
+def _memory(available: int) -> SimpleNamespace:
+    return SimpleNamespace(available=available, total=available)
 
 
 def _run_rank_with_memory(available: list[int], model: Any, place: Any, *rest: Any) -> None:
-    model_runner.psutil.virtual_memory = lambda: SimpleNamespace(available=available[place.rank])
+    model_runner.psutil.virtual_memory = lambda: _memory(available[place.rank])
     rank_process.run_rank(model, place, *rest)
 
 

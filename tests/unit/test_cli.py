@@ -251,8 +251,8 @@ def test_bench_refuses_an_empty_range(options, capsys):
 
 def test_refusal_reaches_the_shell_without_a_traceback():
     result = run_module("generate", "--max-tokens", "0", PROMPT)
-    assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr == "nanovllm: error: --max-tokens must be an integer of at least 1, got 0\n"
+    message = "nanovllm: error: --max-tokens must be an integer of at least 1, got 0\n"
+    assert (result.returncode, result.stdout, result.stderr) == (2, "", message)
 
 
 def test_debug_shows_the_traceback(capsys):
