@@ -1,4 +1,7 @@
-"""LLMEngine: requests in, outputs out; the one place where engine (decides) and worker (computes) meet."""
+"""LLMEngine: requests in, outputs out; the one place where engine (decides) and worker (computes) meet.
+
+It is one file of over 300 lines because one lock guards the state that all its methods share.
+"""
 
 import os
 import threading

@@ -1,4 +1,7 @@
-"""ModelRunner: one rank's model and KV cache, and the computing of a step."""
+"""ModelRunner: one rank's model and KV cache, and the computing of a step.
+
+It is one file of over 300 lines because the start-up measures the memory of the same steps that run() computes.
+"""
 
 import gc
 import math

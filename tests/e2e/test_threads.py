@@ -1,4 +1,4 @@
-"""One engine used by several threads, and several engines in several threads: each call gets its own whole output."""
+"""One engine used by several threads: each call gets its own whole output."""
 
 import asyncio
 import threading
@@ -9,11 +9,9 @@ from typing import Any
 import pytest
 
 from nanovllm import LLM, SamplingParams, bundled_model_path
-from nanovllm.context import set_context
 from nanovllm.demo_prompts import DEMO_PROMPTS
 from nanovllm.engine import llm_engine
 from nanovllm.engine.request import Request
-from tests.attention_cases import Case, make_step
 from tests.e2e.conftest import BUNDLED_OPTIONS
 from tests.evidence import compared
 
@@ -80,9 +78,6 @@ class Gate:
     def open(self, error: BaseException | None = None) -> None:
         self.error = error
         self.is_open.set()
-
-
-# --- one engine ---
 
 
 def test_calls_of_many_threads_give_what_they_give_alone(engine: LLM, threads: ThreadPoolExecutor) -> None:
@@ -276,35 +271,3 @@ def test_one_thread_tokenizes_at_a_time_and_steps_go_on(
     may_go.set()
     for call in calls:
         call.result(LIMIT_SECONDS)
-
-
-# --- several engines ---
-
-
-def test_engines_in_several_threads_do_not_meet(llm: LLM, threads: ThreadPoolExecutor) -> None:
-    """D81: they start and compute at the same time, in different dtypes."""
-    expected = tokens(llm, PROMPTS)
-    barrier = threading.Barrier(4)
-
-    def use(dtype: str) -> list[list[int]]:
-        barrier.wait(LIMIT_SECONDS)
-        with LLM(str(bundled_model_path()), **BUNDLED_OPTIONS, dtype=dtype) as own:
-            runner = own._executor._runner
-            assert {parameter.dtype for parameter in runner.model.parameters()} == {runner.dtype}
-            return tokens(own, PROMPTS)
-
-    results = [threads.submit(use, dtype) for dtype in ("float32", "float16", "float32", "bfloat16")]
-    results = [result.result(LIMIT_SECONDS) for result in results]
-    assert [results[0], results[2]] == [expected, expected]
-
-
-def test_a_context_belongs_to_its_thread(threads: ThreadPoolExecutor) -> None:
-    """D81."""
-    context = make_step(Case(((3, 3),))).context
-
-    def use() -> None:
-        with set_context(context):
-            pass
-
-    with set_context(context):
-        threads.submit(use).result(LIMIT_SECONDS)

@@ -49,12 +49,11 @@ def test_logits_of_several_ranks_equal_those_of_one(tmp_path, model_type, num_kv
         return model
 
     def logits_of(model):
-        with torch.no_grad():  # which is per thread
+        with torch.no_grad(), set_context(context):  # which are per thread
             return model.compute_logits(model(input_ids, positions))
 
-    with set_context(context):
-        expected = logits_of(loaded_model(TensorParallel()))
-        first, *others = run_together(logits_of, [loaded_model(rank) for rank in threaded_ranks(size)])
+    expected = logits_of(loaded_model(TensorParallel()))
+    first, *others = run_together(logits_of, [loaded_model(rank) for rank in threaded_ranks(size)])
     assert expected.shape == (12, 32)
     assert_close("models: logits of several ranks against those of one", first, expected, rtol=0, atol=1e-10)
     assert others == [None] * (size - 1)

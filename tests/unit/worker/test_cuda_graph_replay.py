@@ -73,8 +73,8 @@ def recordings(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Recording, Any]]:
     made: list[tuple[Recording, Any]] = []
 
     @contextmanager
-    def recording(graph: Recording, pool: Any, stream: Any) -> Iterator[None]:
-        assert stream == "the side stream of cpu"
+    def recording(graph: Recording, pool: Any, stream: Any, capture_error_mode: str) -> Iterator[None]:
+        assert (stream, capture_error_mode) == ("the side stream of cpu", "thread_local")
         made.append((graph, pool))
         Recording.current = graph
         yield
