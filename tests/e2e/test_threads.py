@@ -246,6 +246,22 @@ def test_a_stream_that_is_closed_inside_a_step_ends_after_it(engine: LLM, monkey
     assert tokens(engine, PROMPTS[1]) == expected
 
 
+def test_closing_a_stream_never_waits_for_a_step(
+    engine: LLM, threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """D81: the garbage collector may close it in a thread that holds what the step waits for."""
+    stream = engine.generate_stream(PROMPTS[0], GREEDY)
+    next(stream)
+    gate = Gate(engine, monkeypatch)
+    computing = threads.submit(tokens, engine, PROMPTS[1])
+    gate.wait()
+    try:
+        threads.submit(stream.close).result(LIMIT_SECONDS / 4)  # type: ignore[attr-defined]
+    finally:
+        gate.open()
+    assert len(computing.result(LIMIT_SECONDS)[0]) == 12
+
+
 def test_one_thread_tokenizes_at_a_time_and_steps_go_on(
     llm: LLM, threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
