@@ -1,4 +1,7 @@
-"""One engine used by several threads: each call gets its own whole output."""
+"""One engine used by several threads: each call gets its own whole output.
+
+It is one file of over 300 lines because all tests share the gate that holds a step.
+"""
 
 import asyncio
 import threading
@@ -12,6 +15,7 @@ from nanovllm import LLM, SamplingParams, bundled_model_path
 from nanovllm.demo_prompts import DEMO_PROMPTS
 from nanovllm.engine import llm_engine
 from nanovllm.engine.request import Request
+from nanovllm.worker.launched_step import LaunchedStep
 from tests.e2e.conftest import BUNDLED_OPTIONS
 from tests.evidence import compared
 
@@ -166,6 +170,25 @@ def test_a_step_that_fails_costs_no_other_call_its_output(
     items += streams[0]
     assert [token for item in items for token in item["token_ids"]] == expected[0]
     assert items[-1]["finish_reason"] == "length"
+
+
+def test_tokens_that_never_came_are_computed_again(
+    ahead: LLM, threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """D81: and not the step after them, which had been begun."""
+    expected = tokens(ahead, PROMPTS[0])[0]
+    streams = [ahead.generate_stream(prompt, GREEDY) for prompt in PROMPTS[:2]]
+    items = [next(stream) for stream in streams][:1]
+
+    def fail(step: LaunchedStep) -> list[int]:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as planted:
+        planted.setattr(LaunchedStep, "token_ids", fail)
+        with pytest.raises(KeyboardInterrupt):
+            threads.submit(list, streams[1]).result(LIMIT_SECONDS)
+    items += streams[0]
+    assert [token for item in items for token in item["token_ids"]] == expected
 
 
 def test_a_token_that_is_not_taken_in_is_an_error_of_its_call(
