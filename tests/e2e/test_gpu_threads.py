@@ -9,11 +9,11 @@ import torch
 
 from nanovllm import LLM, SamplingParams, bundled_model_path
 from nanovllm.demo_prompts import DEMO_PROMPTS
+from tests.limits import HANG_SECONDS
 
 PROMPTS = list(DEMO_PROMPTS[:6])
 PARAMS = SamplingParams.greedy(max_tokens=24, ignore_eos=True)
 OPTIONS: dict[str, Any] = {"device": "cuda", "max_model_len": 512, "max_num_seqs": 8, "num_kv_cache_blocks": 32}
-LIMIT_SECONDS = 100  # only a deadlock takes as long
 
 
 def tokens(llm: LLM, prompts: Any = PROMPTS) -> list[list[int]]:
@@ -43,12 +43,12 @@ def test_an_engine_captures_graphs_while_another_computes() -> None:
 
         computing = threads.submit(compute)
         try:
-            assert is_computing.wait(LIMIT_SECONDS) or computing.done()
+            assert is_computing.wait(HANG_SECONDS) or computing.done()
             for _ in range(3):
                 assert start_and_generate(enforce_eager=False) == expected
         finally:
             is_over.set()
-        assert computing.result(LIMIT_SECONDS) > 0
+        assert computing.result(HANG_SECONDS) > 0
 
 
 @pytest.mark.gpu
@@ -56,7 +56,7 @@ def test_engines_start_and_compute_at_the_same_time_on_a_gpu() -> None:
     """D81: with and without graphs."""
     expected = start_and_generate(enforce_eager=False)
     with ThreadPoolExecutor(4) as threads:
-        results = list(threads.map(start_and_generate, [False, False, True, False], timeout=LIMIT_SECONDS))
+        results = list(threads.map(start_and_generate, [False, False, True, False], timeout=HANG_SECONDS))
     assert results[0] == results[1] == results[3] == expected
     assert [len(token_ids) for token_ids in results[2]] == [24] * len(PROMPTS)
 
@@ -66,7 +66,7 @@ def test_calls_of_several_threads_on_a_gpu() -> None:
     """D81: float32, since in bfloat16 the size of a batch shows."""
     with LLM(str(bundled_model_path()), **OPTIONS, dtype="float32") as llm, ThreadPoolExecutor(8) as threads:
         expected = [tokens(llm, prompt) for prompt in PROMPTS]
-        assert list(threads.map(lambda prompt: tokens(llm, prompt), PROMPTS * 4, timeout=LIMIT_SECONDS)) == expected * 4
+        assert list(threads.map(lambda prompt: tokens(llm, prompt), PROMPTS * 4, timeout=HANG_SECONDS)) == expected * 4
 
 
 @pytest.mark.gpu
@@ -89,4 +89,4 @@ def test_a_thread_with_work_of_its_own_on_the_gpu_does_not_end_a_capture() -> No
             start_and_generate(enforce_eager=False)
         finally:
             is_over.set()
-        assert working.result(LIMIT_SECONDS) > 0
+        assert working.result(HANG_SECONDS) > 0

@@ -5,8 +5,11 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -115,3 +118,31 @@ def test_an_engine_closes_while_a_forked_child_lives(nothing_left: Watch) -> Non
         finally:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
+
+
+@pytest.mark.filterwarnings(FORK_WARNING)
+def test_a_child_forked_in_the_middle_of_a_step_does_not_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """D86: the thread that computes the step does not exist in the child."""
+    is_reached, may_go = threading.Event(), threading.Event()
+    with engine(1) as llm, ThreadPoolExecutor(1) as threads:
+        expected = generate(llm)
+        run = llm._executor.run
+
+        def wait_and_run(batch: Any) -> list[int]:
+            is_reached.set()
+            assert may_go.wait(60)
+            return run(batch)
+
+        monkeypatch.setattr(llm._executor, "run", wait_and_run)
+        computing = threads.submit(generate, llm)
+        assert is_reached.wait(60)
+        child = multiprocessing.get_context("fork").Process(target=close_and_use, args=(llm,))
+        child.start()
+        child.join(20)
+        exit_code = child.exitcode
+        child.kill()
+        child.join()
+        child.close()
+        may_go.set()
+        assert exit_code == 7
+        assert computing.result(60) == expected

@@ -19,6 +19,7 @@ from tests.gpu_sharing import (
 )
 from tests.limits import HANG_SECONDS
 from tests.source_tree import ROOT
+from tests.support.skips import Skip, why
 
 SHORT = 0.2  # seconds, in which a thread that may not come does not
 
