@@ -2,8 +2,8 @@
 
 After each operation OpenMP's threads spin for some time, so that the next one starts sooner. On a machine whose cores
 other processes want too, a spinning thread uses up its share of a core, and every operation then waits for a thread
-that does not run: on two busy cores, steps with two threads took four to thirty times as long as with one. With threads
-that sleep they took as long, or less (tools/measure_cpu_threads.py).
+that does not run: on two busy cores, most steps with two threads took four to thirty times as long as with one. With
+threads that sleep most took between a third and twice as long as with one (tools/measure_cpu_threads.py).
 """
 
 import os
