@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.model_config import load_model_config
-from tests.comparing import assert_within
-from tests.evidence import compared
 from tests.hugging_face import hugging_face_logits
 from tests.model_probe import make_runner, teacher_forced_logits
 from tests.oracle import ERROR_RATIO
+from tests.support.comparing import assert_within
+from tests.support.counts import count_comparisons
 from tests.tiny_models import CONFIG_CLASSES, VOCAB_SIZE, tiny_model
 
 Tensors = dict[str, torch.Tensor]
@@ -239,7 +239,7 @@ def test_eos_ids_are_those_of_transformers_generate(tmp_path: Path, in_config: A
     ids = theirs if isinstance(theirs, list) else [] if theirs is None else [theirs]
     expected = {token_id for token_id in ids if 0 <= token_id < VOCAB_SIZE}
     assert load_model_config(model_dir).eos_token_ids == expected
-    compared("config: end-of-sequence ids against transformers", 1)
+    count_comparisons("config: end-of-sequence ids against transformers", 1)
 
 
 @pytest.mark.parametrize("place", [0, 3, 9])
@@ -261,4 +261,4 @@ def test_generation_stops_where_transformers_stops(tmp_path: Path, place: int) -
     with LLM(str(model_dir), num_kv_cache_blocks=8, max_num_seqs=2, **OPTIONS) as llm:
         (output,) = llm.generate([prompt], SamplingParams.greedy(max_tokens=16), use_tqdm=False)
     assert output["token_ids"] == theirs[0, len(prompt) :].tolist()
-    compared("engine: where generation stops against transformers' generate", 1)
+    count_comparisons("engine: where generation stops against transformers' generate", 1)

@@ -17,8 +17,8 @@ from nanovllm.engine import llm_engine
 from nanovllm.engine.request import Request
 from nanovllm.worker.launched_step import LaunchedStep
 from tests.e2e.conftest import BUNDLED_OPTIONS
-from tests.evidence import compared
 from tests.limits import HANG_SECONDS
+from tests.support.counts import count_comparisons
 
 GREEDY = SamplingParams.greedy(max_tokens=12)
 PROMPTS = ["In the beginning", "The LORD is my shepherd", "And God said"]
@@ -104,7 +104,7 @@ def test_calls_of_many_threads_give_what_they_give_alone(engine: LLM, threads: T
     ]
     assert [future.result(HANG_SECONDS) for future in futures] == expected
     assert stepped.result(HANG_SECONDS) == [token_ids[0] for token_ids in expected[:8]]
-    compared("calls of several threads against the same calls alone", len(jobs))
+    count_comparisons("calls of several threads against the same calls alone", len(jobs))
 
 
 def test_asyncio_to_thread(engine: LLM) -> None:

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from benchmarks.shapes import POINTS
 from nanovllm.engine.model_input import prepare_kinds_of_prefill
-from tests.evidence import compared
 from tests.source_tree import ROOT, parse, python_files
+from tests.support.counts import count_comparisons
 from tests.support.kernels.accuracy import assert_repeats
 from tests.support.kernels.compiling import assert_fits, compile_launches, names_of_launches
 from tests.support.kernels.interpreting import INTERPRETER, failure_of
@@ -161,13 +161,13 @@ def test_another_size_compiles_nothing_new(kernel: Kernel, name: str) -> None:
     if steps.max_variants is not None:
         variants = {(one.name, one.variant) for one in compile_launches(lambda: [steps.launch(size) for size in SIZES])}
         assert len(variants) <= steps.max_variants, sorted(kernel for kernel, _ in variants)
-        compared("kernels: variants of a step's sizes", len(SIZES))
+        count_comparisons("kernels: variants of a step's sizes", len(SIZES))
     if steps.met_at_start:
         compiled = compile_launches(lambda: [steps.launch(size) for size in (*MET_AT_START, *ANY)])
         variants = [(one.name, one.variant) for one in compiled]
         num_met = len(MET_AT_START) * (len(variants) // len(MET_AT_START + ANY))  # a launch launches as many kernels
         assert set(variants[num_met:]) <= set(variants[:num_met])
-        compared("kernels: variants of a step's sizes", len(ANY))
+        count_comparisons("kernels: variants of a step's sizes", len(ANY))
 
 
 # --- reached by an LLM ---

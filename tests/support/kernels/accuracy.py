@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 import torch
 
-from tests.evidence import INTERPRETED, ON_A_GPU, compared_kernel, tolerated
+from tests.support.counts import INTERPRETED, ON_A_GPU, count_kernel_comparisons, record_error
 
 Axes: TypeAlias = Sequence[str] | Callable[[tuple[int, ...]], str]
 
@@ -38,7 +38,7 @@ def assert_within_twice_the_error_of_plain_torch(
     counted(kernel, actual)
     if allowed:  # not where all is 0
         name = f"kernel {kernel}, {str(actual.dtype).removeprefix('torch.')}"
-        tolerated(name, float(errors.max()), float(allowed))
+        record_error(name, float(errors.max()), float(allowed))
 
 
 def assert_same_bits(kernel: str, actual: torch.Tensor, expected: torch.Tensor, axes: Axes = ()) -> None:
@@ -74,7 +74,9 @@ def _where(
 
 def counted(kernel: str, output: torch.Tensor) -> None:
     """Evidence: every element of a kernel's output was compared."""
-    compared_kernel(kernel, output.dtype, INTERPRETED if output.device.type == "cpu" else ON_A_GPU, output.numel())
+    count_kernel_comparisons(
+        kernel, output.dtype, INTERPRETED if output.device.type == "cpu" else ON_A_GPU, output.numel()
+    )
 
 
 def assert_rounded_alike(actual: torch.Tensor, expected: torch.Tensor) -> None:

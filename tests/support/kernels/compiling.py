@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from unittest.mock import patch
 
-from tests.evidence import COMPILED, compared_kernel
+from tests.support.counts import COMPILED, count_kernel_comparisons
 from tests.support.kernels.registry import Limits
 from tests.support.kernels.versions import tolerated_stack_bytes
 
@@ -102,7 +102,7 @@ def assert_fits(compiled: Compiled, limits: Limits) -> None:
     if limits.max_shared_bytes is not None:
         most_shared = min(most_shared, limits.max_shared_bytes)
     assert compiled.shared_bytes <= most_shared, compiled
-    compared_kernel(compiled.file, compiled.dtype, COMPILED)
+    count_kernel_comparisons(compiled.file, compiled.dtype, COMPILED)
 
 
 def _dtype(kernel) -> str:

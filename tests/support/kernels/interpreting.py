@@ -22,8 +22,8 @@ from functools import partial
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
-from tests import evidence
 from tests.limits import HANG_SECONDS
+from tests.support import counts
 
 ORDERS = ("in order", "reversed", "shuffled")
 
@@ -91,7 +91,7 @@ def _serve(connection: Any) -> None:
             result = function(*args)
         except BaseException:
             result = Outcome(traceback.format_exc(), frozenset())
-        evidence.write()
+        counts.write()
         connection.send(result)
 
 

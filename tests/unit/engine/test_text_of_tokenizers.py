@@ -13,7 +13,7 @@ from nanovllm import bundled_model_path
 from nanovllm.engine.detokenizer import Detokenizer, decode
 from nanovllm.engine.token_decoder import TokenDecoder
 from nanovllm.engine.tokenizer import load_tokenizer
-from tests.evidence import compared
+from tests.support.counts import count_comparisons
 from tests.unit.engine.text_tokenizers import SPECIAL, KnownTokenizer, byte_fallback, byte_level, word_tokenizer
 
 KINDS = {"byte-fallback": byte_fallback, "byte-level": byte_level}
@@ -88,7 +88,7 @@ def test_generate_and_stream_give_the_text_that_follows_the_prompt(kind: str, da
     assert at_once(known.tokenizer, prompt, completion) == expected
     assert "".join(one_by_one(known.tokenizer, prompt, completion)) == expected
     assert decode(known.tokenizer, completion) == known.text(completion)
-    compared("detokenizer: text of generate and of the stream against the bytes", len(completion))
+    count_comparisons("detokenizer: text of generate and of the stream against the bytes", len(completion))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -15,7 +15,7 @@ from nanovllm import LLM, bundled_model_path
 from nanovllm.engine.tokenizer import load_tokenizer
 from nanovllm.model_config import load_model_config
 from tests.checkpoints import small_config
-from tests.evidence import compared
+from tests.support.counts import count_comparisons
 from tests.tiny_models import CONFIG_CLASSES, tiny_model
 
 TEXT = "In the beginning <eos> was\n the Word, \u00e9\u4e2d <|im_end|> "
@@ -98,7 +98,7 @@ def test_it_is_the_tokenizer_that_auto_tokenizer_gives(
         change_json(model_dir / place, {"tokenizer_class": tokenizer_class})
     expected = state_of(AutoTokenizer.from_pretrained(str(model_dir)))
     assert state_of(load_tokenizer(model_dir, load_model_config(model_dir))) == expected
-    compared("tokenizer: state against AutoTokenizer", len(expected))
+    count_comparisons("tokenizer: state against AutoTokenizer", len(expected))
 
 
 @pytest.mark.parametrize("architecture", [*CONFIG_CLASSES, "bundled"])
