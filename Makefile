@@ -99,7 +99,7 @@ lint: $(STAMP) ## check format, style, types and which module imports which
 format: $(STAMP) ## format the code, mend what ruff can, bring tests/DEFECTS.md up to date
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
-	$(BIN)/python -m tests.defects
+	$(BIN)/python -m tools.defects
 
 clean: ## remove .venv and everything that was built
 	rm -rf $(VENV) .traces .report mutants build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks

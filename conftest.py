@@ -3,5 +3,5 @@
 pytest_plugins = [
     "tests.support.report_plugin",
     "tests.support.replay.plugin",
-    "tests.gpu_sharing",
+    "tests.support.gpu_sharing",
 ]

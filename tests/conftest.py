@@ -55,7 +55,7 @@ def pytest_configure(config: pytest.Config) -> None:
     seed = next((int(value) for value in given if str(value).isdecimal()), random.SystemRandom().randrange(2**31))
     option.hypothesis_seed = seed  # workers of xdist get the options as they are now
     option.randomly_seed = seed
-    os.environ[SEED_VARIABLE] = str(seed)  # for processes that tests start, and for tests/statistics.py
+    os.environ[SEED_VARIABLE] = str(seed)  # for processes that tests start, and for tests/support/statistics.py
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from nanovllm import LLM, bundled_model_path
-from tests.poison import poisoned_llm
+from tests.support.poison import poisoned_llm
 
 BUNDLED_OPTIONS = {
     "device": "cpu",

@@ -11,9 +11,9 @@ from nanovllm import LLM, SamplingParams, bundled_model_path
 from nanovllm.demo_prompts import DEMO_PROMPTS
 from nanovllm.worker.launched_step import LaunchedStep
 from tests.e2e.conftest import BUNDLED_OPTIONS
-from tests.poison import poisoned_llm
 from tests.support.counts import count_comparisons
 from tests.support.engine_events import assert_occurred
+from tests.support.poison import poisoned_llm
 from tests.support.replay.player import play, target_for
 from tests.support.replay.trace import Trace, recording
 

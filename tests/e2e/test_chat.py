@@ -13,7 +13,7 @@ import pytest
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.tokenizer import load_tokenizer
 from tests.e2e.conftest import BUNDLED_OPTIONS
-from tests.tiny_models import tiny_model
+from tests.support.tiny_models import tiny_model
 
 GREEDY = SamplingParams.greedy(max_tokens=20, ignore_eos=True)
 TEMPLATE = (

@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.model_config import load_model_config
-from tests.hugging_face import hugging_face_logits
-from tests.model_probe import make_runner, teacher_forced_logits
-from tests.oracle import ERROR_RATIO
 from tests.support.comparing import assert_within
 from tests.support.counts import count_comparisons
-from tests.tiny_models import CONFIG_CLASSES, VOCAB_SIZE, tiny_model
+from tests.support.hugging_face import hugging_face_logits
+from tests.support.model_probe import make_runner, teacher_forced_logits
+from tests.support.oracle import ERROR_RATIO
+from tests.support.tiny_models import CONFIG_CLASSES, VOCAB_SIZE, tiny_model
 
 Tensors = dict[str, torch.Tensor]
 OPTIONS: dict[str, Any] = {"device": "cpu", "dtype": "float32", "attention_backend": "torch"}

@@ -11,11 +11,11 @@ from hypothesis import example, given, settings
 
 from nanovllm import SamplingParams
 from nanovllm.engine.inputs import request_seed
-from tests.oracle import Oracle
-from tests.poison import poisoned_llm
 from tests.support.counts import count_event
 from tests.support.engine_events import assert_occurred, scheduler_events
-from tests.tiny_models import tiny_model
+from tests.support.oracle import Oracle
+from tests.support.poison import poisoned_llm
+from tests.support.tiny_models import tiny_model
 
 MAX_MODEL_LEN = 40
 EVENTS = ("preemption", "prefill chunk", "block hit", "block evicted", "abort")

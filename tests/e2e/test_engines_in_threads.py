@@ -8,7 +8,7 @@ import pytest
 
 from nanovllm import LLM, SamplingParams, bundled_model_path
 from tests.e2e.conftest import BUNDLED_OPTIONS
-from tests.limits import HANG_SECONDS
+from tests.support.limits import HANG_SECONDS
 
 GREEDY = SamplingParams.greedy(max_tokens=12)
 PROMPTS = ["In the beginning", "The LORD is my shepherd", "And God said"]

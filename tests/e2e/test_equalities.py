@@ -17,11 +17,11 @@ import torch
 from nanovllm import LLM
 from reference.checkpoint import load_checkpoint
 from reference.transformer import transformer
-from tests.e2e.row_by_row import row_by_row
-from tests.e2e.serving import PROMPTS, Served, Way, serve
-from tests.oracle import ERROR_RATIO, Oracle
 from tests.support.counts import count_comparisons, record_error
-from tests.tiny_models import VOCAB_SIZE, tiny_model
+from tests.support.oracle import ERROR_RATIO, Oracle
+from tests.support.row_by_row import row_by_row
+from tests.support.serving import PROMPTS, Served, Way, serve
+from tests.support.tiny_models import VOCAB_SIZE, tiny_model
 
 ARCHITECTURES = ["qwen2", "qwen3_moe"]  # between them: biases, norms of heads, a mixture of experts
 
@@ -126,7 +126,7 @@ def test_ways_that_leave_the_shapes_alone_give_the_same_bits(architecture: str, 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_ways_that_change_the_shapes_stay_within_rounding(architecture: str, way: str) -> None:
     """D58. Whether the bits differ is the matrix library's affair, so only the bound is claimed: each of the two is
-    within ERROR_RATIO of the reference's own float32 error (see tests/oracle.py).
+    within ERROR_RATIO of the reference's own float32 error (see tests/support/oracle.py).
     """
     alone = served(architecture, "alone", False)
     bound = ERROR_RATIO * rounding_of(tiny_model(architecture), alone)

@@ -16,11 +16,11 @@ from nanovllm import LLM, SamplingParams, bundled_model_path
 from nanovllm.demo_prompts import DEMO_PROMPTS
 from reference.checkpoint import Checkpoint, load_checkpoint
 from reference.transformer import transformer
-from tests.model_probe import make_runner, teacher_forced_logits
-from tests.oracle import ERROR_RATIO, Oracle
 from tests.support.comparing import assert_within
 from tests.support.engine_events import scheduler_events
-from tests.tiny_models import VOCAB_SIZE, tiny_model
+from tests.support.model_probe import make_runner, teacher_forced_logits
+from tests.support.oracle import ERROR_RATIO, Oracle
+from tests.support.tiny_models import VOCAB_SIZE, tiny_model
 
 pytestmark = pytest.mark.gpu
 

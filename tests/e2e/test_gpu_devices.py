@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 
-from tests.limits import HANG_SECONDS
-from tests.source_tree import ROOT
+from tests.support.limits import HANG_SECONDS
+from tests.support.source_tree import ROOT
 
 
 @pytest.mark.gpu

@@ -13,9 +13,9 @@ from nanovllm.engine.sequence import Sequence
 from nanovllm.worker.model_runner import ModelRunner
 from reference.checkpoint import load_checkpoint
 from reference.transformer import transformer
-from tests.model_probe import make_runner
 from tests.support.counts import count_event
-from tests.tiny_models import VOCAB_SIZE, tiny_model
+from tests.support.model_probe import make_runner
+from tests.support.tiny_models import VOCAB_SIZE, tiny_model
 
 pytestmark = pytest.mark.gpu
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from nanovllm import LLM, SamplingParams
-from tests.source_tree import module_name, python_files
-from tests.tiny_models import tiny_model
+from tests.support.source_tree import module_name, python_files
+from tests.support.tiny_models import tiny_model
 
 LONG = list(range(5, 205))
 # Of many tokens and of few, found in the cache and not, in chunks, greedy and drawn.

@@ -9,7 +9,7 @@ import torch
 
 from nanovllm import LLM, SamplingParams, bundled_model_path
 from nanovllm.demo_prompts import DEMO_PROMPTS
-from tests.limits import HANG_SECONDS
+from tests.support.limits import HANG_SECONDS
 
 PROMPTS = list(DEMO_PROMPTS[:6])
 PARAMS = SamplingParams.greedy(max_tokens=24, ignore_eos=True)

@@ -1,7 +1,7 @@
 """The engine against transformers, on every variant of every architecture, in float32 on the CPU.
 
 The bound: transformers is run in float64 and in float32. The two differ by what float32 rounding does to this model and
-these tokens; our float32 logits may differ from float64 by ERROR_RATIO times that (see tests/oracle.py).
+these tokens; our float32 logits may differ from float64 by ERROR_RATIO times that (see tests/support/oracle.py).
 """
 
 from typing import Any
@@ -11,12 +11,12 @@ import torch
 
 from nanovllm import LLM, SamplingParams, bundled_model_path
 from nanovllm.demo_prompts import DEMO_PROMPTS
-from tests.hugging_face import hugging_face_logits, judge, load_hugging_face
-from tests.model_probe import make_runner, teacher_forced_logits
-from tests.oracle import ERROR_RATIO
 from tests.support.comparing import assert_within
 from tests.support.counts import count_comparisons
-from tests.tiny_models import VARIANTS, VOCAB_SIZE, tiny_model
+from tests.support.hugging_face import hugging_face_logits, judge, load_hugging_face
+from tests.support.model_probe import make_runner, teacher_forced_logits
+from tests.support.oracle import ERROR_RATIO
+from tests.support.tiny_models import VARIANTS, VOCAB_SIZE, tiny_model
 
 OPTIONS: dict[str, Any] = {"device": "cpu", "dtype": "float32", "attention_backend": "torch"}
 variants = pytest.mark.parametrize("variant", [variant for _, variant in VARIANTS], ids=[name for name, _ in VARIANTS])

@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from nanovllm import LLM, SamplingParams
-from tests.hugging_face import judge
-from tests.oracle import ERROR_RATIO
 from tests.support.counts import count_comparisons, record_error
-from tests.tiny_models import VOCAB_SIZE, tiny_model
+from tests.support.hugging_face import judge
+from tests.support.oracle import ERROR_RATIO
+from tests.support.tiny_models import VOCAB_SIZE, tiny_model
 
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "qwen3_moe"]
 SETUPS = [("triton", "float32"), ("triton", "bfloat16"), ("flash_attn", "bfloat16")]
-# float32: tests/oracle.py says why. bfloat16: FlashAttention's own criterion, same dtype, another order of summation.
+# float32: see tests/support/oracle.py. bfloat16: FlashAttention's own criterion, same dtype, another summation order.
 FACTORS = {"float32": ERROR_RATIO, "bfloat16": 2.0}
 BLOCKS: dict[str, Any] = {  # of 256, FlashAttention's; too few for three sequences of up to four each
     "num_kv_cache_blocks": 5,

@@ -13,10 +13,10 @@ from nanovllm import LLM, SamplingParams
 from nanovllm.engine.model_input import PADDING_BLOCK, ModelInput
 from nanovllm.engine.sequence import Sequence
 from nanovllm.layers.torch_attention import TorchAttentionBackend
-from tests.oracle import Oracle
-from tests.poison import PoisonedEmpty, PoisonError, poisoned_llm
 from tests.support.engine_events import assert_occurred, scheduler_events
-from tests.tiny_models import tiny_model
+from tests.support.oracle import Oracle
+from tests.support.poison import PoisonedEmpty, PoisonError, poisoned_llm
+from tests.support.tiny_models import tiny_model
 
 GREEDY = SamplingParams.greedy(max_tokens=12, ignore_eos=True)
 PROMPT = [7, 3, 9, 9, 2]

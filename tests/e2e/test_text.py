@@ -12,7 +12,7 @@ import torch
 
 from nanovllm import LLM, SamplingParams
 from tests.e2e.conftest import BUNDLED_OPTIONS
-from tests.tiny_models import tiny_model
+from tests.support.tiny_models import tiny_model
 from tests.unit.engine.text_tokenizers import byte_fallback
 
 IM_END = 257

@@ -17,8 +17,8 @@ from nanovllm.engine import llm_engine
 from nanovllm.engine.request import Request
 from nanovllm.worker.launched_step import LaunchedStep
 from tests.e2e.conftest import BUNDLED_OPTIONS
-from tests.limits import HANG_SECONDS
 from tests.support.counts import count_comparisons
+from tests.support.limits import HANG_SECONDS
 
 GREEDY = SamplingParams.greedy(max_tokens=12)
 PROMPTS = ["In the beginning", "The LORD is my shepherd", "And God said"]

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from nanovllm import LLM, SamplingParams, bundled_model_path
 from tests.e2e.conftest import BUNDLED_OPTIONS
-from tests.tiny_models import tiny_model
+from tests.support.tiny_models import tiny_model
 
 PARAMS = [
     SamplingParams.greedy(max_tokens=8),

@@ -3,7 +3,12 @@
 import pytest
 import torch
 
-from tests.attention_cases import Case, assert_same_bits, assert_within_twice_the_error_of_plain_torch, make_step
+from tests.support.attention_cases import (
+    Case,
+    assert_same_bits,
+    assert_within_twice_the_error_of_plain_torch,
+    make_step,
+)
 
 STEPS = {
     "prefill": (((5, 5), (1, 1), (300, 300), (256, 256)), True),

@@ -10,13 +10,13 @@ pytest.importorskip("triton")
 
 from tests.kernels import test_kernels
 from tests.kernels.varlen_attention_cases import Case, assert_right, make_inputs
-from tests.source_tree import ROOT
 from tests.support.kernels.accuracy import assert_same_bits
 from tests.support.kernels.compiling import assert_fits, compile_launches
 from tests.support.kernels.gluon_emulation import emulated
 from tests.support.kernels.interpreting import INTERPRETER
 from tests.support.kernels.registry import Limits
 from tests.support.kernels.versions import INTERPRETER_REASON, interprets
+from tests.support.source_tree import ROOT
 
 FAULTY = "tests.support.kernels.faulty_kernels"
 NEEDS_INTERPRETER = pytest.mark.skipif(not interprets(), reason=INTERPRETER_REASON)

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 
 from benchmarks.shapes import POINTS
 from nanovllm.engine.model_input import prepare_kinds_of_prefill
-from tests.source_tree import ROOT, parse, python_files
 from tests.support.counts import count_comparisons
 from tests.support.kernels.accuracy import assert_repeats
 from tests.support.kernels.compiling import assert_fits, compile_launches, names_of_launches
@@ -24,6 +23,7 @@ from tests.support.kernels.interpreting import INTERPRETER, failure_of
 from tests.support.kernels.reaching import kernels_of_interpreted_llm, kernels_of_llm_on_a_gpu
 from tests.support.kernels.registry import Kernel, kernels
 from tests.support.kernels.versions import INTERPRETER_REASON, interprets
+from tests.support.source_tree import ROOT, parse, python_files
 
 KERNELS = kernels()
 EACH_KERNEL = pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)

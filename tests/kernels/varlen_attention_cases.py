@@ -17,7 +17,7 @@ from benchmarks.measuring import Measured
 from benchmarks.shapes import SHAPES
 from reference.packing import varlen_attention as reference_varlen_attention
 from reference.paged_attention import paged_attention as reference_paged_attention
-from tests.attention_cases import running_sum
+from tests.support.attention_cases import running_sum
 from tests.support.kernels.accuracy import assert_repeats, assert_within_twice_the_error_of_plain_torch
 from tests.support.kernels.compiling import Compiled
 from tests.support.kernels.guards import Guards

@@ -10,9 +10,9 @@ from html import escape
 from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 
-from tests.source_tree import ROOT
 from tests.support.counts import Counts
 from tests.support.skips import Skip, why
+from tests.support.source_tree import ROOT
 
 SCORE = ROOT / "tests" / "mutants" / "score.json"
 TITLE = "nanovllm: what this run checked"
@@ -46,7 +46,7 @@ class Table(NamedTuple):
 
 
 def defects_without_test() -> list[tuple[str | int, ...]]:
-    from tests.defects import ROW, TABLE, covering_tests  # late: it reads every test
+    from tools.defects import ROW, TABLE, covering_tests  # late: it reads every test
 
     covered = covering_tests()
     rows = (ROW.match(line) for line in TABLE.read_text(encoding="utf-8").splitlines())

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from typing import NamedTuple
 
-from tests.limits import HANG_SECONDS
 from tests.support.kernels.versions import INTERPRETER_REASON, interprets
+from tests.support.limits import HANG_SECONDS
 
 
 class Skip(NamedTuple):
@@ -63,7 +63,7 @@ ALLOWED = [
         r"needs a mount namespace of its own", 1, "most containers do not permit one", _cannot_mount,
     ),
     AllowedSkip(
-        r"tests/parallel/test_gpu_ranks\.py::test_\w+\[.*\]", r"needs [248] GPUs, there are [0-7]", 28,
+        r"tests/distributed/test_gpu_ranks\.py::test_\w+\[.*\]", r"needs [248] GPUs, there are [0-7]", 28,
         "a run with -m multi_gpu takes the sizes for which there are GPUs", _has_fewer_than_8_gpus,
     ),
     AllowedSkip(

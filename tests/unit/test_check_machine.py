@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from tests.source_tree import ROOT
+from tests.support.source_tree import ROOT
 from tools.check_machine import main
 
 

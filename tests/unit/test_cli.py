@@ -11,8 +11,8 @@ import pytest
 from nanovllm import LLM, SamplingParams, bundled_model_path, cli, demo
 from nanovllm.bench import draw_requests
 from nanovllm.cli_errors import BUG, USER_ERROR
-from tests.limits import HANG_SECONDS
-from tests.source_tree import ROOT
+from tests.support.limits import HANG_SECONDS
+from tests.support.source_tree import ROOT
 
 PROMPT = "In the beginning"
 PROMPTS = [PROMPT, "And it came to pass"]

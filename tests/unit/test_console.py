@@ -10,8 +10,8 @@ import pytest
 
 from nanovllm import cli
 from nanovllm.console import lossless_console, read_lines_from_stdin
-from tests.limits import HANG_SECONDS
-from tests.source_tree import ROOT
+from tests.support.limits import HANG_SECONDS
+from tests.support.source_tree import ROOT
 
 SMALL = ["--max-tokens", "4", "--greedy", "--max-model-len", "64", "--device", "cpu"]
 TEXT = "你好 naïve 🙂"

@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from nanovllm.context import get_context, set_context
-from tests.attention_cases import Case, make_step
+from tests.support.attention_cases import Case, make_step
 
 
 def test_another_thread_sets_a_context_of_its_own() -> None:

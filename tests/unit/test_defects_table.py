@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.defects import ROW, TABLE, covering_tests, written
+from tools.defects import ROW, TABLE, covering_tests, written
 
 TEXT = TABLE.read_text(encoding="utf-8")
 ROWS = [row for line in TEXT.splitlines() if (row := ROW.match(line))]
@@ -19,7 +19,7 @@ def test_each_id_has_one_row():
 
 
 def test_table_names_the_tests_that_name_the_id():
-    assert written(TEXT) == TEXT, "the table and the tests disagree: run `python -m tests.defects`"
+    assert written(TEXT) == TEXT, "the table and the tests disagree: run `python -m tools.defects`"
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row[1])

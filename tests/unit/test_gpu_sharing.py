@@ -10,16 +10,16 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from tests.gpu_sharing import (
+from tests.support.gpu_sharing import (
     gpus_needed_by,
     held,
     pytest_cmdline_main,
     pytest_collection_modifyitems,
     pytest_runtest_setup,
 )
-from tests.limits import HANG_SECONDS
-from tests.source_tree import ROOT
+from tests.support.limits import HANG_SECONDS
 from tests.support.skips import Skip, why
+from tests.support.source_tree import ROOT
 
 SHORT = 0.2  # seconds, in which a thread that may not come does not
 
@@ -114,7 +114,7 @@ def test_what_a_run_needs_follows_from_the_meaning_of_its_markers(markexpr: str,
     ],
 )
 def test_without_a_gpu_the_run_says_so(markexpr: str, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tests.gpu_sharing.num_gpus", lambda: 0)
+    monkeypatch.setattr("tests.support.gpu_sharing.num_gpus", lambda: 0)
     with pytest.raises(pytest.UsageError, match=what):
         workers(markexpr=markexpr)
     assert workers(markexpr=f"not ({markexpr})") is None
@@ -138,7 +138,7 @@ def test_a_test_that_needs_more_gpus_than_there_are_is_skipped(monkeypatch: pyte
     """multi_gpu alone needs two; others say how many; tests for one GPU are not asked."""
     items = {number: MarkedItem(numbers) for number, numbers in ((0, None), (2, ()), (4, (4,)))}
     for there, skipped in ((1, {2, 4}), (2, {4}), (4, set())):
-        monkeypatch.setattr("tests.gpu_sharing.num_gpus", lambda there=there: there)
+        monkeypatch.setattr("tests.support.gpu_sharing.num_gpus", lambda there=there: there)
         for number, item in items.items():
             if number not in skipped:
                 pytest_runtest_setup(item)  # type: ignore[arg-type]
@@ -148,7 +148,7 @@ def test_a_test_that_needs_more_gpus_than_there_are_is_skipped(monkeypatch: pyte
 
 
 def test_the_skips_of_few_gpus_are_stated() -> None:
-    name = "tests/parallel/test_gpu_ranks.py::test_a_rank_that_fails_over_nccl[raise-decode]"
+    name = "tests/distributed/test_gpu_ranks.py::test_a_rank_that_fails_over_nccl[raise-decode]"
     assert why(Skip(name, "needs 2 GPUs, there are 1"))
     assert not why(Skip(name, "out of memory"))
 
@@ -164,7 +164,7 @@ class MarkedItem(NamedTuple):
 
 
 def test_only_a_run_of_gpu_tests_gets_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tests.gpu_sharing.num_gpus", lambda: 1)
+    monkeypatch.setattr("tests.support.gpu_sharing.num_gpus", lambda: 1)
     monkeypatch.setattr("os.cpu_count", lambda: 16)
     assert workers() == 8
     assert workers(markexpr="gpu and not whole_gpu") == 8
@@ -183,10 +183,10 @@ def test_the_processes_start_no_processes(tmp_path: Path) -> None:
     """A run of its own, in which every test says who runs it."""
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n  gpu\n  whole_gpu\n")
     (tmp_path / "conftest.py").write_text(
-        "import os, tests.gpu_sharing\n"
+        "import os, tests.support.gpu_sharing\n"
         "os.cpu_count = lambda: 4\n"
-        "tests.gpu_sharing.num_gpus = lambda: 1\n"
-        "pytest_plugins = ['tests.gpu_sharing']\n"
+        "tests.support.gpu_sharing.num_gpus = lambda: 1\n"
+        "pytest_plugins = ['tests.support.gpu_sharing']\n"
     )
     (tmp_path / "test_who.py").write_text(
         "import os, pathlib, pytest\n"

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.limits import HANG_SECONDS
-from tests.source_tree import ROOT, parse, python_files
+from tests.support.limits import HANG_SECONDS
+from tests.support.source_tree import ROOT, parse, python_files
 
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.source_tree import ROOT, imported_packages, module_name, parse, python_files
+from tests.support.source_tree import ROOT, imported_packages, module_name, parse, python_files
 
 NANOVLLM = python_files("nanovllm")
 MAX_LINES = 300

@@ -12,8 +12,8 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from nanovllm.model_path import local_model_dir
-from tests.limits import HANG_SECONDS
-from tests.source_tree import ROOT
+from tests.support.limits import HANG_SECONDS
+from tests.support.source_tree import ROOT
 
 
 def test_a_directory_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

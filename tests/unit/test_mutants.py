@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.defects import TABLE
-from tests.source_tree import ROOT
+from tests.support.source_tree import ROOT
+from tools.defects import TABLE
 from tools.mutants.__main__ import main
 from tools.mutants.mutant import MutantError, read_mutants
 

@@ -4,8 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.limits import HANG_SECONDS
-from tests.source_tree import ROOT
+from tests.support.limits import HANG_SECONDS
+from tests.support.source_tree import ROOT
 
 API_TESTS = [
     "tests/e2e/test_errors.py",

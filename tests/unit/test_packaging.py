@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.limits import HANG_SECONDS
-from tests.source_tree import ROOT, imported_packages, module_name, python_files
+from tests.support.limits import HANG_SECONDS
+from tests.support.source_tree import ROOT, imported_packages, module_name, python_files
 
 PACKAGED = ("pyproject.toml", "README.md", "LICENSE", "nanovllm")
 

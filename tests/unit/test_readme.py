@@ -7,7 +7,7 @@ import pytest
 
 import reference
 from nanovllm import cli
-from tests.source_tree import ROOT
+from tests.support.source_tree import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 

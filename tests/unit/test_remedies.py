@@ -16,7 +16,7 @@ from nanovllm.validation import require_unicode
 from nanovllm.worker.kv_cache import num_blocks_on_cpu, num_blocks_that_fit
 from nanovllm.worker.model_runner import ModelRunner
 from nanovllm.worker.process_group import resolve_device
-from tests.unit.engine.harness import add_prompt, make_scheduler
+from tests.support.scheduling import add_prompt, make_scheduler
 
 MODEL = str(bundled_model_path())
 SMALL: dict[str, Any] = {"max_model_len": 64, "device": "cpu", "max_num_seqs": 4}

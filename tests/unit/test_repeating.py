@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.source_tree import ROOT
+from tests.support.source_tree import ROOT
 
 # Runs first, and loads a module full of constants: Hypothesis likes to draw those.
 TEST_A = "def test_loads_a_module():\n    import ours\n"

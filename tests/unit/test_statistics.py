@@ -1,12 +1,12 @@
-"""tests.statistics against sums over every outcome, and what it says when draws are wrong."""
+"""tests.support.statistics against sums over every outcome, and what it says when draws are wrong."""
 
 import itertools
 import math
 
 import pytest
 
-from tests import statistics
-from tests.statistics import (
+from tests.support import statistics
+from tests.support.statistics import (
     THRESHOLD,
     TemperatureFamily,
     check_counts,

@@ -25,7 +25,7 @@ from unittest.mock import patch
 
 import torch
 
-from tests.source_tree import module_name, python_files
+from tests.support.source_tree import module_name, python_files
 
 
 def ordered(count: int) -> list[int]:

@@ -22,8 +22,7 @@ from functools import partial
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
-from tests.limits import HANG_SECONDS
-from tests.support import counts
+from tests.support.limits import HANG_SECONDS
 
 ORDERS = ("in order", "reversed", "shuffled")
 
@@ -91,7 +90,6 @@ def _serve(connection: Any) -> None:
             result = function(*args)
         except BaseException:
             result = Outcome(traceback.format_exc(), frozenset())
-        counts.write()
         connection.send(result)
 
 

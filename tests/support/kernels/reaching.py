@@ -37,7 +37,7 @@ def kernels_of_llm_on_a_gpu(architecture: str) -> frozenset[str]:
 
 def _generate(architecture: str, device: str, dtype: str, head_dim: int, *steps: list[list[int]]) -> None:
     from nanovllm import LLM, SamplingParams
-    from tests.tiny_models import tiny_model
+    from tests.support.tiny_models import tiny_model
 
     model_dir = tiny_model(architecture, head_dim=head_dim, max_position_embeddings=1024)
     with LLM(

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from tests.source_tree import ROOT
+from tests.support.source_tree import ROOT
 
 Check = Callable[[str], None]  # runs on a device, "cpu" if interpreted or "cuda", and raises AssertionError
 

@@ -4,7 +4,7 @@
 
 device=none replays the decisions alone, without a model. The tokens given to postprocess are the recorded ones, so
 decisions are compared exactly on any device. Each token that the model computes is compared by itself, after the
-recorded ones before it; where it differs, both must be tokens that rounding can choose (see tests/oracle.py).
+recorded ones before it; where it differs, both must be tokens that rounding can choose (see tests/support/oracle.py).
 """
 
 import pkgutil
@@ -31,7 +31,7 @@ def target_for(trace: Trace, **options: Any) -> Iterator[Any]:
         return
     model = trace.header["engine"]["model"] or bundled_model_path()
     if isinstance(model, list | tuple):
-        from tests.tiny_models import tiny_model  # imports torch
+        from tests.support.tiny_models import tiny_model  # imports torch
 
         model = tiny_model(model[0], **{k: tuple(v) if isinstance(v, list) else v for k, v in model[1].items()})
     options = {**trace.header["engine"]["options"], **options, "async_scheduling": False}
@@ -42,7 +42,7 @@ def target_for(trace: Trace, **options: Any) -> Iterator[Any]:
 def is_rounding(engine: Any, seq: Sequence, token_id: int) -> bool:
     """Whether rounding in the engine's dtype can make `token_id` the next token."""
     from reference.checkpoint import load_checkpoint
-    from tests.oracle import Oracle
+    from tests.support.oracle import Oracle
 
     oracle = Oracle(Path(engine.config.model))
     oracle.single = load_checkpoint(oracle.model_dir, engine._executor._runner.kv_cache.dtype)

@@ -125,7 +125,7 @@ def record(scheduler: Scheduler, on_event: Callable[[Trace], None] = lambda trac
 
 def describe(engine: LLMEngine) -> dict[str, Any]:
     """Model and options with which the engine can be made again: a tiny model's recipe, None for the bundled one."""
-    from tests.tiny_models import recipe_of
+    from tests.support.tiny_models import recipe_of
 
     options = {**asdict(engine.config), "num_kv_cache_blocks": len(engine.scheduler.block_manager.blocks)}
     path = Path(options.pop("model"))

@@ -9,7 +9,7 @@ from pathlib import Path
 from nanovllm import LLM, SamplingParams, bundled_model_path
 from nanovllm.engine.scheduler import Scheduler
 from tests.support.replay.trace import Trace, recording
-from tests.unit.engine.harness import add_prompt, make_scheduler, make_sequence, next_token, run, step
+from tests.support.scheduling import add_prompt, make_scheduler, make_sequence, next_token, run, step
 
 GOLDEN = Path(__file__).with_name("golden")
 PREFIX = [7, 3, 9, 9, 2, 11, 5, 3, 8, 1, 4, 4]

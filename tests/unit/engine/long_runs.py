@@ -3,7 +3,7 @@
 import random
 
 from tests.support.engine_events import assert_occurred
-from tests.unit.engine.engine_machine import EngineMachine
+from tests.support.engine_machine import EngineMachine
 
 EVENTS = (
     "preemption", "prefill chunk", "block hit", "block evicted", "hash collision", "forced decode",

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from nanovllm.engine.block_manager import BlockManager, block_hash
 from reference import block_hash as reference
 from tests.support.counts import count_comparisons
-from tests.unit.engine.harness import allocated, compute, computed, make_sequence
+from tests.support.scheduling import allocated, compute, computed, make_sequence
 
 
 def weak_hash(tokens: list[int], parent: int | None) -> int:

@@ -24,7 +24,7 @@ from nanovllm.engine.sequence import Sequence
 from reference.block_manager import BlockManager as Reference
 from tests.support.counts import count_comparisons, count_event
 from tests.support.engine_events import assert_occurred
-from tests.unit.engine.harness import PROMPTS, Collisions, make_sequence, two_bit_hash
+from tests.support.scheduling import PROMPTS, Collisions, make_sequence, two_bit_hash
 
 
 class LockStep(RuleBasedStateMachine):

@@ -6,7 +6,7 @@ import pytest
 
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.sequence import Sequence
-from tests.unit.engine.harness import computed
+from tests.support.scheduling import computed
 
 
 def empty_free_list(manager: BlockManager, seqs: list[Sequence]) -> None:

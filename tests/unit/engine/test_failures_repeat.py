@@ -11,7 +11,7 @@ import pytest
 from hypothesis import Phase, reproduce_failure, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from tests.unit.engine.engine_machine import EngineMachine
+from tests.support.engine_machine import EngineMachine
 from tests.unit.engine.test_scheduler_against_reference import LockStep
 
 

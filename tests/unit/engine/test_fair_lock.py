@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from nanovllm.engine.fair_lock import FairLock
-from tests.limits import HANG_SECONDS
+from tests.support.limits import HANG_SECONDS
 
 
 def start(work: Callable[[], Any]) -> threading.Thread:

@@ -15,7 +15,7 @@ from nanovllm.engine.sequence import Sequence
 from reference.packing import packing
 from reference.slot_mapping import slot_mapping
 from tests.support.counts import count_comparisons
-from tests.unit.engine.harness import make_sequence
+from tests.support.scheduling import make_sequence
 
 
 def scheduled(

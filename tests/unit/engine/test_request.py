@@ -6,7 +6,7 @@ import pytest
 
 from nanovllm.engine.request import Request
 from nanovllm.engine.sequence import Sequence, SequenceStatus
-from tests.unit.engine.harness import make_scheduler, make_sequence, run
+from tests.support.scheduling import make_scheduler, make_sequence, run
 
 
 class LetterTokenizer:

@@ -6,7 +6,7 @@ import pytest
 
 from nanovllm.engine.scheduler import MAX_CONSECUTIVE_PREFILLS, Scheduler
 from nanovllm.engine.sequence import Sequence, SequenceStatus
-from tests.unit.engine.harness import add_prompt, make_scheduler, run, step
+from tests.support.scheduling import add_prompt, make_scheduler, run, step
 
 
 def shape(scheduler: Scheduler) -> list[tuple[str, list[tuple[int, int]]]]:

@@ -11,8 +11,8 @@ from nanovllm.engine.sequence import Sequence
 from reference import postprocess, scheduler
 from reference.block_manager import BlockManager
 from tests.support.counts import count_comparisons
-from tests.unit.engine.engine_machine import EOS, MAX_MODEL_LEN, EngineMachine
-from tests.unit.engine.harness import two_bit_hash
+from tests.support.engine_machine import EOS, MAX_MODEL_LEN, EngineMachine
+from tests.support.scheduling import two_bit_hash
 from tests.unit.engine.long_runs import play_until_everything_occurred
 
 

@@ -11,7 +11,7 @@ from nanovllm.engine.model_input import UNKNOWN_TOKEN, prepare_ahead, prepare_de
 from nanovllm.engine.scheduler import ScheduledBatch, Scheduler
 from nanovllm.engine.sequence import Sequence
 from tests.support.counts import count_comparisons
-from tests.unit.engine.harness import add_prompt, allocated, make_scheduler, step
+from tests.support.scheduling import add_prompt, allocated, make_scheduler, step
 from tests.unit.engine.test_model_input import as_lists
 
 EOS = 0

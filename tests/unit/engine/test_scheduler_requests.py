@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from nanovllm.engine.sequence import SequenceStatus
-from tests.unit.engine.harness import add_prompt, make_scheduler, run, step
+from tests.support.scheduling import add_prompt, make_scheduler, run, step
 
 # --- the door ---
 

@@ -8,7 +8,7 @@ import pytest
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.sequence import Sequence, SequenceStatus
 from nanovllm.sampling_params import SamplingParams
-from tests.unit.engine.harness import make_scheduler, make_sequence, run, step
+from tests.support.scheduling import make_scheduler, make_sequence, run, step
 
 
 def sent(seq: Sequence) -> Sequence:

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from tests.unit.engine.engine_machine import EngineMachine
-from tests.unit.engine.harness import two_bit_hash
+from tests.support.engine_machine import EngineMachine
+from tests.support.scheduling import two_bit_hash
 from tests.unit.engine.long_runs import play_until_everything_occurred
 
 

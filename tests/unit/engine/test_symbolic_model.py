@@ -19,11 +19,11 @@ from nanovllm.engine.model_input import ModelInput, prepare_decode, prepare_pref
 from nanovllm.engine.scheduler import ScheduledBatch
 from nanovllm.engine.sequence import Sequence
 from nanovllm.sampling_params import SamplingParams
-from tests import symbolic_model
+from tests.support import symbolic_model
 from tests.support.counts import count_comparisons, count_event
 from tests.support.engine_events import assert_occurred, scheduler_events
-from tests.symbolic_model import PickledModel, SymbolicModel, SymbolicWorker, expected_digest
-from tests.unit.engine.harness import PROMPTS, Collisions, make_scheduler, two_bit_hash
+from tests.support.scheduling import PROMPTS, Collisions, make_scheduler, two_bit_hash
+from tests.support.symbolic_model import PickledModel, SymbolicModel, SymbolicWorker, expected_digest
 
 
 class Model(Protocol):

@@ -14,9 +14,9 @@ import pytest
 from nanovllm import LLM, bundled_model_path
 from nanovllm.engine.tokenizer import load_tokenizer
 from nanovllm.model_config import load_model_config
-from tests.checkpoints import small_config
+from tests.support.checkpoints import small_config
 from tests.support.counts import count_comparisons
-from tests.tiny_models import CONFIG_CLASSES, tiny_model
+from tests.support.tiny_models import CONFIG_CLASSES, tiny_model
 
 TEXT = "In the beginning <eos> was\n the Word, \u00e9\u4e2d <|im_end|> "
 
@@ -171,7 +171,7 @@ def test_what_a_tokenizer_model_needs_is_named(
 def test_the_extra_holds_what_a_tokenizer_model_needs() -> None:
     """D89: the same packages as in the error."""
     from nanovllm.engine.tokenizer import _SENTENCEPIECE
-    from tests.source_tree import ROOT
+    from tests.support.source_tree import ROOT
 
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     extra = text[text.index("sentencepiece = [") :].split("]")[0]

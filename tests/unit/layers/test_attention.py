@@ -11,7 +11,7 @@ from nanovllm.layers.attention import Attention
 from nanovllm.layers.torch_attention import TorchAttentionBackend
 from reference.packing import varlen_attention
 from reference.paged_attention import paged_attention
-from tests.attention_cases import (
+from tests.support.attention_cases import (
     Case,
     assert_same_bits,
     assert_within_twice_the_error_of_plain_torch,

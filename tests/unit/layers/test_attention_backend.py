@@ -12,8 +12,8 @@ from nanovllm.config import ATTENTION_BACKENDS
 from nanovllm.kernels import flash_attention
 from nanovllm.layers import attention_backend
 from nanovllm.layers.attention_backend import choose_attention_backend
-from tests.limits import HANG_SECONDS
-from tests.source_tree import ROOT
+from tests.support.limits import HANG_SECONDS
+from tests.support.source_tree import ROOT
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

@@ -1,7 +1,7 @@
 """Draws are independent over positions, seeds and the rows of a batch, and dependent ones are caught.
 
 Of tokens that are all alike, the differences modulo their number are independent and uniform again, along a chain of
-lags too. So each difference is counted like a token: tests.statistics says with which threshold.
+lags too. So each difference is counted like a token: tests.support.statistics says with which threshold.
 """
 
 from collections.abc import Callable
@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from nanovllm.layers.sampler import Sampler, SamplingTensors
-from tests.sampler_draws import Draw, make_rows
-from tests.statistics import check_differences, fresh_seed, random_integers
+from tests.support.sampler_draws import Draw, make_rows
+from tests.support.statistics import check_differences, fresh_seed, random_integers
 
 VOCAB_SIZE = 4  # all tokens alike
 LAGS = (1, 2, 3, 4, 5, 8, 64, 1024)

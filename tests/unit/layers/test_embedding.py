@@ -7,8 +7,8 @@ from nanovllm.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from nanovllm.layers.parameter import ShapeError
 from nanovllm.layers.tensor_parallel import TensorParallel
 from reference.tensor_parallel import vocab_parallel_embedding
-from tests.parallel_ranks import partial_ranks
 from tests.support.comparing import assert_close, assert_equal
+from tests.support.parallel_ranks import partial_ranks
 
 V, E = 12, 3
 EMBEDDING = "layers: embedding and output projection against the whole table"

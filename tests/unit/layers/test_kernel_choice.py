@@ -13,7 +13,7 @@ from nanovllm.layers.kernel_choice import has_kernels
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.rotary_embedding import apply_rotary_embedding, rotate_query_and_key
 from nanovllm.layers.torch_attention import TorchAttentionBackend
-from tests.attention_cases import Case, assert_same_bits, make_step
+from tests.support.attention_cases import Case, assert_same_bits, make_step
 from tests.support.kernels.accuracy import assert_within_twice_the_error_of_plain_torch
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

@@ -17,8 +17,8 @@ from nanovllm.layers.linear import (
 from nanovllm.layers.parameter import ShapeError
 from nanovllm.layers.tensor_parallel import TensorParallel
 from reference.tensor_parallel import column_parallel_linear, row_parallel_linear
-from tests.parallel_ranks import partial_ranks
 from tests.support.comparing import assert_close
+from tests.support.parallel_ranks import partial_ranks
 
 T, E, D = 5, 16, 4
 SIZES = pytest.mark.parametrize("size", [1, 2, 4])

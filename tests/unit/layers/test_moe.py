@@ -8,8 +8,8 @@ from nanovllm.layers.parameter import ShapeError
 from nanovllm.layers.tensor_parallel import TensorParallel
 from nanovllm.moe_config import MoEConfig
 from reference.moe import moe
-from tests.parallel_ranks import partial_ranks
 from tests.support.comparing import assert_close
+from tests.support.parallel_ranks import partial_ranks
 
 T, E, F, N = 9, 8, 12, 6
 MOE = "layers: mixture of experts against the reference"

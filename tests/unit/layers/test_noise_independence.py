@@ -1,6 +1,6 @@
 """Noise words are independent over seeds, positions and token ids, and no two are the same; dependent ones are caught.
 
-Every check but one counts events of a known probability: tests.statistics says with which threshold.
+Every check but one counts events of a known probability: tests.support.statistics says with which threshold.
 """
 
 from collections.abc import Callable
@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from nanovllm.layers.philox import token_words
-from tests.statistics import check_counts, check_differences, random_integers
 from tests.support.counts import count_comparisons
+from tests.support.statistics import check_counts, check_differences, random_integers
 
 LAGS = (1, 2, 3, 4, 5, 8, 64, 1024)
 NUM_PAIRS = 4096  # for each bit: a flip with another probability than 1/2 is noticed from 0.06 = sqrt(32 / 2 / n) on

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from nanovllm.layers.sampler import Sampler, SamplingTensors, kept
 from reference.sampling import exponential_noise
 from reference.sampling import kept as reference_kept
-from tests.sampler_draws import make_rows
 from tests.support.counts import count_comparisons
+from tests.support.sampler_draws import make_rows
 
 # float32 rounds a probability and a sum of them by less than this, relatively: where the filters' choice hangs on less,
 # either is right.

@@ -1,6 +1,6 @@
 """The sampler's draws by the million: right ones pass but once in 1e9 runs, planted errors are caught.
 
-tests.statistics says from what the thresholds are derived, and how a failure names its seed.
+tests.support.statistics says from what the thresholds are derived, and how a failure names its seed.
 """
 
 from collections.abc import Callable
@@ -12,8 +12,8 @@ import torch
 
 from nanovllm.layers import sampler as sampler_module
 from nanovllm.layers.sampler import Sampler, SamplingTensors
-from tests.sampler_draws import Case, Draw, one_against
-from tests.statistics import MISSES, THRESHOLD, check_counts, miss_probability, smallest_dropped_mass
+from tests.support.sampler_draws import Case, Draw, one_against
+from tests.support.statistics import MISSES, THRESHOLD, check_counts, miss_probability, smallest_dropped_mass
 
 TEMPERATURE_ERROR = 0.005  # detected in every case of SHARP
 DROPPED_MASS = 1e-5  # detected in every case of SHARP, for certain

@@ -13,7 +13,7 @@ from nanovllm.layers.tensor_parallel import TensorParallel
 from nanovllm.worker import process_group
 from nanovllm.worker.meeting import meet
 from nanovllm.worker.process_group import FileStore, Place, in_background, join, leave
-from tests.limits import HANG_SECONDS
+from tests.support.limits import HANG_SECONDS
 
 
 def test_ranks_sum_and_gather_in_rank_order(tmp_path: Path) -> None:

@@ -11,13 +11,13 @@ import pytest
 
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.scheduler import Scheduler
-from tests.limits import HANG_SECONDS
-from tests.source_tree import ROOT
+from tests.support.limits import HANG_SECONDS
 from tests.support.replay import player
 from tests.support.replay.player import play, target_for
 from tests.support.replay.trace import CALLS, Trace, recording
+from tests.support.scheduling import add_prompt, make_scheduler, run, step, two_bit_hash
+from tests.support.source_tree import ROOT
 from tests.unit.engine.golden_runs import GOLDEN
-from tests.unit.engine.harness import add_prompt, make_scheduler, run, step, two_bit_hash
 
 
 def golden(name: str = "preemption") -> Trace:
@@ -135,7 +135,7 @@ Scheduler._finish_reason = lambda self, seq: "length" if seq.num_completion_toke
 """
 TEST = """
 from hypothesis import given, settings, strategies as st
-from tests.unit.engine.harness import add_prompt, make_scheduler, run
+from tests.support.scheduling import add_prompt, make_scheduler, run
 
 @settings(max_examples=40, database=None, derandomize=True)
 @given(lengths=st.lists(st.integers(1, 6), min_size=1, max_size=5))

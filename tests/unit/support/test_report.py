@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.limits import HANG_SECONDS
-from tests.source_tree import ROOT
 from tests.support import counts
 from tests.support.counts import counting
+from tests.support.limits import HANG_SECONDS
 from tests.support.report import RunData, to_html
+from tests.support.source_tree import ROOT
 
 TEST = """
 import os, pytest

@@ -24,9 +24,9 @@ from nanovllm.worker.cpu_threads import (
     torch_threads,
     user_has_chosen,
 )
-from tests.limits import HANG_SECONDS
-from tests.source_tree import ROOT
-from tests.tiny_models import tiny_model
+from tests.support.limits import HANG_SECONDS
+from tests.support.source_tree import ROOT
+from tests.support.tiny_models import tiny_model
 
 BUNDLED = load_model_config(bundled_model_path())
 

@@ -19,7 +19,7 @@ from nanovllm.engine.sequence import Sequence
 from nanovllm.worker import cuda_graph
 from nanovllm.worker.cuda_graph import DecodeGraphs
 from tests.support.counts import count_comparisons
-from tests.unit.engine.harness import make_sequence
+from tests.support.scheduling import make_sequence
 
 BATCH_SIZES = [1, 2, 4, 7]
 BLOCK_SIZE = 4

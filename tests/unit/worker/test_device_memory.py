@@ -8,7 +8,7 @@ import torch
 
 from nanovllm import Config
 from nanovllm.worker.model_runner import ModelRunner
-from tests.source_tree import ROOT, imported_packages, parse, python_files
+from tests.support.source_tree import ROOT, imported_packages, parse, python_files
 
 GIB = 2**30
 

@@ -24,7 +24,7 @@ from nanovllm.worker.launched_ranks import LaunchedRanks, serve_launched
 from nanovllm.worker.local_ranks import RankError
 from nanovllm.worker.process_group import Place
 from nanovllm.worker.rank_process import Model
-from tests.limits import HANG_SECONDS
+from tests.support.limits import HANG_SECONDS
 
 HANG = timedelta(seconds=HANG_SECONDS)
 MODEL: Any = Model(Config("any", tensor_parallel_size=2, device="cpu"), None, None)  # type: ignore[arg-type]

@@ -8,8 +8,8 @@ from types import ModuleType
 import pytest
 
 from nanovllm.worker.main_program import require_importable_program
-from tests.limits import HANG_SECONDS
-from tests.source_tree import ROOT
+from tests.support.limits import HANG_SECONDS
+from tests.support.source_tree import ROOT
 
 PROGRAM = """\
 from nanovllm import LLM, bundled_model_path

@@ -17,9 +17,9 @@ from nanovllm.worker import meeting
 from nanovllm.worker.local_ranks import PATIENCE_SECONDS
 from nanovllm.worker.meeting import meet
 from nanovllm.worker.process_group import FileStore, Place, PrefixStore
-from tests.limits import HANG_SECONDS
-from tests.parallel.faults import CONNECTING, WORDS, Fault, StrikingStore
 from tests.support.counts import count_event, record_error
+from tests.support.limits import HANG_SECONDS
+from tests.support.rank_faults import CONNECTING, WORDS, Fault, StrikingStore
 
 SLOW_SECONDS = 1.5  # longer than a FileStore waits at least, which is one second
 

@@ -13,8 +13,8 @@ import pytest
 
 from nanovllm.worker import shm_channel
 from nanovllm.worker.shm_channel import CAPACITY, ShmSender
-from tests.limits import HANG_SECONDS
-from tests.source_tree import ROOT
+from tests.support.limits import HANG_SECONDS
+from tests.support.source_tree import ROOT
 
 SPAWN = multiprocessing.get_context("spawn")
 SMALL = """

@@ -19,8 +19,8 @@ from nanovllm import SamplingParams
 from nanovllm.engine.scheduler import ScheduledBatch
 from nanovllm.engine.sequence import Sequence
 from nanovllm.worker.shm_channel import CAPACITY, ShmReceiver, ShmSender, encode
-from tests.limits import HANG_SECONDS
 from tests.support.counts import count_comparisons, record_error
+from tests.support.limits import HANG_SECONDS
 
 SPAWN = multiprocessing.get_context("spawn")
 

@@ -5,8 +5,8 @@ import torch
 
 from nanovllm.engine.model_input import LONG_CONTEXT, PADDING_SLOT, prepare_kinds_of_prefill
 from nanovllm.worker.model_runner import ModelRunner
-from tests.model_probe import make_runner
-from tests.tiny_models import tiny_model
+from tests.support.model_probe import make_runner
+from tests.support.tiny_models import tiny_model
 
 LIMITS = {"max_num_batched_tokens": 700, "max_model_len": 600, "max_num_seqs": 3, "kv_cache_block_size": 16}
 

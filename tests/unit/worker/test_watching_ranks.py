@@ -18,7 +18,7 @@ from nanovllm.worker import local_ranks
 from nanovllm.worker.local_ranks import LocalRanks, RankError
 from nanovllm.worker.process_group import Place
 from nanovllm.worker.rank_process import READY
-from tests.limits import HANG_SECONDS
+from tests.support.limits import HANG_SECONDS
 from tests.unit.worker.test_local_ranks import report
 
 

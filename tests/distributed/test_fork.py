@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from nanovllm import LLM
-from tests.limits import HANG_SECONDS
-from tests.parallel.holdings import Watch
-from tests.parallel.test_failures import GREEDY, PROMPTS, engine, generate
-from tests.source_tree import ROOT
+from tests.distributed.test_failures import GREEDY, PROMPTS, engine, generate
+from tests.support.limits import HANG_SECONDS
+from tests.support.resource_snapshot import Watch
+from tests.support.source_tree import ROOT
 
 FORK_WARNING = "ignore:.*use of fork:DeprecationWarning"  # of Python 3.12 and newer, in a process with threads
 

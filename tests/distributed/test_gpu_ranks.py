@@ -13,8 +13,8 @@ from nanovllm import LLM, SamplingParams
 from nanovllm.demo_prompts import DEMO_PROMPTS
 from nanovllm.worker.local_ranks import RankError
 from nanovllm.worker.process_group import FileStore, Place, join, leave, nccl
-from tests.parallel.faults import WARM_UP, Fault, plant
-from tests.tiny_models import tiny_model
+from tests.support.rank_faults import WARM_UP, Fault, plant
+from tests.support.tiny_models import tiny_model
 
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "qwen3_moe"]
 PARAMS = [SamplingParams.greedy(max_tokens=24, ignore_eos=True), SamplingParams(seed=5, max_tokens=24, ignore_eos=True)]

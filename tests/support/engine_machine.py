@@ -20,8 +20,8 @@ from nanovllm.engine.scheduler import MAX_CONSECUTIVE_PREFILLS, ScheduledBatch
 from nanovllm.engine.sequence import Sequence
 from tests.support.counts import count_comparisons, count_event
 from tests.support.engine_events import scheduler_events
-from tests.symbolic_model import PickledModel, expected_digest
-from tests.unit.engine.harness import PROMPTS, Collisions, make_scheduler, make_sequence
+from tests.support.scheduling import PROMPTS, Collisions, make_scheduler, make_sequence
+from tests.support.symbolic_model import PickledModel, expected_digest
 
 MAX_MODEL_LEN = 28
 EOS = 2

@@ -16,9 +16,9 @@ from nanovllm.layers.torch_attention import TorchAttentionBackend
 from nanovllm.model_config import ARCHITECTURES
 from nanovllm.models.loader import load_model
 from nanovllm.models.registry import build_model, model_dict
-from tests.checkpoints import SMALL_MOE, checkpoint_tensors, small_config
-from tests.parallel_ranks import run_together, threaded_ranks
+from tests.support.checkpoints import SMALL_MOE, checkpoint_tensors, small_config
 from tests.support.comparing import assert_close
+from tests.support.parallel_ranks import run_together, threaded_ranks
 
 
 def config(model_type, **changes):

@@ -4,8 +4,8 @@ Real processes over gloo, so the other ranks see nothing but pickled sequences. 
 number of ranks, and one crowded scenario: chunked prompts, shared prefixes, preemption, an abort, greedy and sampled.
 
 The bound on the logits: float32 rounding of ours and of the reference's own float32 pass are errors of the same size,
-so four times the reference's largest is not reached by rounding (tests/oracle.py). A sum over ranks is another order of
-the same additions.
+so four times the reference's largest is not reached by rounding (tests/support/oracle.py). A sum over ranks is another
+order of the same additions.
 """
 
 import pickle
@@ -20,12 +20,12 @@ from nanovllm.engine.inputs import request_seed
 from nanovllm.engine.scheduler import ScheduledBatch
 from nanovllm.worker.shm_channel import encode
 from reference.transformer import transformer
-from tests.model_probe import make_runner
-from tests.oracle import ERROR_RATIO, Oracle
-from tests.parallel.faults import MEMORY, plant_memory
-from tests.parallel.holdings import Watch
 from tests.support.counts import count_comparisons, count_event, record_error
-from tests.tiny_models import tiny_model
+from tests.support.model_probe import make_runner
+from tests.support.oracle import ERROR_RATIO, Oracle
+from tests.support.rank_faults import MEMORY, plant_memory
+from tests.support.resource_snapshot import Watch
+from tests.support.tiny_models import tiny_model
 
 # Four query heads and two key/value heads: shared by two ranks, replicated among four.
 BLOCK_SIZES = {"llama": 4, "qwen2": 1, "qwen3": 8, "qwen3_moe": 2}  # whatever the model

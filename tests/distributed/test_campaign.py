@@ -19,10 +19,10 @@ import pytest
 
 from nanovllm.worker import local_ranks
 from nanovllm.worker.local_ranks import RankError
-from tests.parallel.faults import CONNECTING, PLACES, Fault, plant
-from tests.parallel.holdings import Watch
-from tests.parallel.test_failures import ERRORS, MAX_SECONDS, check_failure, engine, generate
+from tests.distributed.test_failures import ERRORS, MAX_SECONDS, check_failure, engine, generate
 from tests.support.counts import count_event, record_error
+from tests.support.rank_faults import CONNECTING, PLACES, Fault, plant
+from tests.support.resource_snapshot import Watch
 
 pytestmark = pytest.mark.campaign
 

@@ -9,8 +9,8 @@ As in a model, each layer stores the keys of the whole step first, at their slot
 tables. A slot of the second layer holds a digest of a token, its position and everything attended before; so any wrong
 slot, position, length or index, any stale, foreign or never-written block changes the tokens that come out.
 
-`python -m tests.symbolic_model` is a process that computes for another, as a tensor-parallel rank does: it receives
-pickled batches and knows nothing but what was pickled.
+`python -m tests.support.symbolic_model` is a process that computes for another, as a tensor-parallel rank does: it
+receives pickled batches and knows nothing but what was pickled.
 """
 
 import functools
@@ -103,8 +103,8 @@ class SymbolicWorker:
     """A SymbolicModel in a freshly started process. Use it in a `with` statement; start() begins a new cache."""
 
     def __enter__(self) -> "SymbolicWorker":
-        command = [sys.executable, "-m", "tests.symbolic_model"]
-        root = Path(__file__).parents[1]
+        command = [sys.executable, "-m", "tests.support.symbolic_model"]
+        root = Path(__file__).parents[2]
         self._process = subprocess.Popen(command, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         return self
 

@@ -17,11 +17,11 @@ import pytest
 
 from nanovllm import LLM, SamplingParams, bundled_model_path
 from nanovllm.worker.local_ranks import LocalRanks
-from tests.limits import HANG_SECONDS
-from tests.parallel.holdings import SHARED_MEMORY, Watch
-from tests.parallel.test_failures import OPTIONS, engine, generate
-from tests.source_tree import ROOT
+from tests.distributed.test_failures import OPTIONS, engine, generate
 from tests.support.counts import count_event
+from tests.support.limits import HANG_SECONDS
+from tests.support.resource_snapshot import SHARED_MEMORY, Watch
+from tests.support.source_tree import ROOT
 
 POPULAR_PORTS = (29500, 2333)  # torch.distributed's, nano-vllm's
 

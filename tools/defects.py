@@ -1,10 +1,10 @@
-"""Which test covers which id of DEFECTS.md, read off the tests. `python -m tests.defects` writes it into the table."""
+"""Which test covers which id of DEFECTS.md, read off the tests. `python -m tools.defects` writes it into the table."""
 
 import ast
 import re
 from pathlib import Path
 
-from tests.source_tree import ROOT, parse, python_files
+from tests.support.source_tree import ROOT, parse, python_files
 
 TABLE = ROOT / "tests" / "DEFECTS.md"
 ID = re.compile(r"\bD\d\d\b")

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 
 from nanovllm.layers.tensor_parallel import TensorParallel
-from tests.limits import HANG_SECONDS
+from tests.support.limits import HANG_SECONDS
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -10,7 +10,7 @@ import torch
 
 from nanovllm.layers.sampler import Sampler, SamplingTensors
 from reference.sampling import kept
-from tests.statistics import check_counts, check_temperature, fresh_seed
+from tests.support.statistics import check_counts, check_temperature, fresh_seed
 
 MAX_ROWS = 2**19  # at a time
 RARE = 1e-4

@@ -13,11 +13,11 @@ import pytest
 from nanovllm import LLM, Config, SamplingParams, bundled_model_path
 from nanovllm.worker import executor
 from nanovllm.worker.rank_process import Model
-from tests.limits import HANG_SECONDS
-from tests.parallel.faults import WORDS
-from tests.parallel.test_failures import OPTIONS
-from tests.source_tree import ROOT
+from tests.distributed.test_failures import OPTIONS
 from tests.support.counts import count_comparisons
+from tests.support.limits import HANG_SECONDS
+from tests.support.rank_faults import WORDS
+from tests.support.source_tree import ROOT
 
 PROMPTS = ["In the beginning", "And it came to pass"]
 CLI_OPTIONS = ["--device", "cpu", "--max-model-len", "64", "--max-tokens", "12", "--greedy"]
@@ -70,7 +70,7 @@ def test_rank_0_says_what_ended_a_rank_on_another_machine(tmp_path: Path, place:
     program.write_text(
         "import os\n"
         "from nanovllm import LLM, SamplingParams, bundled_model_path\n"
-        "from tests.parallel.faults import Fault, plant_here\n"
+        "from tests.support.rank_faults import Fault, plant_here\n"
         "if os.environ['RANK'] == '1':\n"
         f"    plant_here(Fault(1, {place!r}, 'raise'))\n"
         f"with LLM(str(bundled_model_path()), tensor_parallel_size=2, **{OPTIONS!r}) as llm:\n"

@@ -13,7 +13,7 @@ from nanovllm.layers.tensor_parallel import SINGLE_RANK, TensorParallel
 from nanovllm.layers.torch_attention import TorchAttentionBackend
 from nanovllm.models.loader import INDEX_FILE, SINGLE_FILE, load_model
 from nanovllm.models.registry import build_model
-from tests.checkpoints import checkpoint_tensors, small_config
+from tests.support.checkpoints import checkpoint_tensors, small_config
 from tests.support.counts import count_comparisons
 
 CONFIG = small_config()

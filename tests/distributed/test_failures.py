@@ -13,9 +13,9 @@ import torch
 from nanovllm import LLM, SamplingParams, bundled_model_path
 from nanovllm.worker.local_ranks import GRACE_SECONDS, PATIENCE_SECONDS, RankError
 from nanovllm.worker.meeting import ADDRESS_SECONDS, CONNECT_SECONDS
-from tests.parallel.faults import CONNECTING, PLACES, WORDS, Fault, plant
-from tests.parallel.holdings import Watch
 from tests.support.counts import count_event, record_error
+from tests.support.rank_faults import CONNECTING, PLACES, WORDS, Fault, plant
+from tests.support.resource_snapshot import Watch
 
 OPTIONS: dict[str, Any] = {
     "device": "cpu", "attention_backend": "torch", "kv_cache_block_size": 16, "num_kv_cache_blocks": 32,

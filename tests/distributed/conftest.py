@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.parallel.holdings import Watch
+from tests.support.resource_snapshot import Watch
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Our models against transformers on the same weights: every variant of tests/tiny_models.py.
+"""Our models against transformers on the same weights: every variant of tests/support/tiny_models.py.
 
 The error of either implementation is measured against transformers in float64. Both compute the same formulas in
 float32 with sums in different orders, so their errors are two draws of one kind: ours may be at most ERROR_RATIO times
@@ -14,7 +14,7 @@ from nanovllm.model_config import load_model_config
 from nanovllm.models.loader import load_model
 from nanovllm.models.registry import build_model
 from tests.support.comparing import assert_within
-from tests.tiny_models import VARIANTS, VOCAB_SIZE, tiny_model
+from tests.support.tiny_models import VARIANTS, VOCAB_SIZE, tiny_model
 
 ERROR_RATIO = 4
 ULPS = 8
