@@ -24,7 +24,7 @@ TEST_ENV := $(QUIET) OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-gpu sanitize bench benchmarks mutants mutants-defects lint format clean
+.PHONY: help install demo check quick test test-gpu sanitize bench benchmarks mutants mutants-defects lint format clean
 
 help: ## explain the targets
 	@echo "nanovllm: a small LLM inference engine that anyone can read, and a test suite that proves it"
@@ -48,6 +48,12 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP) ## generate text from the bundled model and compare it with transformers (no GPU, no download)
 	@$(QUIET) $(BIN)/nanovllm demo $(ARGS)
+
+check: $(STAMP) ## run the tests that notice a change soonest: make check FILES=nanovllm/engine/scheduler.py
+	@$(TEST_ENV) $(BIN)/python -m tools.check $(FILES)
+
+quick: $(STAMP) ## the unit tests of engine/ and what is next to it, in less than a minute
+	@$(TEST_ENV) HYPOTHESIS_PROFILE=quick $(BIN)/python -m pytest -q -x -n $(WORKERS) --benchmark-disable tests/unit/engine tests/unit/test_config.py tests/unit/test_sampling_params.py tests/unit/test_validation.py $(ARGS)
 
 test: $(STAMP) ## run every test that needs no GPU, on WORKERS=2 cores, and report what was compared in .report/
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --benchmark-disable --report=.report $(ARGS)

@@ -1,6 +1,7 @@
 """What holds for every test: one seed, random order, no network, one thread a process, Hypothesis' profiles.
 
-HYPOTHESIS_PROFILE=dev|ci|nightly sets how many examples are drawn (default: dev). One seed decides the order of the
+HYPOTHESIS_PROFILE=quick|dev|ci|nightly sets how many examples are drawn (default: dev); the first two print a failing
+example as it was drawn, the others shrink it, which may take minutes. One seed decides the order of the
 tests, the state of Python's, numpy's and torch's global generators before each test, and what Hypothesis draws:
 `--randomly-seed=N` (pytest-randomly), or NANOVLLM_TEST_SEED=N. It is printed in the header and with each failure.
 
@@ -23,10 +24,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "dev")
-PROFILES = {"dev": 30, "ci": 100, "nightly": 3000}
+PROFILES = {"quick": 10, "dev": 30, "ci": 100, "nightly": 3000}
+WITHOUT_SHRINKING = {"quick", "dev"}
 SEED_VARIABLE = "NANOVLLM_TEST_SEED"
 LOOPBACK = "127.0.0.1,::1,localhost"
 PLUGINS = {"randomly": "the order of the tests is fixed", "socket": "connections to other hosts are not refused"}
@@ -38,6 +40,8 @@ for _name, _max_examples in PROFILES.items():
         deadline=None,  # a first call may import or compile, and two cores are shared: time says nothing here
         derandomize=False,
         print_blob=True,
+        report_multiple_bugs=False,
+        phases=[phase for phase in Phase if phase is not Phase.shrink or _name not in WITHOUT_SHRINKING],
         suppress_health_check=[HealthCheck.too_slow],
     )
 settings.load_profile(PROFILE)

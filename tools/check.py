@@ -3,11 +3,12 @@
     python -m tools.check nanovllm/engine/scheduler.py            runs the stages one after the other
     python -m tools.check --show nanovllm/engine/scheduler.py     prints their commands
 
-Three stages, each of which stops at its first failure and prints it at once:
+Up to four stages, each of which stops at its first failure and prints it at once:
 
-1. the tests named after the file (tests/ mirrors nanovllm/), then the other unit tests that import its module,
-2. the rest of the same folder of unit tests,
-3. the campaigns: tests/e2e, and tests/distributed where ranks could be concerned.
+1. the tests named after the file (tests/ mirrors nanovllm/; of a kernel, its cases),
+2. the other unit tests that import its module,
+3. the rest of the same folder of unit tests,
+4. the campaigns: tests/e2e, and tests/distributed where ranks could be concerned.
 
 Without FILES: the Python files under nanovllm/ that differ from the last commit. Exit status: that of the first stage
 that fails, else 0.
@@ -25,44 +26,52 @@ RANKS = ("nanovllm/worker/", "nanovllm/executor/", "nanovllm/distributed/", "nan
 
 
 def stages(files: Iterable[str]) -> list[list[str]]:
-    """The tests of each stage, as paths that pytest takes. Raises ValueError for what is no file of nanovllm/."""
-    named, importing, neighbours, campaigns = [], [], [], ["tests/e2e"]
+    """pytest's arguments for each stage. Raises ValueError for what is no file of nanovllm/."""
+    named, importing, neighbours, kernels, campaigns = [], [], [], [], ["tests/e2e"]
     for file in files:
         path = Path(file)
         if path.parts[:1] != ("nanovllm",) or path.suffix != ".py" or not (ROOT / path).is_file():
             raise ValueError(f"FILES must be Python files of nanovllm/, relative to the project's root, got {file!r}")
         folder = Path("tests/kernels") if "kernels" in path.parts else Path("tests/unit", *path.parts[1:-1])
+        if "kernels" in path.parts:
+            kernels.append(path.stem)
         named += _tests(folder, f"test_{path.stem}*.py")
-        module = ".".join(path.with_suffix("").parts)
-        importing += [test for test in _tests(Path("tests"), "unit/**/test_*.py") if _imports(test, module)]
+        importing += [test for test in _tests(Path("tests/unit"), "**/test_*.py") if _imports(test, _module(path))]
         neighbours += _tests(folder, "test_*.py")
         if file.startswith(RANKS) and "tests/distributed" not in campaigns:
             campaigns.append("tests/distributed")
-    first = list(dict.fromkeys(named + importing))
-    second = [test for test in dict.fromkeys(neighbours) if test not in first]
-    return [stage for stage in (first, second, campaigns) if stage]
+    cases = ["tests/kernels/test_kernels.py", "-k", " or ".join(kernels)] if kernels else []
+    found = [cases]
+    for tests in (named, importing, neighbours):
+        found.append([test for test in dict.fromkeys(tests) if not any(test in stage for stage in found)])
+    return [stage for stage in (*found, campaigns) if stage]
 
 
 def _tests(folder: Path, pattern: str) -> list[str]:
     return sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / folder).glob(pattern))
 
 
+def _module(path: Path) -> str:
+    return ".".join(path.with_suffix("").parts)
+
+
 def _imports(test: str, module: str) -> bool:
-    """Whether the file names the module: `from nanovllm.engine.scheduler import ...`, `from nanovllm.engine import scheduler`."""
+    """Whether the file says `from nanovllm.engine.scheduler import ...` or `from nanovllm.engine import scheduler`."""
     text = (ROOT / test).read_text(encoding="utf-8")
     package, _, name = module.rpartition(".")
     return f"{module} import" in text or f"from {package} import {name}" in text
 
 
 def command(tests: list[str]) -> list[str]:
-    """pytest's command line for one stage: one process, the first failure ends it."""
-    return [sys.executable, "-m", "pytest", "-q", "-x", "--durations=0", "--durations-min=10", *tests]
+    """pytest's command line for one stage: the first failure ends it."""
+    return [sys.executable, "-m", "pytest", "-q", "-x", "--durations-min=10", "--benchmark-disable", *tests]
 
 
 def changed_files() -> list[str]:
     """Python files of nanovllm/ that differ from the last commit."""
-    result = subprocess.run(["git", "diff", "--name-only", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
-    return [name for name in result.stdout.split() if name.startswith("nanovllm/") and name.endswith(".py")]
+    git = ["git", "diff", "--name-only", "HEAD"]
+    names = subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    return [name for name in names if name.startswith("nanovllm/") and name.endswith(".py")]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,0 +1,46 @@
+"""tools/check.py: which tests run first for which file."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.source_tree import ROOT, python_files
+from tools.check import main, stages
+
+FILES = [path.relative_to(ROOT).as_posix() for path in python_files("nanovllm")]
+
+
+def test_the_tests_named_after_a_file_come_first() -> None:
+    first, second, third, campaigns = stages(["nanovllm/engine/scheduler.py"])
+    assert "tests/unit/engine/test_scheduler.py" in first
+    assert "tests/unit/engine/test_scheduler_requests.py" in first
+    assert "tests/unit/engine/test_symbolic_model.py" in second  # it imports the scheduler
+    assert "tests/unit/engine/test_block_manager.py" in third
+    assert campaigns == ["tests/e2e"]
+
+
+def test_a_kernels_own_cases_come_first() -> None:
+    first, *_ = stages(["nanovllm/kernels/rms_norm.py"])
+    assert first == ["tests/kernels/test_kernels.py", "-k", "rms_norm"]
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_every_file_has_a_stage_whose_tests_exist(file: str) -> None:
+    found = stages([file])
+    paths = [argument for stage in found for argument in stage if argument.startswith("tests/")]
+    assert paths
+    assert all((ROOT / path).exists() for path in paths)
+    assert len(set(paths)) == len(paths)
+
+
+@pytest.mark.parametrize("file", ["nanovllm/engine/no_such_file.py", "tests/conftest.py", "README.md"])
+def test_another_file_is_refused_by_name(file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        main([file])
+    assert error.value.code == 2
+    assert f"relative to the project's root, got {file!r}" in capsys.readouterr().err
+
+
+def test_show_prints_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--show", str(Path("nanovllm/config.py"))]) == 0
+    assert "python -m pytest -q -x" in capsys.readouterr().out
