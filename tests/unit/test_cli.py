@@ -14,8 +14,7 @@ from nanovllm.cli_errors import BUG, USER_ERROR
 from tests.support.limits import HANG_SECONDS
 from tests.support.source_tree import ROOT
 
-PROMPT = "In the beginning"
-PROMPTS = [PROMPT, "And it came to pass"]
+PROMPT, _ = PROMPTS = ["In the beginning", "And it came to pass"]
 SMALL = ["--max-tokens", "8", "--greedy", "--max-model-len", "64", "--device", "cpu"]
 
 
@@ -257,9 +256,9 @@ def test_refusal_reaches_the_shell_without_a_traceback():
 
 def test_debug_shows_the_traceback(capsys):
     assert cli.main(["generate", "--debug", "--max-tokens", "0", PROMPT]) == USER_ERROR
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "Traceback (most recent call last):"
-    assert lines[-1] == "nanovllm: error: --max-tokens must be an integer of at least 1, got 0"
+    first, *_, last = capsys.readouterr().err.splitlines()
+    assert first == "Traceback (most recent call last):"
+    assert last == "nanovllm: error: --max-tokens must be an integer of at least 1, got 0"
 
 
 def test_a_bug_of_nanovllm_is_shown_as_one(capsys, monkeypatch):

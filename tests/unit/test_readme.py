@@ -2,11 +2,13 @@
 
 import ast
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 
 import reference
-from nanovllm import cli
+from nanovllm import bundled_model_path, cli
 from tests.support.source_tree import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -32,6 +34,22 @@ def test_python_imports_what_the_package_exports():
     (statement,) = [node for node in ast.parse(block).body if isinstance(node, ast.ImportFrom)]
     exec(compile(ast.Module([statement], []), "README.md", "exec"), namespace)
     assert {"LLM", "SamplingParams"} <= namespace.keys()
+
+
+@pytest.mark.parametrize("kind", ["no tokenizer", "tokenizer", "chat template"])
+def test_first_example_works_as_pasted(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (block,) = code_blocks("python")
+    directory = tmp_path / "model"
+    shutil.copytree(bundled_model_path(), directory)
+    if kind == "no tokenizer":
+        (directory / "tokenizer.json").unlink()
+    if kind == "chat template":
+        (directory / "chat_template.jinja").write_text("{% for message in messages %}{{ message.content }}{% endfor %}")
+    assert block.count('"Qwen/Qwen3-0.6B"') == 1
+    exec(compile(block.replace('"Qwen/Qwen3-0.6B"', repr(str(directory))), "README.md", "exec"), {})
+    printed = capsys.readouterr().out
+    assert printed.count("length") == 2
+    assert len(printed.splitlines()) >= {"no tokenizer": 2, "tokenizer": 3, "chat template": 4}[kind]
 
 
 @pytest.mark.parametrize(
