@@ -35,6 +35,7 @@ def test_shapes_are_those_of_the_benchmarks(like, tmp_path):
         config.vocab_size,
         moe.num_experts if moe else 0,
         moe.num_experts_per_tok if moe else 0,
+        has_head_norm=config.model_type.startswith("qwen3"),
     )
 
 

@@ -1,5 +1,7 @@
 """A paged KV cache for the cases of attention kernels: what no sequence owns is NaN, and padding names no block."""
 
+import math
+
 import torch
 
 NO_BLOCK = 2**30  # fills the block tables: a kernel that follows it leaves the cache by far
@@ -22,10 +24,14 @@ def poisoned_caches(
         position = torch.arange(length)
         is_owned[ids[position // block_size], position % block_size] = True
     is_free = ~is_owned.to(device)[:, :, None, None]
-    device_generator = torch.Generator(device).manual_seed(seed)
     shape = (*is_owned.shape, num_kv_heads, head_dim)
+    # Small caches are drawn on the CPU, so that a case is the same on every device; large ones where that is fast.
+    drawn_on = "cpu" if math.prod(shape) < 2**20 else device
+    value_generator = torch.Generator(drawn_on).manual_seed(seed)
     k_cache, v_cache = (
-        torch.randn(shape, generator=device_generator, device=device).to(dtype).masked_fill_(is_free, torch.nan)
+        torch.randn(shape, generator=value_generator, device=drawn_on)
+        .to(device, dtype)
+        .masked_fill_(is_free, torch.nan)
         for _ in range(2)
     )
     return k_cache, v_cache, block_tables.to(device)

@@ -9,7 +9,7 @@ from unittest.mock import patch
 from tests.support.kernels.interpreting import recorded_functions
 
 PROMPTS = [list(range(5, 45)), [7, 8, 9]]  # the first has keys enough to be split in decode
-LONG_PROMPT = list(range(5, 605))  # long enough for the kernels of long prompts
+LONG_PROMPT = [5 + index % 300 for index in range(600)]  # long enough for the kernels of long prompts
 
 
 def kernels_of_interpreted_llm(architecture: str) -> frozenset[str]:
