@@ -7,11 +7,10 @@ than there are is skipped: multi_gpu(N) needs N, multi_gpu alone needs 2.
 
 In one process a third of the tests took seven and a half of the eight minutes that all of them may take, nearly all of
 it on one core. So several run side by side on one GPU, unless -n says how many. Tests marked
-`whole_gpu`, which fill the GPU's memory or measure it, run while no other test does: a file lock is held shared by
-every GPU test and exclusively by those.
+`whole_gpu`, which fill the GPU's memory or measure it, run while no other test does: each worker's GPU tests hold a
+file lock of their own, and those tests hold all of them.
 """
 
-import fcntl
 import itertools
 import os
 import re
@@ -24,6 +23,7 @@ from typing import Any
 
 import pytest
 from _pytest.mark.expression import Expression
+from filelock import FileLock
 
 MOST_WORKERS = 8  # each holds memory of the GPU, some tests 4 GiB and more
 
@@ -97,7 +97,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_protocol(item: pytest.Item) -> Any:
     if item.get_closest_marker("gpu") is None:
         return (yield)
-    with held(_folder(), exclusively=item.get_closest_marker("whole_gpu") is not None):
+    with held(_folder(), exclusively=item.get_closest_marker("whole_gpu") is not None, slot=_slot()):
         try:
             return (yield)
         finally:
@@ -107,18 +107,22 @@ def pytest_runtest_protocol(item: pytest.Item) -> Any:
 
 
 @contextmanager
-def held(folder: Path, exclusively: bool) -> Iterator[None]:
-    """The lock of `folder`, with any number of other sharers or with none, across processes.
+def held(folder: Path, exclusively: bool, slot: int = 0) -> Iterator[None]:
+    """One of the MOST_WORKERS locks in `folder` (slot says which), or all of them, across processes and threads.
 
-    Who wants it exclusively waits for the sharers holding a second lock, which whoever comes must take first: so
-    newcomers do not overtake.
+    Each test takes its locks while it holds the lock `door`: so later tests do not overtake one that waits for all.
     """
+    slots = range(MOST_WORKERS) if exclusively else [slot % MOST_WORKERS]
     with ExitStack() as stack:
-        door, room = (stack.enter_context(open(folder / name, "w")) for name in ("door", "room"))
-        fcntl.flock(door, fcntl.LOCK_EX)
-        fcntl.flock(room, fcntl.LOCK_EX if exclusively else fcntl.LOCK_SH)
-        fcntl.flock(door, fcntl.LOCK_UN)
+        with FileLock(folder / "door.lock"):
+            for number in slots:
+                stack.enter_context(FileLock(folder / f"slot-{number}.lock"))
         yield
+
+
+def _slot() -> int:
+    """The number of this worker of xdist; 0 without xdist."""
+    return int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
 
 
 def _folder() -> Path:

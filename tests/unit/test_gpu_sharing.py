@@ -27,14 +27,14 @@ SHORT = 0.2  # seconds, in which a thread that may not come does not
 class Visitor(threading.Thread):
     """Takes the lock, says so, and keeps it until it is sent away."""
 
-    def __init__(self, folder: Path, exclusively: bool) -> None:
+    def __init__(self, folder: Path, exclusively: bool, slot: int = 0) -> None:
         super().__init__(daemon=True)
-        self.folder, self.exclusively = folder, exclusively
+        self.folder, self.exclusively, self.slot = folder, exclusively, slot
         self.is_in, self.may_go = threading.Event(), threading.Event()
         self.start()
 
     def run(self) -> None:
-        with held(self.folder, self.exclusively):
+        with held(self.folder, self.exclusively, self.slot):
             self.is_in.set()
             self.may_go.wait(HANG_SECONDS)
 
@@ -44,7 +44,7 @@ class Visitor(threading.Thread):
 
 
 def test_sharers_run_side_by_side(tmp_path: Path) -> None:
-    visitors = [Visitor(tmp_path, exclusively=False) for _ in range(3)]
+    visitors = [Visitor(tmp_path, exclusively=False, slot=slot) for slot in range(3)]
     assert all(visitor.is_in.wait(HANG_SECONDS) for visitor in visitors)
     for visitor in visitors:
         visitor.leave()

@@ -47,7 +47,9 @@ def _run(mutants: list[Mutant], options: argparse.Namespace) -> int:
         check_baseline(options.root, mutants)
     num_survivors = 0
     results = run_mutants(options.root, mutants, options.workers)
-    for mutant, is_caught in tqdm(results, total=len(mutants), desc="mutants", mininterval=1):
+    for mutant, is_caught in tqdm(
+        results, total=len(mutants), desc="mutants", mininterval=1 if sys.stderr.isatty() else 20
+    ):
         if not is_caught:
             num_survivors += 1
             tqdm.write(f"SURVIVED {mutant.change()}")

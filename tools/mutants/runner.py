@@ -19,7 +19,8 @@ from py_compile import PycInvalidationMode
 from tools.mutants.mutant import Mutant
 
 CPU_SECONDS = 120  # of one process; one that computes for longer is killed
-WALL_SECONDS = 900  # of one mutant, for tests that wait and compute nothing; generous: the machine may be loaded
+WALL_SECONDS = 300  # of one mutant, for tests that wait and compute nothing; generous: the machine may be loaded
+HANG_SECONDS = 60  # of one wait in a test: some mutants make a test hang, which shows the mutant
 _MEMORY_KIB = 12 * 2**20  # of one process, for a mutant that never stops appending
 _PYTEST = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
 _LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "*.egg-info")
@@ -56,6 +57,7 @@ class Copy:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "NANOVLLM_"))}
         kept.pop("PYTHONPATH", None)
         one_seed = {"HYPOTHESIS_PROFILE": "dev", "NANOVLLM_TEST_SEED": "0", "OMP_NUM_THREADS": "1"}
+        one_seed["NANOVLLM_TEST_HANG_SECONDS"] = str(HANG_SECONDS)
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 ["sh", "-c", limits, "sh", *_PYTEST, *tests],
