@@ -1,6 +1,9 @@
 """transformers as an oracle: models and logits of a checkpoint, loaded once."""
 
 import functools
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,3 +48,59 @@ def judge(model_dir: Path, prompt: list[int], token_ids: list[int], dtype: torch
     before = exact[len(prompt) - 1 : -1]
     chosen = before.gather(1, torch.tensor(token_ids)[:, None])[:, 0]
     return Judgement(before.amax(dim=1) - chosen, rounding, float(exact.abs().max()))
+
+
+# --- which module differs first ---
+
+_COMPARED = re.compile(r"embed_tokens|layers\.\d+\.(self_attn|mlp)|norm")
+
+
+def first_module_that_differs(
+    model_dir: Path, decoder: torch.nn.Module, run_ours: Callable[[], object], token_ids: list[int], ratio: float
+) -> str:
+    """Sentence that names the first module of `decoder` whose output is off, in the order of computing.
+
+    decoder: ours, with transformers' module names; run_ours computes all of token_ids with it. An output is off when
+    its error against transformers' float64 is more than `ratio` times that of transformers' own float32.
+    """
+    with _outputs(decoder) as ours:
+        run_ours()
+    exact, rounded = (_hugging_face_outputs(model_dir, token_ids, dtype) for dtype in (torch.float64, torch.float32))
+    for name in exact:
+        expected = torch.cat(exact[name])
+        error = (torch.cat(ours[name]) - expected).abs()
+        allowed = ratio * float((torch.cat(rounded[name]) - expected).abs().max())
+        if not float(error.max()) <= allowed:
+            position = int(error.amax(dim=1).argmax())
+            return (
+                f"the first module whose output differs is {name}, most at position {position}: error "
+                f"{float(error.max()):.3g}, allowed {allowed:.3g}"
+            )
+    return "no module's output differs: look at lm_head"
+
+
+def _hugging_face_outputs(model_dir: Path, token_ids: list[int], dtype: torch.dtype) -> dict[str, list[torch.Tensor]]:
+    with _outputs(load_hugging_face(model_dir, dtype).model) as outputs:
+        hugging_face_logits(model_dir, token_ids, dtype)
+    return outputs
+
+
+@contextmanager
+def _outputs(decoder: torch.nn.Module) -> Iterator[dict[str, list[torch.Tensor]]]:
+    """Inside, each compared module appends its output, float64 [num_tokens, hidden_size], to the list of its name."""
+    outputs: dict[str, list[torch.Tensor]] = {}
+
+    def hook(name: str) -> Callable[..., None]:
+        def append(module: torch.nn.Module, arguments: Any, output: Any) -> None:
+            tensor = output[0] if isinstance(output, tuple) else output
+            outputs.setdefault(name, []).append(tensor.detach().flatten(0, -2).double().cpu())
+
+        return append
+
+    modules = [(name, module) for name, module in decoder.named_modules() if _COMPARED.fullmatch(name)]
+    hooks = [module.register_forward_hook(hook(name)) for name, module in modules]
+    try:
+        yield outputs
+    finally:
+        for handle in hooks:
+            handle.remove()
