@@ -99,7 +99,7 @@ $(VENV)/.mutmut: $(STAMP)
 lint: $(STAMP) ## check format, style, types and which module imports which
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/lint-imports --quiet
+	$(BIN)/lint-imports
 	$(BIN)/pyright
 
 format: $(STAMP) ## format the code, mend what ruff can, bring tests/DEFECTS.md up to date
