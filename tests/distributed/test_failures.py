@@ -125,6 +125,7 @@ def test_ctrl_c_while_rank_0_looks_for_the_cause_ends_the_engine(
     nothing_left: Watch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """D33: the ranks are killed, and none computes a later request from where the lost one left it."""
+    before = nothing_left.holdings().processes  # the process that interprets kernels may be among them
     llm = engine()
 
     def fail(batch: Any) -> list[int]:
@@ -137,7 +138,7 @@ def test_ctrl_c_while_rank_0_looks_for_the_cause_ends_the_engine(
     monkeypatch.setattr(llm._executor._ranks, "explain", interrupt)
     with pytest.raises(KeyboardInterrupt):
         generate(llm)
-    assert not nothing_left.holdings().processes
+    assert nothing_left.holdings().processes == before
     with pytest.raises(RuntimeError, match="this engine is closed: make a new one"):
         generate(llm)
 
