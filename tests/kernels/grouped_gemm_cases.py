@@ -191,7 +191,7 @@ def measured(shape: Shape, num_tokens: int) -> Measured:
         return output
 
     def plain(x, gate_up, down, routing):
-        """Every expert on every token: what plain PyTorch can do without asking the host who was chosen."""
+        """Every expert on every token: what plain PyTorch can do without asking the host which experts were chosen."""
         gate, up = torch.matmul(x, gate_up.transpose(1, 2)).chunk(2, dim=2)
         products = torch.bmm(functional.silu(gate) * up, down.transpose(1, 2))
         weights = torch.zeros(num_tokens, num_experts, device="cuda").scatter_(

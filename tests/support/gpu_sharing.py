@@ -40,7 +40,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         some = "an NVIDIA GPU" if 1 in needed else "several NVIDIA GPUs"
         raise pytest.UsageError(f"-m {option.markexpr!r}: these tests need {some}, and torch finds none here")
     if needed != {1}:
-        return  # several GPUs are shared by those who say -n
+        return  # several GPUs are shared only where -n is given
     if getattr(option, "numprocesses", 0) is not None or option.usepdb:
         return  # no xdist, or -n was given; a debugger wants one process
     if any("::" in argument for argument in config.args):
@@ -89,7 +89,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.hookimpl(trylast=True)  # after random_order's, which was loaded before
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whoever needs the whole GPU comes last: in between, all others would wait for the longest test under way."""
+    """Tests that need the whole GPU come last: before that, all others would wait for the longest test under way."""
     items.sort(key=lambda item: item.get_closest_marker("whole_gpu") is not None)
 
 

@@ -1,6 +1,5 @@
 """The report of a run: RunData as tables, and the tables as text and as one HTML page without scripts."""
 
-import json
 import os
 import sys
 import textwrap
@@ -12,9 +11,7 @@ from typing import NamedTuple
 
 from tests.support.counts import Counts
 from tests.support.skips import Skip, why
-from tests.support.source_tree import ROOT
 
-SCORE = ROOT / "tests" / "mutants" / "score.json"
 TITLE = "nanovllm: what this run checked"
 HEAD = f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{TITLE}</title><style>
 :root {{ color-scheme: light dark; font: 15px/1.45 system-ui, sans-serif }}
@@ -51,13 +48,6 @@ def defects_without_test() -> list[tuple[str | int, ...]]:
     covered = covering_tests()
     rows = (ROW.match(line) for line in TABLE.read_text(encoding="utf-8").splitlines())
     return [(row[1], row[2]) for row in rows if row and row[1] not in covered]
-
-
-def mutation_scores() -> list[tuple[str | int, ...]]:
-    """Component, caught, all; without tests/mutants/score.json none."""
-    scores = json.loads(SCORE.read_text(encoding="utf-8")) if SCORE.exists() else {}
-    components = {**scores.get("components", {}), "generic": scores.get("generic")}
-    return [(name, s["caught"], s.get("mutants", s.get("total", 0))) for name, s in components.items() if s]
 
 
 def machine() -> str:
@@ -109,12 +99,6 @@ def tables(data: RunData) -> list[Table]:
             "A skip that is not on the list of tests/support/skips.py fails the run.",
             ("test", "it says", "reason on the list"),
             [(skip.test, skip.reason, why(skip) or "NOT ALLOWED") for skip in sorted(data.skips)],
-        ),
-        Table(
-            "Mutants",
-            "Small faults put into nanovllm/, each of which must make a test fail; as tests/mutants/score.json has it.",
-            ("component", "caught", "of"),
-            mutation_scores(),
         ),
         Table("Defects without a test", "Of tests/DEFECTS.md.", ("id", "what must hold"), defects_without_test()),
     ]

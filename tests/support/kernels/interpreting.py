@@ -3,10 +3,6 @@
 The interpreter is chosen before triton's first import, and an access far out of bounds kills the process: so cases run
 in a process beside pytest's, one at a time, and a new one is started when it died. A case runs with the programs of
 each grid in order, then reversed, then shuffled.
-
-    python -m tests.support.kernels.interpreting tests.kernels.rms_norm_cases [CASE ...]
-
-runs all cases of a file, or those that are named, up to the first that fails; tests/mutants uses it.
 """
 
 import atexit
@@ -14,7 +10,6 @@ import importlib
 import multiprocessing
 import os
 import random
-import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -186,19 +181,3 @@ def recorded_functions() -> Iterator[set[str]]:
         patch.object(EmulatedFunction, "__call__", recording(EmulatedFunction.__call__)),
     ):
         yield names
-
-
-def main(module: str, names: list[str]) -> None:
-    cases = load_cases(module)
-    for order in ORDERS:
-        with program_order(order):
-            for name in names or cases:
-                print(f"{name} ({order})", flush=True)
-                failure = failure_of(cases[name], "cpu")
-                if failure:
-                    sys.exit(failure)
-    print("done")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])

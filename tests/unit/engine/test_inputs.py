@@ -54,7 +54,7 @@ def test_other_types_are_refused(prompts: Any) -> None:
         as_prompt_list(prompts)
 
 
-# Words of a message -> what somebody does to the value who follows them.
+# Words of a message -> what a user who follows them does to the value.
 REMEDIES: dict[str, Callable[[Any], Any]] = {
     "; convert it with list(...)": list,
     "; convert it with .tolist()": lambda value: value.tolist(),
@@ -95,7 +95,7 @@ def remedy(message: str, value: Any) -> Any:
     ],
 )
 def test_remedies_work(prompts: Any, expected: list[list[int]]) -> None:
-    """D93: whoever does what the message says gets the prompts that were meant."""
+    """D93: following the message gives the prompts that were meant."""
     for _ in range(3):
         try:
             prompts = as_prompt_list(prompts)
