@@ -112,7 +112,7 @@ def profile_decode(llm: Any, num_seqs: int, input_len: int) -> None:
 def time_host_parts(llm: Any, num_steps: int) -> str:
     """Mean microseconds a step spends outside and inside executor.run (which waits for the GPU), in words."""
     inside = 0.0
-    run = llm._executor.run
+    run = llm._core.executor.run
 
     def timed(batch: Any) -> Any:
         nonlocal inside
@@ -121,12 +121,12 @@ def time_host_parts(llm: Any, num_steps: int) -> str:
         inside += time.perf_counter() - start
         return result
 
-    llm._executor.run = timed
+    llm._core.executor.run = timed
     start = time.perf_counter()
     for _ in range(num_steps):
         llm.step()
     total = time.perf_counter() - start
-    del llm._executor.run
+    del llm._core.executor.run
     per_step = 1e6 / num_steps
     return f"; of {total * per_step:.0f} us {(total - inside) * per_step:.0f} are outside executor.run, the rest inside"
 

@@ -17,9 +17,9 @@ from nanovllm import __version__
 from nanovllm.cli_errors import report_error
 from nanovllm.config import ATTENTION_BACKENDS, DEVICES, DTYPES, Config
 from nanovllm.console import discard_stdout, flush_stdout, lossless_console, read_lines_from_stdin, require_stdout
+from nanovllm.distributed.torchrun_env import read_torchrun_env
 from nanovllm.engine.chat import chat_prompts
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.torchrun import read_launch
 from nanovllm.validation import require_unicode
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     try:
         require_stdout()
-        launch = read_launch()
+        launch = read_torchrun_env()
         if launch is not None and launch.rank > 0 and arguments.run is not _demo:
             _open_llm(arguments)  # computes for rank 0, which alone reads and prints, and does not return
         with _log_on_stderr():
@@ -157,7 +157,7 @@ def _open_llm(arguments: argparse.Namespace) -> Any:
     """The LLM that the options ask for, on all ranks that torchrun started; says so when it is the bundled model."""
     from nanovllm import LLM, bundled_model_path
 
-    options, launch = _given(arguments, _CONFIG_HELP), read_launch()
+    options, launch = _given(arguments, _CONFIG_HELP), read_torchrun_env()
     if launch is not None:
         options.setdefault("tensor_parallel_size", launch.size)
     model = arguments.model

@@ -13,7 +13,7 @@ USER_ERROR = 2
 BUG = 70
 
 _PACKAGE = str(Path(__file__).parent)
-_RANK_TRACEBACK = "\n\nIts traceback:\n"  # RankError's message holds it, see worker/local_ranks.py
+_RANK_TRACEBACK = "\n\nIts traceback:\n"  # RankError's message holds it, see executor/base.py
 # Python advice in messages -> what does the same at the command line, where nothing but options can be given.
 _PHRASES = {
     "SamplingParams.greedy()": "--greedy",

@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 
 from nanovllm.validation import (
-    make_integers_plain,
+    convert_numpy_integers,
     reject_unknown_options,
     require_bool,
     require_choice,
@@ -95,7 +95,7 @@ class Config:
             remedy = "use None to size it from memory"
             require_int("num_kv_cache_blocks", self.num_kv_cache_blocks, 1, MAX_KV_CACHE_BLOCKS, remedy)
         _check_block_size(self.kv_cache_block_size, self.attention_backend)
-        make_integers_plain(self)
+        convert_numpy_integers(self)
 
 
 def _check_block_size(block_size: int, backend: str) -> None:

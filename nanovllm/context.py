@@ -25,7 +25,7 @@ class Context:
     context_lens: [num_seqs] int32, key lengths, this step's tokens included.
     block_tables: [num_seqs, max_blocks] int32, padded with -1. None in a prefill in which no sequence has cached
         keys: then the keys are exactly this step's.
-    longest_first: [num_seqs] int32, the sequences by falling key length; None where nobody has sorted them.
+    sequence_order: [num_seqs] int32, the sequences by falling key length; None where nobody has sorted them.
     """
 
     is_prefill: bool
@@ -36,7 +36,7 @@ class Context:
     max_seqlen_k: int
     context_lens: "torch.Tensor"
     block_tables: "torch.Tensor | None"
-    longest_first: "torch.Tensor | None" = None
+    sequence_order: "torch.Tensor | None" = None
 
 
 _current: ContextVar[Context | None] = ContextVar("nanovllm_context", default=None)

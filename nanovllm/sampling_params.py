@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from nanovllm.validation import (
+    convert_numpy_integers,
     is_int,
-    make_integers_plain,
     reject_unknown_options,
     require_bool,
     require_int,
@@ -74,7 +74,7 @@ class SamplingParams:
             require_int("seed", self.seed, 0, 2**64 - 1, remedy="use None to derive it from the engine's seed")
         object.__setattr__(self, "stop", _as_stop_strings(self.stop))
         object.__setattr__(self, "stop_token_ids", _as_token_ids(self.stop_token_ids))
-        make_integers_plain(self)
+        convert_numpy_integers(self)
 
     @classmethod
     def greedy(cls, **options: Any) -> "SamplingParams":

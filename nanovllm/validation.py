@@ -40,7 +40,7 @@ def is_int(value: Any) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def make_integers_plain(instance: Any) -> None:
+def convert_numpy_integers(instance: Any) -> None:
     """Turn numpy integers in the fields of a frozen dataclass into ints: arithmetic on small ones overflows."""
     for field in dataclasses.fields(instance):
         value = getattr(instance, field.name)

@@ -46,16 +46,16 @@ def sampling(
         return int((logits == logits.max()).nonzero()[0])
     z = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
     arrival = z - exponential_noise(seed, position, len(logits)).to(z.device).log()
-    return int(arrival.where(kept(z, top_k, top_p, min_p), -torch.inf).argmax())
+    return int(arrival.where(allowed_mask(z, top_k, top_p, min_p), -torch.inf).argmax())
 
 
-def kept(
+def allowed_mask(
     z: Float[Tensor, "V"], top_k: int | None = None, top_p: float | None = None, min_p: float | None = None
 ) -> Bool[Tensor, "V"]:
     """Which tokens may be drawn; None switches a filter off. top_p drops equals from the highest id down.
 
     >>> z = torch.tensor([0.1, 0.4, 0.3, 0.2]).log()
-    >>> kept(z, top_k=3).tolist(), kept(z, top_p=0.6).tolist(), kept(z, min_p=0.6).tolist()
+    >>> allowed_mask(z, top_k=3).tolist(), allowed_mask(z, top_p=0.6).tolist(), allowed_mask(z, min_p=0.6).tolist()
     ([False, True, True, True], [False, True, True, False], [False, True, True, False])
     """
     keep = torch.ones_like(z, dtype=torch.bool)

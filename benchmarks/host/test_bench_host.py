@@ -12,7 +12,7 @@ from benchmarks.hosting import ROUNDS, WARMUP_ROUNDS
 from benchmarks.shapes import draw_lens
 from nanovllm import SamplingParams
 from nanovllm.engine.block_manager import BlockManager
-from nanovllm.engine.model_input import prepare_ahead, prepare_decode, prepare_prefill
+from nanovllm.engine.model_input import prepare_decode, prepare_decode_async, prepare_prefill
 from nanovllm.engine.scheduler import ScheduledBatch, Scheduler
 from nanovllm.engine.sequence import Sequence
 
@@ -61,23 +61,23 @@ def test_scheduler_decode_step(host, running):
 
 
 def test_scheduler_decode_step_ahead(host, running):
-    """schedule_ahead, postprocess and take_up."""
+    """schedule_next_async, postprocess and commit_async_batch."""
     batch = running.schedule()
 
     def advance_ahead():
         nonlocal batch
-        ahead = running.schedule_ahead(batch)
+        ahead = running.schedule_next_async(batch)
         running.postprocess(batch, [7] * NUM_SEQS)
-        batch = running.take_up(ahead)
+        batch = running.commit_async_batch(ahead)
 
     host(advance_ahead)
     assert batch.num_scheduled_tokens == (1,) * NUM_SEQS
 
 
-def test_prepare_ahead(host, running):
+def test_prepare_decode_async(host, running):
     batch = running.schedule()
-    sequences = running.schedule_ahead(batch).sequences
-    model_input = host(lambda: prepare_ahead(sequences, batch.sampled_sequences))
+    sequences = running.schedule_next_async(batch).sequences
+    model_input = host(lambda: prepare_decode_async(sequences, batch.sampled_sequences))
     assert len(model_input.input_ids) == NUM_SEQS
 
 
@@ -111,7 +111,7 @@ def test_block_manager_allocate_cached(host):
     manager = BlockManager(100, BLOCK_SIZE)
     seq = make_sequence(0, 1024)
     manager.allocate(seq)
-    seq.num_stored_tokens = 1024
+    seq.num_tokens_with_kv = 1024
     manager.cache_full_blocks(seq)
     manager.deallocate(seq)
 

@@ -103,9 +103,9 @@ class BlockManager:
             if block.ref_count == 0:
                 del self._free_block_ids[block_id]
             block.ref_count += 1
-        seq.block_table = hits + [self._take_free_block() for _ in range(seq.num_blocks - len(hits))]
-        seq.num_stored_tokens = len(hits) * self.block_size
-        seq.num_cached_tokens = min(seq.num_stored_tokens, len(seq) - 1)
+        seq.block_table = hits + [self._pop_free_block() for _ in range(seq.num_blocks - len(hits))]
+        seq.num_tokens_with_kv = len(hits) * self.block_size
+        seq.num_cached_tokens = min(seq.num_tokens_with_kv, len(seq) - 1)
         if seq.num_cached_prompt_tokens is None:
             seq.num_cached_prompt_tokens = seq.num_cached_tokens
         self.num_hit_blocks += len(hits)
@@ -121,7 +121,7 @@ class BlockManager:
                     self._free_block_ids.move_to_end(block_id, last=False)
         seq.block_table = []
         seq.num_cached_tokens = 0
-        seq.num_stored_tokens = 0
+        seq.num_tokens_with_kv = 0
 
     # --- growth ---
 
@@ -135,17 +135,17 @@ class BlockManager:
     def append(self, seq: Sequence) -> None:
         """Open the block of the token appended last, if it needs one. Requires can_append(seq)."""
         while len(seq.block_table) < seq.num_blocks:
-            self.open_block(seq)
+            self.append_block(seq)
 
-    def open_block(self, seq: Sequence) -> None:
+    def append_block(self, seq: Sequence) -> None:
         """Give `seq` one more block. Requires that one is free."""
-        seq.block_table.append(self._take_free_block())
+        seq.block_table.append(self._pop_free_block())
 
     # --- prefix cache ---
 
     def cache_full_blocks(self, seq: Sequence) -> None:
         """Make the sequence's full blocks hittable, as far as their keys and values are stored."""
-        num_full = seq.num_stored_tokens // self.block_size
+        num_full = seq.num_tokens_with_kv // self.block_size
         first = num_full
         while first > 0 and not self.blocks[seq.block_table[first - 1]].is_cached:
             first -= 1
@@ -204,7 +204,7 @@ class BlockManager:
         block.token_ids = []
         self.num_evictions += 1
 
-    def _take_free_block(self) -> int:
+    def _pop_free_block(self) -> int:
         if not self._free_block_ids:
             raise RuntimeError("no free KV block: call can_allocate or can_append first")
         block_id, _ = self._free_block_ids.popitem(last=False)

@@ -43,7 +43,7 @@ class FairLock:
             self.__exit__()
             raise
 
-    def try_enter(self) -> bool:
+    def try_acquire(self) -> bool:
         """Enter and return True, or return False when a thread holds the lock, this one included. Never waits."""
         if self._queue:
             return False

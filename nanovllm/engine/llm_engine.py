@@ -16,14 +16,14 @@ from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.chat import TWO_BOS_WARNING, begins_with_two_bos, chat_prompts
 from nanovllm.engine.fair_lock import FairLock
-from nanovllm.engine.inputs import as_params_list, as_prompt_list, as_token_ids, request_seed
-from nanovllm.engine.request import Request
+from nanovllm.engine.input_processor import as_params_list, as_prompt_list, as_token_ids, request_seed
+from nanovllm.engine.request_state import RequestState
 from nanovllm.engine.scheduler import ScheduledBatch, Scheduler
 from nanovllm.engine.sequence import Sequence, SequenceStatus
 from nanovllm.engine.throughput import GenerationProgress
 from nanovllm.engine.tokenizer import load_tokenizer
-from nanovllm.model_config import load_model_config
 from nanovllm.model_path import local_model_dir
+from nanovllm.models.registry import load_model_config
 from nanovllm.outputs import RequestOutput, StepOutput, StreamOutput
 from nanovllm.sampling_params import SamplingParams
 
@@ -64,11 +64,11 @@ class LLMEngine:
         self.tokenizer = load_tokenizer(model_dir, model_config)
         self.vocab_size = model_config.vocab_size
 
-        from nanovllm.worker.executor import Executor  # imports torch, which `import nanovllm` must not
+        from nanovllm.executor.base import make_executor  # imports torch, which `import nanovllm` must not
 
-        self._executor = Executor(self.config, model_config, model_dir)
+        self._executor = make_executor(self.config, model_config, model_dir)
         if self.config.async_scheduling is None:
-            self.config = replace(self.config, async_scheduling=self._executor.can_go_ahead)
+            self.config = replace(self.config, async_scheduling=self._executor.supports_async_scheduling)
         tokenizer_eos = getattr(self.tokenizer, "eos_token_id", None)
         self.scheduler = Scheduler(
             BlockManager(self._executor.num_kv_cache_blocks, config.kv_cache_block_size),
@@ -78,10 +78,10 @@ class LLMEngine:
             max_supported_len=model_config.max_supported_len,
             eos_token_ids=model_config.eos_token_ids | ({tokenizer_eos} if tokenizer_eos is not None else set()),
         )
-        self._ahead: Any = None  # LaunchedStep of the step after the current one
-        self._requests: dict[int, Request] = {}
-        self._news: dict[int, list[Request]] = {}  # seq_id -> those of the same generate call that got a token
-        self._left: deque[Request] = deque()  # their generate calls have ended
+        self._ahead: Any = None  # AsyncModelOutput of the step after the current one
+        self._requests: dict[int, RequestState] = {}
+        self._news: dict[int, list[RequestState]] = {}  # seq_id -> those of the same generate call that got a token
+        self._left: deque[RequestState] = deque()  # their generate calls have ended
         self._lost: dict[int, str] = {}  # seq_id -> why its call gets no output
         self._num_arrivals = 0
         self._why_closed = ""
@@ -122,23 +122,23 @@ class LLMEngine:
         """
         return self._stream(self._make_requests(as_prompt_list(prompts), sampling_params, is_streamed=True))
 
-    def _stream(self, requests: list[Request]) -> Iterator[StreamOutput]:
-        with closing(self._run(requests, Request.take_stream_output)) as steps:
+    def _stream(self, requests: list[RequestState]) -> Iterator[StreamOutput]:
+        with closing(self._run(requests, RequestState.next_stream_output)) as steps:
             for _, items in steps:
                 yield from items
         for request in requests:
-            if not request.is_stream_over:  # aborted between steps
-                yield request.take_stream_output()
+            if not request.is_stream_finished:  # aborted between steps
+                yield request.next_stream_output()
 
     def _run(
-        self, requests: list[Request], take: Callable[[Request], T]
+        self, requests: list[RequestState], take: Callable[[RequestState], T]
     ) -> Generator[tuple[ScheduledBatch, list[T]], None, None]:
         """Step until `requests` are finished; yields each step, and what `take` returns of those with new tokens.
 
         When steps of other threads have brought tokens, they are yielded at once, with an empty batch. `requests` leave
         the engine at the end, or aborted when this stops early.
         """
-        news: list[Request] = []
+        news: list[RequestState] = []
         unfinished = requests[::-1]
         try:
             self._check_process()
@@ -161,7 +161,7 @@ class LLMEngine:
         finally:
             self._left.extend(requests)
             # The garbage collector may run this anywhere, inside a step too: waiting for the lock could wait for ever.
-            if self._is_own_process and self._lock.try_enter():
+            if self._is_own_process and self._lock.try_acquire():
                 try:
                     self._forget_left()
                 finally:
@@ -260,7 +260,7 @@ class LLMEngine:
         """Schedule, compute and take in one step; with async_scheduling, the next one is begun meanwhile."""
         self._check_open()
         self._forget_left()
-        launched, batch = self._take_up()
+        launched, batch = self._next_batch()
         if batch.is_empty:
             if not self.scheduler.is_finished:
                 raise RuntimeError("nothing can be scheduled although requests wait: please report this as a bug")
@@ -268,23 +268,23 @@ class LLMEngine:
         is_computed = False
         try:
             token_ids = (
-                self._compute_ahead(batch, launched) if self.config.async_scheduling else self._executor.run(batch)
+                self._execute_async(batch, launched) if self.config.async_scheduling else self._executor.run(batch)
             )
             is_computed = True
-            self._take_in(batch, token_ids)
+            self._process_tokens(batch, token_ids)
         except BaseException as error:
             self._end_failed_step(batch, error, is_computed)
             raise
         return batch
 
-    def _take_in(self, batch: ScheduledBatch, token_ids: list[int]) -> None:
+    def _process_tokens(self, batch: ScheduledBatch, token_ids: list[int]) -> None:
         """Append the new tokens, end what they end, and tell the calls that wait for them."""
         self.scheduler.postprocess(batch, token_ids)
         for seq in batch.sampled_sequences:
             if seq.finish_reason == "abort":  # while it was computed: it has no new token
                 continue
             request = self._requests[seq.seq_id]
-            is_stopped = request.take_in_token()
+            is_stopped = request.process_new_token()
             if is_stopped and not seq.is_finished:
                 self.scheduler.finish(seq, "stop")
             elif is_stopped:
@@ -308,27 +308,27 @@ class LLMEngine:
         while any(seq.status is SequenceStatus.RUNNING for seq in batch.sequences):
             self.scheduler.preempt(self.scheduler.running[-1])  # from the last on: arrivals stay in order
 
-    def _take_up(self) -> tuple[Any, ScheduledBatch]:
-        """The step to take in next, and its LaunchedStep if it has been begun."""
+    def _next_batch(self) -> tuple[Any, ScheduledBatch]:
+        """The step to take in next, and its AsyncModelOutput if it has been begun."""
         launched, self._ahead = self._ahead, None
         if launched is not None:
-            batch = self.scheduler.take_up(launched.batch)
+            batch = self.scheduler.commit_async_batch(launched.batch)
             if not batch.is_empty:
                 return launched, batch
         return None, self.scheduler.schedule()
 
-    def _compute_ahead(self, batch: ScheduledBatch, launched: Any) -> list[int]:
+    def _execute_async(self, batch: ScheduledBatch, launched: Any) -> list[int]:
         """The new tokens of `batch`. The step after it is begun before they are waited for, if it is known by then."""
-        launched = launched or self._executor.launch(batch)
-        ahead = self.scheduler.schedule_ahead(batch)
+        launched = launched or self._executor.execute(batch)
+        ahead = self.scheduler.schedule_next_async(batch)
         if ahead is not None:
-            self._ahead = self._executor.launch(ahead, launched)
+            self._ahead = self._executor.execute(ahead, launched)
         tokens = dict(zip(launched.batch.sampled_sequences, launched.token_ids(), strict=True))
         return [tokens[seq] for seq in batch.sampled_sequences]  # without those of sequences that had ended
 
     # --- requests ---
 
-    def _make_requests(self, prompts: list[Any], sampling_params: Any, is_streamed: bool) -> list[Request]:
+    def _make_requests(self, prompts: list[Any], sampling_params: Any, is_streamed: bool) -> list[RequestState]:
         """Checked requests, not queued yet. Raises ValueError that names the prompt's index."""
         self._check_process()
         self._check_open()
@@ -339,7 +339,7 @@ class LLMEngine:
                 seq = self._make_sequence(prompt, params)
             except ValueError as error:
                 raise ValueError(f"prompt {index}: {error}") from error
-            requests.append(Request(seq, self.tokenizer, index, is_streamed))
+            requests.append(RequestState(seq, self.tokenizer, index, is_streamed))
         with self._lock:  # not before: other threads' steps go on while prompts are tokenized
             for request in requests:
                 self._number(request.sequence)
@@ -354,7 +354,7 @@ class LLMEngine:
         if params.stop and self.tokenizer is None:
             raise ValueError(f"stop strings need a tokenizer and the model has none, got stop={params.stop!r}")
         seq = Sequence(token_ids, params, block_size=self.config.kv_cache_block_size)
-        self.scheduler.check_fits(seq)
+        self.scheduler.validate_request(seq)
         return seq
 
     def _number(self, seq: Sequence) -> None:
@@ -363,7 +363,7 @@ class LLMEngine:
         seq.seed = request_seed(self.config.seed, seq.seq_id) if seed is None else seed
         self._num_arrivals += 1
 
-    def _enqueue(self, request: Request) -> None:
+    def _enqueue(self, request: RequestState) -> None:
         self._check_open()
         self.scheduler.add(request.sequence)
         self._requests[request.sequence.seq_id] = request
@@ -377,12 +377,12 @@ class LLMEngine:
             for by_id in (self._requests, self._news, self._lost):
                 by_id.pop(seq.seq_id, None)
 
-    def _lose(self, request: Request, reason: str) -> None:
+    def _lose(self, request: RequestState, reason: str) -> None:
         """End a generate call's request; the call raises RuntimeError with `reason`."""
         self.scheduler.abort(request.sequence.seq_id)
         self._lost[request.sequence.seq_id] = reason
 
-    def _check_not_lost(self, requests: list[Request]) -> None:
+    def _check_not_lost(self, requests: list[RequestState]) -> None:
         if self._lost:
             for request in requests:
                 if request.sequence.seq_id in self._lost:
@@ -439,7 +439,7 @@ class LLMEngine:
         self.close()
 
 
-def _is_aborted(request: Request) -> bool:
+def _is_aborted(request: RequestState) -> bool:
     return request.sequence.finish_reason == "abort"
 
 

@@ -1,4 +1,4 @@
-"""prepare_prefill, prepare_decode, prepare_ahead: scheduled sequences -> ModelInput, the integers of one forward pass.
+"""prepare_prefill, prepare_decode, prepare_decode_async: scheduled sequences -> ModelInput, the integers of one forward pass.
 
 Pure functions of the sequences, called by every rank, so that the ranks cannot disagree. No torch.
 """
@@ -16,11 +16,11 @@ from nanovllm.sampling_params import SamplingParams
 LONG_CONTEXT = 512  # keys from which the prefill kernel for Hopper GPUs is taken
 PADDING_SLOT = -1  # in slot_mapping: compute the token, do not store its key and value
 PADDING_BLOCK = -1  # in block_tables, after a row's last block
-UNKNOWN_TOKEN = -1  # in input_ids, of a token that the step before is still computing
+PLACEHOLDER_TOKEN = -1  # in input_ids, of a token that the step before is still computing
 
 
 @dataclass(frozen=True)
-class SamplingRows:
+class SamplingMetadata:
     """How the sampled rows are drawn; one entry for each of num_samples sequences.
 
     temperature [num_samples] float32; top_k int64, 0 for no limit; top_p, min_p float32; seed uint64;
@@ -43,13 +43,13 @@ class ModelInput:
     cu_seqlens_q, cu_seqlens_k: [num_seqs + 1] int32. Keys of a sequence end where its scheduled tokens end.
     max_seqlen_q, max_seqlen_k: the longest of each.
     context_lens: [num_seqs] int32, key lengths.
-    longest_first: [num_seqs] int32, the sequences by falling key length: a kernel that starts the longest first does
+    sequence_order: [num_seqs] int32, the sequences by falling key length: a kernel that starts the longest first does
     not end waiting for it.
     block_tables: [num_seqs, max_blocks] int32 padded with PADDING_BLOCK; None in a prefill without cached keys.
     sample_indices: [num_samples] int64, the packed tokens whose logits are sampled: the last token of each sequence
         that has no token left to compute afterwards.
-    sampling: their SamplingRows.
-    unknown: [num_tokens] int64, for each UNKNOWN_TOKEN of input_ids its row among those that the step before samples,
+    sampling: their SamplingMetadata.
+    input_ids_source: [num_tokens] int64, for each PLACEHOLDER_TOKEN of input_ids its row among those that the step before samples,
         -1 for the others; None when all are known.
     """
 
@@ -62,11 +62,11 @@ class ModelInput:
     max_seqlen_q: int
     max_seqlen_k: int
     context_lens: np.ndarray
-    longest_first: np.ndarray
+    sequence_order: np.ndarray
     block_tables: np.ndarray | None
     sample_indices: np.ndarray
-    sampling: SamplingRows
-    unknown: np.ndarray | None = None
+    sampling: SamplingMetadata
+    input_ids_source: np.ndarray | None = None
 
 
 def prepare_prefill(sequences: Sequences[Sequence]) -> ModelInput:
@@ -79,25 +79,27 @@ def prepare_decode(sequences: Sequences[Sequence]) -> ModelInput:
     return _prepare_scheduled(sequences, is_prefill=False)
 
 
-def prepare_ahead(sequences: Sequences[Sequence], sampled: Sequences[Sequence]) -> ModelInput:
+def prepare_decode_async(sequences: Sequences[Sequence], sampled: Sequences[Sequence]) -> ModelInput:
     """As prepare_decode will, when the scheduled step has been taken in: but its tokens, which `sampled` get in this
     order, are unknown.
     """
     row_of = {seq: row for row, seq in enumerate(sampled)}
-    unknown = np.array([row_of.get(seq, -1) for seq in sequences], dtype=np.int64)
+    source = np.array([row_of.get(seq, -1) for seq in sequences], dtype=np.int64)
     model_input = _prepare(
         sequences,
         is_prefill=False,
-        starts=_numbers(sequences, "num_computed_tokens"),
+        starts=_numbers(sequences, "num_cached_tokens_after_step"),
         query_lens=np.ones(len(sequences), dtype=np.int64),
-        num_stored=_numbers(sequences, "num_stored_tokens"),
-        token_ids=[UNKNOWN_TOKEN if seq in row_of else seq.last_token for seq in sequences],
+        num_stored=_numbers(sequences, "num_tokens_with_kv"),
+        token_ids=[PLACEHOLDER_TOKEN if seq in row_of else seq.last_token for seq in sequences],
         sampled=list(range(len(sequences))),
     )
-    return replace(model_input, unknown=unknown if (unknown >= 0).any() else None)
+    return replace(model_input, input_ids_source=source if (source >= 0).any() else None)
 
 
-def prepare_warmup(max_num_batched_tokens: int, max_model_len: int, max_num_seqs: int, block_size: int) -> ModelInput:
+def prepare_profile_run(
+    max_num_batched_tokens: int, max_model_len: int, max_num_seqs: int, block_size: int
+) -> ModelInput:
     """The largest step that the limits allow: a prefill of the whole token budget that samples max_num_seqs rows.
 
     Sequences of max_model_len tokens, and a shorter one for the rest. So large a prefill has fewer sequences than rows
@@ -115,7 +117,7 @@ def prepare_warmup(max_num_batched_tokens: int, max_model_len: int, max_num_seqs
     return replace(
         model_input,
         sample_indices=rows % len(model_input.input_ids),
-        sampling=sampling_rows([sequences[row % len(sequences)] for row in rows], rows),
+        sampling=prepare_sample([sequences[row % len(sequences)] for row in rows], rows),
     )
 
 
@@ -125,7 +127,7 @@ def warmup_lengths(max_num_batched_tokens: int, max_model_len: int, max_num_seqs
     return ([max_model_len] * num_whole + [rest] * (rest > 0))[:max_num_seqs]
 
 
-def prepare_kinds_of_prefill(
+def prefill_warmup_shapes(
     max_num_batched_tokens: int, max_model_len: int, max_num_seqs: int, num_blocks: int, block_size: int
 ) -> Iterator[ModelInput]:
     """Prefills after which no other one compiles anything, as far as the limits and the cache have room for them.
@@ -139,19 +141,19 @@ def prepare_kinds_of_prefill(
         for num_cached in (0, 1):
             lengths = warmup_lengths(2**power, max_model_len - num_cached, max_num_seqs)
             if sum(lengths) == 2**power:
-                yield from _prefill_of(lengths, num_cached, num_blocks, block_size)
+                yield from dummy_prefill(lengths, num_cached, num_blocks, block_size)
     if max_model_len > LONG_CONTEXT:
-        yield from _prefill_of([1], LONG_CONTEXT, num_blocks, block_size)
+        yield from dummy_prefill([1], LONG_CONTEXT, num_blocks, block_size)
 
 
-def _prefill_of(lengths: list[int], num_cached: int, num_blocks: int, block_size: int) -> Iterator[ModelInput]:
+def dummy_prefill(lengths: list[int], num_cached: int, num_blocks: int, block_size: int) -> Iterator[ModelInput]:
     """lengths tokens after num_cached, of sequences that share their blocks; nothing if the cache has too few."""
     sequences = []
     for length in lengths:
         seq = Sequence([0] * (num_cached + length), block_size=block_size)
         seq.block_table = list(range(seq.num_blocks))
         seq.num_cached_tokens, seq.num_scheduled_tokens = num_cached, length
-        seq.num_stored_tokens = num_cached + length
+        seq.num_tokens_with_kv = num_cached + length
         sequences.append(seq)
     if max(seq.num_blocks for seq in sequences) <= num_blocks:
         yield prepare_prefill(sequences)
@@ -167,7 +169,7 @@ def _prepare_scheduled(sequences: Sequences[Sequence], is_prefill: bool) -> Mode
         is_prefill,
         starts=_numbers(sequences, "num_cached_tokens"),
         query_lens=_numbers(sequences, "num_scheduled_tokens"),
-        num_stored=_numbers(sequences, "num_stored_tokens"),
+        num_stored=_numbers(sequences, "num_tokens_with_kv"),
         token_ids=chain.from_iterable(seq.scheduled_token_ids for seq in sequences),
         sampled=[index for index, seq in enumerate(sequences) if seq.is_sampled],
     )
@@ -204,10 +206,10 @@ def _prepare(
         max_seqlen_q=int(query_lens.max()),
         max_seqlen_k=int(context_lens.max()),
         context_lens=context_lens.astype(np.int32),
-        longest_first=np.argsort(-context_lens, kind="stable").astype(np.int32),
+        sequence_order=np.argsort(-context_lens, kind="stable").astype(np.int32),
         block_tables=block_tables if is_tabled else None,
         sample_indices=query_ends[sampled] - 1,
-        sampling=sampling_rows([sequences[index] for index in sampled], context_lens[sampled]),
+        sampling=prepare_sample([sequences[index] for index in sampled], context_lens[sampled]),
     )
 
 
@@ -224,10 +226,10 @@ def _slots(
     return np.where(positions < num_stored[row], PADDING_SLOT, blocks * block_size + positions % block_size)
 
 
-def sampling_rows(sequences: Sequences[Sequence], positions: np.ndarray) -> SamplingRows:
-    """The SamplingRows of sequences that are sampled in this step, for the tokens that they get at `positions`."""
+def prepare_sample(sequences: Sequences[Sequence], positions: np.ndarray) -> SamplingMetadata:
+    """The SamplingMetadata of sequences that are sampled in this step, for the tokens that they get at `positions`."""
     params = [seq.sampling_params for seq in sequences]
-    return SamplingRows(
+    return SamplingMetadata(
         temperature=np.array([p.temperature for p in params], dtype=np.float32),
         top_k=np.array([p.top_k or 0 for p in params], dtype=np.int64),
         top_p=np.array([p.top_p for p in params], dtype=np.float32),

@@ -66,7 +66,7 @@ class Scheduler:
         self.running: deque[Sequence] = deque()
         self.num_preemptions = 0
         self.num_prefill_chunks = 0
-        self._num_prefills_in_a_row = 0
+        self._num_consecutive_prefills = 0
 
     @property
     def is_finished(self) -> bool:
@@ -74,7 +74,7 @@ class Scheduler:
 
     # --- the door ---
 
-    def check_fits(self, seq: Sequence) -> None:
+    def validate_request(self, seq: Sequence) -> None:
         """Raise ValueError when `seq` could never finish: longer than max_model_len, or than the whole KV cache."""
         num_prompt_tokens, max_tokens = seq.num_prompt_tokens, seq.sampling_params.max_tokens
         if num_prompt_tokens >= self.max_model_len:
@@ -106,8 +106,8 @@ class Scheduler:
         return f"{shorter}, or set num_kv_cache_blocks to at least {self._max_num_blocks(seq)}"
 
     def add(self, seq: Sequence) -> None:
-        """Queue `seq`. Raises ValueError as check_fits."""
-        self.check_fits(seq)
+        """Queue `seq`. Raises ValueError as validate_request."""
+        self.validate_request(seq)
         self.waiting.append(seq)
 
     def _max_num_blocks(self, seq: Sequence) -> int:
@@ -119,13 +119,13 @@ class Scheduler:
 
     def schedule(self) -> ScheduledBatch:
         """Choose the next step, allocate its blocks, set num_scheduled_tokens. Empty when there is nothing to do."""
-        is_decode_due = self._num_prefills_in_a_row >= MAX_CONSECUTIVE_PREFILLS
+        is_decode_due = self._num_consecutive_prefills >= MAX_CONSECUTIVE_PREFILLS
         if not (is_decode_due and any(seq.is_decodable for seq in self.running)):
             sequences = self._schedule_prefill()
             if sequences:
-                self._num_prefills_in_a_row += 1
+                self._num_consecutive_prefills += 1
                 return self._batch(sequences, is_prefill=True)
-        self._num_prefills_in_a_row = 0
+        self._num_consecutive_prefills = 0
         return self._batch(self._schedule_decode(), is_prefill=False)
 
     def _batch(self, sequences: list[Sequence], is_prefill: bool) -> ScheduledBatch:
@@ -211,7 +211,7 @@ class Scheduler:
             if seq.is_finished:
                 continue
             seq.num_cached_tokens += seq.num_scheduled_tokens
-            seq.num_stored_tokens = max(seq.num_stored_tokens, seq.num_cached_tokens)
+            seq.num_tokens_with_kv = max(seq.num_tokens_with_kv, seq.num_cached_tokens)
             seq.num_scheduled_tokens = 0
             self.block_manager.cache_full_blocks(seq)
             if seq in new_tokens:
@@ -233,31 +233,31 @@ class Scheduler:
 
     # --- one step ahead ---
 
-    def schedule_ahead(self, batch: ScheduledBatch) -> ScheduledBatch | None:
+    def schedule_next_async(self, batch: ScheduledBatch) -> ScheduledBatch | None:
         """The decode step after `batch`, which has been scheduled and not been postprocessed; allocates its blocks.
 
         It does not know the tokens of `batch`: a sequence that one of them ends is computed once in vain. None where
         another step would follow, or may: when a prompt has tokens left, when a waiting sequence can be admitted or a
         place becomes free for it, when blocks do not suffice, when nothing is left to decode.
-        After postprocess(batch), take_up makes it the current step, and schedule() is not called in between.
+        After postprocess(batch), commit_async_batch makes it the current step, and schedule() is not called in between.
         """
         sampled = set(batch.sampled_sequences)
         sequences: list[Sequence] = []
         for seq in self.running:
             num_tokens = seq.num_tokens + (seq in sampled)
-            if num_tokens - seq.num_computed_tokens != 1:
+            if num_tokens - seq.num_cached_tokens_after_step != 1:
                 return None
             if seq not in sampled or not self._is_full_length(seq, num_tokens):
                 sequences.append(seq)
         if self.waiting and (len(sequences) < len(self.running) or self._can_admit()):
             return None
         block_size = self.block_manager.block_size
-        outgrown = [seq for seq in sequences if seq.num_computed_tokens == len(seq.block_table) * block_size]
+        outgrown = [seq for seq in sequences if seq.num_cached_tokens_after_step == len(seq.block_table) * block_size]
         if not sequences or len(outgrown) > self.block_manager.num_free_blocks:
             return None
         for seq in outgrown:
-            self.block_manager.open_block(seq)
-        self._num_prefills_in_a_row = 0
+            self.block_manager.append_block(seq)
+        self._num_consecutive_prefills = 0
         return ScheduledBatch(
             is_prefill=False,
             sequences=tuple(sequences),
@@ -265,8 +265,8 @@ class Scheduler:
             sampled_sequences=tuple(sequences),
         )
 
-    def take_up(self, ahead: ScheduledBatch) -> ScheduledBatch:
-        """What schedule_ahead chose, as the current step: less the sequences that no longer run, perhaps all."""
+    def commit_async_batch(self, ahead: ScheduledBatch) -> ScheduledBatch:
+        """What schedule_next_async chose, as the current step: less the sequences that no longer run, perhaps all."""
         sequences = [seq for seq in ahead.sequences if seq.status is SequenceStatus.RUNNING]
         for seq in sequences:
             seq.num_scheduled_tokens = 1

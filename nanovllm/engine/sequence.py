@@ -20,7 +20,7 @@ class Sequence:
     block_table: ids of the KV blocks that hold the sequence, in order; token i lives in
         slot block_table[i // block_size] * block_size + i % block_size.
     num_cached_tokens: leading tokens that need no computing any more; the next step starts there.
-    num_stored_tokens: leading tokens whose keys and values stand in the cache and must not be written again. It equals
+    num_tokens_with_kv: leading tokens whose keys and values stand in the cache and must not be written again. It equals
         num_cached_tokens, except when the whole sequence was found in the prefix cache: then the last token is
         computed once more for its logits, but not stored.
     num_scheduled_tokens: tokens the scheduled step computes.
@@ -51,7 +51,7 @@ class Sequence:
         self.num_prompt_tokens = self.num_tokens
         self.block_table: list[int] = []
         self.num_cached_tokens = 0
-        self.num_stored_tokens = 0
+        self.num_tokens_with_kv = 0
         self.num_scheduled_tokens = 0
         self.num_cached_prompt_tokens: int | None = None
         self.block_hashes: list[int] = []
@@ -104,10 +104,10 @@ class Sequence:
     @property
     def is_sampled(self) -> bool:
         """The scheduled step computes the last token, so a new one is sampled from its logits."""
-        return self.num_computed_tokens == self.num_tokens
+        return self.num_cached_tokens_after_step == self.num_tokens
 
     @property
-    def num_computed_tokens(self) -> int:
+    def num_cached_tokens_after_step(self) -> int:
         """Leading tokens that need no computing any more when the scheduled step is over."""
         return self.num_cached_tokens + self.num_scheduled_tokens
 
@@ -136,7 +136,7 @@ class Sequence:
         "num_prompt_tokens",
         "block_table",
         "num_cached_tokens",
-        "num_stored_tokens",
+        "num_tokens_with_kv",
         "num_scheduled_tokens",
     )
 

@@ -1,15 +1,15 @@
-"""Throughput: tokens per second of prefill and decode; GenerationProgress: the progress bar of generate()."""
+"""ThroughputMeter: tokens per second of prefill and decode; GenerationProgress: the progress bar of generate()."""
 
 from collections.abc import Sequence as Sequences
 from time import perf_counter
 
-from nanovllm.engine.request import Request
+from nanovllm.engine.request_state import RequestState
 from nanovllm.engine.scheduler import ScheduledBatch
 from nanovllm.engine.sequence import Sequence
 from nanovllm.progress import Progress
 
 
-class Throughput:
+class ThroughputMeter:
     """Averages over the steps since construction; str() is the progress bar's text."""
 
     def __init__(self) -> None:
@@ -39,12 +39,12 @@ class GenerationProgress(Progress):
     The total is what they can generate at most; a request that ends earlier counts as complete.
     """
 
-    def __init__(self, requests: Sequences[Request], max_model_len: int, is_shown: bool) -> None:
+    def __init__(self, requests: Sequences[RequestState], max_model_len: int, is_shown: bool) -> None:
         self._max_model_len = max_model_len
         self._num_prompts = len(requests)
         self._num_finished = self._num_tokens = 0
         self._counted: dict[int, int] = {}  # seq_id -> tokens counted so far; of an ended request, its maximum
-        self._throughput = Throughput()
+        self._throughput = ThroughputMeter()
         total = sum(self._max_completion_tokens(request.sequence) for request in requests)
         super().__init__("Generating", total, is_shown, is_last_line_wanted=True)
 

@@ -5,8 +5,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from nanovllm.model_config import ModelConfig, load_model_config
-from nanovllm.thread_waiting import sleeping_threads
+from nanovllm.model_config import ModelConfig
+from nanovllm.models.registry import load_model_config
+from nanovllm.omp_wait_policy import passive_omp_wait
 
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _SENTENCEPIECE = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}  # package -> module
@@ -28,7 +29,7 @@ def load_tokenizer(model_dir: Path, model_config: ModelConfig | None = None) -> 
     if found == ["tokenizer.model"]:
         _require_sentencepiece(model_dir)
     model_config = model_config or load_model_config(model_dir)
-    with sleeping_threads():  # transformers imports torch
+    with passive_omp_wait():  # transformers imports torch
         from transformers import AutoConfig, AutoTokenizer  # takes a second to import
 
     try:

@@ -18,17 +18,17 @@ import triton.language as tl
 from nanovllm.kernels.moe_routing import Routing
 
 
-class Tiles(NamedTuple):
-    """rows, columns, inner: of a program's tile, powers of two from 16; warps, stages: Triton's."""
+class TileConfig(NamedTuple):
+    """rows, columns, inner: of a program's tile, powers of two from 16; num_warps, num_stages: Triton's."""
 
     rows: int
     columns: int
     inner: int
-    warps: int
-    stages: int
+    num_warps: int
+    num_stages: int
 
 
-def grouped_gemm_tiles(num_assignments: int, num_experts: int, itemsize: int) -> Tiles:
+def choose_tile_config(num_assignments: int, num_experts: int, itemsize: int) -> TileConfig:
     """Tiles for so many assignments spread over so many experts. Measured on an H200 with Qwen3-30B-A3B's shapes.
 
     With few rows an expert, reading the weights is the work, and a block's padding is lost; with many, multiplying is.
@@ -36,15 +36,15 @@ def grouped_gemm_tiles(num_assignments: int, num_experts: int, itemsize: int) ->
     kernels that start-up, which meets powers of two, does not compile.
     """
     if itemsize > 2:
-        return Tiles(rows=16, columns=64, inner=32, warps=4, stages=3)
+        return TileConfig(rows=16, columns=64, inner=32, num_warps=4, num_stages=3)
     rows_per_expert = triton.next_power_of_2(num_assignments) / num_experts
     if rows_per_expert < 1:
-        return Tiles(rows=16, columns=32, inner=128, warps=2, stages=4)
+        return TileConfig(rows=16, columns=32, inner=128, num_warps=2, num_stages=4)
     if rows_per_expert < 16:
-        return Tiles(rows=16, columns=64, inner=128, warps=4, stages=4)
+        return TileConfig(rows=16, columns=64, inner=128, num_warps=4, num_stages=4)
     if rows_per_expert < 64:
-        return Tiles(rows=32, columns=128, inner=128, warps=4, stages=3)
-    return Tiles(rows=128, columns=256, inner=32, warps=8, stages=4)
+        return TileConfig(rows=32, columns=128, inner=128, num_warps=4, num_stages=3)
+    return TileConfig(rows=128, columns=256, inner=32, num_warps=8, num_stages=4)
 
 
 def grouped_gemm(
@@ -53,19 +53,19 @@ def grouped_gemm(
     down_proj: torch.Tensor,
     routing: Routing,
     *,
-    tiles: Tiles | None = None,
+    tiles: TileConfig | None = None,
 ) -> torch.Tensor:
     """[T, E]: the weighted sum over each token's experts, of hidden_states [T, E].
 
     gate_up_proj: [N, 2 * F, E], the gate's rows first. down_proj: [N, E, F]. All of one dtype, bfloat16, float16 or
     float32, contiguous. Sums are float32; the hidden activations and each expert's weighted product are rounded to the
     dtype. routing: of these tokens and experts, with block_size = tiles.rows. tiles: by default what
-    grouped_gemm_tiles says. Raises ValueError for anything else.
+    choose_tile_config says. Raises ValueError for anything else.
     """
     num_tokens, hidden_size = hidden_states.shape
     num_experts, _, intermediate_size = down_proj.shape
     num_assignments = routing.experts.numel()
-    tiles = tiles or grouped_gemm_tiles(num_assignments, num_experts, hidden_states.element_size())
+    tiles = tiles or choose_tile_config(num_assignments, num_experts, hidden_states.element_size())
     _check(hidden_states, gate_up_proj, down_proj, routing, tiles)
     hidden = hidden_states.new_empty(num_assignments, intermediate_size)
     _multiply(hidden_states, gate_up_proj, routing, hidden, tiles, routing.experts.shape[1], is_gate_up=True)
@@ -79,7 +79,7 @@ def _multiply(
     weight: torch.Tensor,
     routing: Routing,
     output: torch.Tensor,
-    tiles: Tiles,
+    tiles: TileConfig,
     assignments_per_row: int,
     is_gate_up: bool,
 ) -> None:
@@ -103,13 +103,17 @@ def _multiply(
         TILE_ROWS=tiles.rows,  # pyright: ignore[reportArgumentType]
         TILE_COLUMNS=tiles.columns,  # pyright: ignore[reportArgumentType]
         TILE_INNER=tiles.inner,  # pyright: ignore[reportArgumentType]
-        num_warps=tiles.warps,  # pyright: ignore[reportCallIssue]
-        num_stages=tiles.stages,  # pyright: ignore[reportCallIssue]
+        num_warps=tiles.num_warps,  # pyright: ignore[reportCallIssue]
+        num_stages=tiles.num_stages,  # pyright: ignore[reportCallIssue]
     )
 
 
 def _check(
-    hidden_states: torch.Tensor, gate_up_proj: torch.Tensor, down_proj: torch.Tensor, routing: Routing, tiles: Tiles
+    hidden_states: torch.Tensor,
+    gate_up_proj: torch.Tensor,
+    down_proj: torch.Tensor,
+    routing: Routing,
+    tiles: TileConfig,
 ) -> None:
     num_experts, hidden_size, intermediate_size = down_proj.shape
     tensors = {"hidden_states": hidden_states, "gate_up_proj": gate_up_proj, "down_proj": down_proj}
@@ -129,7 +133,7 @@ def _check(
     if routing.block_size != tiles.rows:
         raise ValueError(
             f"routing's block_size must be the rows of a tile, {tiles.rows}, got {routing.block_size}; "
-            "take it from grouped_gemm_tiles"
+            "take it from choose_tile_config"
         )
     if any(size < 16 or size & (size - 1) for size in tiles[:3]):
         raise ValueError(f"tiles must be powers of two from 16, got {tiles}")

@@ -23,7 +23,7 @@ MIN_BLOCK_SIZE = 16
 DIMS_TO_COMBINE = 32
 
 
-class Tiling(NamedTuple):
+class TileConfig(NamedTuple):
     """A program loads the keys and values of tile_size tokens at once; num_stages - 1 tiles are under way."""
 
     tile_size: int
@@ -42,7 +42,7 @@ def paged_attention(
     out: torch.Tensor | None = None,
     sequence_order: torch.Tensor | None = None,
     num_splits: int | None = None,
-    tiling: Tiling | None = None,
+    tiles: TileConfig | None = None,
     starts_early: bool | None = None,
 ) -> torch.Tensor:
     """Attention [B, H, D] of one query a sequence to its first context_lens[b] cached keys; zeros if there are none.
@@ -54,7 +54,7 @@ def paged_attention(
     context_lens: [B] int32, at most max_blocks * block_size each. scale: D ** -0.5 unless given.
     out: [B, H, D], written and returned if given. Last dimensions must be contiguous, other strides may be any.
     sequence_order: [B] int32, a permutation: whom to start first. Longest first is fastest; the result is the same.
-    num_splits: into how many parts each sequence's keys are split. tiling: see Tiling.
+    num_splits: into how many parts each sequence's keys are split. tiles: see TileConfig.
     starts_early: the kernels are launched before those before them end, and wait in place ("programmatic dependent
         launch"). By default if keys are split and the GPU can; else the longest would crowd where it is free first.
 
@@ -72,8 +72,8 @@ def paged_attention(
         max_context_len = block_tables.shape[1] * block_size
         num_splits = choose_num_splits(num_seqs, num_kv_heads, max_context_len, num_multiprocessors(query.device))
     is_split = num_splits > 1
-    if tiling is None:
-        tiling = choose_tiling(head_dim, query.element_size(), is_split)
+    if tiles is None:
+        tiles = choose_tile_config(head_dim, query.element_size(), is_split)
     if starts_early is None:
         starts_early = is_split and can_start_early(query.device)
     partial_out, partial_lse = out, None
@@ -102,11 +102,11 @@ def paged_attention(
         HEAD_DIM=head_dim,
         GROUP_SIZE=group_size,  # pyright: ignore[reportArgumentType]
         ROWS=max(16, triton.next_power_of_2(group_size)),
-        TILE_SIZE=tiling.tile_size,
+        TILE_SIZE=tiles.tile_size,
         STARTS_EARLY=starts_early,
         launch_pdl=starts_early,  # pyright: ignore[reportCallIssue]
-        num_warps=tiling.num_warps,  # pyright: ignore[reportCallIssue]
-        num_stages=tiling.num_stages,  # pyright: ignore[reportCallIssue]
+        num_warps=tiles.num_warps,  # pyright: ignore[reportCallIssue]
+        num_stages=tiles.num_stages,  # pyright: ignore[reportCallIssue]
     )
     if is_split:
         combine_splits_kernel[(head_dim // DIMS_TO_COMBINE, num_heads, num_seqs)](
@@ -118,7 +118,7 @@ def paged_attention(
             num_splits,  # pyright: ignore[reportCallIssue]
             HEAD_DIM=head_dim,
             DIMS=DIMS_TO_COMBINE,
-            TILE_SIZE=tiling.tile_size,
+            TILE_SIZE=tiles.tile_size,
             SPLITS_AT_ONCE=min(64, triton.next_power_of_2(num_splits)),
             STARTS_EARLY=starts_early,
             launch_pdl=starts_early,  # pyright: ignore[reportCallIssue]
@@ -127,13 +127,13 @@ def paged_attention(
     return out
 
 
-def choose_tiling(head_dim: int, element_size: int, is_split: bool) -> Tiling:
+def choose_tile_config(head_dim: int, element_size: int, is_split: bool) -> TileConfig:
     """Large tiles keep more bytes under way, small ones begin sooner. float32, computed in float64: small tiles."""
     if element_size == 4:
-        return Tiling(tile_size=16, num_warps=4, num_stages=2)
+        return TileConfig(tile_size=16, num_warps=4, num_stages=2)
     if is_split:
-        return Tiling(tile_size=32, num_warps=2, num_stages=3)
-    return Tiling(tile_size=64 if head_dim <= 128 else 32, num_warps=4, num_stages=4)
+        return TileConfig(tile_size=32, num_warps=2, num_stages=3)
+    return TileConfig(tile_size=64 if head_dim <= 128 else 32, num_warps=4, num_stages=4)
 
 
 def choose_num_splits(num_seqs: int, num_kv_heads: int, max_context_len: int, num_sms: int) -> int:

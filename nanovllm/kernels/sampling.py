@@ -122,13 +122,13 @@ def sampling_tile_kernel(
     start = program % num_tiles * TILE_SIZE
     logits = load_logits(logits_ptr + row * row_stride, start, vocab_size, TILE_SIZE)
     if tl.load(is_greedy_ptr + row):
-        largest = make_ordered(tl.max(logits), LARGEST)  # tl.max and tl.min take no notice of NaN
+        largest = replace_non_finite(tl.max(logits), LARGEST)  # tl.max and tl.min take no notice of NaN
     else:
         minus_log2_scale = -1 / (tl.load(temperature_ptr + row) * LOG_2)
         seed_low, seed_high, position = load_counters(seed_low_ptr, seed_high_ptr, position_ptr, row)  # pyright: ignore
         words = philox_words(seed_low, seed_high, position, start, TILE_SIZE)
-        first = tl.min(approximate_arrivals(logits, minus_log2_scale, words))
-        largest = make_ordered(scores_of(first), LARGEST_FLOAT32)
+        first = tl.min(approx_log2_arrival_times(logits, minus_log2_scale, words))
+        largest = replace_non_finite(scores_of(first), LARGEST_FLOAT32)
     tl.store(maxima_ptr + program, largest)
 
 
@@ -171,16 +171,16 @@ def sampling_row_kernel(
         scores = load_logits(row_ptr, tile * TILE_SIZE, vocab_size, TILE_SIZE)
         if not is_greedy:
             words = philox_words(seed_low, seed_high, position, tile * TILE_SIZE, TILE_SIZE)
-            scores = scores_of(approximate_arrivals(scores, -1 / (temperature * LOG_2), words))
+            scores = scores_of(approx_log2_arrival_times(scores, -1 / (temperature * LOG_2), words))
         is_close = scores >= threshold
         close = tl.min(tl.where(is_close, tokens, vocab_size))
         while close < vocab_size:
             start = close // EXACT_SIZE * EXACT_SIZE
             logits = load_logits(row_ptr, start, vocab_size, EXACT_SIZE)
             if is_greedy:
-                exact = make_ordered(logits, LARGEST).to(tl.float64)
+                exact = replace_non_finite(logits, LARGEST).to(tl.float64)
             else:
-                z = make_ordered(tl.div_rn(logits, temperature), LARGEST_FLOAT32)
+                z = replace_non_finite(tl.div_rn(logits, temperature), LARGEST_FLOAT32)
                 exact = z.to(tl.float64) + exact_gumbel(philox_words(seed_low, seed_high, position, start, EXACT_SIZE))
             largest = tl.max(exact)
             if largest > best:  # not equal: tokens come in ascending order, and the lowest id wins
@@ -206,7 +206,7 @@ def load_counters(seed_low_ptr, seed_high_ptr, position_ptr, row):
 
 
 @triton.jit
-def make_ordered(x, LARGEST: tl.constexpr):
+def replace_non_finite(x, LARGEST: tl.constexpr):
     """x without NaN (-inf instead) and without +inf (LARGEST instead)."""
     return tl.minimum(tl.where(x == x, x, float("-inf")), LARGEST)
 
@@ -243,7 +243,7 @@ def exact_gumbel(words):
 
 
 @triton.jit
-def approximate_arrivals(logits, minus_log2_scale, words):
+def approx_log2_arrival_times(logits, minus_log2_scale, words):
     """log2 of the race's times, -log2(1 - u) / 2**(logits * log2_scale), in float32; scores_of turns them round.
 
     Below 2**-8, -log(1 - u) is taken as u, wrong by a factor of 1 + 2**-9 at most. Above, 1 - u keeps enough bits,
@@ -258,7 +258,7 @@ def approximate_arrivals(logits, minus_log2_scale, words):
 
 @triton.jit
 def scores_of(arrivals):
-    """logits / temperature - log(-log(1 - u)) of approximate_arrivals."""
+    """logits / temperature - log(-log(1 - u)) of approx_log2_arrival_times."""
     return (arrivals + LOG2_LOG_2) * -LOG_2
 
 
@@ -273,5 +273,5 @@ def fast_log2(x):
 
 @triton.jit
 def score_error(score):
-    """A bound on the error of approximate_arrivals: 0.03 of the noise, and a few roundings of the score itself."""
+    """A bound on the error of approx_log2_arrival_times: 0.03 of the noise, and a few roundings of the score itself."""
     return 2.0**-5 + tl.abs(score) * 2.0**-20

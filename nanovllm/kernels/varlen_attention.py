@@ -32,7 +32,7 @@ MIN_HOPPER_KEYS = 512  # on an H200 slower at 100 to 480 keys, for its longer st
 MAX_MASKED_KEYS = 64  # of a tile in the second loop: a smaller tile leaves less to compute and mask
 
 
-class Tiles(NamedTuple):
+class TileConfig(NamedTuple):
     """Query rows (G a query) and keys of a tile, powers of two from 16; warps of a program; tiles of keys in flight."""
 
     rows: int
@@ -41,7 +41,7 @@ class Tiles(NamedTuple):
     num_stages: int
 
 
-def choose_tiles(dtype: torch.dtype, head_dim: int, capability: tuple[int, int]) -> Tiles:
+def choose_tile_config(dtype: torch.dtype, head_dim: int, capability: tuple[int, int]) -> TileConfig:
     """Measured on an H200 at head_dim 64 and 128; elsewhere, what fits in a program's registers."""
     if dtype == torch.float32:  # no tensor cores: small tiles, multiplied from registers
         return FLOAT32_TILES[head_dim]
@@ -51,16 +51,16 @@ def choose_tiles(dtype: torch.dtype, head_dim: int, capability: tuple[int, int])
 
 
 FLOAT32_TILES = {
-    32: Tiles(32, 32, 4, 2),
-    64: Tiles(32, 32, 4, 2),
-    128: Tiles(16, 32, 8, 2),
-    256: Tiles(16, 16, 4, 1),
+    32: TileConfig(32, 32, 4, 2),
+    64: TileConfig(32, 32, 4, 2),
+    128: TileConfig(16, 32, 8, 2),
+    256: TileConfig(16, 16, 4, 1),
 }
 TILES = {
-    32: Tiles(128, 64, 4, 3),
-    64: Tiles(64, 64, 4, 3),
-    128: Tiles(64, 64, 4, 3),
-    256: Tiles(64, 32, 8, 2),
+    32: TileConfig(128, 64, 4, 3),
+    64: TileConfig(64, 64, 4, 3),
+    128: TileConfig(64, 64, 4, 3),
+    256: TileConfig(64, 32, 8, 2),
 }
 
 
@@ -74,7 +74,7 @@ def varlen_attention(
     *,
     max_seqlen_q: int,
     block_tables: torch.Tensor | None = None,
-    tiles: Tiles | None = None,
+    tiles: TileConfig | None = None,
 ) -> torch.Tensor:
     """Causal attention [T, H, D], contiguous, of packed queries [T, H, D], the last of their sequences' tokens.
 
@@ -102,7 +102,7 @@ def varlen_attention(
             query, key, value, cu_seqlens_q, cu_seqlens_k, scale, max_seqlen_q=max_seqlen_q, block_tables=block_tables
         )
     if tiles is None:
-        tiles = choose_tiles(query.dtype, head_dim, _capability(query.device))
+        tiles = choose_tile_config(query.dtype, head_dim, _capability(query.device))
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     group_size = num_heads // num_kv_heads
     grid = (triton.cdiv(max_seqlen_q * group_size, tiles.rows), num_kv_heads, len(cu_seqlens_q) - 1)

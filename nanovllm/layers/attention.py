@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
+from nanovllm.attention.backend import AttentionBackend
 from nanovllm.context import Context, get_context
-from nanovllm.layers.attention_backend import AttentionBackend
 from nanovllm.layers.layernorm import RMSNorm
 
 

@@ -4,8 +4,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from nanovllm.layers.parameter import load_share, make_parameter
-from nanovllm.layers.tensor_parallel import SINGLE_RANK, TensorParallel
+from nanovllm.distributed.tensor_parallel import SINGLE_RANK, TensorParallel
+from nanovllm.layers.parameter import load_shard, make_parameter
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -14,11 +14,11 @@ class VocabParallelEmbedding(nn.Module):
     def __init__(self, vocab_size: int, hidden_size: int, tp: TensorParallel = SINGLE_RANK) -> None:
         super().__init__()
         self.tp = tp
-        self.num_rows = tp.share("vocab_size", vocab_size)
+        self.num_rows = tp.divide("vocab_size", vocab_size)
         self.weight = make_parameter((self.num_rows, hidden_size), self.weight_loader)
 
     def weight_loader(self, param: nn.Parameter, loaded_weight: torch.Tensor) -> None:
-        load_share(param, loaded_weight, 0, self.tp.rank, self.tp.size)
+        load_shard(param, loaded_weight, 0, self.tp.rank, self.tp.size)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """[T] ids -> [T, E]. A token outside this rank's rows counts as zero in the sum over ranks."""
@@ -45,14 +45,14 @@ class ParallelLMHead(nn.Module):
         if tied_to is not None:
             self.weight = tied_to.weight
         else:
-            self.weight = make_parameter((tp.share("vocab_size", vocab_size), hidden_size), self.weight_loader)
+            self.weight = make_parameter((tp.divide("vocab_size", vocab_size), hidden_size), self.weight_loader)
 
     def untie(self) -> None:
         """Replace the embedding's Parameter with one of the same shape, dtype and device, uninitialised."""
         self.weight = make_parameter(tuple(self.weight.shape), self.weight_loader, like=self.weight)
 
     def weight_loader(self, param: nn.Parameter, loaded_weight: torch.Tensor) -> None:
-        load_share(param, loaded_weight, 0, self.tp.rank, self.tp.size)
+        load_shard(param, loaded_weight, 0, self.tp.rank, self.tp.size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """[T, E] -> logits [T, V] on rank 0, None on the others."""

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from nanovllm.layers.kernel_choice import has_kernels
-from nanovllm.layers.parameter import load_whole, make_parameter
+from nanovllm.layers.parameter import load_replicated, make_parameter
 
 
 class RMSNorm(nn.Module):
@@ -18,7 +18,7 @@ class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float = 1e-6) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = make_parameter((size,), load_whole)
+        self.weight = make_parameter((size,), load_replicated)
 
     @overload
     def forward(self, x: torch.Tensor) -> torch.Tensor: ...

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from nanovllm.layers.parameter import load_share, load_whole, make_parameter
-from nanovllm.layers.tensor_parallel import SINGLE_RANK, TensorParallel
+from nanovllm.distributed.tensor_parallel import SINGLE_RANK, TensorParallel
+from nanovllm.layers.parameter import load_replicated, load_shard, make_parameter
 
 
 class ReplicatedLinear(nn.Module):
@@ -19,8 +19,8 @@ class ReplicatedLinear(nn.Module):
 
     def __init__(self, input_size: int, output_size: int, bias: bool = False) -> None:
         super().__init__()
-        self.weight = make_parameter((output_size, input_size), load_whole)
-        self.bias = make_parameter((output_size,), load_whole) if bias else None
+        self.weight = make_parameter((output_size, input_size), load_replicated)
+        self.bias = make_parameter((output_size,), load_replicated) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [T, input_size] -> [T, output_size]
         return functional.linear(x, self.weight, self.bias)
@@ -32,13 +32,13 @@ class ColumnParallelLinear(nn.Module):
     def __init__(self, input_size: int, output_size: int, bias: bool = False, tp: TensorParallel = SINGLE_RANK) -> None:
         super().__init__()
         self.tp = tp
-        share = tp.share("output_size", output_size)
+        share = tp.divide("output_size", output_size)
         self.weight = make_parameter((share, input_size), self.weight_loader)
         self.bias = make_parameter((share,), self.weight_loader) if bias else None
 
     def weight_loader(self, param: nn.Parameter, loaded_weight: torch.Tensor) -> None:
         """Serves weight and bias alike: both are cut along the outputs, dimension 0."""
-        load_share(param, loaded_weight, 0, self.tp.rank, self.tp.size)
+        load_shard(param, loaded_weight, 0, self.tp.rank, self.tp.size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return functional.linear(x, self.weight, self.bias)
@@ -55,14 +55,14 @@ class MergedColumnParallelLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.tp = tp
-        self.shares = [tp.share(f"output_sizes[{i}]", output_size) for i, output_size in enumerate(output_sizes)]
+        self.shares = [tp.divide(f"output_sizes[{i}]", output_size) for i, output_size in enumerate(output_sizes)]
         shard_ids = tuple(range(len(output_sizes)))
         self.weight = make_parameter((sum(self.shares), input_size), self.weight_loader, shard_ids)
         self.bias = make_parameter((sum(self.shares),), self.weight_loader, shard_ids) if bias else None
 
     def weight_loader(self, param: nn.Parameter, loaded_weight: torch.Tensor, shard_id: int) -> None:
         target = param.narrow(0, sum(self.shares[:shard_id]), self.shares[shard_id])
-        load_share(target, loaded_weight, 0, self.tp.rank, self.tp.size)
+        load_shard(target, loaded_weight, 0, self.tp.rank, self.tp.size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [T, input_size] -> [T, sum(output_sizes) / size]
         return functional.linear(x, self.weight, self.bias)
@@ -88,11 +88,11 @@ class QKVParallelLinear(nn.Module):
         super().__init__()
         self.tp = tp
         self.head_dim = head_dim
-        self.num_heads = tp.share("num_attention_heads", total_num_heads)
+        self.num_heads = tp.divide("num_attention_heads", total_num_heads)
         if tp.size > total_num_kv_heads and tp.size % total_num_kv_heads == 0:
             self.num_kv_heads, self.kv_replicas = 1, tp.size // total_num_kv_heads
         else:
-            self.num_kv_heads, self.kv_replicas = tp.share("num_key_value_heads", total_num_kv_heads), 1
+            self.num_kv_heads, self.kv_replicas = tp.divide("num_key_value_heads", total_num_kv_heads), 1
         num_rows = (self.num_heads + 2 * self.num_kv_heads) * head_dim
         self.weight = make_parameter((num_rows, hidden_size), self.weight_loader, ("q", "k", "v"))
         self.bias = make_parameter((num_rows,), self.weight_loader, ("q", "k", "v")) if bias else None
@@ -105,7 +105,7 @@ class QKVParallelLinear(nn.Module):
     def weight_loader(self, param: nn.Parameter, loaded_weight: torch.Tensor, shard_id: str) -> None:
         target = param.split(self.sizes)["qkv".index(shard_id)]
         replicas = 1 if shard_id == "q" else self.kv_replicas
-        load_share(target, loaded_weight, 0, self.tp.rank // replicas, self.tp.size // replicas)
+        load_shard(target, loaded_weight, 0, self.tp.rank // replicas, self.tp.size // replicas)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return functional.linear(x, self.weight, self.bias)
@@ -120,11 +120,11 @@ class RowParallelLinear(nn.Module):
     def __init__(self, input_size: int, output_size: int, bias: bool = False, tp: TensorParallel = SINGLE_RANK) -> None:
         super().__init__()
         self.tp = tp
-        self.weight = make_parameter((output_size, tp.share("input_size", input_size)), self.weight_loader)
-        self.bias = make_parameter((output_size,), load_whole) if bias else None
+        self.weight = make_parameter((output_size, tp.divide("input_size", input_size)), self.weight_loader)
+        self.bias = make_parameter((output_size,), load_replicated) if bias else None
 
     def weight_loader(self, param: nn.Parameter, loaded_weight: torch.Tensor) -> None:
-        load_share(param, loaded_weight, 1, self.tp.rank, self.tp.size)
+        load_shard(param, loaded_weight, 1, self.tp.rank, self.tp.size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.tp.all_reduce(functional.linear(x, self.weight, self.bias if self.tp.rank == 0 else None))

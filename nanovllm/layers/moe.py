@@ -7,12 +7,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from nanovllm.distributed.tensor_parallel import SINGLE_RANK, TensorParallel
 from nanovllm.layers.activation import SiluAndMul
 from nanovllm.layers.kernel_choice import has_kernels
 from nanovllm.layers.linear import ReplicatedLinear
-from nanovllm.layers.parameter import load_share, make_parameter, require_shape
-from nanovllm.layers.tensor_parallel import SINGLE_RANK, TensorParallel
-from nanovllm.moe_config import MoEConfig
+from nanovllm.layers.parameter import load_shard, make_parameter, require_shape
+from nanovllm.model_config import MoEConfig
 
 
 class ExpertsGateUp(nn.Module):
@@ -25,7 +25,7 @@ class ExpertsGateUp(nn.Module):
     def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int, tp: TensorParallel) -> None:
         super().__init__()
         self.tp = tp
-        self.share = tp.share("moe_intermediate_size", intermediate_size)
+        self.share = tp.divide("moe_intermediate_size", intermediate_size)
         shard_ids = tuple((expert, half) for expert in range(num_experts) for half in (0, 1))
         self.weight = make_parameter((num_experts, 2 * self.share, hidden_size), self.weight_loader, shard_ids)
 
@@ -36,11 +36,11 @@ class ExpertsGateUp(nn.Module):
             num_experts, num_rows, hidden_size = param.shape
             require_shape(loaded_weight, [num_experts, num_rows * self.tp.size, hidden_size])
             halves = loaded_weight.unflatten(1, (2, -1))  # [N, 2, F, E]
-            load_share(param.unflatten(1, (2, -1)), halves, 2, self.tp.rank, self.tp.size)
+            load_shard(param.unflatten(1, (2, -1)), halves, 2, self.tp.rank, self.tp.size)
             return
         expert, half = shard_id
         target = param[expert].narrow(0, half * self.share, self.share)
-        load_share(target, loaded_weight, 0, self.tp.rank, self.tp.size)
+        load_shard(target, loaded_weight, 0, self.tp.rank, self.tp.size)
 
 
 class ExpertsDown(nn.Module):
@@ -52,7 +52,7 @@ class ExpertsDown(nn.Module):
     def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int, tp: TensorParallel) -> None:
         super().__init__()
         self.tp = tp
-        share = tp.share("moe_intermediate_size", intermediate_size)
+        share = tp.divide("moe_intermediate_size", intermediate_size)
         shard_ids = tuple((expert,) for expert in range(num_experts))
         self.weight = make_parameter((num_experts, hidden_size, share), self.weight_loader, shard_ids)
 
@@ -60,7 +60,7 @@ class ExpertsDown(nn.Module):
         self, param: nn.Parameter, loaded_weight: torch.Tensor, shard_id: tuple[int] | None = None
     ) -> None:
         target = param if shard_id is None else param[shard_id[0]]
-        load_share(target, loaded_weight, target.ndim - 1, self.tp.rank, self.tp.size)
+        load_shard(target, loaded_weight, target.ndim - 1, self.tp.rank, self.tp.size)
 
 
 class Experts(nn.Module):
@@ -109,10 +109,10 @@ class SparseMoeBlock(nn.Module):
         return self.tp.all_reduce(output)
 
     def _grouped(self, x: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        from nanovllm.kernels.grouped_gemm import grouped_gemm, grouped_gemm_tiles  # imports triton
+        from nanovllm.kernels.grouped_gemm import choose_tile_config, grouped_gemm  # imports triton
         from nanovllm.kernels.moe_routing import moe_routing
 
-        tiles = grouped_gemm_tiles(len(x) * self.top_k, self.num_experts, x.element_size())
+        tiles = choose_tile_config(len(x) * self.top_k, self.num_experts, x.element_size())
         routing = moe_routing(logits, self.top_k, self.norm_topk_prob, tiles.rows)
         experts = self.experts
         return grouped_gemm(x, experts.gate_up_proj.weight, experts.down_proj.weight, routing, tiles=tiles)

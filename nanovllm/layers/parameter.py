@@ -57,7 +57,7 @@ def require_shape(loaded_weight: torch.Tensor, expected: list[int]) -> None:
         raise ShapeError(f"expected shape {expected}, got {list(loaded_weight.shape)}")
 
 
-def load_share(target: torch.Tensor, loaded_weight: torch.Tensor, dim: int = 0, index: int = 0, count: int = 1) -> None:
+def load_shard(target: torch.Tensor, loaded_weight: torch.Tensor, dim: int = 0, index: int = 0, count: int = 1) -> None:
     """Copy part `index` of `count` equal parts of loaded_weight, cut along dim, into target.
 
     Raises ShapeError unless loaded_weight has target's shape with dimension dim `count` times as long: nothing is
@@ -69,6 +69,6 @@ def load_share(target: torch.Tensor, loaded_weight: torch.Tensor, dim: int = 0, 
     target.copy_(loaded_weight.narrow(dim, index * target.shape[dim], target.shape[dim]))
 
 
-def load_whole(param: nn.Parameter, loaded_weight: torch.Tensor) -> None:
+def load_replicated(param: nn.Parameter, loaded_weight: torch.Tensor) -> None:
     """The weight_loader of a parameter that every rank holds in full."""
-    load_share(param, loaded_weight)
+    load_shard(param, loaded_weight)

@@ -28,7 +28,7 @@ MAX_BYTES_PER_LOGIT = 64
 
 
 class SamplingRowsLike(Protocol):
-    """numpy arrays of shape [num_rows], as engine.model_input.SamplingRows documents them."""
+    """numpy arrays of shape [num_rows], as engine.model_input.SamplingMetadata documents them."""
 
     @property
     def temperature(self) -> np.ndarray: ...
@@ -45,8 +45,8 @@ class SamplingRowsLike(Protocol):
 
 
 @dataclass(frozen=True)
-class SamplingTensors:
-    """SamplingRows on a device, and which rows need which work (decided on the host, so that no step waits for it).
+class SamplingMetadata:
+    """SamplingMetadata on a device, and which rows need which work (decided on the host, so that no step waits for it).
 
     temperature, top_p, min_p: [num_rows] float32. top_k: [num_rows] int64, 0 for no limit.
     seed_low, seed_high: [num_rows] int64, the halves of the 64-bit seed. position: [num_rows] int64.
@@ -68,7 +68,7 @@ class SamplingTensors:
     is_plain: torch.Tensor
 
     @classmethod
-    def from_rows(cls, rows: SamplingRowsLike, device: torch.device | str) -> "SamplingTensors":
+    def from_rows(cls, rows: SamplingRowsLike, device: torch.device | str) -> "SamplingMetadata":
         """Move rows to device, in two copies. top_k of 1 is greedy; top_k 0, top_p 1 and min_p 0 filter nothing."""
         is_greedy = rows.top_k == 1
         is_filtered = ~is_greedy & ((rows.top_k > 0) | (rows.top_p < 1) | (rows.min_p > 0))
@@ -113,7 +113,7 @@ class Sampler(nn.Module):
     counts as -inf; a row without any other logit gives 0. Greedy rows are not divided.
     """
 
-    def forward(self, logits: torch.Tensor, rows: SamplingTensors) -> torch.Tensor:
+    def forward(self, logits: torch.Tensor, rows: SamplingMetadata) -> torch.Tensor:
         """[num_rows] int64 token ids of logits [num_rows, vocab_size], any float dtype, which are not changed."""
         if has_kernels(logits) and logits.stride(1) == 1:
             from nanovllm.kernels.sampling import sampling  # imports triton
@@ -126,11 +126,11 @@ class Sampler(nn.Module):
             for row_ids in _slices(rows.greedy_rows, logits):
                 token_ids[row_ids] = argmax(_without_nan(logits[row_ids]))
             for row_ids in _slices(rows.plain_rows, logits):
-                token_ids[row_ids] = _race(_scaled(logits, rows, row_ids), rows, row_ids)
+                token_ids[row_ids] = _gumbel_argmax(_scaled(logits, rows, row_ids), rows, row_ids)
         for row_ids in _slices(rows.filtered_rows, logits):
             scaled = _scaled(logits, rows, row_ids)
-            allowed = kept(scaled, rows.top_k[row_ids], rows.top_p[row_ids], rows.min_p[row_ids])
-            token_ids[row_ids] = _race(scaled.masked_fill_(~allowed, -torch.inf), rows, row_ids)
+            allowed = allowed_mask(scaled, rows.top_k[row_ids], rows.top_p[row_ids], rows.min_p[row_ids])
+            token_ids[row_ids] = _gumbel_argmax(scaled.masked_fill_(~allowed, -torch.inf), rows, row_ids)
         return token_ids
 
 
@@ -141,7 +141,7 @@ def argmax(scores: torch.Tensor) -> torch.Tensor:
     return torch.where(is_largest, columns, scores.shape[1]).amin(dim=1)
 
 
-def kept(scaled: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
+def allowed_mask(scaled: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
     """[num_rows, vocab_size] bool, the tokens that may be drawn. scaled: [num_rows, vocab_size] float32.
 
     top_k: keeps the k largest and what ties with the k-th; 0 keeps all. top_p: of what is left, keeps a token when the
@@ -176,11 +176,11 @@ def _without_nan(scores: torch.Tensor) -> torch.Tensor:
     return scores.nan_to_num(nan=-torch.inf, neginf=-torch.inf)
 
 
-def _scaled(logits: torch.Tensor, rows: SamplingTensors, row_ids: torch.Tensor) -> torch.Tensor:
+def _scaled(logits: torch.Tensor, rows: SamplingMetadata, row_ids: torch.Tensor) -> torch.Tensor:
     return _without_nan(logits[row_ids].to(torch.float32) / rows.temperature[row_ids, None])
 
 
-def _race(scaled: torch.Tensor, rows: SamplingTensors, row_ids: torch.Tensor) -> torch.Tensor:
+def _gumbel_argmax(scaled: torch.Tensor, rows: SamplingMetadata, row_ids: torch.Tensor) -> torch.Tensor:
     seed_low, seed_high, position = rows.seed_low[row_ids], rows.seed_high[row_ids], rows.position[row_ids]
     noise = exponential_from_words(token_words(seed_low, seed_high, position, scaled.shape[1]))
     return argmax(noise.log_().neg_().add_(scaled))

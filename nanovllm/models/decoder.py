@@ -8,22 +8,22 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from nanovllm.distributed.tensor_parallel import SINGLE_RANK, TensorParallel
 from nanovllm.layers.activation import SiluAndMul
 from nanovllm.layers.attention import Attention
-from nanovllm.layers.attention_backend import AttentionBackend
 from nanovllm.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from nanovllm.layers.kernel_choice import has_kernels
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from nanovllm.layers.ops import LayerOps
 from nanovllm.layers.rotary_embedding import RotaryEmbedding, rotate_query_and_key
-from nanovllm.layers.tensor_parallel import SINGLE_RANK, TensorParallel
 from nanovllm.model_config import ModelConfig
 
 
 class SelfAttention(nn.Module):
     """Projections, rotary embedding and attention of one layer: [T, E] -> [T, E]."""
 
-    def __init__(self, config: ModelConfig, backend: AttentionBackend, tp: TensorParallel) -> None:
+    def __init__(self, config: ModelConfig, ops: LayerOps, tp: TensorParallel) -> None:
         super().__init__()
         self.head_dim = config.head_dim
         self.qkv_proj = QKVParallelLinear(
@@ -38,7 +38,7 @@ class SelfAttention(nn.Module):
             config.num_attention_heads * config.head_dim, config.hidden_size, bias=config.o_bias, tp=tp
         )
         self.attn = Attention(
-            self.qkv_proj.num_heads, config.head_dim, config.head_dim**-0.5, self.qkv_proj.num_kv_heads, backend
+            self.qkv_proj.num_heads, config.head_dim, config.head_dim**-0.5, self.qkv_proj.num_kv_heads, ops
         )
 
     def head_norms(self) -> tuple[RMSNorm, RMSNorm] | None:
@@ -131,11 +131,11 @@ class DecoderForCausalLM(nn.Module):
         "up_proj": ("gate_up_proj", 1),
     }
 
-    def __init__(self, config: ModelConfig, backend: AttentionBackend, tp: TensorParallel = SINGLE_RANK) -> None:
+    def __init__(self, config: ModelConfig, ops: LayerOps, tp: TensorParallel = SINGLE_RANK) -> None:
         super().__init__()
         self.config = config
         layers = [
-            DecoderLayer(config, self.build_self_attn(config, backend, tp), self.build_mlp(config, index, tp))
+            DecoderLayer(config, self.build_self_attn(config, ops, tp), self.build_mlp(config, index, tp))
             for index in range(config.num_hidden_layers)
         ]
         self.model = Decoder(config, layers, tp)
@@ -147,9 +147,9 @@ class DecoderForCausalLM(nn.Module):
         """Whether lm_head and the embedding are one Parameter: config says so, unless the loader found two weights."""
         return self.lm_head.weight is self.model.embed_tokens.weight
 
-    def build_self_attn(self, config: ModelConfig, backend: AttentionBackend, tp: TensorParallel) -> SelfAttention:
+    def build_self_attn(self, config: ModelConfig, ops: LayerOps, tp: TensorParallel) -> SelfAttention:
         """The attention block of every layer."""
-        return SelfAttention(config, backend, tp)
+        return SelfAttention(config, ops, tp)
 
     def build_mlp(self, config: ModelConfig, layer_index: int, tp: TensorParallel) -> nn.Module:
         """The feed-forward block of layer `layer_index`."""

@@ -45,11 +45,11 @@ def load_model(
     model: DecoderForCausalLM,
     model_dir: str | Path,
     use_tqdm: bool = True,
-    between_tensors: Callable[[], None] | None = None,
+    on_tensor_loaded: Callable[[], None] | None = None,
 ) -> None:
     """Fill all parameters of `model` from model_dir, each rank with its share, cast to the parameters' dtype.
 
-    use_tqdm: show progress, see nanovllm/progress.py. between_tensors is called after each tensor.
+    use_tqdm: show progress, see nanovllm/progress.py. on_tensor_loaded is called after each tensor.
     Where the files and config.json disagree, the files count, as in transformers, and rank 0 logs a warning: tied
     weights of which the files hold two that differ are not tied, and a bias that no layer has is zero.
     Raises ValueError, listing names, when files or tensors are missing, unexpected, duplicate, misshapen, quantised or
@@ -78,8 +78,8 @@ def load_model(
                     except ValueError as error:
                         raise ValueError(f"{name} in {file}: {error}") from None
                     progress.update()
-                    if between_tensors is not None:
-                        between_tensors()
+                    if on_tensor_loaded is not None:
+                        on_tensor_loaded()
     _refuse("weights have other shapes than config.json implies", misshapen)
 
 

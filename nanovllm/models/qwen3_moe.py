@@ -2,8 +2,8 @@
 
 from torch import nn
 
+from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.layers.moe import SparseMoeBlock
-from nanovllm.layers.tensor_parallel import TensorParallel
 from nanovllm.model_config import ModelConfig
 from nanovllm.models.decoder import MLP
 from nanovllm.models.qwen3 import Qwen3ForCausalLM

@@ -2,9 +2,9 @@
 
 import torch
 
-from nanovllm.layers.attention_backend import AttentionBackend
+from nanovllm.distributed.tensor_parallel import SINGLE_RANK, TensorParallel
+from nanovllm.layers.ops import LayerOps
 from nanovllm.layers.parameter import parameter_dtype
-from nanovllm.layers.tensor_parallel import SINGLE_RANK, TensorParallel
 from nanovllm.model_config import ModelConfig
 from nanovllm.models.decoder import DecoderForCausalLM
 from nanovllm.models.llama import LlamaForCausalLM
@@ -20,7 +20,7 @@ model_dict: dict[str, type[DecoderForCausalLM]] = {
 }
 
 
-def build_model(config: ModelConfig, backend: AttentionBackend, tp: TensorParallel = SINGLE_RANK) -> DecoderForCausalLM:
+def build_model(config: ModelConfig, ops: LayerOps, tp: TensorParallel = SINGLE_RANK) -> DecoderForCausalLM:
     """The model, its parameters uninitialised, of config.dtype, on torch's default device (`with torch.device(...)`).
 
     Raises ValueError for a model_type that is not in model_dict, and when the ranks cannot share the model evenly.
@@ -29,4 +29,4 @@ def build_model(config: ModelConfig, backend: AttentionBackend, tp: TensorParall
         raise ValueError(f"model_type must be one of {', '.join(model_dict)}, got {config.model_type!r}")
     config.check_tensor_parallel_size(tp.size)
     with parameter_dtype(getattr(torch, config.dtype)):
-        return model_dict[config.model_type](config, backend, tp)
+        return model_dict[config.model_type](config, ops, tp)

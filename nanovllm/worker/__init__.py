@@ -1,6 +1,6 @@
 """Computes: everything that touches a device."""
 
-from nanovllm.thread_waiting import sleeping_threads
+from nanovllm.omp_wait_policy import passive_omp_wait
 
-with sleeping_threads():
+with passive_omp_wait():
     import torch as torch

@@ -39,7 +39,7 @@ def graph_batch_sizes(max_num_seqs: int) -> list[int]:
     return sorted({size for size in (1, 2, 4, 8, *range(16, largest, 16)) if size < largest} | {largest})
 
 
-class DecodeGraphs:
+class CUDAGraphRunner:
     """Graphs of `forward` for each of `batch_sizes`, which share one memory pool and one set of buffers.
 
     forward: (input_ids [B], positions [B], Context) -> logits [B, V] (None on ranks without); must not wait for the
@@ -67,7 +67,7 @@ class DecodeGraphs:
         self._host_rows[2] = PADDING_SLOT
         self._host_tables[1] = torch.arange(num_rows)
         self._rows = self._host_rows.to(device)  # input_ids, positions, slot_mapping
-        self._tables = self._host_tables.to(device)  # context_lens, longest_first, then num_rows rows of block tables
+        self._tables = self._host_tables.to(device)  # context_lens, sequence_order, then num_rows rows of block tables
         self._cu_seqlens = torch.arange(num_rows + 1, dtype=torch.int32, device=device)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._logits: dict[int, torch.Tensor | None] = {}
@@ -108,7 +108,7 @@ class DecodeGraphs:
             max_seqlen_k=self._max_model_len,
             context_lens=self._tables[0, :size],
             block_tables=self._tables[2:].view(self._tables.shape[1], -1)[:size],
-            longest_first=self._tables[1, :size],
+            sequence_order=self._tables[1, :size],
         )
         return input_ids, positions, context
 
@@ -130,7 +130,7 @@ class DecodeGraphs:
         rows[:, :num_seqs] = model_input.input_ids, model_input.positions, model_input.slot_mapping
         rows[:2, num_seqs:] = 0
         rows[2, num_seqs:] = PADDING_SLOT
-        host_tables[:2, :num_seqs] = model_input.context_lens, model_input.longest_first
+        host_tables[:2, :num_seqs] = model_input.context_lens, model_input.sequence_order
         host_tables[0, num_seqs:] = 0
         host_tables[1, num_seqs:] = range(num_seqs, host_tables.shape[1])
         block_tables = host_tables[2:].reshape(host_tables.shape[1], -1)

@@ -27,7 +27,7 @@ class Executor:
     Under torchrun a process of another rank never gets an Executor: the constructor computes what rank 0 sends until
     rank 0 ends, and raises SystemExit.
     Raises ValueError for a model, device or memory that will not do, RankError when another rank fails.
-    num_kv_cache_blocks: KV blocks that were allocated, on every rank. can_go_ahead: whether launch() returns before the
+    num_kv_cache_blocks: KV blocks that were allocated, on every rank. supports_async_scheduling: whether launch() returns before the
     step is computed, so that there is time to gain: with one rank, on a GPU.
     """
 
@@ -41,7 +41,7 @@ class Executor:
         except BaseException as error:
             self._fail(error)
         self.num_kv_cache_blocks = self._runner.num_kv_cache_blocks
-        self.can_go_ahead = self._ranks is None and self._runner.device.type == "cuda"
+        self.supports_async_scheduling = self._ranks is None and self._runner.device.type == "cuda"
 
     def _start(self, model: Model) -> ModelRunner:
         if model.config.tensor_parallel_size == 1:

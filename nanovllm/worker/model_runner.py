@@ -15,31 +15,26 @@ import numpy as np
 import psutil
 import torch
 
+from nanovllm.attention.backend import AttentionBackend, choose_attention_backend
 from nanovllm.config import Config
 from nanovllm.context import Context, set_context
-from nanovllm.engine.model_input import (
-    ModelInput,
-    prepare_ahead,
-    prepare_decode,
-    prepare_kinds_of_prefill,
-    prepare_prefill,
-    prepare_warmup,
-)
+from nanovllm.distributed.placement import resolve_device
+from nanovllm.distributed.tensor_parallel import SINGLE_RANK, TensorParallel
+from nanovllm.engine.model_input import ModelInput, prepare_decode, prepare_decode_async, prepare_prefill
 from nanovllm.engine.scheduler import ScheduledBatch
 from nanovllm.layers.attention import Attention
-from nanovllm.layers.attention_backend import AttentionBackend, choose_attention_backend
 from nanovllm.layers.moe import SparseMoeBlock
-from nanovllm.layers.sampler import Sampler, SamplingTensors
-from nanovllm.layers.tensor_parallel import SINGLE_RANK, TensorParallel
+from nanovllm.layers.sampler import Sampler
 from nanovllm.model_config import ModelConfig
+from nanovllm.models.decoder import build_model
 from nanovllm.models.loader import load_model
-from nanovllm.models.registry import build_model
+from nanovllm.sampling_metadata import SamplingMetadata
+from nanovllm.worker.async_output import AsyncModelOutput
 from nanovllm.worker.cpu_threads import choose_num_threads, torch_threads
-from nanovllm.worker.cuda_graph import DecodeGraphs, graph_batch_sizes
+from nanovllm.worker.cuda_graph import CUDAGraphRunner, graph_batch_sizes
 from nanovllm.worker.kv_cache import block_bytes, cache_too_large, num_blocks_on_cpu, num_blocks_that_fit
-from nanovllm.worker.launched_step import LaunchedStep
-from nanovllm.worker.process_group import resolve_device
 from nanovllm.worker.torch_state import gpu_lock, plain_torch_state
+from nanovllm.worker.warmup import prefill_warmup_shapes, prepare_profile_run
 
 BYTES_PER_GRAPH = 8 * 2**20  # of the driver, for one recorded graph beside its tensors
 
@@ -47,8 +42,8 @@ BYTES_PER_GRAPH = 8 * 2**20  # of the driver, for one recorded graph beside its 
 class ModelRunner:
     """Loads the model, warms it up, sizes the KV cache, runs steps.
 
-    tp: which of the ranks this is; num_sharing: ranks that share its device's memory. All ranks have as many blocks as
-    the poorest of them. between_tensors is called now and then while weights are loaded, and may raise.
+    tp: which of the ranks this is; num_ranks_per_device: ranks that share its device's memory. All ranks have as many blocks as
+    the poorest of them. on_tensor_loaded is called now and then while weights are loaded, and may raise.
     kv_cache: [2, num_layers, num_kv_cache_blocks, block_size, num_kv_heads, head_dim], this rank's keys and values.
     Raises ValueError for a device that is not there and for memory that does not suffice; everything the model
     loader raises passes through. What surrounds the call in torch (plain_torch_state) changes nothing here, and is as
@@ -61,38 +56,40 @@ class ModelRunner:
         model_config: ModelConfig,
         model_dir: Path,
         tp: TensorParallel = SINGLE_RANK,
-        num_sharing: int = 1,
-        between_tensors: Callable[[], None] | None = None,
+        num_ranks_per_device: int = 1,
+        on_tensor_loaded: Callable[[], None] | None = None,
     ) -> None:
         self.config = config
         self.tp = tp
-        self.num_sharing = num_sharing
+        self.num_ranks_per_device = num_ranks_per_device
         self.model_config = model_config if config.dtype == "auto" else replace(model_config, dtype=config.dtype)
         self.device = resolve_device(config.device)
         self.dtype: torch.dtype = getattr(torch, self.model_config.dtype)
         with plain_torch_state(self.device, is_inference=False):
-            self._start(model_dir, between_tensors)
+            self._start(model_dir, on_tensor_loaded)
 
-    def _start(self, model_dir: Path, between_tensors: Callable[[], None] | None) -> None:
+    def _start(self, model_dir: Path, on_tensor_loaded: Callable[[], None] | None) -> None:
         config, model_config, tp = self.config, self.model_config, self.tp
         backend = choose_attention_backend(
             config.attention_backend, self.device, self.dtype, model_config.head_dim, config.kv_cache_block_size
         )
-        self.num_threads = choose_num_threads(model_config, self.num_sharing) if self.device.type == "cpu" else None
+        self.num_threads = (
+            choose_num_threads(model_config, self.num_ranks_per_device) if self.device.type == "cpu" else None
+        )
         with self.device:
             self.model = build_model(self.model_config, backend, tp)
         self.num_kv_heads = self._attention_layers()[0].num_kv_heads
-        load_model(self.model, model_dir, use_tqdm=tp.rank == 0, between_tensors=between_tensors)
+        load_model(self.model, model_dir, use_tqdm=tp.rank == 0, on_tensor_loaded=on_tensor_loaded)
         self.model.eval()
         self.sampler = Sampler()
-        self.graphs: DecodeGraphs | None = None
+        self.graphs: CUDAGraphRunner | None = None
         is_captured = self.device.type == "cuda" and not config.enforce_eager and self._is_graph_safe(backend)
         if self.device.type == "cuda":
             self.warmup_model()
         if config.num_kv_cache_blocks is None:
             graph_bytes = self._measure_graph_bytes() if is_captured else 0
-            tp.minimum(0)  # ranks that share a device measure when all have taken what they need
-            self.num_kv_cache_blocks = tp.minimum(self._num_blocks_that_fit(graph_bytes))
+            tp.barrier()  # ranks that share a device measure when all have taken what they need
+            self.num_kv_cache_blocks = tp.all_reduce_min(self._num_blocks_that_fit(graph_bytes))
         else:
             self.num_kv_cache_blocks = config.num_kv_cache_blocks
         self.kv_cache = self.allocate_kv_cache()
@@ -109,7 +106,7 @@ class ModelRunner:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
             self._launch(
-                prepare_warmup(
+                prepare_profile_run(
                     self.config.max_num_batched_tokens,
                     self.config.max_model_len,
                     self.config.max_num_seqs,
@@ -122,7 +119,7 @@ class ModelRunner:
     def _compile_kinds_of_prefill(self) -> None:
         """So that no request waits for the compiler: warmup_model, before there is a cache, meets one kind only."""
         config = self.config
-        for model_input in prepare_kinds_of_prefill(
+        for model_input in prefill_warmup_shapes(
             config.max_num_batched_tokens,
             config.max_model_len,
             config.max_num_seqs,
@@ -161,7 +158,7 @@ class ModelRunner:
 
     def _num_blocks_that_fit(self, graph_bytes: int) -> int:
         model, config = self.model_config, self.config
-        bytes_per_block = self.num_sharing * block_bytes(
+        bytes_per_block = self.num_ranks_per_device * block_bytes(
             model.num_hidden_layers,
             config.kv_cache_block_size,
             self.num_kv_heads,
@@ -181,8 +178,8 @@ class ModelRunner:
         return num_blocks_that_fit(
             total,
             config.gpu_memory_utilization,
-            used=total - free + self.num_sharing * graph_bytes,
-            peak=current + self.num_sharing * (stats["allocated_bytes.all.peak"] - current),
+            used=total - free + self.num_ranks_per_device * graph_bytes,
+            peak=current + self.num_ranks_per_device * (stats["allocated_bytes.all.peak"] - current),
             current=current,
             bytes_per_block=bytes_per_block,
         )
@@ -195,14 +192,16 @@ class ModelRunner:
         return self.tp.is_graph_safe and backend.is_graph_safe and all(block.is_graph_safe for block in moe_blocks)
 
     @torch.inference_mode()
-    def _capture_graphs(self, batch_sizes: list[int], use_tqdm: bool = True) -> DecodeGraphs:
+    def _capture_graphs(self, batch_sizes: list[int], use_tqdm: bool = True) -> CUDAGraphRunner:
         def forward(input_ids: torch.Tensor, positions: torch.Tensor, context: Context) -> torch.Tensor | None:
             with set_context(context):
                 return self.model.compute_logits(self.model(input_ids, positions))
 
         max_blocks_per_seq = math.ceil(self.config.max_model_len / self.config.kv_cache_block_size)
         use_tqdm = use_tqdm and self.tp.rank == 0
-        return DecodeGraphs(forward, batch_sizes, max_blocks_per_seq, self.config.max_model_len, self.device, use_tqdm)
+        return CUDAGraphRunner(
+            forward, batch_sizes, max_blocks_per_seq, self.config.max_model_len, self.device, use_tqdm
+        )
 
     def _measure_graph_bytes(self) -> int:
         """Device memory that the graphs will hold, read off the largest, captured over a cache of one block.
@@ -227,22 +226,22 @@ class ModelRunner:
     # Sequences -> ModelInput: pure functions, the same on every rank, so that the ranks cannot disagree.
     prepare_prefill = staticmethod(prepare_prefill)
     prepare_decode = staticmethod(prepare_decode)
-    prepare_ahead = staticmethod(prepare_ahead)
+    prepare_decode_async = staticmethod(prepare_decode_async)
 
     def run(self, batch: ScheduledBatch) -> list[int]:
         """Compute `batch`; the new token ids of batch.sampled_sequences, in their order (none on ranks but 0)."""
         with plain_torch_state(self.device, is_inference=True):
             return self._launch(self._prepare(batch)).tolist()
 
-    def launch(self, batch: ScheduledBatch, before: LaunchedStep | None = None) -> LaunchedStep:
-        """As run, but does not wait. `before` was launched last, and `batch` is what Scheduler.schedule_ahead chose to
+    def launch(self, batch: ScheduledBatch, before: AsyncModelOutput | None = None) -> AsyncModelOutput:
+        """As run, but does not wait. `before` was launched last, and `batch` is what Scheduler.schedule_next_async chose to
         follow it; None when `batch` has been scheduled as always. One rank only.
         """
         with plain_torch_state(self.device, is_inference=True):
             if before is None:
-                return LaunchedStep(batch, self._launch(self._prepare(batch)))
-            model_input = self.prepare_ahead(batch.sequences, before.batch.sampled_sequences)
-            return LaunchedStep(batch, self._launch(model_input, before.sampled))
+                return AsyncModelOutput(batch, self._launch(self._prepare(batch)))
+            model_input = self.prepare_decode_async(batch.sequences, before.batch.sampled_sequences)
+            return AsyncModelOutput(batch, self._launch(model_input, before.sampled))
 
     def _prepare(self, batch: ScheduledBatch) -> ModelInput:
         return (self.prepare_prefill if batch.is_prefill else self.prepare_decode)(batch.sequences)
@@ -257,11 +256,11 @@ class ModelRunner:
             logits = self._sampled_logits(model_input, sampled_before)
             if logits is None:
                 return torch.empty(0, dtype=torch.int64)
-            return self.sampler(logits, SamplingTensors.from_rows(model_input.sampling, self.device))
+            return self.sampler(logits, to_device(model_input.sampling, self.device))
 
     def _sampled_logits(self, model_input: ModelInput, sampled_before: torch.Tensor | None) -> torch.Tensor | None:
         """[num_samples, vocab_size]; None on ranks but 0, and when every prompt has another chunk to come."""
-        input_ids = None if model_input.unknown is None else self._input_ids(model_input, sampled_before)
+        input_ids = None if model_input.input_ids_source is None else self._input_ids(model_input, sampled_before)
         if self.graphs is not None and self.graphs.can_replay(model_input):
             return self.graphs.replay(model_input, input_ids)
         hidden_states = self.run_model(model_input, input_ids)
@@ -271,9 +270,9 @@ class ModelRunner:
 
     def _input_ids(self, model_input: ModelInput, sampled_before: torch.Tensor | None) -> torch.Tensor:
         """model_input.input_ids on the device, with those of the unknown tokens."""
-        assert model_input.unknown is not None
+        assert model_input.input_ids_source is not None
         assert sampled_before is not None
-        rows = self._tensor(model_input.unknown)
+        rows = self._tensor(model_input.input_ids_source)
         return torch.where(rows >= 0, sampled_before[rows.clamp(min=0)], self._tensor(model_input.input_ids))
 
     @torch.inference_mode()
@@ -297,7 +296,7 @@ class ModelRunner:
             max_seqlen_k=model_input.max_seqlen_k,
             context_lens=self._tensor(model_input.context_lens),
             block_tables=None if block_tables is None else self._tensor(block_tables),
-            longest_first=self._tensor(model_input.longest_first),
+            sequence_order=self._tensor(model_input.sequence_order),
         )
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:

@@ -9,9 +9,9 @@ from tests.support.resource_snapshot import Watch
 
 
 @pytest.fixture
-def diary(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """For Fault, outside the directory that nothing_left watches."""
-    return tmp_path_factory.mktemp("diary") / "time"
+    return tmp_path_factory.mktemp("log") / "time"
 
 
 @pytest.fixture
@@ -19,6 +19,6 @@ def nothing_left(tmp_path: Path) -> Iterator[Watch]:
     """Fails unless, after the test, this process holds what it held before."""
     watch = Watch(tmp_path)
     with watch.watching():
-        before = watch.holdings()
+        before = watch.snapshot()
         yield watch
-        assert watch.holdings() == before
+        assert watch.snapshot() == before

@@ -38,7 +38,7 @@ SUSPENDED_SECONDS = 8  # longer than PATIENCE_SECONDS
 def test_a_hundred_starts_and_stops_leave_nothing(nothing_left: Watch) -> None:
     """D33 D34: processes, segments, semaphores, files, sockets, threads and temporary directories, after each."""
     expected = None
-    before = nothing_left.holdings()
+    before = nothing_left.snapshot()
     for start in range(NUM_STARTS):
         llm = engine()
         tokens = generate(llm)
@@ -47,7 +47,7 @@ def test_a_hundred_starts_and_stops_leave_nothing(nothing_left: Watch) -> None:
         if start % 2:
             llm.close()
         del llm
-        assert nothing_left.holdings() == before, f"after start {start}"
+        assert nothing_left.snapshot() == before, f"after start {start}"
         count_event("an engine with two ranks started and stopped")
 
 
@@ -61,10 +61,10 @@ def test_a_hundred_starts_and_stops_leave_nothing(nothing_left: Watch) -> None:
 )
 @pytest.mark.parametrize("rank", [1, 3])
 def test_one_of_four_ranks_fails(
-    nothing_left: Watch, monkeypatch: pytest.MonkeyPatch, diary: Path, rank: int, what: str, place: str
+    nothing_left: Watch, monkeypatch: pytest.MonkeyPatch, log: Path, rank: int, what: str, place: str
 ) -> None:
     """D33: the two others have done nothing wrong, and are not blamed."""
-    fault = Fault(rank, place, what, diary)
+    fault = Fault(rank, place, what, log)
     plant(monkeypatch, fault)
     check_failure(fault, 4, nothing_left)
 
@@ -139,18 +139,18 @@ def one_killed(rng: random.Random, begin: Callable[[], bool], max_seconds: float
 
 def test_a_rank_killed_at_any_moment(nothing_left: Watch) -> None:
     """D33: while it starts, meets, loads, computes or waits; rank 0 says so in time, and nothing is left."""
-    before = nothing_left.holdings()
+    before = nothing_left.snapshot()
     for attempt in range(NUM_KILLS):
         rng = random.Random(f"{SEED}-{attempt}")
         with one_killed(rng, lambda: len(multiprocessing.active_children()) > 0, MAX_SECONDS_TO_START):
             work_for_ever()
-        assert nothing_left.holdings() == before, f"attempt {attempt}"
+        assert nothing_left.snapshot() == before, f"attempt {attempt}"
         count_event("a rank killed at a random moment")
 
 
 def test_ctrl_c_at_any_moment(nothing_left: Watch) -> None:
     """D33: while the ranks start, meet, load, compute or wait; it comes out as KeyboardInterrupt, nothing is left."""
-    before = nothing_left.holdings()
+    before = nothing_left.snapshot()
     heed, interrupted_at = signal.getsignal(signal.SIGINT), 0.0
 
     def be_interrupted(after_seconds: float) -> None:
@@ -171,7 +171,7 @@ def test_ctrl_c_at_any_moment(nothing_left: Watch) -> None:
             seconds = time.monotonic() - interrupted_at
             record_error("seconds from Ctrl-C to its exception", seconds, MAX_SECONDS)
             assert seconds < MAX_SECONDS
-            assert nothing_left.holdings() == before, f"attempt {attempt}"
+            assert nothing_left.snapshot() == before, f"attempt {attempt}"
             count_event("Ctrl-C at a random moment")
     finally:
         signal.signal(signal.SIGINT, heed)
@@ -193,14 +193,14 @@ def test_a_rank_killed_while_the_ranks_meet(nothing_left: Watch, monkeypatch: py
     monkeypatch.setattr(local_ranks, "join", timed_join)
     with engine(4):
         seconds = times[1] - times[0]
-    before = nothing_left.holdings()
+    before = nothing_left.snapshot()
     num_disturbed = 0
     for attempt in range(NUM_KILLS_WHILE_MEETING):
         times.clear()
         rng = random.Random(f"{SEED}-{attempt}")
         with one_killed(rng, lambda: len(times) > 0, 1.2 * seconds):
             work_for_ever()
-        assert nothing_left.holdings() == before, f"attempt {attempt}"
+        assert nothing_left.snapshot() == before, f"attempt {attempt}"
         num_disturbed += len(times) == 1
     count_event("a rank killed while the ranks meet", num_disturbed)
     assert num_disturbed >= NUM_KILLS_WHILE_MEETING / 3

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from nanovllm import LLM, SamplingParams, bundled_model_path
-from nanovllm.engine.inputs import request_seed
+from nanovllm.engine.input_processor import request_seed
 from nanovllm.engine.scheduler import ScheduledBatch
 from nanovllm.worker.shm_channel import encode
 from reference.transformer import transformer
@@ -51,7 +51,7 @@ class Recorder:
     logits: dict[int, list[torch.Tensor]] = field(default_factory=dict)
 
     def attach(self, llm: LLM) -> None:
-        executor = llm._executor
+        executor = llm._core.executor
         run, compute_logits = executor.run, executor._runner.model.compute_logits
         rows: list[torch.Tensor] = []
 
@@ -147,7 +147,7 @@ def test_a_worker_needs_nothing_but_the_pickled_sequences() -> None:
     """
     architecture = "qwen3"
     with open_engine(architecture, 1) as llm:
-        runner = llm._executor._runner
+        runner = llm._core.executor._runner
         fresh = make_runner(
             tiny_model(architecture), device="cpu", attention_backend="torch", max_num_seqs=6,
             kv_cache_block_size=BLOCK_SIZES[architecture], max_model_len=MAX_MODEL_LEN, max_num_batched_tokens=16,
@@ -155,7 +155,7 @@ def test_a_worker_needs_nothing_but_the_pickled_sequences() -> None:
         )  # fmt: skip
         for cache in (runner.kv_cache, fresh.kv_cache):
             cache.zero_()
-        run = llm._executor.run
+        run = llm._core.executor.run
         num_steps = 0
 
         def run_both(batch: ScheduledBatch) -> list[int]:
@@ -170,7 +170,7 @@ def test_a_worker_needs_nothing_but_the_pickled_sequences() -> None:
             num_steps += 1
             return here
 
-        llm._executor.run = run_both
+        llm._core.executor.run = run_both
         outputs = llm.generate([list(prompt) for prompt, _ in REQUESTS], GREEDY, use_tqdm=False)
         assert llm.scheduler.num_preemptions > 0
         assert len(outputs) == len(REQUESTS)
@@ -185,6 +185,6 @@ def test_the_poorest_rank_decides_how_many_blocks_there_are(
     for rank_1 in (MEMORY, MEMORY // 4):
         plant_memory(monkeypatch, [MEMORY, rank_1])
         with LLM(str(bundled_model_path()), tensor_parallel_size=2, device="cpu", max_num_seqs=512) as llm:
-            sizes.append(llm._executor.num_kv_cache_blocks)
-            assert llm._executor._runner.kv_cache.shape[2] == sizes[-1]
+            sizes.append(llm._core.executor.num_kv_cache_blocks)
+            assert llm._core.executor._runner.kv_cache.shape[2] == sizes[-1]
     assert sizes[0] == 4 * sizes[1]

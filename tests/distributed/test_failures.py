@@ -56,18 +56,18 @@ def said(fault: Fault, size: int) -> str:
 
 def check_failure(fault: Fault, size: int, watch: Watch) -> None:
     """In time, with the cause, and nothing is left although somebody still holds the error."""
-    before = watch.holdings()
+    before = watch.snapshot()
     with pytest.raises(RankError if fault.rank else ERRORS[fault.what]) as caught:
         start_and_generate(size)
     seconds = fault.seconds_since()
-    assert watch.holdings() == before
+    assert watch.snapshot() == before
     record_error("seconds from a rank's failure to the error", seconds, MAX_SECONDS)
     assert seconds < MAX_SECONDS
     if fault.rank:
         assert str(caught.value).startswith(said(fault, size))
         assert isinstance(caught.value, ValueError) == (fault.what == "value")
         if fault.what in ERRORS:
-            assert "in strike\n" in str(caught.value), "the traceback of the rank that failed"
+            assert "in trigger\n" in str(caught.value), "the traceback of the rank that failed"
     else:
         assert str(caught.value) == WORDS
     count_event(f"a rank that failed: {fault.what} at {fault.place}")
@@ -77,10 +77,10 @@ def check_failure(fault: Fault, size: int, watch: Watch) -> None:
     ("place", "what"), [(CONNECTING, "kill"), *((place, what) for place in PLACES for what in ("raise", "kill"))]
 )
 def test_rank_0_says_which_rank_failed_and_why(
-    nothing_left: Watch, monkeypatch: pytest.MonkeyPatch, diary: Path, place: str, what: str
+    nothing_left: Watch, monkeypatch: pytest.MonkeyPatch, log: Path, place: str, what: str
 ) -> None:
     """D33."""
-    fault = Fault(1, place, what, diary)
+    fault = Fault(1, place, what, log)
     plant(monkeypatch, fault)
     check_failure(fault, 2, nothing_left)
 
@@ -90,10 +90,10 @@ def test_rank_0_says_which_rank_failed_and_why(
 )
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_runs_out_of_memory(
-    nothing_left: Watch, monkeypatch: pytest.MonkeyPatch, diary: Path, rank: int, place: str, what: str
+    nothing_left: Watch, monkeypatch: pytest.MonkeyPatch, log: Path, rank: int, place: str, what: str
 ) -> None:
     """D33: rank 0 raises its own error as it is, and waits for no other's."""
-    fault = Fault(rank, place, what, diary)
+    fault = Fault(rank, place, what, log)
     plant(monkeypatch, fault)
     check_failure(fault, 2, nothing_left)
 
@@ -104,7 +104,7 @@ def test_an_error_of_rank_0_ends_the_engine_and_a_new_one_starts(
     """D33: the others sit in a collective that rank 0 does not come to. D34: close() after a failure, and twice."""
     llm = engine()
     expected = generate(llm)
-    runner = llm._executor._runner
+    runner = llm._core.executor._runner
 
     def fail(batch: Any) -> list[int]:
         raise torch.OutOfMemoryError("planted on rank 0")
@@ -125,7 +125,7 @@ def test_ctrl_c_while_rank_0_looks_for_the_cause_ends_the_engine(
     nothing_left: Watch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """D33: the ranks are killed, and none computes a later request from where the lost one left it."""
-    before = nothing_left.holdings().processes  # the process that interprets kernels may be among them
+    before = nothing_left.snapshot().processes  # the process that interprets kernels may be among them
     llm = engine()
 
     def fail(batch: Any) -> list[int]:
@@ -134,11 +134,11 @@ def test_ctrl_c_while_rank_0_looks_for_the_cause_ends_the_engine(
     def interrupt(error: BaseException) -> BaseException:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(llm._executor._runner, "run", fail)
-    monkeypatch.setattr(llm._executor._ranks, "explain", interrupt)
+    monkeypatch.setattr(llm._core.executor._runner, "run", fail)
+    monkeypatch.setattr(llm._core.executor._ranks, "explain", interrupt)
     with pytest.raises(KeyboardInterrupt):
         generate(llm)
-    assert nothing_left.holdings().processes == before
+    assert nothing_left.snapshot().processes == before
     with pytest.raises(RuntimeError, match="this engine is closed: make a new one"):
         generate(llm)
 

@@ -126,14 +126,14 @@ def test_a_child_forked_in_the_middle_of_a_step_does_not_wait_for_it(monkeypatch
     is_reached, may_go = threading.Event(), threading.Event()
     with engine(1) as llm, ThreadPoolExecutor(1) as threads:
         expected = generate(llm)
-        run = llm._executor.run
+        run = llm._core.executor.run
 
         def wait_and_run(batch: Any) -> list[int]:
             is_reached.set()
             assert may_go.wait(60)
             return run(batch)
 
-        monkeypatch.setattr(llm._executor, "run", wait_and_run)
+        monkeypatch.setattr(llm._core.executor, "run", wait_and_run)
         computing = threads.submit(generate, llm)
         assert is_reached.wait(60)
         child = multiprocessing.get_context("fork").Process(target=close_and_use, args=(llm,))

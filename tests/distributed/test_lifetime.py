@@ -74,7 +74,7 @@ def test_a_slow_rank_is_waited_for(nothing_left: Watch) -> None:
     """D33: suspended in the middle of decoding, for longer than the engine looks for a cause; then it goes on."""
     with engine() as llm:
         expected = generate(llm)
-        (rank_1,) = llm._executor._ranks._processes
+        (rank_1,) = llm._core.executor._ranks._processes
         params = SamplingParams.greedy(max_tokens=20, ignore_eos=True)
         whole = llm.generate([[5, 6, 7]], params, use_tqdm=False)[0]["token_ids"]
         stream = llm.generate_stream([[5, 6, 7]], params)
@@ -89,10 +89,10 @@ def test_a_slow_rank_is_waited_for(nothing_left: Watch) -> None:
 
 def test_an_engine_that_nobody_holds_ends(nothing_left: Watch) -> None:
     """D34: `del llm` without close()."""
-    before = nothing_left.holdings().processes
+    before = nothing_left.snapshot().processes
     llm = engine()
     generate(llm)
-    assert nothing_left.holdings().processes > before
+    assert nothing_left.snapshot().processes > before
     del llm  # nothing_left looks for what remains
 
 
@@ -126,8 +126,8 @@ if __name__ == "__main__":
     # As at a terminal: whoever runs the tests in the background of a shell has Ctrl-C ignored, for all that it starts.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     llm = LLM(str(bundled_model_path()), tensor_parallel_size=2, **{options!r})
-    pids = [process.pid for process in llm._executor._ranks._processes]
-    print(*pids, llm._executor._ranks._store_path, *segments(llm._executor._ranks._channel), flush=True)
+    pids = [process.pid for process in llm._core.executor._ranks._processes]
+    print(*pids, llm._core.executor._ranks._store_path, *segments(llm._core.executor._ranks._channel), flush=True)
     {body}
 """
 GENERATE_LONG = "llm.generate([[5, 6, 7]], SamplingParams(max_tokens=40, ignore_eos=True), use_tqdm=False)"
@@ -224,11 +224,11 @@ def test_ranks_end_when_rank_0_is_killed(start_program: Callable[[str], Program]
     body = f"""
     import subprocess, time
     if {"child" in where}:
-        files = [pipe.fileno() for pipe in llm._executor._ranks._reports]
+        files = [pipe.fileno() for pipe in llm._core.executor._ranks._reports]
         child = ["sleep", "{2 * HANG_SECONDS}"]
         subprocess.Popen(child, pass_fds=files, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     if {"in a collective" in where}:
-        llm._executor._runner.run = lambda batch: print("sent", flush=True) or time.sleep({2 * HANG_SECONDS})
+        llm._core.executor._runner.run = lambda batch: print("sent", flush=True) or time.sleep({2 * HANG_SECONDS})
         {GENERATE_LONG}
     print("idle", flush=True)
     time.sleep({2 * HANG_SECONDS})

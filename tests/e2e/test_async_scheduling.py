@@ -9,7 +9,7 @@ import torch
 
 from nanovllm import LLM, SamplingParams, bundled_model_path
 from nanovllm.demo_prompts import DEMO_PROMPTS
-from nanovllm.worker.launched_step import LaunchedStep
+from nanovllm.worker.async_output import AsyncModelOutput
 from tests.e2e.conftest import BUNDLED_OPTIONS
 from tests.support.counts import count_comparisons
 from tests.support.engine_events import assert_occurred
@@ -56,9 +56,9 @@ def events_of(trace: Trace) -> Counter[str]:
     begun = 0
     for event in trace.events:
         batch = event["then"].get("batch", {})
-        if event["call"] == "schedule_ahead":
+        if event["call"] == "schedule_next_async":
             begun = len(batch)
-        elif event["call"] == "take_up":
+        elif event["call"] == "commit_async_batch":
             events.update({"step ahead": 1, "token discarded": begun - len(batch)})
     return events
 
@@ -83,9 +83,9 @@ def test_the_next_step_is_begun_before_the_tokens_are_waited_for(monkeypatch: py
     """Five tokens, of a prefill and four decode steps; the last is known to be the last."""
     events: list[str] = []
     with LLM(str(bundled_model_path()), **BUNDLED_OPTIONS, async_scheduling=True) as llm:
-        launch, token_ids = llm._executor.launch, LaunchedStep.token_ids
-        monkeypatch.setattr(llm._executor, "launch", lambda *args: events.append("begin") or launch(*args))
-        monkeypatch.setattr(LaunchedStep, "token_ids", lambda self: events.append("wait") or token_ids(self))
+        launch, token_ids = llm._core.executor.execute, AsyncModelOutput.token_ids
+        monkeypatch.setattr(llm._core.executor, "execute", lambda *args: events.append("begin") or launch(*args))
+        monkeypatch.setattr(AsyncModelOutput, "token_ids", lambda self: events.append("wait") or token_ids(self))
         llm.generate([[5, 6, 7]], SamplingParams.greedy(max_tokens=5, ignore_eos=True), use_tqdm=False)
     assert events == ["begin", *["begin", "wait"] * 4, "wait"]
 
@@ -138,16 +138,16 @@ def test_a_step_that_fails_ends_its_requests_and_no_others(
     other = llm.add_request(PROMPTS[0], GREEDY)
     for _ in range(3):
         llm.step()
-    launch, calls = llm._executor.launch, []
+    launch, calls = llm._core.executor.execute, []
 
-    def failing_launch(*args: Any) -> LaunchedStep:
+    def failing_launch(*args: Any) -> AsyncModelOutput:
         calls.append(args)
         if len(calls) == number:
             raise error
         return launch(*args)
 
     with monkeypatch.context() as planted:
-        planted.setattr(llm._executor, "launch", failing_launch)
+        planted.setattr(llm._core.executor, "execute", failing_launch)
         with pytest.raises(type(error)):
             llm.generate(PROMPTS[1:3], GREEDY, use_tqdm=False)
     outputs = []
@@ -163,7 +163,7 @@ def test_an_engine_closes_with_a_step_in_flight() -> None:
     with LLM(str(bundled_model_path()), **BUNDLED_OPTIONS, async_scheduling=True) as llm:
         llm.add_request(PROMPTS[0], GREEDY)
         llm.step()
-        assert llm._ahead is not None
+        assert llm._core._ahead is not None
     with pytest.raises(RuntimeError, match=r"^this engine is closed: make a new one$"):
         llm.step()
 

@@ -133,7 +133,7 @@ def test_a_rendered_template_as_a_text_prompt_is_warned_about_once(llm: LLM, cap
     assert text.startswith("<s>")
     with caplog.at_level(logging.WARNING, "nanovllm"):
         caplog.clear()
-        llm._has_warned_of_two_bos = False
+        llm._input_processor._has_warned_of_two_bos = False
         llm.generate(text.removeprefix("<s>"), GREEDY, use_tqdm=False)  # the remedy
     assert caplog.messages == []
 

@@ -15,18 +15,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.model_config import load_model_config
+from nanovllm.models.registry import load_model_config
 from tests.support.comparing import assert_within
 from tests.support.counts import count_comparisons
 from tests.support.hugging_face import hugging_face_logits
 from tests.support.model_probe import make_runner, teacher_forced_logits
 from tests.support.oracle import ERROR_RATIO
-from tests.support.tiny_models import CONFIG_CLASSES, VOCAB_SIZE, tiny_model
+from tests.support.tiny_models import ARCHITECTURES, VOCAB_SIZE, tiny_model
 
 Tensors = dict[str, torch.Tensor]
 OPTIONS: dict[str, Any] = {"device": "cpu", "dtype": "float32", "attention_backend": "torch"}
 EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
-architectures = pytest.mark.parametrize("architecture", CONFIG_CLASSES)
+architectures = pytest.mark.parametrize("architecture", ARCHITECTURES)
 
 
 def copy_of(
@@ -135,7 +135,7 @@ def test_experts_in_one_tensor(tmp_path: Path, variant: dict[str, Any], max_shar
 
 
 @pytest.mark.parametrize(
-    ("architecture", "is_fused"), [*((name, False) for name in CONFIG_CLASSES), ("qwen3_moe", True)]
+    ("architecture", "is_fused"), [*((name, False) for name in ARCHITECTURES), ("qwen3_moe", True)]
 )
 def test_a_base_model_that_is_tied(tmp_path: Path, architecture: str, is_fused: bool, warnings) -> None:
     """D89: names without `model.`, and the embedding serves as head."""

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 
 from nanovllm import SamplingParams
-from nanovllm.engine.inputs import request_seed
+from nanovllm.engine.input_processor import request_seed
 from tests.support.counts import count_event
 from tests.support.engine_events import assert_occurred, scheduler_events
 from tests.support.oracle import Oracle

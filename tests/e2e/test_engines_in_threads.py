@@ -32,7 +32,7 @@ def test_engines_in_several_threads_do_not_meet(llm: LLM, threads: ThreadPoolExe
     def use(dtype: str) -> list[list[int]]:
         barrier.wait(HANG_SECONDS)
         with LLM(str(bundled_model_path()), **BUNDLED_OPTIONS, dtype=dtype) as own:
-            runner = own._executor._runner
+            runner = own._core.executor._runner
             assert {parameter.dtype for parameter in runner.model.parameters()} == {runner.dtype}
             return tokens(own, PROMPTS)
 

@@ -46,7 +46,7 @@ SAME_SHAPES = {
     "pickled": Way(is_pickled=True),
     "one step ahead": Way(
         {"async_scheduling": True},
-        after_step=lambda llm, num_steps: steps_ahead.append(llm._ahead is not None),
+        after_step=lambda llm, num_steps: steps_ahead.append(llm._core._ahead is not None),
         happens=num_steps_ahead,
     ),
     "blocks of 1": Way({"kv_cache_block_size": 1, "num_kv_cache_blocks": 400}),

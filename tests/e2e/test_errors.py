@@ -77,16 +77,16 @@ def test_an_exception_in_a_step_leaves_the_engine_usable(llm: LLM, monkeypatch: 
     """D18: the failed step's requests end, the others and the next call get their own outputs."""
     expected = llm.generate([GOOD], GREEDY, use_tqdm=False)[0]["token_ids"]
     waiting_params = SamplingParams.greedy(max_tokens=6)
-    run = llm._executor.run
+    run = llm._core.executor.run
 
     def fail(batch: Any) -> list[int]:
         raise torch.OutOfMemoryError("planted")
 
     failing = llm.add_request([9, 9], waiting_params)
-    monkeypatch.setattr(llm._executor, "run", fail)
+    monkeypatch.setattr(llm._core.executor, "run", fail)
     with pytest.raises(torch.OutOfMemoryError, match="planted"):
         llm.generate([GOOD, GOOD], GREEDY, use_tqdm=False)
-    monkeypatch.setattr(llm._executor, "run", run)
+    monkeypatch.setattr(llm._core.executor, "run", run)
     later = llm.add_request(GOOD, GREEDY)
     outputs = {}
     while not llm.is_finished():
@@ -99,7 +99,7 @@ def test_an_exception_in_a_step_leaves_the_engine_usable(llm: LLM, monkeypatch: 
 def test_ctrl_c_in_generate_aborts_and_the_next_call_works(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """D18."""
     expected = llm.generate([GOOD], GREEDY, use_tqdm=False)
-    run, calls = llm._executor.run, []
+    run, calls = llm._core.executor.run, []
 
     def interrupt(batch: Any) -> list[int]:
         calls.append(batch)
@@ -107,7 +107,7 @@ def test_ctrl_c_in_generate_aborts_and_the_next_call_works(llm: LLM, monkeypatch
             raise KeyboardInterrupt
         return run(batch)
 
-    monkeypatch.setattr(llm._executor, "run", interrupt)
+    monkeypatch.setattr(llm._core.executor, "run", interrupt)
     with pytest.raises(KeyboardInterrupt):
         llm.generate([GOOD, [8, 8, 8]], GREEDY, use_tqdm=False)
     assert llm.is_finished()
@@ -119,8 +119,8 @@ def test_close_twice_and_use_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """D34."""
     with LLM(str(bundled_model_path()), **BUNDLED_OPTIONS) as llm:
         llm.add_request(GOOD)
-        close, calls = llm._executor.close, []
-        monkeypatch.setattr(llm._executor, "close", lambda: calls.append(close()))
+        close, calls = llm._core.executor.close, []
+        monkeypatch.setattr(llm._core.executor, "close", lambda: calls.append(close()))
     assert len(calls) == 1, "leaving the with statement closes"
     llm.close()
     llm.close()
@@ -142,8 +142,8 @@ def test_a_schedule_that_is_empty_while_requests_wait_is_an_error_and_no_endless
 def test_close_gives_the_memory_back() -> None:
     """D34."""
     llm = LLM(str(bundled_model_path()), **BUNDLED_OPTIONS)
-    cache = weakref.ref(llm._executor._runner.kv_cache.untyped_storage())
-    model = weakref.ref(llm._executor._runner.model)
+    cache = weakref.ref(llm._core.executor._runner.kv_cache.untyped_storage())
+    model = weakref.ref(llm._core.executor._runner.model)
     llm.generate("And", GREEDY, use_tqdm=False)
     llm.close()
     gc.collect()

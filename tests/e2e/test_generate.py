@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from nanovllm import LLM, SamplingParams, bundled_model_path
-from nanovllm.model_config import load_model_config
+from nanovllm.models.registry import load_model_config
 from tests.e2e.conftest import BUNDLED_OPTIONS
 
 GREEDY = SamplingParams.greedy(max_tokens=12)
@@ -247,7 +247,7 @@ def test_dtype_is_that_of_weights_and_cache(dtype: str) -> None:
     """The bundled model's margins are wide enough for half precision to say the same."""
     options = {**BUNDLED_OPTIONS, "dtype": dtype}
     with LLM(str(bundled_model_path()), **options) as half, LLM(str(bundled_model_path()), **BUNDLED_OPTIONS) as single:
-        runner = half._executor._runner
+        runner = half._core.executor._runner
         assert {str(parameter.dtype) for parameter in runner.model.parameters()} == {f"torch.{dtype}"}
         assert str(runner.kv_cache.dtype) == f"torch.{dtype}"
         outputs = [llm.generate(PROMPTS, GREEDY, use_tqdm=False) for llm in (half, single)]

@@ -47,7 +47,7 @@ def prefilled_sequences(runner: ModelRunner) -> list[Sequence]:
         sequences.append(seq)
     runner.run_model(prepare_prefill(sequences))
     for seq in sequences:
-        seq.num_cached_tokens = seq.num_stored_tokens = len(seq) - 1
+        seq.num_cached_tokens = seq.num_tokens_with_kv = len(seq) - 1
         seq.num_scheduled_tokens = 1
     return sequences
 
@@ -108,7 +108,7 @@ def test_the_engine_says_the_same_with_and_without_graphs(backend: str, dtype: s
             str(bundled_model_path()), device="cuda", dtype=dtype, attention_backend=backend, max_model_len=512,
             max_num_seqs=20, enforce_eager=enforce_eager, num_kv_cache_blocks=48,
         ) as llm:  # fmt: skip
-            assert (llm._executor._runner.graphs is None) is enforce_eager
+            assert (llm._core.executor._runner.graphs is None) is enforce_eager
             return [output["token_ids"] for output in llm.generate(list(DEMO_PROMPTS), params, use_tqdm=False)]
 
     assert tokens(enforce_eager=False) == tokens(enforce_eager=True)
@@ -125,4 +125,4 @@ def test_graph_memory_is_reserved() -> None:
     ) as llm:  # fmt: skip
         free, total = torch.cuda.mem_get_info()
         assert total - free <= (share + 0.005) * total
-        assert llm._executor._runner.graphs is not None
+        assert llm._core.executor._runner.graphs is not None

@@ -13,7 +13,12 @@ from nanovllm import LLM, SamplingParams, bundled_model_path
 from nanovllm.demo_prompts import DEMO_PROMPTS
 from tests.support.comparing import assert_within
 from tests.support.counts import count_comparisons
-from tests.support.hugging_face import first_module_that_differs, hugging_face_logits, judge, load_hugging_face
+from tests.support.hugging_face import (
+    check_greedy_choices,
+    first_module_that_differs,
+    hugging_face_logits,
+    load_hugging_face,
+)
 from tests.support.model_probe import make_runner, teacher_forced_logits
 from tests.support.oracle import ERROR_RATIO
 from tests.support.tiny_models import VARIANTS, VOCAB_SIZE, tiny_model
@@ -74,10 +79,10 @@ def test_greedy_continuations(variant: dict[str, Any]) -> None:
         outputs = llm.generate(prompts, SamplingParams.greedy(max_tokens=24, ignore_eos=True), use_tqdm=False)
     num_excused = 0
     for prompt, output in zip(prompts, outputs, strict=True):
-        judgement = judge(model_dir, prompt, output["token_ids"], torch.float32)
+        check = check_greedy_choices(model_dir, prompt, output["token_ids"], torch.float32)
         # each of two logits may be off by the bound
-        assert judgement.shortfalls.max() <= 2 * ERROR_RATIO * judgement.rounding
-        num_excused += int((judgement.shortfalls > 0).sum())
+        assert check.shortfalls.max() <= 2 * ERROR_RATIO * check.rounding
+        num_excused += int((check.shortfalls > 0).sum())
         count_comparisons("engine: greedy tokens against transformers' logits", len(output["token_ids"]))
     assert num_excused <= 1
 

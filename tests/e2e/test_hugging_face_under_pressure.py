@@ -12,7 +12,7 @@ import torch
 
 from nanovllm import LLM, SamplingParams
 from tests.support.counts import count_comparisons, record_error
-from tests.support.hugging_face import judge
+from tests.support.hugging_face import check_greedy_choices
 from tests.support.oracle import ERROR_RATIO
 from tests.support.tiny_models import VOCAB_SIZE, tiny_model
 
@@ -42,13 +42,13 @@ def assert_transformers_agrees(architecture: str, dtype: str, **options: Any) ->
         assert llm.scheduler.block_manager.num_hit_blocks > 0
     for prompt, output in zip(prompts, outputs, strict=True):
         assert len(output["token_ids"]) == params.max_tokens
-        judgement = judge(model_dir, prompt, output["token_ids"], getattr(torch, dtype))
-        half_place = torch.finfo(getattr(torch, dtype)).eps * judgement.largest_logit / 2
-        bound = 2 * (FACTORS[dtype] * judgement.rounding + half_place)
-        record_error(f"greedy choices against transformers, {dtype}", float(judgement.shortfalls.max()), bound)
+        check = check_greedy_choices(model_dir, prompt, output["token_ids"], getattr(torch, dtype))
+        half_place = torch.finfo(getattr(torch, dtype)).eps * check.largest_logit / 2
+        bound = 2 * (FACTORS[dtype] * check.rounding + half_place)
+        record_error(f"greedy choices against transformers, {dtype}", float(check.shortfalls.max()), bound)
         count_comparisons("engine: greedy tokens against transformers' logits", params.max_tokens)
-        assert judgement.shortfalls.max() <= bound
-        assert (judgement.shortfalls == 0).float().mean() >= 0.9
+        assert check.shortfalls.max() <= bound
+        assert (check.shortfalls == 0).float().mean() >= 0.9
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3_moe"])

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.attention.torch import TorchAttentionBackend
 from nanovllm.engine.model_input import PADDING_BLOCK, ModelInput
-from nanovllm.engine.sequence import Sequence
-from nanovllm.layers.torch_attention import TorchAttentionBackend
+from nanovllm.engine.sequence import FinishCause, Sequence
 from tests.support.engine_events import assert_occurred, scheduler_events
 from tests.support.oracle import Oracle
 from tests.support.poison import PoisonedEmpty, PoisonError, poisoned_llm
@@ -48,7 +48,7 @@ def run(llm: LLM, max_steps: int = 200) -> dict[int, list[int]]:
 
 
 def is_poisoned(llm: LLM, block_id: int) -> bool:
-    return bool(llm._executor._runner.kv_cache[:, :, block_id].isnan().all())
+    return bool(llm._core.executor._runner.kv_cache[:, :, block_id].isnan().all())
 
 
 # --- what is poisoned, and when ---
@@ -57,7 +57,7 @@ def is_poisoned(llm: LLM, block_id: int) -> bool:
 def test_blocks_that_were_never_written_are_nan(llm: LLM) -> None:
     llm.add_request(PROMPT, GREEDY)
     llm.step()
-    written = llm._executor._runner.kv_cache.isfinite().all(dim=-1).all(dim=-1)  # [2, layers, blocks, block_size]
+    written = llm._core.executor._runner.kv_cache.isfinite().all(dim=-1).all(dim=-1)  # [2, layers, blocks, block_size]
     (seq,) = llm.scheduler.running
     first, second = seq.block_table
     assert written[:, :, first].all()
@@ -78,9 +78,9 @@ def test_a_freed_block_is_nan_at_once_unless_the_prefix_cache_keeps_it(llm: LLM,
     elif end == "abort":
         llm.abort(seq_id)
     else:
-        llm.scheduler.finish(seq, "stop")
+        llm.scheduler.finish(seq, FinishCause.STOP_STRING)
     assert is_poisoned(llm, partial)
-    assert torch.isfinite(llm._executor._runner.kv_cache[:, :, full]).all()
+    assert torch.isfinite(llm._core.executor._runner.kv_cache[:, :, full]).all()
     llm.abort(seq_id)
     llm.step()
 
@@ -134,7 +134,7 @@ def test_preemptions_at_any_moment_change_no_token(architecture: str) -> None:
 
 
 def change_decode(llm: LLM, monkeypatch: pytest.MonkeyPatch, change: Callable[[ModelInput], dict[str, Any]]) -> None:
-    runner = llm._executor._runner
+    runner = llm._core.executor._runner
     prepare = runner.prepare_decode
 
     def faulty(sequences: Any) -> ModelInput:
@@ -193,9 +193,9 @@ def test_a_block_freed_while_it_is_read_is_named(llm: LLM) -> None:
     llm.add_request(PROMPT, GREEDY)
     llm.step()
     (seq,) = llm.scheduler.running
-    table, counters = list(seq.block_table), (seq.num_cached_tokens, seq.num_stored_tokens)
+    table, counters = list(seq.block_table), (seq.num_cached_tokens, seq.num_tokens_with_kv)
     llm.scheduler.block_manager.deallocate(seq)
-    seq.block_table, (seq.num_cached_tokens, seq.num_stored_tokens) = table, counters
+    seq.block_table, (seq.num_cached_tokens, seq.num_tokens_with_kv) = table, counters
     with pytest.raises(
         PoisonError, match=rf"step 2 .* position 4 in block {table[1]}, slot 0, freed by sequence 0 after step 1"
     ):
@@ -208,9 +208,9 @@ def test_a_hit_on_blocks_that_were_not_computed_is_named(llm: LLM, monkeypatch: 
     cache = manager.cache_full_blocks
 
     def too_early(seq: Sequence) -> None:
-        num_stored, seq.num_stored_tokens = seq.num_stored_tokens, len(seq)
+        num_stored, seq.num_tokens_with_kv = seq.num_tokens_with_kv, len(seq)
         cache(seq)
-        seq.num_stored_tokens = num_stored
+        seq.num_tokens_with_kv = num_stored
 
     monkeypatch.setattr(manager, "cache_full_blocks", too_early)
     prompt = list(range(30, 50))
@@ -244,7 +244,7 @@ def test_a_token_that_was_never_sampled_is_named(llm: LLM, monkeypatch: pytest.M
         token_ids[:-1] = 0
         return token_ids
 
-    monkeypatch.setattr(llm._executor._runner, "sampler", leaves_the_last_out)
+    monkeypatch.setattr(llm._core.executor._runner, "sampler", leaves_the_last_out)
     llm.add_request(PROMPT, GREEDY)
     with pytest.raises(PoisonError, match=f"step 1: sequence 0 got {2**63 - 1}, which is no token"):
         llm.step()

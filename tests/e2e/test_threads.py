@@ -13,9 +13,9 @@ import pytest
 
 from nanovllm import LLM, SamplingParams, bundled_model_path
 from nanovllm.demo_prompts import DEMO_PROMPTS
-from nanovllm.engine import llm_engine
-from nanovllm.engine.request import Request
-from nanovllm.worker.launched_step import LaunchedStep
+from nanovllm.engine import input_processor
+from nanovllm.engine.request_state import RequestState
+from nanovllm.worker.async_output import AsyncModelOutput
 from tests.e2e.conftest import BUNDLED_OPTIONS
 from tests.support.counts import count_comparisons
 from tests.support.limits import HANG_SECONDS
@@ -36,8 +36,7 @@ def engine(request: pytest.FixtureRequest, llm: LLM, ahead: LLM) -> Iterator[LLM
     yield engine
     assert engine.is_finished()
     assert engine.scheduler.is_finished
-    assert not engine._news
-    assert not engine._lost
+    assert engine._requests.is_empty
 
 
 @pytest.fixture
@@ -64,7 +63,7 @@ class Gate:
         self.is_reached, self.is_open = threading.Event(), threading.Event()
         self.error: BaseException | None = None
         name = "launch" if llm.config.async_scheduling else "run"
-        method = getattr(llm._executor, name)
+        method = getattr(llm._core.executor, name)
 
         def gated(*args: Any) -> Any:
             if not self.is_reached.is_set():
@@ -74,7 +73,7 @@ class Gate:
                     raise self.error
             return method(*args)
 
-        monkeypatch.setattr(llm._executor, name, gated)
+        monkeypatch.setattr(llm._core.executor, name, gated)
 
     def wait(self) -> None:
         assert self.is_reached.wait(HANG_SECONDS)
@@ -128,8 +127,10 @@ def test_requests_of_several_threads_are_computed_in_one_batch(
     while len(engine._lock._queue) < 3:  # they wait for the step
         threading.Event().wait(0.001)
     sizes: list[int] = []
-    take_in = engine._take_in
-    monkeypatch.setattr(engine, "_take_in", lambda batch, ids: sizes.append(len(ids)) or take_in(batch, ids))
+    take_in = engine._core._process_tokens
+    monkeypatch.setattr(
+        engine._core, "_process_tokens", lambda batch, ids: sizes.append(len(ids)) or take_in(batch, ids)
+    )
     gate.open()
     for future in [first, *others]:
         future.result(HANG_SECONDS)
@@ -144,7 +145,7 @@ def test_tokens_that_another_threads_steps_brought_cost_no_step(
     stream = engine.generate_stream(PROMPTS[0], GREEDY)
     items = [next(stream)]
     threads.submit(tokens, engine, PROMPTS[1], SamplingParams.greedy(max_tokens=30)).result(HANG_SECONDS)
-    monkeypatch.setattr(engine, "_advance", lambda: pytest.fail("there was nothing left to compute"))
+    monkeypatch.setattr(engine._core, "advance", lambda caller: pytest.fail("there was nothing left to compute"))
     items += stream
     assert [token for item in items for token in item["token_ids"]] == expected
     assert [item["finish_reason"] for item in items] == [None, "length"]
@@ -180,11 +181,11 @@ def test_tokens_that_never_came_are_computed_again(
     streams = [ahead.generate_stream(prompt, GREEDY) for prompt in PROMPTS[:2]]
     items = [next(stream) for stream in streams][:1]
 
-    def fail(step: LaunchedStep) -> list[int]:
+    def fail(step: AsyncModelOutput) -> list[int]:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as planted:
-        planted.setattr(LaunchedStep, "token_ids", fail)
+        planted.setattr(AsyncModelOutput, "token_ids", fail)
         with pytest.raises(KeyboardInterrupt):
             threads.submit(list, streams[1]).result(HANG_SECONDS)
     items += streams[0]
@@ -201,11 +202,11 @@ def test_a_token_that_is_not_taken_in_is_an_error_of_its_call(
     for stream in streams:
         next(stream)
 
-    def fail(request: Request) -> bool:
+    def fail(request: RequestState) -> bool:
         raise MemoryError("planted")
 
     with monkeypatch.context() as planted:
-        planted.setattr(Request, "take_in_token", fail)
+        planted.setattr(RequestState, "process_new_token", fail)
         with pytest.raises(MemoryError):
             threads.submit(list, streams[1]).result(HANG_SECONDS)
     message = r"^a step of another call failed: MemoryError: planted; call generate again$"
@@ -219,7 +220,7 @@ def test_abort_while_another_thread_computes(
 ) -> None:
     """D81: it ends that request alone."""
     expected = tokens(engine, PROMPTS)
-    first = engine._num_arrivals
+    first = engine._input_processor.num_requests
     gate = Gate(engine, monkeypatch)
     generating = threads.submit(engine.generate, PROMPTS, GREEDY, use_tqdm=False)
     gate.wait()
@@ -289,7 +290,7 @@ def test_one_thread_tokenizes_at_a_time_and_steps_go_on(
     llm: LLM, threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """D81: transformers' tokenizers raise "Already borrowed" when two threads call them."""
-    as_token_ids = llm_engine.as_token_ids
+    as_token_ids = input_processor.as_token_ids
     is_reached, may_go = threading.Event(), threading.Event()
     num_inside: list[int] = []
 
@@ -303,7 +304,7 @@ def test_one_thread_tokenizes_at_a_time_and_steps_go_on(
         return as_token_ids(prompt, *args)
 
     expected = tokens(llm, [[5, 6, 7]])
-    monkeypatch.setattr(llm_engine, "as_token_ids", slow)
+    monkeypatch.setattr(input_processor, "as_token_ids", slow)
     calls = [threads.submit(tokens, llm, prompt) for prompt in PROMPTS]
     assert is_reached.wait(HANG_SECONDS)
     assert tokens(llm, [[5, 6, 7]]) == expected

@@ -11,19 +11,19 @@ from benchmarks.arithmetic import Work
 from benchmarks.kernels.inputs import randn
 from benchmarks.measuring import Measured
 from benchmarks.shapes import Shape
+from nanovllm.distributed.tensor_parallel import SINGLE_RANK
 from nanovllm.layers.moe import Experts
-from nanovllm.layers.tensor_parallel import SINGLE_RANK
 from reference.moe import moe
 from tests.support.kernels.accuracy import assert_within_twice_the_error_of_plain_torch
 from tests.support.kernels.guards import Guards
 from tests.support.kernels.registry import EVERY_TARGET, Compilation, Kernel, Limits, Refusals, Steps, lazy, meta
 
-grouped_gemm, grouped_gemm_tiles = lazy("grouped_gemm.grouped_gemm"), lazy("grouped_gemm.grouped_gemm_tiles")
-Tiles, Routing = lazy("grouped_gemm.Tiles"), lazy("moe_routing.Routing")
+grouped_gemm, choose_tile_config = lazy("grouped_gemm.grouped_gemm"), lazy("grouped_gemm.choose_tile_config")
+TileConfig, Routing = lazy("grouped_gemm.TileConfig"), lazy("moe_routing.Routing")
 moe_routing = lazy("moe_routing.moe_routing")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 QWEN3_30B_A3B = {"num_experts": 128, "top_k": 8, "hidden_size": 2048, "intermediate_size": 768}
-NUM_TOKENS = (1, 64, 512, 16_384)  # one for each entry of grouped_gemm_tiles
+NUM_TOKENS = (1, 64, 512, 16_384)  # one for each entry of choose_tile_config
 
 
 @dataclass(frozen=True)
@@ -113,9 +113,9 @@ def check(case: Case, device: str) -> None:
     layer = make_layer(case, device)
     num_assignments = case.num_tokens * case.top_k
     if case.tiles is None:
-        tiles = grouped_gemm_tiles(num_assignments, case.num_experts, layer.hidden_states.element_size())
+        tiles = choose_tile_config(num_assignments, case.num_experts, layer.hidden_states.element_size())
     else:
-        tiles = Tiles(*case.tiles, warps=4, stages=3)
+        tiles = TileConfig(*case.tiles, num_warps=4, num_stages=3)
     guards = Guards(device)
     arguments = [guards.read(tensor) for tensor in (layer.hidden_states, layer.gate_up_proj, layer.down_proj)]
     with guards:
@@ -135,7 +135,7 @@ def check_far_expert(device: str) -> None:
     logits = torch.zeros(5, num_experts, device=device)
     logits[:, -1] = 1.0
     x = torch.randn(5, e, device=device, dtype=torch.float16)
-    tiles = Tiles(16, 64, 64, 4, 3)
+    tiles = TileConfig(16, 64, 64, 4, 3)
     output = grouped_gemm(x, gate_up, down, moe_routing(logits, 1, True, 16), tiles=tiles)
     alone = moe_routing(logits[:, -1:], 1, True, 16)
     assert torch.equal(output, grouped_gemm(x, gate_up[-1:], down[-1:], alone, tiles=tiles))
@@ -146,7 +146,7 @@ def check_order_of_tokens(device: str) -> None:
     """A token's row in its block, and the other tokens, change no bit of its output."""
     case = Case(200, **QWEN3_30B_A3B, dtype=torch.bfloat16)
     layer = make_layer(case, device)
-    tiles, logits = grouped_gemm_tiles(200 * case.top_k, case.num_experts, 2), router_logits(layer)
+    tiles, logits = choose_tile_config(200 * case.top_k, case.num_experts, 2), router_logits(layer)
 
     def run(order: torch.Tensor) -> torch.Tensor:
         routing = moe_routing(logits[order].contiguous(), case.top_k, True, tiles.rows)
@@ -159,7 +159,7 @@ def check_order_of_tokens(device: str) -> None:
 
 def launch(num_tokens: int, dtype: torch.dtype = torch.bfloat16) -> None:
     """As SparseMoeBlock has it, with Qwen3-30B-A3B's experts, on meta tensors."""
-    tiles = grouped_gemm_tiles(num_tokens * 8, 128, dtype.itemsize)
+    tiles = choose_tile_config(num_tokens * 8, 128, dtype.itemsize)
     routing = moe_routing(meta(num_tokens, 128, dtype=dtype), 8, True, tiles.rows)
     weights = meta(128, 2 * 768, 2048, dtype=dtype), meta(128, 2048, 768, dtype=dtype)
     grouped_gemm(meta(num_tokens, 2048, dtype=dtype), *weights, routing, tiles=tiles)
@@ -168,7 +168,7 @@ def launch(num_tokens: int, dtype: torch.dtype = torch.bfloat16) -> None:
 def launch_refused(tiles: tuple[int, ...], block_size: int, **arguments: torch.Tensor) -> None:
     experts = torch.zeros(3, 2, dtype=torch.int32)
     routing = Routing(experts.float(), experts, experts[0], experts[0], experts[0], block_size)
-    grouped_gemm(**arguments, routing=routing, tiles=Tiles(*tiles))
+    grouped_gemm(**arguments, routing=routing, tiles=TileConfig(*tiles))
 
 
 def measured(shape: Shape, num_tokens: int) -> Measured:
@@ -177,7 +177,7 @@ def measured(shape: Shape, num_tokens: int) -> Measured:
     def make(index: int) -> tuple:
         x, logits = randn(index, num_tokens, size), randn(index + 1, num_tokens, num_experts)
         gate_up, down = randn(index, num_experts, 2 * inner, size) * 0.02, randn(index, num_experts, size, inner) * 0.02
-        block_size = grouped_gemm_tiles(num_tokens * top_k, num_experts, 2).rows
+        block_size = choose_tile_config(num_tokens * top_k, num_experts, 2).rows
         return x, gate_up, down, moe_routing(logits, top_k, True, block_size)
 
     def expected(x, gate_up, down, routing):

@@ -14,7 +14,7 @@ from tests.support.kernels.guards import Guards
 from tests.support.kernels.registry import EVERY_TARGET, Compilation, Kernel, Limits, Refusals, Steps, lazy, meta
 
 moe_routing = lazy("moe_routing.moe_routing")
-grouped_gemm_tiles = lazy("grouped_gemm.grouped_gemm_tiles")
+choose_tile_config = lazy("grouped_gemm.choose_tile_config")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -124,7 +124,7 @@ def check_used_tiles(num_tokens: int, device: str) -> None:
 
 def launch_with_60_experts(num_tokens: int) -> None:
     """Four a token: no limit is at a power of two."""
-    moe_routing(meta(num_tokens, 60), 4, True, grouped_gemm_tiles(num_tokens * 4, 60, 2).rows)
+    moe_routing(meta(num_tokens, 60), 4, True, choose_tile_config(num_tokens * 4, 60, 2).rows)
 
 
 def measured(shape: Shape, num_tokens: int) -> Measured:
@@ -136,7 +136,7 @@ def measured(shape: Shape, num_tokens: int) -> Measured:
         return (torch.randn(num_tokens, num_experts, device="cuda", generator=generator),)
 
     def run(logits):
-        routing = moe_routing(logits, top_k, True, grouped_gemm_tiles(num_tokens * top_k, num_experts, 2).rows)
+        routing = moe_routing(logits, top_k, True, choose_tile_config(num_tokens * top_k, num_experts, 2).rows)
         return routing.weights, routing.experts
 
     def choose(logits):

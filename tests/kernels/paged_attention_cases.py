@@ -20,7 +20,7 @@ from tests.support.kernels.guards import Guards
 from tests.support.kernels.paged_cache import poisoned_caches
 from tests.support.kernels.registry import Compilation, Kernel, Limits, Refusals, Steps, lazy, meta
 
-paged_attention, Tiling = lazy("paged_attention.paged_attention"), lazy("paged_attention.Tiling")
+paged_attention, TileConfig = lazy("paged_attention.paged_attention"), lazy("paged_attention.TileConfig")
 flash_attention_decode = lazy("flash_attention.flash_attention_decode")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -35,7 +35,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     query_size: float = 1.0
     num_splits: int | None = 1
-    tiling: tuple[int, int, int] | None = None
+    tiles: tuple[int, int, int] | None = None
     is_ordered: bool = False
     seed: int = 0
 
@@ -70,20 +70,20 @@ CASES = {
     "head size 64": Case(head_dim=64),
     "head size 128": Case(head_dim=128),
     "head size 256": Case((33, 5), head_dim=256),
-    "tile within a block": Case(block_size=64, tiling=(16, 4, 2)),
-    "tile is a block": Case(block_size=32, tiling=(32, 4, 2)),
-    "tile of 4 blocks": Case(tiling=(64, 4, 2)),
-    "block size 256": Case((256, 257), block_size=256, tiling=(64, 4, 2)),
-    "2 splits": Case(num_splits=2, tiling=(16, 4, 2)),
-    "3 splits of several tiles": Case(num_splits=3, block_size=32, tiling=(16, 4, 2)),
-    "head size 64, split": Case(head_dim=64, num_splits=3, tiling=(16, 4, 2)),  # several programs combine a head
-    "more splits than tiles": Case((70, 5), num_splits=8, tiling=(16, 4, 2)),
-    "7 query heads a kv head, split": Case(num_heads=7, num_kv_heads=1, num_splits=4, tiling=(16, 4, 2)),
-    "more splits than are combined at once": Case((1280,), 16, 1, num_splits=80, tiling=(16, 4, 2)),
+    "tile within a block": Case(block_size=64, tiles=(16, 4, 2)),
+    "tile is a block": Case(block_size=32, tiles=(32, 4, 2)),
+    "tile of 4 blocks": Case(tiles=(64, 4, 2)),
+    "block size 256": Case((256, 257), block_size=256, tiles=(64, 4, 2)),
+    "2 splits": Case(num_splits=2, tiles=(16, 4, 2)),
+    "3 splits of several tiles": Case(num_splits=3, block_size=32, tiles=(16, 4, 2)),
+    "head size 64, split": Case(head_dim=64, num_splits=3, tiles=(16, 4, 2)),  # several programs combine a head
+    "more splits than tiles": Case((70, 5), num_splits=8, tiles=(16, 4, 2)),
+    "7 query heads a kv head, split": Case(num_heads=7, num_kv_heads=1, num_splits=4, tiles=(16, 4, 2)),
+    "more splits than are combined at once": Case((1280,), 16, 1, num_splits=80, tiles=(16, 4, 2)),
     "splits by default": Case(num_splits=None),
     "in another order": Case(is_ordered=True),
-    "in another order, split": Case(is_ordered=True, num_splits=3, tiling=(16, 4, 2)),
-    "one key has all the weight": Case(query_size=1000.0, num_splits=2, tiling=(16, 4, 2)),
+    "in another order, split": Case(is_ordered=True, num_splits=3, tiles=(16, 4, 2)),
+    "one key has all the weight": Case(query_size=1000.0, num_splits=2, tiles=(16, 4, 2)),
 }
 CASES |= {
     f"{name}, float16": replace(CASES[name], dtype=torch.float16)
@@ -104,8 +104,8 @@ def make_inputs(case: Case, device: str = "cpu") -> Inputs:
 def run(case: Case, inputs: Inputs, **options) -> torch.Tensor:
     if case.is_ordered:
         options["sequence_order"] = inputs.context_lens.argsort(descending=True).int()
-    if case.tiling is not None:
-        options["tiling"] = Tiling(*case.tiling)
+    if case.tiles is not None:
+        options["tiles"] = TileConfig(*case.tiles)
     return paged_attention(*inputs.tensors(), num_splits=case.num_splits, **options)
 
 
@@ -166,7 +166,7 @@ def check_order(device: str) -> None:
 def check_far_block(device: str) -> None:
     """D52: a block whose elements lie beyond 2**31. Keys and values share one cache of 4 GiB, of which a CPU touches a
     few pages."""
-    case = Case((40,), 2, 1, head_dim=32, block_size=16, dtype=torch.float16, num_splits=2, tiling=(16, 4, 2))
+    case = Case((40,), 2, 1, head_dim=32, block_size=16, dtype=torch.float16, num_splits=2, tiles=(16, 4, 2))
     near = make_inputs(case, device)
     num_blocks = 2**31 // near.k_cache[0].numel() + 8
     far = torch.empty(num_blocks, *near.k_cache.shape[1:], dtype=case.dtype, device=device)

@@ -11,7 +11,7 @@ from benchmarks.arithmetic import Work
 from benchmarks.kernels.inputs import randn
 from benchmarks.measuring import Measured
 from benchmarks.shapes import Shape
-from nanovllm.layers.rotary_embedding import apply_rotary_embedding
+from nanovllm.layers.torch_ops import apply_rotary_embedding
 from reference.rms_norm import rms_norm
 from reference.store_kvcache import store_kvcache
 from tests.kernels.rotary_embedding_cases import angles, tables, turn

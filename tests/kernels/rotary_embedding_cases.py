@@ -12,7 +12,7 @@ from benchmarks.arithmetic import Work
 from benchmarks.kernels.inputs import randn
 from benchmarks.measuring import Measured
 from benchmarks.shapes import SHAPES, Shape
-from nanovllm.layers.rotary_embedding import apply_rotary_embedding
+from nanovllm.layers.torch_ops import apply_rotary_embedding
 from reference.rotary_embedding import inverse_frequencies
 from tests.support.kernels.accuracy import assert_within_twice_the_error_of_plain_torch
 from tests.support.kernels.guards import Guards

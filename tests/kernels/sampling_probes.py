@@ -7,7 +7,7 @@ triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 
 from nanovllm.kernels.sampling import (  # noqa: E402 (it needs triton)
-    approximate_arrivals,
+    approx_log2_arrival_times,
     exact_gumbel,
     load_counters,
     philox_words,
@@ -25,7 +25,7 @@ def store_words(rows: dict[str, torch.Tensor], num_tiles: int, tile_size: int, d
 
 
 def store_noise(words: torch.Tensor, device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """exact_gumbel (float64) and approximate_arrivals (float32) of logits of 0, for int64 words."""
+    """exact_gumbel (float64) and approx_log2_arrival_times (float32) of logits of 0, for int64 words."""
     exact = torch.empty(len(words), dtype=torch.float64, device=device)
     approximate = torch.empty(len(words), dtype=torch.float32, device=device)
     grid = (triton.cdiv(len(words), 256),)
@@ -57,5 +57,5 @@ def noise_kernel(words_ptr, exact_ptr, approximate_ptr, num_words, TILE_SIZE: tl
     index = tl.program_id(0) * TILE_SIZE + tl.arange(0, TILE_SIZE)
     words = tl.load(words_ptr + index, mask=index < num_words, other=0).to(tl.uint32)
     tl.store(exact_ptr + index, exact_gumbel(words), mask=index < num_words)
-    approximate = scores_of(approximate_arrivals(tl.zeros((TILE_SIZE,), tl.float32), -1.0, words))
+    approximate = scores_of(approx_log2_arrival_times(tl.zeros((TILE_SIZE,), tl.float32), -1.0, words))
     tl.store(approximate_ptr + index, approximate, mask=index < num_words)

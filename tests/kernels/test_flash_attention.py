@@ -34,7 +34,7 @@ STEPS = {
 def test_equals_the_reference(lengths, is_prefill, dtype, head_dim, num_kv_heads, block_size):
     """D53: every slot that no sequence owns is NaN."""
     pytest.importorskip("flash_attn")
-    from nanovllm.layers.flash_attention_backend import FlashAttentionBackend
+    from nanovllm.attention.flash_attn import FlashAttentionBackend
 
     case = Case(lengths, is_prefill, block_size, num_heads=4, num_kv_heads=num_kv_heads, head_dim=head_dim)
     step = make_step(case, dtype, "cuda")

@@ -9,18 +9,18 @@ from tests.kernels.grouped_gemm_cases import NUM_TOKENS
 
 
 def test_table_of_tiles_is_compiled_whole():
-    from nanovllm.kernels.grouped_gemm import grouped_gemm_tiles
+    from nanovllm.kernels.grouped_gemm import choose_tile_config
 
     for itemsize in (2, 4):
-        compiled = {grouped_gemm_tiles(num_tokens * 8, 128, itemsize) for num_tokens in NUM_TOKENS}
-        assert {grouped_gemm_tiles(num_tokens * 8, 128, itemsize) for num_tokens in range(1, 20_000)} == compiled
+        compiled = {choose_tile_config(num_tokens * 8, 128, itemsize) for num_tokens in NUM_TOKENS}
+        assert {choose_tile_config(num_tokens * 8, 128, itemsize) for num_tokens in range(1, 20_000)} == compiled
 
 
 @pytest.mark.gpu
 def test_layer_recorded_in_a_graph_follows_its_input():
     """Other tokens choose other experts, and nothing waits for the device."""
     from nanovllm.layers.moe import SparseMoeBlock
-    from nanovllm.moe_config import MoEConfig
+    from nanovllm.model_config import MoEConfig
 
     with torch.device("cuda"):
         layer = SparseMoeBlock(64, MoEConfig(16, 4, 32, True, layers=frozenset({0}))).bfloat16()

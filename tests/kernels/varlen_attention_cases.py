@@ -24,8 +24,8 @@ from tests.support.kernels.guards import Guards
 from tests.support.kernels.paged_cache import poisoned_caches
 from tests.support.kernels.registry import EVERY_TARGET, Compilation, Kernel, Limits, Refusals, Steps, lazy, meta
 
-varlen_attention, Tiles = lazy("varlen_attention.varlen_attention"), lazy("varlen_attention.Tiles")
-choose_tiles = lazy("varlen_attention.choose_tiles")
+varlen_attention, TileConfig = lazy("varlen_attention.varlen_attention"), lazy("varlen_attention.TileConfig")
+choose_tile_config = lazy("varlen_attention.choose_tile_config")
 flash_attention_prefill = lazy("flash_attention.flash_attention_prefill")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -133,7 +133,7 @@ def run(case: Case, inputs: Inputs) -> torch.Tensor:
         inputs.cu_seqlens_k,
         max_seqlen_q=case.max_seqlen_q,
         block_tables=inputs.block_tables,
-        tiles=None if case.tiles is None else Tiles(*case.tiles),
+        tiles=None if case.tiles is None else TileConfig(*case.tiles),
     )
 
 
@@ -247,7 +247,7 @@ def meta_inputs(
 
 def compilation(group_size: int, targets: tuple, **shape: int) -> Compilation:
     def launch(dtype: torch.dtype, capability: int) -> None:
-        tiles = choose_tiles(dtype, shape["head_dim"], (capability // 10, 0))
+        tiles = choose_tile_config(dtype, shape["head_dim"], (capability // 10, 0))
         varlen_attention(**meta_inputs(dtype, num_heads=2 * group_size, **shape), tiles=tiles)
 
     def does_not_round_float32(compiled: Compiled) -> None:
@@ -261,7 +261,7 @@ def launch_step(size: int) -> None:
     """size: of the prompt, and of the block tables' width."""
     tables, cu_seqlens = meta(2, size, dtype=torch.int32), meta(3, dtype=torch.int32)
     arguments = meta(size, 16, 128), meta(100, 256, 8, 128), meta(100, 256, 8, 128), cu_seqlens, cu_seqlens
-    varlen_attention(*arguments, max_seqlen_q=size, block_tables=tables, tiles=Tiles(64, 64, 4, 3))
+    varlen_attention(*arguments, max_seqlen_q=size, block_tables=tables, tiles=TileConfig(64, 64, 4, 3))
 
 
 def strided(tensor: torch.Tensor) -> torch.Tensor:
@@ -351,7 +351,7 @@ def num_causal_pairs(query_lens: list[int], key_lens: list[int]) -> int:
 
 def portable(query: torch.Tensor, *arguments: object, **options: object) -> torch.Tensor:
     """The kernel for every GPU, also where there is a special one."""
-    tiles = choose_tiles(query.dtype, query.shape[2], torch.cuda.get_device_capability())
+    tiles = choose_tile_config(query.dtype, query.shape[2], torch.cuda.get_device_capability())
     return varlen_attention(query, *arguments, tiles=tiles, **options)
 
 

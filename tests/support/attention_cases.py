@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
+from nanovllm.attention.backend import AttentionBackend
 from nanovllm.context import Context, set_context
 from nanovllm.layers.attention import Attention
-from nanovllm.layers.attention_backend import AttentionBackend
 from reference.paged_attention import paged_attention
 from reference.store_kvcache import store_kvcache
 from tests.support.comparing import assert_within

@@ -4,8 +4,7 @@ from typing import Any
 
 import torch
 
-from nanovllm.model_config import ModelConfig
-from nanovllm.moe_config import MoEConfig
+from nanovllm.model_config import ModelConfig, MoEConfig
 from nanovllm.rope_config import RopeConfig
 
 SMALL_MOE = MoEConfig(

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from nanovllm.engine.block_manager import BlockHash, block_hash
-from nanovllm.engine.model_input import PADDING_SLOT, ModelInput, prepare_ahead, prepare_decode, prepare_prefill
+from nanovllm.engine.model_input import PADDING_SLOT, ModelInput, prepare_decode, prepare_decode_async, prepare_prefill
 from nanovllm.engine.scheduler import MAX_CONSECUTIVE_PREFILLS, ScheduledBatch
-from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.sequence import FinishCause, Sequence
 from tests.support.counts import count_comparisons, count_event
 from tests.support.engine_events import scheduler_events
 from tests.support.scheduling import PROMPTS, Collisions, make_scheduler, make_sequence
@@ -34,7 +34,7 @@ def as_token(digest: int) -> int:
 
 class EngineMachine(RuleBasedStateMachine):
     hash_function: BlockHash = staticmethod(block_hash)
-    can_go_ahead = True
+    supports_async_scheduling = True
     seen: ClassVar[Counter[str]] = Counter()  # what happened, over all runs
 
     @initialize(
@@ -47,7 +47,7 @@ class EngineMachine(RuleBasedStateMachine):
     def start(
         self, num_blocks: int, block_size: int, max_num_seqs: int, spare_budget: int, goes_ahead: bool = False
     ) -> None:
-        self.goes_ahead = goes_ahead and self.can_go_ahead
+        self.goes_ahead = goes_ahead and self.supports_async_scheduling
         self.ahead: ScheduledBatch | None = None  # begun, and not the current step yet
         self.block_size = block_size
         self.scheduler = make_scheduler(
@@ -113,7 +113,7 @@ class EngineMachine(RuleBasedStateMachine):
     def finish(self, number: int) -> None:
         """A stop string was found in the text."""
         seq = self.scheduler.running[number % len(self.scheduler.running)]
-        self.scheduler.finish(seq, "stop")
+        self.scheduler.finish(seq, FinishCause.STOP_STRING)
         self.leave(seq)
 
     @rule(num_steps=st.integers(1, 6))
@@ -211,7 +211,7 @@ class EngineMachine(RuleBasedStateMachine):
         """The step, and whether it has been computed already; self.digests are its then."""
         if self.ahead is not None:
             begun, self.ahead = self.ahead, None
-            batch = self.scheduler.take_up(begun)
+            batch = self.scheduler.commit_async_batch(begun)
             if not batch.is_empty:
                 digests = dict(zip(begun.sampled_sequences, self.digests, strict=True))
                 self.digests = [digests[seq] for seq in batch.sampled_sequences]
@@ -222,13 +222,13 @@ class EngineMachine(RuleBasedStateMachine):
 
     def go_ahead(self, batch: ScheduledBatch, tokens: list[int]) -> list[int]:
         """Begin the step after `batch`, whose `tokens` the scheduler does not know yet; its digests."""
-        self.ahead = self.scheduler.schedule_ahead(batch)
+        self.ahead = self.scheduler.schedule_next_async(batch)
         if self.ahead is None:
             return []
-        inputs = prepare_ahead(self.ahead.sequences, batch.sampled_sequences)
+        inputs = prepare_decode_async(self.ahead.sequences, batch.sampled_sequences)
         self.check_writes(inputs)
-        if inputs.unknown is not None:
-            known = np.where(inputs.unknown >= 0, np.array(tokens)[inputs.unknown], inputs.input_ids)
+        if inputs.input_ids_source is not None:
+            known = np.where(inputs.input_ids_source >= 0, np.array(tokens)[inputs.input_ids_source], inputs.input_ids)
             inputs = replace(inputs, input_ids=known)
         return self.model.compute(inputs)
 

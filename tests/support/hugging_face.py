@@ -27,11 +27,11 @@ def hugging_face_logits(model_dir: Path, token_ids: list[int], dtype: torch.dtyp
 
 
 @dataclass(frozen=True)
-class Judgement:
-    """How transformers, given a prompt and our tokens, judges each of our greedy choices.
+class GreedyCheck:
+    """How transformers, given a prompt and our tokens, rates each of our greedy choices.
 
     shortfalls [num_tokens]: float64's best logit less the chosen one's; 0 where it would have chosen the same.
-    rounding: the most that transformers' own logits in the judged dtype are off from float64, in this text.
+    rounding: the most that transformers' own logits in that dtype are off from float64, in this text.
     largest_logit: in this text, its sign left out.
     """
 
@@ -40,14 +40,14 @@ class Judgement:
     largest_logit: float
 
 
-def judge(model_dir: Path, prompt: list[int], token_ids: list[int], dtype: torch.dtype) -> Judgement:
-    """Judge token_ids, generated greedily after prompt in `dtype`."""
+def check_greedy_choices(model_dir: Path, prompt: list[int], token_ids: list[int], dtype: torch.dtype) -> GreedyCheck:
+    """Check token_ids, generated greedily after prompt in `dtype`."""
     text = [*prompt, *token_ids]
     exact = hugging_face_logits(model_dir, text, torch.float64)
     rounding = float((hugging_face_logits(model_dir, text, dtype) - exact).abs().max())
     before = exact[len(prompt) - 1 : -1]
     chosen = before.gather(1, torch.tensor(token_ids)[:, None])[:, 0]
-    return Judgement(before.amax(dim=1) - chosen, rounding, float(exact.abs().max()))
+    return GreedyCheck(before.amax(dim=1) - chosen, rounding, float(exact.abs().max()))
 
 
 # --- which module differs first ---

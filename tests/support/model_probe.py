@@ -8,7 +8,7 @@ import torch
 from nanovllm.config import Config
 from nanovllm.engine.model_input import prepare_decode, prepare_prefill
 from nanovllm.engine.sequence import Sequence
-from nanovllm.model_config import load_model_config
+from nanovllm.models.registry import load_model_config
 from nanovllm.worker.model_runner import ModelRunner
 
 
@@ -34,5 +34,5 @@ def teacher_forced_logits(
         with torch.inference_mode():
             logits.append(runner.model.compute_logits(runner.run_model(prepare([seq]))).cpu())
         seq.num_cached_tokens += size
-        seq.num_stored_tokens = seq.num_cached_tokens
+        seq.num_tokens_with_kv = seq.num_cached_tokens
     return torch.cat(logits)

@@ -32,7 +32,7 @@ from nanovllm.engine.model_input import PADDING_BLOCK, ModelInput
 from nanovllm.engine.scheduler import ScheduledBatch
 from nanovllm.engine.sequence import Sequence
 from nanovllm.worker import model_runner
-from nanovllm.worker.launched_step import LaunchedStep
+from nanovllm.worker.async_output import AsyncModelOutput
 from tests.support.counts import count_comparisons, count_event
 
 UNINITIALISED = {
@@ -91,7 +91,7 @@ class Poison:
     def __init__(self, llm: LLM) -> None:
         self._llm = llm
         self._manager = llm.scheduler.block_manager
-        self._runner: Any = llm._executor._runner
+        self._runner: Any = llm._core.executor._runner
         self._batch: ScheduledBatch | None = None
         self._fate = ["never written"] * len(self._manager.blocks)  # of each block, when it was last poisoned
         self.num_steps = 0
@@ -102,7 +102,7 @@ class Poison:
         with ExitStack() as stack:
             for owner, name, around in (
                 (self._manager, "allocate", self._allocate),
-                (self._manager, "open_block", self._open_block),
+                (self._manager, "append_block", self._open_block),
                 (self._manager, "deallocate", self._deallocate),
                 (self._runner, "run", self._run),
                 (self._runner, "launch", self._launch),
@@ -123,11 +123,11 @@ class Poison:
 
     def _allocate(self, allocate: Callable[..., None], seq: Sequence) -> None:
         allocate(seq)
-        num_hits = seq.num_stored_tokens // seq.block_size
+        num_hits = seq.num_tokens_with_kv // seq.block_size
         self.fill(seq.block_table[num_hits:], f"taken by sequence {seq.seq_id}")
 
-    def _open_block(self, open_block: Callable[..., None], seq: Sequence) -> None:
-        open_block(seq)
+    def _open_block(self, append_block: Callable[..., None], seq: Sequence) -> None:
+        append_block(seq)
         self.fill(seq.block_table[-1:], f"taken by sequence {seq.seq_id}")
 
     def _deallocate(self, deallocate: Callable[..., None], seq: Sequence) -> None:
@@ -155,7 +155,7 @@ class Poison:
         self._batch = None
         return token_ids
 
-    def _launch(self, launch: Callable[..., LaunchedStep], batch: ScheduledBatch, *before: Any) -> LaunchedStep:
+    def _launch(self, launch: Callable[..., AsyncModelOutput], batch: ScheduledBatch, *before: Any) -> AsyncModelOutput:
         self.num_steps += 1
         self._batch = batch
         with poisoned_empty():
@@ -183,7 +183,7 @@ class Poison:
     ) -> torch.Tensor | None:
         """Rows that pad the batch, and columns behind each table, name a block of NaN; logits begin as NaN."""
         graphs = self._runner.graphs
-        graphs._host_tables[2:] = self._trap()
+        graphs._host.block_tables[:] = self._trap()
         for logits in graphs._logits.values():
             if logits is not None:
                 logits.fill_(torch.nan)

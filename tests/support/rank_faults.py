@@ -26,17 +26,17 @@ WORDS = "planted on purpose"
 class Fault:
     """Rank `rank` does `what` when it comes to `place`: raise, kill, exit, run out of memory, stop.
 
-    diary: a file in which the rank writes when it did so.
+    log: a file in which the rank writes when it did so.
     """
 
     rank: int
     place: str
     what: str
-    diary: Path | None = None
+    log: Path | None = None
 
-    def strike(self) -> None:
-        if self.diary is not None:
-            self.diary.write_text(repr(time.monotonic()))
+    def trigger(self) -> None:
+        if self.log is not None:
+            self.log.write_text(repr(time.monotonic()))
         errors = {"raise": ArithmeticError, "value": ValueError, "host memory": MemoryError}
         errors["device memory"] = torch.OutOfMemoryError
         if self.what in errors:
@@ -46,9 +46,9 @@ class Fault:
         os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[self.what])
 
     def seconds_since(self) -> float:
-        """Between the rank's last entry in the diary and now; one clock for all processes of a machine."""
-        assert self.diary is not None
-        return time.monotonic() - float(self.diary.read_text())
+        """Between the rank's last entry in the log and now; one clock for all processes of a machine."""
+        assert self.log is not None
+        return time.monotonic() - float(self.log.read_text())
 
 
 def plant(monkeypatch: Any, fault: Fault) -> None:
@@ -92,23 +92,23 @@ def plant_here(fault: Fault, patch: Callable[[Any, str, Any], None] = setattr) -
     }
     if fault.place in functions:
         where, name = functions[fault.place]
-        patch(where, name, _first(fault.strike, getattr(where, name)))
+        patch(where, name, _first(fault.trigger, getattr(where, name)))
     elif fault.place == CONNECTING:
         connect = meeting._connect_gloo
-        patch(meeting, "_connect_gloo", lambda place, store: connect(place, StrikingStore(store, fault)))
+        patch(meeting, "_connect_gloo", lambda place, store: connect(place, TriggeringStore(store, fault)))
     else:
         run = Runner.run
 
         def faulty_run(self: Any, batch: Any) -> Any:
             if batch.is_prefill == (fault.place == "prefill"):
-                fault.strike()
+                fault.trigger()
             return run(self, batch)
 
         patch(Runner, "run", faulty_run)
 
 
-class StrikingStore(dist.Store):
-    """Strikes when gloo has told the others this rank's address."""
+class TriggeringStore(dist.Store):
+    """Triggers the fault when gloo has told the others this rank's address."""
 
     def __init__(self, store: Any, fault: Fault) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ class StrikingStore(dist.Store):
 
     def set(self, key: str, value: Any) -> None:
         self._store.set(key, value)
-        self._fault.strike()
+        self._fault.trigger()
 
     def get(self, key: str) -> Any:
         return self._store.get(key)
@@ -125,10 +125,10 @@ class StrikingStore(dist.Store):
         self._store.wait(keys, *timeout)
 
 
-def _first(strike: Callable[[], None], work: Callable[..., Any]) -> Callable[..., Any]:
+def _first(trigger: Callable[[], None], work: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(work)
-    def struck(*args: Any, **kwargs: Any) -> Any:
-        strike()
+    def with_fault(*args: Any, **kwargs: Any) -> Any:
+        trigger()
         return work(*args, **kwargs)
 
-    return struck
+    return with_fault

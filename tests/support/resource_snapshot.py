@@ -19,7 +19,7 @@ SHARED_MEMORY = Path("/dev/shm")
 
 
 @dataclass(frozen=True)
-class Holdings:
+class ResourceSnapshot:
     """Processes below this one, shared-memory segments and semaphores, open files (sockets too), temporary files, and
     threads (but tqdm's, one for the whole process).
     """
@@ -49,12 +49,12 @@ class Watch:
         ):
             yield self
 
-    def holdings(self) -> Holdings:
+    def snapshot(self) -> ResourceSnapshot:
         for _ in range(2):  # what the finalizer of an engine in a cycle lets go is collected in the next round
             gc.collect()
         tracker = resource_tracker._resource_tracker._pid  # type: ignore[attr-defined]
         children = psutil.Process().children(recursive=True)
-        return Holdings(
+        return ResourceSnapshot(
             processes=frozenset(child.pid for child in children if child.pid != tracker),
             segments=frozenset(path.name for path in SHARED_MEMORY.iterdir() if self.prefix in path.name),
             num_files=len(os.listdir("/proc/self/fd")),

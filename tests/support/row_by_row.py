@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch.nn import functional
 
+from nanovllm.attention.torch import TorchAttentionBackend
 from nanovllm.context import Context
-from nanovllm.layers.torch_attention import TorchAttentionBackend
 
 linear = functional.linear
 attention = functional.scaled_dot_product_attention

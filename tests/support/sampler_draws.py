@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from nanovllm.layers.sampler import Sampler, SamplingTensors
-from reference.sampling import kept
+from nanovllm.layers.sampler import Sampler
+from nanovllm.sampling_metadata import SamplingMetadata
+from reference.sampling import allowed_mask
 from tests.support.statistics import check_counts, check_temperature, fresh_seed
 
 MAX_ROWS = 2**19  # at a time
@@ -17,11 +18,11 @@ RARE = 1e-4
 DTYPES = {"top_k": np.int64, "seed": np.uint64, "position": np.int64}
 NO_FILTER: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 
-Draw = Callable[[torch.Tensor, SamplingTensors], torch.Tensor]  # the signature of Sampler.forward
+Draw = Callable[[torch.Tensor, SamplingMetadata], torch.Tensor]  # the signature of Sampler.forward
 
 
 def make_rows(num_rows: int, **fields: Any) -> SimpleNamespace:
-    """SamplingRows of num_rows; a field is one value for all rows or one a row."""
+    """SamplingMetadata of num_rows; a field is one value for all rows or one a row."""
     values = {**NO_FILTER, "seed": 0, "position": 0, **fields}
     return SimpleNamespace(
         **{
@@ -73,7 +74,7 @@ class Case:
     def probs(self) -> list[float]:
         """The reference's filters and softmax in float64, from the logits as they were rounded."""
         z = self.logits.double() / float(np.float32(self.temperature))
-        is_kept = kept(z, self.top_k or None, self.top_p, self.min_p)
+        is_kept = allowed_mask(z, self.top_k or None, self.top_p, self.min_p)
         return z.where(is_kept, -torch.inf).softmax(dim=0).tolist()
 
     def draw(self, sampler: Draw | None = None, device: str = "cpu") -> list[int]:
@@ -85,7 +86,7 @@ class Case:
         for start in range(0, self.num_draws, MAX_ROWS):
             stop = min(start + MAX_ROWS, self.num_draws)
             rows = make_rows(stop - start, **filters, **counters(self.layout, self.name, start, stop))
-            tokens = sampler(logits.expand(stop - start, -1), SamplingTensors.from_rows(rows, device))
+            tokens = sampler(logits.expand(stop - start, -1), rows_on_device(rows, device))
             counts += tokens.bincount(minlength=len(logits))
         return counts.tolist()
 

@@ -85,7 +85,7 @@ def allocated(manager: BlockManager, token_ids: list[int]) -> Sequence:
 
 def compute(manager: BlockManager, seq: Sequence) -> Sequence:
     """All of its tokens are computed and stored: what postprocess does after the step of the last one."""
-    seq.num_cached_tokens = seq.num_stored_tokens = len(seq)
+    seq.num_cached_tokens = seq.num_tokens_with_kv = len(seq)
     manager.cache_full_blocks(seq)
     return seq
 

@@ -89,7 +89,7 @@ def _run(llm: LLM, prompts: list[list[int]], way: Way) -> tuple[list[int], dict[
 @contextmanager
 def recorded(llm: LLM, is_pickled: bool = False) -> Iterator[dict[int, list[torch.Tensor]]]:
     """seq_id -> the logits that each of its tokens was sampled from. Pickled: as a rank in another process has it."""
-    runner: Any = llm._executor._runner
+    runner: Any = llm._core.executor._runner
     logits: dict[int, list[torch.Tensor]] = {}
     run, launch, sampler = runner.run, runner.launch, runner.sampler
     current: list[ScheduledBatch] = []

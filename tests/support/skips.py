@@ -59,7 +59,7 @@ def _cannot_mount() -> bool:
 # fmt: off
 ALLOWED = [
     AllowedSkip(
-        r"tests/unit/worker/test_shared_memory_size\.py::test_a_real_small_file_system",
+        r"tests/unit/distributed/test_message_queue\.py::test_a_real_small_file_system",
         r"needs a mount namespace of its own", 1, "most containers do not permit one", _cannot_mount,
     ),
     AllowedSkip(

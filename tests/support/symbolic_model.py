@@ -57,7 +57,14 @@ class SymbolicModel:
                     layer[slot] = key
             keys = self._attend(layer, keys, inputs)
         rows = inputs.sampling
-        columns = (rows.temperature, rows.top_k, rows.top_p, rows.min_p, rows.seed, rows.position)
+        columns = (
+            rows.temperature,
+            rows.top_k,
+            rows.top_p,
+            rows.min_p,
+            (rows.seed_low + (rows.seed_high << 32)).view("uint64"),
+            rows.position,
+        )
         sampled = [keys[index] for index in inputs.sample_indices.tolist()]
         return [digest(row) for row in zip(sampled, *(column.tolist() for column in columns), strict=True)]
 
@@ -66,7 +73,7 @@ class SymbolicModel:
         query_bounds = list(pairwise(inputs.cu_seqlens_q.tolist()))
         key_bounds = list(pairwise(inputs.cu_seqlens_k.tolist()))
         reads = [NEVER_COMPUTED] * len(keys)
-        for row in inputs.longest_first.tolist():
+        for row in inputs.sequence_order.tolist():
             first_query, last_query = query_bounds[row]
             num_queries = min(last_query - first_query, inputs.max_seqlen_q)
             num_keys = key_bounds[row][1] - key_bounds[row][0]

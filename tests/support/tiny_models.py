@@ -32,7 +32,7 @@ ROPE: dict[str, dict[str, Any]] = {
     },
     "yarn": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": TRAINED_LEN},
 }
-CONFIG_CLASSES = {
+ARCHITECTURES = {
     "llama": "LlamaConfig",
     "qwen2": "Qwen2Config",
     "qwen3": "Qwen3Config",
@@ -124,7 +124,7 @@ def _build(
             "mlp_only_layers": list(mlp_only_layers),
             "decoder_sparse_step": decoder_sparse_step,
         }
-    config = getattr(transformers, CONFIG_CLASSES[architecture])(**options)
+    config = getattr(transformers, ARCHITECTURES[architecture])(**options)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -167,7 +167,7 @@ def _write_tokenizer(directory: Path) -> None:
 
 def _variants() -> list[tuple[str, dict[str, Any]]]:
     variants: list[dict[str, Any]] = []
-    for architecture in CONFIG_CLASSES:
+    for architecture in ARCHITECTURES:
         variants += [{"architecture": architecture, "tied": tied} for tied in (False, True)]
         variants += [{"architecture": architecture, "rope": rope} for rope in ROPE if rope != "default"]
         variants += [{"architecture": architecture, "num_kv_heads": num_kv_heads} for num_kv_heads in (4, 1)]

@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks.shapes import SHAPES, Shape
 from nanovllm import LLM, SamplingParams
-from nanovllm.model_config import load_model_config
+from nanovllm.models.registry import load_model_config
 from tools import make_random_model as tool
 
 TINY = {

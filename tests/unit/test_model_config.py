@@ -7,8 +7,8 @@ import json
 
 import pytest
 
-from nanovllm.model_config import load_model_config
-from nanovllm.moe_config import MoEConfig
+from nanovllm.model_config import MoEConfig
+from nanovllm.models.registry import load_model_config
 from nanovllm.rope_config import RopeConfig
 
 BASE = {

@@ -16,7 +16,7 @@ import pytest
 
 from nanovllm import LLM, SamplingParams, bundled_model_path, progress
 from nanovllm.engine import throughput
-from nanovllm.engine.request import Request
+from nanovllm.engine.request_state import RequestState
 from nanovllm.engine.scheduler import ScheduledBatch
 from nanovllm.engine.sequence import Sequence, SequenceStatus
 from nanovllm.engine.throughput import GenerationProgress
@@ -59,15 +59,17 @@ class Clock:
         monkeypatch.setattr(throughput, "perf_counter", lambda: self.now)
 
 
-def requests(num_prompts: int, max_tokens: int, num_prompt_tokens: int = 3) -> list[Request]:
+def requests(num_prompts: int, max_tokens: int, num_prompt_tokens: int = 3) -> list[RequestState]:
     params = SamplingParams(max_tokens=max_tokens)
     sequences = [
         Sequence([1] * num_prompt_tokens, params, seq_id=number, block_size=4, seed=0) for number in range(num_prompts)
     ]
-    return [Request(seq, None, index, is_streamed=False) for index, seq in enumerate(sequences)]
+    return [RequestState(seq, None, index, is_streamed=False) for index, seq in enumerate(sequences)]
 
 
-def advance(bar: GenerationProgress, advanced: list[Request], is_prefill: bool = False, finish: bool = False) -> None:
+def advance(
+    bar: GenerationProgress, advanced: list[RequestState], is_prefill: bool = False, finish: bool = False
+) -> None:
     for request in advanced:
         request.sequence.append_token(7)
         if finish:

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from nanovllm import LLM, Config, SamplingParams, bundled_model_path, cli
+from nanovllm.attention.backend import choose_attention_backend
 from nanovllm.cli_errors import USER_ERROR
-from nanovllm.layers.attention_backend import choose_attention_backend
+from nanovllm.distributed.placement import resolve_device
+from nanovllm.distributed.torchrun_env import read_torchrun_env
 from nanovllm.model_path import local_model_dir
-from nanovllm.torchrun import read_launch
 from nanovllm.validation import require_unicode
 from nanovllm.worker.kv_cache import num_blocks_on_cpu, num_blocks_that_fit
 from nanovllm.worker.model_runner import ModelRunner
-from nanovllm.worker.process_group import resolve_device
 from tests.support.scheduling import add_prompt, make_scheduler
 
 MODEL = str(bundled_model_path())
@@ -233,11 +233,11 @@ def test_of_variables_that_torchrun_would_set_otherwise(
     given = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "x"}
     for name, value in {**given, "MASTER_PORT": "1", **values}.items():
         monkeypatch.setenv(name, value)
-    text = message(read_launch)
+    text = message(read_torchrun_env)
     assert next(iter(values)) in text
     assert text.endswith("; start the program with torchrun, or unset RANK")
     monkeypatch.delenv("RANK")
-    assert read_launch() is None
+    assert read_torchrun_env() is None
 
 
 def test_of_text_that_is_no_unicode() -> None:

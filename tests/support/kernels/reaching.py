@@ -52,7 +52,7 @@ def _generate(architecture: str, device: str, dtype: str, head_dim: int, *steps:
 @contextmanager
 def _layers_with_kernels() -> Iterator[None]:
     """Layers on the CPU choose kernels, as they would on a GPU."""
-    from nanovllm.layers.triton_attention_backend import TritonAttentionBackend
+    from nanovllm.attention.triton import TritonAttentionBackend
     from nanovllm.worker import model_runner  # imports all layers
 
     with ExitStack() as stack:

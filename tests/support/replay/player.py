@@ -45,7 +45,7 @@ def is_rounding(engine: Any, seq: Sequence, token_id: int) -> bool:
     from tests.support.oracle import Oracle
 
     oracle = Oracle(Path(engine.config.model))
-    oracle.single = load_checkpoint(oracle.model_dir, engine._executor._runner.kv_cache.dtype)
+    oracle.single = load_checkpoint(oracle.model_dir, engine._core.executor._runner.kv_cache.dtype)
     return oracle.is_rounding(list(seq.token_ids), seq.sampling_params, seq.seed, token_id)
 
 
@@ -65,8 +65,8 @@ def play(trace: Trace, target: Any) -> Counter[str]:
     calls = {
         "add": add,
         "schedule": lambda _: scheduler.schedule(),
-        "schedule_ahead": lambda _: scheduler.schedule_ahead(batches["current"]),
-        "take_up": lambda _: scheduler.take_up(batches["schedule_ahead"]),
+        "schedule_next_async": lambda _: scheduler.schedule_next_async(batches["current"]),
+        "commit_async_batch": lambda _: scheduler.commit_async_batch(batches["schedule_next_async"]),
         "postprocess": lambda args: scheduler.postprocess(batches["current"], [token_id for _, token_id in args]),
         "abort": scheduler.abort,
         "preempt": lambda seq_id: scheduler.preempt(sequences[seq_id]),
@@ -74,7 +74,7 @@ def play(trace: Trace, target: Any) -> Counter[str]:
     }
     for event in trace.events:
         name, args, returned = event["call"], event["args"], None
-        score.update(calls=1, steps=int(name in ("schedule", "take_up")))
+        score.update(calls=1, steps=int(name in ("schedule", "commit_async_batch")))
         where = f"step {score['steps']}, {name}"
         for (seq_id, recorded), token_id in zip(args, tokens or [], strict=False) if name == "postprocess" else ():
             score["tokens"] += 1
@@ -90,9 +90,9 @@ def play(trace: Trace, target: Any) -> Counter[str]:
         for place, recorded, found in _differences(where, event["then"], now):
             raise AssertionError(f"{place}: recorded {recorded!r}, now {found!r}")
         scheduler.block_manager.check_invariants((*scheduler.running, *scheduler.waiting))
-        if name in ("schedule", "take_up") and returned is not None:
+        if name in ("schedule", "commit_async_batch") and returned is not None:
             batches["current"] = returned
-            tokens = engine._executor.run(returned) if engine and not returned.is_empty else None
+            tokens = engine._core.executor.run(returned) if engine and not returned.is_empty else None
     return score
 
 

@@ -51,8 +51,8 @@ def request_of(seq: Sequence) -> dict[str, Any]:
 CALLS: dict[str, Callable[..., Any]] = {
     "add": request_of,
     "schedule": lambda: None,
-    "schedule_ahead": lambda batch: None,
-    "take_up": lambda ahead: None,
+    "schedule_next_async": lambda batch: None,
+    "commit_async_batch": lambda ahead: None,
     "postprocess": lambda batch, tokens: [[s.seq_id, t] for s, t in zip(batch.sampled_sequences, tokens, strict=True)],
     "abort": lambda seq_id: seq_id,
     "preempt": lambda seq: seq.seq_id,

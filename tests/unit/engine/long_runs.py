@@ -19,7 +19,7 @@ def play_until_everything_occurred(machine: type[EngineMachine], num_runs: int =
     that ten times as many runs without it mean that it cannot occur any more.
     """
     machine.seen.clear()
-    required = (*EVENTS, *EVENTS_AHEAD) if machine.can_go_ahead else EVENTS
+    required = (*EVENTS, *EVENTS_AHEAD) if machine.supports_async_scheduling else EVENTS
     rng = random.Random(random.getrandbits(32))  # the seed of the run decides
     flood(machine())
     for number in range(10 * num_runs):

@@ -86,7 +86,7 @@ def test_a_prefix_is_shared_block_by_block() -> None:
     first = computed(manager, [1, 2, 3, 4, 5])
     second = allocated(manager, [1, 2, 3, 4, 6, 7])
     assert second.block_table[:2] == first.block_table[:2]
-    assert (second.num_cached_tokens, second.num_stored_tokens, second.num_cached_prompt_tokens) == (4, 4, 4)
+    assert (second.num_cached_tokens, second.num_tokens_with_kv, second.num_cached_prompt_tokens) == (4, 4, 4)
     assert [manager.blocks[block_id].ref_count for block_id in first.block_table] == [2, 2, 1]
     assert manager.num_hit_blocks == 2
     third = allocated(manager, [1, 2, 9])
@@ -100,14 +100,14 @@ def test_a_prompt_cached_whole_leaves_one_token_to_compute_and_none_to_store(num
     manager, prompt = BlockManager(8, 2), list(range(num_tokens))
     first, second = computed(manager, prompt), allocated(manager, prompt)
     assert second.block_table == first.block_table
-    assert (second.num_uncached_tokens, second.num_stored_tokens) == (1, num_tokens)
+    assert (second.num_uncached_tokens, second.num_tokens_with_kv) == (1, num_tokens)
 
 
 def test_blocks_are_hittable_once_their_keys_are_stored_and_not_before() -> None:
     manager = BlockManager(8, 2)
     seq = allocated(manager, [1, 2, 3, 4])
     assert hits(manager, [1, 2, 3, 4]) == []
-    seq.num_cached_tokens = seq.num_stored_tokens = 3
+    seq.num_cached_tokens = seq.num_tokens_with_kv = 3
     manager.cache_full_blocks(seq)
     assert hits(manager, [1, 2, 3, 4]) == seq.block_table[:1]
 
@@ -187,7 +187,7 @@ def test_freed_blocks_stay_hittable() -> None:
     seq = computed(manager, [1, 2, 3, 4])
     table = list(seq.block_table)
     manager.deallocate(seq)
-    assert (seq.block_table, seq.num_cached_tokens, seq.num_stored_tokens) == ([], 0, 0)
+    assert (seq.block_table, seq.num_cached_tokens, seq.num_tokens_with_kv) == ([], 0, 0)
     assert manager.num_free_blocks == 4
     assert allocated(manager, [1, 2, 3, 4, 5]).block_table[:2] == table
 

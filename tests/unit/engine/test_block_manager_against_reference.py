@@ -82,9 +82,9 @@ class LockStep(RuleBasedStateMachine):
         """A step stores the keys of some of its tokens: what Scheduler.postprocess does of it."""
         seq = self.sequences[number % len(self.sequences)]
         seq.num_cached_tokens = min(seq.num_cached_tokens + num_tokens, len(seq))
-        seq.num_stored_tokens = max(seq.num_stored_tokens, seq.num_cached_tokens)
+        seq.num_tokens_with_kv = max(seq.num_tokens_with_kv, seq.num_cached_tokens)
         self.engine.cache_full_blocks(seq)
-        for index, block_id in enumerate(seq.block_table[: seq.num_stored_tokens // seq.block_size]):
+        for index, block_id in enumerate(seq.block_table[: seq.num_tokens_with_kv // seq.block_size]):
             self.content[block_id] = tuple(seq.token_ids[: (index + 1) * seq.block_size])
         self.reference = self.reference.computed(seq.seq_id, seq.token_ids, seq.num_cached_tokens)
 

@@ -39,9 +39,9 @@ def stream(tokenizer: Any, token_ids: list[int], stop: tuple[str, ...] = ()) -> 
         detokenizer.append(token_id)
         if detokenizer.is_stopped:
             break
-        pieces.append(detokenizer.take(is_last=False))
+        pieces.append(detokenizer.next_text(is_last=False))
     detokenizer.close()
-    return [*pieces, detokenizer.take(is_last=True)], detokenizer
+    return [*pieces, detokenizer.next_text(is_last=True)], detokenizer
 
 
 def spell(text: str) -> list[int]:
@@ -172,11 +172,11 @@ def test_a_stop_string_twice_within_one_token_cuts_at_the_first() -> None:
     detokenizer = Detokenizer(Tokenizer(), ("#",))
     detokenizer.append(0)
     assert detokenizer.text == "x"
-    assert detokenizer.take(is_last=False) == "x", "what is decided is not held back"
+    assert detokenizer.next_text(is_last=False) == "x", "what is decided is not held back"
 
 
 def test_closing_twice_adds_nothing() -> None:
     _, detokenizer = stream(ByteTokenizer(), [97, 0xE2])
     detokenizer.close()
     assert detokenizer.text == "a\ufffd"
-    assert detokenizer.take(is_last=True) == ""
+    assert detokenizer.next_text(is_last=True) == ""

@@ -126,12 +126,12 @@ def test_an_exception_in_the_waiting_gives_the_place_up(monkeypatch: pytest.Monk
 def test_try_enter_never_waits() -> None:
     """D81: not even for the thread itself."""
     lock = FairLock()
-    assert lock.try_enter()
-    assert not lock.try_enter()
+    assert lock.try_acquire()
+    assert not lock.try_acquire()
     results: list[bool] = []
-    join(start(lambda: results.append(lock.try_enter())))
+    join(start(lambda: results.append(lock.try_acquire())))
     assert results == [False]
     lock.__exit__()
-    assert lock.try_enter()
+    assert lock.try_acquire()
     lock.__exit__()
     assert not lock._queue

@@ -10,8 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanovllm.engine.model_input import ModelInput, SamplingRows, prepare_decode, prepare_prefill, sampling_rows
+from nanovllm.engine.model_input import ModelInput, prepare_decode, prepare_prefill, prepare_sample
 from nanovllm.engine.sequence import Sequence
+from nanovllm.sampling_metadata import SamplingMetadata
 from reference.packing import packing
 from reference.slot_mapping import slot_mapping
 from tests.support.counts import count_comparisons
@@ -24,7 +25,7 @@ def scheduled(
     """Tokens 100, 101, ...: token 100 + p stands at position p."""
     seq = make_sequence(list(range(100, 100 + num_tokens)), block_size)
     seq.block_table, seq.num_cached_tokens, seq.num_scheduled_tokens = blocks, cached, chunk
-    seq.num_stored_tokens = cached if stored is None else stored
+    seq.num_tokens_with_kv = cached if stored is None else stored
     return seq
 
 
@@ -48,10 +49,10 @@ def test_prefill_of_whole_prompts_by_hand() -> None:
         "max_seqlen_q": 5,
         "max_seqlen_k": 5,
         "context_lens": [3, 5],
-        "longest_first": [1, 0],
+        "sequence_order": [1, 0],
         "block_tables": None,
         "sample_indices": [2, 7],
-        "unknown": None,
+        "input_ids_source": None,
     }
     assert model_input.sampling.position.tolist() == [3, 5]
 
@@ -59,7 +60,7 @@ def test_prefill_of_whole_prompts_by_hand() -> None:
 def test_the_longest_come_first_and_equal_ones_in_their_order() -> None:
     lengths = [3] * 20 + [5] + [3] * 20
     model_input = prepare_prefill([scheduled(length, 0, length, [0, 1]) for length in lengths])
-    assert model_input.longest_first.tolist() == [20, *range(20), *range(21, 41)]
+    assert model_input.sequence_order.tolist() == [20, *range(20), *range(21, 41)]
 
 
 def test_keys_of_a_chunk_end_where_the_chunk_ends() -> None:
@@ -129,7 +130,7 @@ def test_a_sequence_without_blocks_stores_nothing() -> None:
 
 def test_sampling_rows_hold_each_sequences_parameters() -> None:
     """D57."""
-    rows = sampling_rows(
+    rows = prepare_sample(
         [
             make_sequence([1, 2], temperature=0.5, top_k=7, top_p=0.9, min_p=0.1, seed=2**64 - 1),
             make_sequence([1], temperature=2.0, seed=3),
@@ -148,12 +149,12 @@ def test_dtypes_are_those_that_are_documented() -> None:
     model_input = prepare_prefill([scheduled(5, 2, 2, [0, 1]), scheduled(3, 0, 3, [2])])
     int64, int32 = (
         ["input_ids", "positions", "slot_mapping", "sample_indices"],
-        ["context_lens", "longest_first", "block_tables"],
+        ["context_lens", "sequence_order", "block_tables"],
     )
     assert {getattr(model_input, name).dtype for name in int64} == {np.dtype("int64")}
     assert {getattr(model_input, n).dtype for n in [*int32, "cu_seqlens_q", "cu_seqlens_k"]} == {np.dtype("int32")}
     for empty in (model_input.sampling, prepare_prefill([scheduled(5, 0, 2, [0, 1])]).sampling):
-        dtypes = [getattr(empty, field.name).dtype.name for field in dataclasses.fields(SamplingRows)]
+        dtypes = [getattr(empty, field.name).dtype.name for field in dataclasses.fields(SamplingMetadata)]
         assert dtypes == ["float32", "int64", "float32", "float32", "uint64", "int64"]
 
 
@@ -180,7 +181,7 @@ def check_definition(model_input: ModelInput, sequences: list[Sequence]) -> None
         for position in range(seq.num_cached_tokens, seq.num_cached_tokens + seq.num_scheduled_tokens):
             table = torch.tensor(seq.block_table)
             slot = int(slot_mapping(torch.tensor([position]), table, seq.block_size)[0])
-            slot = -1 if position < seq.num_stored_tokens else slot
+            slot = -1 if position < seq.num_tokens_with_kv else slot
             expected.append((row, seq.token_ids[position], position, slot))
     rows = np.repeat(np.arange(len(sequences)), np.diff(model_input.cu_seqlens_q))
     actual = zip(rows, model_input.input_ids, model_input.positions, model_input.slot_mapping, strict=True)
@@ -190,7 +191,7 @@ def check_definition(model_input: ModelInput, sequences: list[Sequence]) -> None
     keys = [seq.token_ids[: seq.num_cached_tokens + seq.num_scheduled_tokens] for seq in sequences]
     assert model_input.cu_seqlens_k.tolist() == packing([torch.tensor(item) for item in keys])[1].tolist()
     assert model_input.context_lens.tolist() == [len(item) for item in keys]
-    assert [len(keys[index]) for index in model_input.longest_first] == sorted(map(len, keys), reverse=True)
+    assert [len(keys[index]) for index in model_input.sequence_order] == sorted(map(len, keys), reverse=True)
     assert model_input.max_seqlen_k == max(map(len, keys))
     assert model_input.max_seqlen_q == max(seq.num_scheduled_tokens for seq in sequences)
     ends = [row for row, (seq, item) in enumerate(zip(sequences, keys, strict=True)) if len(item) == len(seq)]
@@ -221,5 +222,5 @@ def test_pickled_copies_give_the_same_input(sequences: list[Sequence]) -> None:
         here, there = prepare(sequences), prepare(pickle.loads(pickle.dumps(sequences)))
         assert as_lists(here) == as_lists(there)
         count_comparisons("model input: tokens of pickled sequences against those of the sender", len(here.input_ids))
-        for field in dataclasses.fields(SamplingRows):
+        for field in dataclasses.fields(SamplingMetadata):
             assert getattr(here.sampling, field.name).tolist() == getattr(there.sampling, field.name).tolist()

@@ -211,6 +211,6 @@ def test_state_after_preemption_and_recomputing(num_steps: int) -> None:
         if is_preempted:
             scheduler.preempt(seq)
         step(scheduler)
-        pair.append((seq.token_ids, seq.num_cached_tokens, seq.num_stored_tokens, len(seq.block_table), seq.status))
+        pair.append((seq.token_ids, seq.num_cached_tokens, seq.num_tokens_with_kv, len(seq.block_table), seq.status))
         assert seq.num_cached_prompt_tokens == 0, "what the first admission found, not what was recomputed"
     assert pair[0] == pair[1]

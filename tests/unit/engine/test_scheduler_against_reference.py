@@ -21,7 +21,7 @@ class LockStep(EngineMachine):
     ends a sequence, the decisions are others then.
     """
 
-    can_go_ahead = False
+    supports_async_scheduling = False
 
     def has_started(self) -> None:
         pool = BlockManager(len(self.manager.blocks), self.block_size)

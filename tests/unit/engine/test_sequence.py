@@ -19,7 +19,7 @@ def decoding(seq_id: int, num_tokens: int) -> Sequence:
     """A sequence of blocks of 256, about to decode its last token."""
     seq = make_sequence(list(range(num_tokens)), 256, seq_id=seq_id, seed=2**63 + seq_id, temperature=0.7)
     seq.block_table = [7 * block + seq_id for block in range(seq.num_blocks)]
-    seq.num_cached_tokens = seq.num_stored_tokens = num_tokens - 1
+    seq.num_cached_tokens = seq.num_tokens_with_kv = num_tokens - 1
     seq.num_scheduled_tokens = 1
     return seq
 
@@ -29,7 +29,7 @@ def test_a_new_sequence_waits_with_nothing_computed() -> None:
     assert (len(seq), seq.num_prompt_tokens, seq.num_completion_tokens, seq.num_uncached_tokens) == (3, 3, 0, 3)
     assert (seq.status, seq.block_table, seq.block_size) == (SequenceStatus.WAITING, [], 256)
     assert seq.sampling_params == SamplingParams()
-    assert (seq.seq_id, seq.seed, seq.num_stored_tokens, seq.num_scheduled_tokens) == (0, 0, 0, 0)
+    assert (seq.seq_id, seq.seed, seq.num_tokens_with_kv, seq.num_scheduled_tokens) == (0, 0, 0, 0)
     assert not seq.is_finished
 
 
@@ -91,7 +91,7 @@ def test_pickling_leaves_the_sender_as_it_was() -> None:
 def test_a_workers_copy_has_the_counters_blocks_and_parameters() -> None:
     seq = decoding(3, 300)
     copy = sent(seq)
-    names = "seq_id block_size sampling_params seed num_prompt_tokens block_table num_cached_tokens num_stored_tokens"
+    names = "seq_id block_size sampling_params seed num_prompt_tokens block_table num_cached_tokens num_tokens_with_kv"
     for name in [*names.split(), "num_scheduled_tokens", "num_blocks", "last_token"]:
         assert getattr(copy, name) == getattr(seq, name), name
     assert len(copy) == 300

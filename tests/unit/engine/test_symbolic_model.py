@@ -210,9 +210,9 @@ def cached_too_early(cache_full_blocks: Any) -> Any:
 
     def allocate_and_cache(self: BlockManager, seq: Sequence) -> None:
         cache_full_blocks(self, seq)
-        num_stored, seq.num_stored_tokens = seq.num_stored_tokens, len(seq)
+        num_stored, seq.num_tokens_with_kv = seq.num_tokens_with_kv, len(seq)
         cache_full_blocks(self, seq)
-        seq.num_stored_tokens = num_stored
+        seq.num_tokens_with_kv = num_stored
 
     return allocate_and_cache
 
@@ -259,14 +259,14 @@ FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     ),
     "the longest key length too short": change_input(max_seqlen_k=lambda x: x.max_seqlen_k - 1),
     "the longest query length too short": change_input(max_seqlen_q=lambda x: x.max_seqlen_q - 1),
-    "a sequence left out": change_input(longest_first=lambda x: x.longest_first[:-1]),
+    "a sequence left out": change_input(sequence_order=lambda x: x.sequence_order[:-1]),
     "block tables in another order": change_input(
         block_tables=lambda x: None if x.block_tables is None else np.roll(x.block_tables, 1, axis=0)
     ),
     "a stale last block": change_input(block_tables=last_column_stale),
     "the token before the last sampled": change_input(sample_indices=lambda x: np.maximum(x.sample_indices - 1, 0)),
     "seeds of the neighbour (D57)": change_input(
-        sampling=lambda x: replace(x.sampling, seed=np.roll(x.sampling.seed, 1))
+        sampling=lambda x: replace(x.sampling, seed_low=np.roll(x.sampling.seed_low, 1))
     ),
     "temperatures of the neighbour (D57)": change_input(
         sampling=lambda x: replace(x.sampling, temperature=np.roll(x.sampling.temperature, 1))

@@ -55,9 +55,9 @@ def one_by_one(tokenizer: Any, prompt: list[int], completion: list[int], stop: t
         detokenizer.append(token_id)
         if detokenizer.is_stopped:
             break
-        pieces.append(detokenizer.take(is_last=False))
+        pieces.append(detokenizer.next_text(is_last=False))
     detokenizer.close()
-    pieces.append(detokenizer.take(is_last=True))
+    pieces.append(detokenizer.next_text(is_last=True))
     assert "".join(pieces) == detokenizer.text
     return pieces
 
@@ -166,7 +166,7 @@ def test_work_is_linear_in_the_number_of_invalid_bytes(known: KnownTokenizer, by
     tokenizer.num_calls = tokenizer.num_tokens = 0
     for token_id in completion:
         detokenizer.append(token_id)
-        detokenizer.take(is_last=False)
+        detokenizer.next_text(is_last=False)
     detokenizer.close()
     assert detokenizer.text == bytes([byte] * 2000).decode(errors="replace")
     assert tokenizer.num_calls <= 3 * 2000

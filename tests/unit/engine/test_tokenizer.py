@@ -13,10 +13,10 @@ import pytest
 
 from nanovllm import LLM, bundled_model_path
 from nanovllm.engine.tokenizer import load_tokenizer
-from nanovllm.model_config import load_model_config
+from nanovllm.models.registry import load_model_config
 from tests.support.checkpoints import small_config
 from tests.support.counts import count_comparisons
-from tests.support.tiny_models import CONFIG_CLASSES, tiny_model
+from tests.support.tiny_models import ARCHITECTURES, tiny_model
 
 TEXT = "In the beginning <eos> was\n the Word, \u00e9\u4e2d <|im_end|> "
 
@@ -80,7 +80,7 @@ TOKENIZER_CLASSES = [None, "PreTrainedTokenizerFast", "LlamaTokenizer", "Qwen2To
 
 @pytest.mark.parametrize("place", ["tokenizer_config.json", "config.json"])
 @pytest.mark.parametrize("tokenizer_class", TOKENIZER_CLASSES)
-@pytest.mark.parametrize("architecture", [*CONFIG_CLASSES, "bundled"])
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "bundled"])
 def test_it_is_the_tokenizer_that_auto_tokenizer_gives(
     tmp_path: Path, architecture: str, tokenizer_class: str | None, place: str
 ) -> None:
@@ -101,7 +101,7 @@ def test_it_is_the_tokenizer_that_auto_tokenizer_gives(
     count_comparisons("tokenizer: state against AutoTokenizer", len(expected))
 
 
-@pytest.mark.parametrize("architecture", [*CONFIG_CLASSES, "bundled"])
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "bundled"])
 def test_unchanged_models_have_the_tokenizer_that_auto_tokenizer_gives(architecture: str) -> None:
     """D90"""
     from transformers import AutoTokenizer

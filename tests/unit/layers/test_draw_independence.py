@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from nanovllm.layers.sampler import Sampler, SamplingTensors
-from tests.support.sampler_draws import Draw, make_rows
+from nanovllm.layers.sampler import Sampler
+from nanovllm.sampling_metadata import SamplingMetadata
+from tests.support.sampler_draws import Draw, make_rows, rows_on_device
 from tests.support.statistics import check_differences, fresh_seed, random_integers
 
 VOCAB_SIZE = 4  # all tokens alike
@@ -22,7 +23,7 @@ NUM_PAIRS = 4096  # of draws, for each bit
 
 
 def draws(sampler: Draw, seeds: np.ndarray | int, positions: np.ndarray | int, num_draws: int) -> np.ndarray:
-    rows = SamplingTensors.from_rows(make_rows(num_draws, seed=seeds, position=positions), "cpu")
+    rows = rows_on_device(make_rows(num_draws, seed=seeds, position=positions), "cpu")
     return sampler(torch.zeros(1, VOCAB_SIZE).expand(num_draws, -1), rows).numpy()
 
 
@@ -66,7 +67,7 @@ def test_draws_are_independent(check: Callable[[Draw], None]) -> None:
     check(Sampler())
 
 
-PLANTED: list[tuple[Callable[[Draw], None], str, Callable[[SamplingTensors], dict[str, torch.Tensor]]]] = [
+PLANTED: list[tuple[Callable[[Draw], None], str, Callable[[SamplingMetadata], dict[str, torch.Tensor]]]] = [
     (check_lags, "positions, lag", lambda rows: {"position": rows.position // 2}),
     (check_lags, "positions, lag", lambda rows: {"position": rows.position % 64}),
     (check_lags, "seeds, lag", lambda rows: {"seed_low": rows.seed_low // 2}),

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from nanovllm.layers.parameter import ShapeError
-from nanovllm.layers.tensor_parallel import TensorParallel
 from reference.tensor_parallel import vocab_parallel_embedding
 from tests.support.comparing import assert_close, assert_equal
 from tests.support.parallel_ranks import partial_ranks

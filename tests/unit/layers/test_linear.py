@@ -7,6 +7,7 @@ the order of 10; 1e-12 is far above that and far below any wrong row.
 import pytest
 import torch
 
+from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.layers.linear import (
     ColumnParallelLinear,
     MergedColumnParallelLinear,
@@ -15,7 +16,6 @@ from nanovllm.layers.linear import (
     RowParallelLinear,
 )
 from nanovllm.layers.parameter import ShapeError
-from nanovllm.layers.tensor_parallel import TensorParallel
 from reference.tensor_parallel import column_parallel_linear, row_parallel_linear
 from tests.support.comparing import assert_close
 from tests.support.parallel_ranks import partial_ranks

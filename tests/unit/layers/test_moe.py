@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.layers.moe import SparseMoeBlock
 from nanovllm.layers.parameter import ShapeError
-from nanovllm.layers.tensor_parallel import TensorParallel
-from nanovllm.moe_config import MoEConfig
+from nanovllm.model_config import MoEConfig
 from reference.moe import moe
 from tests.support.comparing import assert_close
 from tests.support.parallel_ranks import partial_ranks

@@ -8,15 +8,17 @@ import pytest
 import torch
 
 from nanovllm.layers import sampler as sampler_module
-from nanovllm.layers.sampler import Sampler, SamplingTensors, argmax, kept
+from nanovllm.layers.sampler import Sampler, allowed_mask, argmax
+from nanovllm.sampling_metadata import SamplingMetadata
 from reference.sampling import sampling
+from tests.support.sampler_draws import rows_on_device
 
 TOP_K, TOP_P, MIN_P = [0, 1, 2, 7, 10**6], [1.0, 0.95, 0.5, 0.01], [0.0, 0.02, 0.5, 1.0]
 FILTERS = list(itertools.product(TOP_K, TOP_P, MIN_P))
 
 
 def make_rows(num_rows: int, **fields) -> SimpleNamespace:
-    """SamplingRows of num_rows; a field is one value for all rows or one a row."""
+    """SamplingMetadata of num_rows; a field is one value for all rows or one a row."""
     defaults = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0, "position": 0}
     dtypes = {"top_k": np.int64, "seed": np.uint64, "position": np.int64}
     values = {**defaults, **fields}
@@ -29,7 +31,7 @@ def make_rows(num_rows: int, **fields) -> SimpleNamespace:
 
 
 def sample(logits: torch.Tensor, rows: SimpleNamespace) -> list[int]:
-    return Sampler()(logits, SamplingTensors.from_rows(rows, logits.device)).tolist()
+    return Sampler()(logits, rows_on_device(rows, logits.device)).tolist()
 
 
 def reference_sample(logits: torch.Tensor, rows: SimpleNamespace) -> list[int]:
@@ -93,8 +95,8 @@ def test_kept_tokens_are_those_of_hugging_face(top_k, top_p, min_p):
     expected = TopKLogitsWarper(top_k)(None, logits) if top_k else logits
     expected = TopPLogitsWarper(top_p)(None, expected) if top_p < 1 else expected
     expected = MinPLogitsWarper(min_p)(None, expected)
-    rows = SamplingTensors.from_rows(make_rows(20, top_k=top_k, top_p=top_p, min_p=min_p), "cpu")
-    assert torch.equal(kept(logits, rows.top_k, rows.top_p, rows.min_p), expected > -torch.inf)
+    rows = rows_on_device(make_rows(20, top_k=top_k, top_p=top_p, min_p=min_p), "cpu")
+    assert torch.equal(allowed_mask(logits, rows.top_k, rows.top_p, rows.min_p), expected > -torch.inf)
 
 
 # --- ties and edges ---
@@ -116,14 +118,14 @@ def test_greedy_ignores_seed_position_and_temperature():
 
 def test_top_k_keeps_ties_with_the_kth():
     scaled = torch.tensor([[1.0, 3.0, 2.0, 2.0, 0.0]])
-    allowed = kept(scaled, torch.tensor([2]), torch.tensor([1.0]), torch.tensor([0.0]))
+    allowed = allowed_mask(scaled, torch.tensor([2]), torch.tensor([1.0]), torch.tensor([0.0]))
     assert allowed.tolist() == [[False, True, True, True, False]]
 
 
 def test_top_p_drops_equal_tokens_from_the_highest_id_down():
     """Four tokens of 1/4 each, exact in float32: 1/2 is reached by two, and a little more needs a third."""
     for top_p, num_kept in [(0.25, 1), (0.5, 2), (0.5000001, 3), (1.0, 4)]:
-        allowed = kept(torch.zeros(1, 4), torch.tensor([0]), torch.tensor([top_p]), torch.tensor([0.0]))
+        allowed = allowed_mask(torch.zeros(1, 4), torch.tensor([0]), torch.tensor([top_p]), torch.tensor([0.0]))
         assert allowed.tolist() == [[True] * num_kept + [False] * (4 - num_kept)]
 
 
@@ -286,7 +288,7 @@ def test_gpu_draws_the_tokens_that_the_cpu_draws(vocab_size):
 def test_gpu_memory_stays_within_the_stated_bound(fields):
     """D42: 512 rows of 151,936 logits; temporaries of one slice and a little for the allocator's rounding."""
     logits = torch.randn(512, 151_936, device="cuda", dtype=torch.bfloat16)
-    rows = SamplingTensors.from_rows(make_rows(512, **fields), "cuda")
+    rows = rows_on_device(make_rows(512, **fields), "cuda")
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     Sampler()(logits, rows)

@@ -8,11 +8,12 @@ import torch
 from hypothesis import event, example, given
 from hypothesis import strategies as st
 
-from nanovllm.layers.sampler import Sampler, SamplingTensors, kept
+from nanovllm.layers.sampler import Sampler, allowed_mask
+from nanovllm.sampling_metadata import SamplingMetadata
+from reference.sampling import allowed_mask as reference_allowed_mask
 from reference.sampling import exponential_noise
-from reference.sampling import kept as reference_kept
 from tests.support.counts import count_comparisons
-from tests.support.sampler_draws import make_rows
+from tests.support.sampler_draws import make_rows, rows_on_device
 
 # float32 rounds a probability and a sum of them by less than this, relatively: where the filters' choice hangs on less,
 # either is right.
@@ -23,7 +24,7 @@ INF, NAN, MAX = math.inf, math.nan, torch.finfo(torch.float32).max
 def reachable(logits: list[float], **filters: float) -> set[int]:
     """The tokens that 2000 draws give; each that may be drawn has a probability of 1/9 or more."""
     rows = make_rows(2000, position=np.arange(2000), **filters)
-    return set(Sampler()(torch.tensor([logits]).expand(2000, -1), SamplingTensors.from_rows(rows, "cpu")).tolist())
+    return set(Sampler()(torch.tensor([logits]).expand(2000, -1), rows_on_device(rows, "cpu")).tolist())
 
 
 # --- any logits, any filters ---
@@ -55,7 +56,7 @@ def test_any_row_keeps_and_draws_what_float64_says(
     row, rows = torch.tensor(logits), make_rows(
         1, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, position=position
     )  # fmt: skip
-    tensors = SamplingTensors.from_rows(rows, "cpu")
+    tensors = rows_on_device(rows, "cpu")
     token = Sampler()(row[None], tensors).item()
     z = (row / tensors.temperature).nan_to_num(nan=-INF, neginf=-INF, posinf=MAX)
     count_comparisons("sampler: drawn tokens against float64")
@@ -68,11 +69,11 @@ def test_any_row_keeps_and_draws_what_float64_says(
         return
     top_p, min_p = float(rows.top_p[0]), float(rows.min_p[0])  # as float32 has them
     least, most = (
-        reference_kept(z.double(), top_k or None, top_p * (1 - by) if top_p < 1 else 1.0, min_p * (1 + by))
+        reference_allowed_mask(z.double(), top_k or None, top_p * (1 - by) if top_p < 1 else 1.0, min_p * (1 + by))
         for by in (ROUNDING, -ROUNDING)
     )
     least[(z == z.max()).nonzero()[0]] = True  # which a min_p of a little more than 1 would drop
-    ours = kept(z[None], tensors.top_k, tensors.top_p, tensors.min_p)[0]
+    ours = allowed_mask(z[None], tensors.top_k, tensors.top_p, tensors.min_p)[0]
     assert bool((least <= ours).all())
     assert bool((ours <= most).all())
     event("the filters' choice hangs on rounding" if not torch.equal(least, most) else "the filters' choice is clear")
@@ -108,13 +109,13 @@ def test_all_that_tie_with_the_kth_can_be_drawn_and_nothing_else() -> None:
 
 def test_top_p_among_many_equal_tokens_keeps_the_lowest_ids() -> None:
     """1024 tokens: torch's sort keeps the order of few equal values by itself, but not of many."""
-    allowed = kept(torch.zeros(1, 1024), torch.tensor([0]), torch.tensor([0.5]), torch.tensor([0.0]))
+    allowed = allowed_mask(torch.zeros(1, 1024), torch.tensor([0]), torch.tensor([0.5]), torch.tensor([0.0]))
     assert allowed.tolist() == [[True] * 512 + [False] * 512]
 
 
 def test_top_p_is_compared_in_float32() -> None:
     """Ten tokens of 1/10 each: the float64 sum of three, 0.30000000447, is less than 0.3 as float32 has it."""
-    allowed = kept(torch.zeros(1, 10), torch.tensor([0]), torch.tensor([0.3]), torch.tensor([0.0]))
+    allowed = allowed_mask(torch.zeros(1, 10), torch.tensor([0]), torch.tensor([0.3]), torch.tensor([0.0]))
     assert allowed.tolist() == [[True] * 3 + [False] * 7]
 
 
@@ -139,4 +140,4 @@ def test_the_one_finite_logit_is_drawn_wherever_it_stands(vocab_size: int, filte
             logits = torch.full((50, vocab_size), other)
             logits[:, token] = -1e30
             rows = make_rows(50, position=np.arange(50), **filters)
-            assert Sampler()(logits, SamplingTensors.from_rows(rows, "cpu")).tolist() == [token] * 50
+            assert Sampler()(logits, rows_on_device(rows, "cpu")).tolist() == [token] * 50

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from nanovllm.layers import sampler as sampler_module
-from nanovllm.layers.sampler import Sampler, SamplingTensors
+from nanovllm.layers.sampler import Sampler
+from nanovllm.sampling_metadata import SamplingMetadata
 from tests.support.sampler_draws import Case, Draw, one_against
 from tests.support.statistics import MISSES, THRESHOLD, check_counts, miss_probability, smallest_dropped_mass
 
@@ -53,7 +54,7 @@ def test_the_cases_are_sharp_enough_for_what_is_claimed(case: Case) -> None:
 # --- planted errors ---
 
 
-def with_rows(change: Callable[[SamplingTensors], SamplingTensors]) -> Draw:
+def with_rows(change: Callable[[SamplingMetadata], SamplingMetadata]) -> Draw:
     return lambda logits, rows: Sampler()(logits, change(rows))
 
 
@@ -70,7 +71,7 @@ def test_a_tail_that_is_never_drawn_is_caught() -> None:
     """Both rare tokens, 1e-5 together. Either alone is expected 18 times, too few to say that 0 is wrong."""
     case = SHARP[1]
 
-    def without_tail(logits: torch.Tensor, rows: SamplingTensors) -> torch.Tensor:
+    def without_tail(logits: torch.Tensor, rows: SamplingMetadata) -> torch.Tensor:
         logits = logits.clone()
         logits[:, -2:] = -torch.inf
         return Sampler()(logits, rows)

@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from nanovllm.layers.tensor_parallel import SINGLE_RANK, TensorParallel
-from nanovllm.layers.torch_attention import TorchAttentionBackend
+from nanovllm.distributed.tensor_parallel import SINGLE_RANK, TensorParallel
+from nanovllm.layers.torch_ops import TORCH_OPS
+from nanovllm.models.decoder import build_model
 from nanovllm.models.loader import INDEX_FILE, SINGLE_FILE, load_model
-from nanovllm.models.registry import build_model
 from tests.support.checkpoints import checkpoint_tensors, small_config
 from tests.support.counts import count_comparisons
 
@@ -49,7 +49,7 @@ def halves(tensors):
 
 
 def loaded(directory, config=CONFIG, tp=SINGLE_RANK):
-    model = build_model(config, TorchAttentionBackend(), tp)
+    model = build_model(config, TORCH_OPS, tp)
     for parameter in model.parameters():
         parameter.fill_(torch.nan)  # what is not loaded shows
     load_model(model, directory, use_tqdm=False)
@@ -462,7 +462,7 @@ def test_progress_is_shown_on_a_terminal_only(tmp_path, capsys, monkeypatch, use
     import sys
 
     write(tmp_path, checkpoint())
-    model = build_model(CONFIG, TorchAttentionBackend())
+    model = build_model(CONFIG, TORCH_OPS)
     load_model(model, tmp_path, use_tqdm=use_tqdm)
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)

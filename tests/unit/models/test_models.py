@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from nanovllm.context import Context, set_context
-from nanovllm.layers.tensor_parallel import TensorParallel
-from nanovllm.layers.torch_attention import TorchAttentionBackend
+from nanovllm.distributed.tensor_parallel import TensorParallel
+from nanovllm.layers.torch_ops import TORCH_OPS
 from nanovllm.model_config import ARCHITECTURES
 from nanovllm.models.loader import load_model
 from nanovllm.models.registry import build_model, model_dict
@@ -44,7 +44,7 @@ def test_logits_of_several_ranks_equal_those_of_one(tmp_path, model_type, num_kv
     positions = torch.cat([torch.arange(length) for length in lengths])
 
     def loaded_model(tp):
-        model = build_model(model_config, TorchAttentionBackend(), tp)
+        model = build_model(model_config, TORCH_OPS, tp)
         load_model(model, tmp_path, use_tqdm=False)
         return model
 
@@ -70,20 +70,20 @@ def test_every_supported_model_type_has_its_own_class():
 @pytest.mark.parametrize("bias", [False, True])
 def test_query_and_key_norms_belong_to_the_architecture(model_type, has_norms, bias):
     """D64: a Llama without attention bias does not get Qwen3's norms."""
-    names = dict(build_model(config(model_type, qkv_bias=bias), TorchAttentionBackend()).named_parameters())
+    names = dict(build_model(config(model_type, qkv_bias=bias), TORCH_OPS).named_parameters())
     assert sum("q_norm" in name or "k_norm" in name for name in names) == has_norms
 
 
 def test_unknown_model_type_is_refused_with_what_is_supported():
     """D63"""
     with pytest.raises(ValueError, match="model_type must be one of llama, qwen2, qwen3, qwen3_moe, got 'mistral'"):
-        build_model(dataclasses.replace(config("llama"), model_type="mistral"), TorchAttentionBackend())
+        build_model(dataclasses.replace(config("llama"), model_type="mistral"), TORCH_OPS)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
 def test_parameters_have_the_configs_dtype_and_the_default_is_restored(dtype):
     """D44"""
-    model = build_model(config("qwen3_moe", dtype=dtype), TorchAttentionBackend())
+    model = build_model(config("qwen3_moe", dtype=dtype), TORCH_OPS)
     assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, dtype)}
     assert torch.get_default_dtype() == torch.float32
 
@@ -96,13 +96,13 @@ def test_default_dtype_is_restored_after_a_failure(monkeypatch):
 
     monkeypatch.setitem(model_dict, "llama", fail)
     with pytest.raises(RuntimeError, match="no memory"):
-        build_model(config("llama", dtype="bfloat16"), TorchAttentionBackend())
+        build_model(config("llama", dtype="bfloat16"), TORCH_OPS)
     assert torch.get_default_dtype() == torch.float32
 
 
 def test_tied_weights_are_one_parameter_also_after_a_move():
     """D67"""
-    model = build_model(config("llama", tie_word_embeddings=True), TorchAttentionBackend()).to(torch.float32)
+    model = build_model(config("llama", tie_word_embeddings=True), TORCH_OPS).to(torch.float32)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert "lm_head.weight" not in dict(model.named_parameters())
 
@@ -124,7 +124,7 @@ def test_model_that_the_ranks_cannot_share_is_refused_by_name(changes, named):
     ):
         config("qwen3_moe", **changes).check_tensor_parallel_size(4)
     with pytest.raises(ValueError, match=f"tensor_parallel_size must divide the model's {named}"):
-        build_model(config("qwen3_moe", **changes), TorchAttentionBackend(), TensorParallel(0, 4))
+        build_model(config("qwen3_moe", **changes), TORCH_OPS, TensorParallel(0, 4))
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 8])

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from nanovllm.context import Context, set_context
-from nanovllm.layers.torch_attention import TorchAttentionBackend
-from nanovllm.model_config import load_model_config
+from nanovllm.layers.torch_ops import TORCH_OPS
+from nanovllm.models.decoder import build_model
 from nanovllm.models.loader import load_model
-from nanovllm.models.registry import build_model
+from nanovllm.models.registry import load_model_config
 from tests.support.comparing import assert_within
 from tests.support.tiny_models import VARIANTS, VOCAB_SIZE, tiny_model
 
@@ -37,7 +37,7 @@ def prefill_context(lengths):
 
 
 def our_outputs(model_dir, prompts):
-    model = build_model(load_model_config(model_dir), TorchAttentionBackend())
+    model = build_model(load_model_config(model_dir), TORCH_OPS)
     load_model(model, model_dir, use_tqdm=False)
     lengths = [len(prompt) for prompt in prompts]
     positions = torch.cat([torch.arange(length) for length in lengths])

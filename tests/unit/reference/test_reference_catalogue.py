@@ -17,7 +17,7 @@ from reference.packing import packing, unpacking, varlen_attention
 from reference.paged_attention import paged_attention
 from reference.rms_norm import rms_norm
 from reference.rotary_embedding import rotary_embedding
-from reference.sampling import kept
+from reference.sampling import allowed_mask
 from reference.silu_and_mul import silu_and_mul
 from reference.store_kvcache import store_kvcache
 from reference.tensor_parallel import column_parallel_linear, row_parallel_linear, vocab_parallel_embedding
@@ -110,7 +110,7 @@ CALLS: dict[str, tuple[Callable, list]] = {
         [floats(3, 2), floats(3, 2), floats(5, 4), floats(5)],
     ),
     "vocab": (lambda ids, w: vocab_parallel_embedding(ids, w, 2), [ints(5, 0), floats(6, 3)]),
-    "kept": (lambda z: kept(z, 3, 0.5, 0.1).double(), [floats(9)]),
+    "allowed_mask": (lambda z: allowed_mask(z, 3, 0.5, 0.1).double(), [floats(9)]),
 }
 
 

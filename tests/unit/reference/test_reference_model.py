@@ -22,7 +22,7 @@ from transformers.models.qwen3_moe import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from reference.checkpoint import Checkpoint, load_checkpoint
 from reference.generate import generate
-from reference.sampling import kept, sampling
+from reference.sampling import allowed_mask, sampling
 from reference.transformer import transformer
 from tests.support.comparing import assert_close
 from tests.support.counts import count_comparisons
@@ -290,5 +290,5 @@ def test_filters_equal_those_of_transformers(filters: tuple[int | None, float | 
     for seed in range(20):
         z = 2 * torch.randn(60, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         expected: Any = warpers(torch.zeros(1, 1, dtype=torch.long), z[None])
-        assert torch.equal(kept(z, top_k, top_p, min_p), expected[0].isfinite())
+        assert torch.equal(allowed_mask(z, top_k, top_p, min_p), expected[0].isfinite())
         count_comparisons("reference: sampling filters against transformers", len(z))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import reference.sampling
 from reference.philox import WORD, philox
-from reference.sampling import exponential_noise, kept, sampling
+from reference.sampling import allowed_mask, exponential_noise, sampling
 from tests.support.counts import count_comparisons
 
 # Random123's file kat_vectors, lines "philox4x32 10": counter, key, result
@@ -111,23 +111,23 @@ def test_filters_equal_a_walk_along_the_sorted_tokens(
     """Probabilities are ratios of small integers, so ties are common, and none lies on a threshold: they are c / n with
     n <= 480, and every threshold is further than 1e-9 from all of those, which rounding in float64 cannot bridge."""
     z = torch.tensor(counts, dtype=torch.float64).log()
-    assert kept(z, top_k, top_p, min_p).tolist() == kept_one_by_one(z.tolist(), top_k, top_p, min_p)
+    assert allowed_mask(z, top_k, top_p, min_p).tolist() == kept_one_by_one(z.tolist(), top_k, top_p, min_p)
     count_comparisons("reference: sampling filters against a walk along the tokens", len(z))
 
 
 def test_ties_with_the_kth_stay_and_top_p_drops_equals_from_the_highest_id() -> None:
     z = torch.tensor([1.0, 2.0, 1.0, 1.0])
-    assert kept(z, top_k=2).tolist() == [True] * 4
-    assert kept(torch.zeros(4), top_p=0.5).tolist() == [True, True, False, False]
+    assert allowed_mask(z, top_k=2).tolist() == [True] * 4
+    assert allowed_mask(torch.zeros(4), top_p=0.5).tolist() == [True, True, False, False]
 
 
 def test_a_top_p_of_one_keeps_even_what_rounding_leaves_no_mass_for() -> None:
-    assert kept(torch.tensor([0.0, -90.0, -95.0]), top_p=1.0).all()
+    assert allowed_mask(torch.tensor([0.0, -90.0, -95.0]), top_p=1.0).all()
 
 
 @pytest.mark.parametrize("filters", [{"top_k": 1}, {"top_p": 1e-9}, {"min_p": 1.0}])
 def test_the_most_probable_token_always_stays(filters: dict) -> None:
-    assert kept(torch.tensor([0.0, 3.0, 1.0]), **filters).tolist() == [False, True, False]
+    assert allowed_mask(torch.tensor([0.0, 3.0, 1.0]), **filters).tolist() == [False, True, False]
 
 
 def test_greedy_is_the_largest_logit_and_ignores_the_noise() -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.scheduler import Scheduler
+from nanovllm.engine.sequence import FinishCause
 from tests.support.limits import HANG_SECONDS
 from tests.support.replay import player
 from tests.support.replay.player import play, target_for
@@ -57,13 +58,13 @@ def test_a_recorded_run_replays_from_its_file(tmp_path: Path) -> None:
             add_prompt(scheduler, 3, seq_id, max_tokens=6, stop_token_ids=(2,) if seq_id == 3 else ())
         step(scheduler)
         scheduler.preempt(scheduler.running[-1])
-        scheduler.finish(scheduler.running[0], "stop")
+        scheduler.finish(scheduler.running[0], FinishCause.STOP_STRING)
         assert scheduler.abort(4)
         run(scheduler)
     trace.save(tmp_path / "new" / "trace.jsonl")
     loaded = Trace.load(tmp_path / "new" / "trace.jsonl")
     assert replay(loaded)["calls"] == len(trace.events)
-    assert {event["call"] for event in loaded.events} == CALLS.keys() - {"schedule_ahead", "take_up"}
+    assert {event["call"] for event in loaded.events} == CALLS.keys() - {"schedule_next_async", "commit_async_batch"}
     del loaded.events[0]["then"]["raised"]
     with pytest.raises(AssertionError, match=r"step 0, add: recorded {}, now {'raised': 'ValueError"):
         replay(loaded)

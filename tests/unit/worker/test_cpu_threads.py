@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from nanovllm import LLM, SamplingParams, bundled_model_path
-from nanovllm.model_config import load_model_config
-from nanovllm.thread_waiting import sleeping_threads
+from nanovllm.models.registry import load_model_config
+from nanovllm.omp_wait_policy import passive_omp_wait
 from nanovllm.worker import cpu_threads
 from nanovllm.worker.cpu_threads import (
     choose_num_threads,
@@ -78,7 +78,7 @@ def test_parameters_of_a_layer_are_those_of_the_model(architecture: str, options
     path = tiny_model(architecture, **options)
     config = load_model_config(path)
     with LLM(str(path), device="cpu", num_kv_cache_blocks=2, max_model_len=64) as llm:
-        model = llm._executor._runner.model
+        model = llm._core.executor._runner.model
         total = sum(
             parameter.numel() * _share_of_token(name, config)
             for name, parameter in model.named_parameters()
@@ -191,7 +191,7 @@ def test_an_engine_sets_torchs_threads_for_its_steps_alone(
     monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
     seen = []
     with LLM(str(bundled_model_path()), device="cpu", num_kv_cache_blocks=4, max_model_len=64) as llm:
-        model = llm._executor._runner.model
+        model = llm._core.executor._runner.model
         model.register_forward_hook(lambda *_: seen.append(torch.get_num_threads()))
         llm.generate("In the beginning", SamplingParams.greedy(max_tokens=2), use_tqdm=False)
         assert torch.get_num_threads() == 3
@@ -234,11 +234,11 @@ def test_threads_sleep_unless_the_user_says_how_they_wait(monkeypatch: pytest.Mo
     """D97"""
     for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):
         monkeypatch.delenv(name, raising=False)
-    with sleeping_threads():
+    with passive_omp_wait():
         assert os.environ["OMP_WAIT_POLICY"] == "passive"
     assert "OMP_WAIT_POLICY" not in os.environ
     monkeypatch.setenv("GOMP_SPINCOUNT", "5")
-    with sleeping_threads():
+    with passive_omp_wait():
         assert "OMP_WAIT_POLICY" not in os.environ
 
 

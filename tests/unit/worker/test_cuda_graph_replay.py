@@ -1,4 +1,4 @@
-"""What DecodeGraphs puts into its buffers, without a GPU: here a graph is a function that is called again.
+"""What CUDAGraphRunner puts into its buffers, without a GPU: here a graph is a function that is called again.
 
 The recorded forward pass computes, row by row, a number from everything it is given. So a replay must give what the
 function gives for the batch's own integers; rows that pad must be the neutral ones; and nothing of an earlier, wider
@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from nanovllm.context import Context
-from nanovllm.engine.model_input import PADDING_BLOCK, PADDING_SLOT, ModelInput, prepare_ahead, prepare_decode
+from nanovllm.engine.model_input import PADDING_BLOCK, PADDING_SLOT, ModelInput, prepare_decode, prepare_decode_async
 from nanovllm.engine.sequence import Sequence
 from nanovllm.worker import cuda_graph
-from nanovllm.worker.cuda_graph import DecodeGraphs
+from nanovllm.worker.cuda_graph import CUDAGraphRunner
 from tests.support.counts import count_comparisons
 from tests.support.scheduling import make_sequence
 
@@ -55,12 +55,12 @@ def rows_of(input_ids: torch.Tensor, positions: torch.Tensor, context: Context) 
     assert context.block_tables is not None
     assert not context.is_prefill
     num_rows = len(input_ids)
-    order = torch.argsort(context.longest_first.long())  # so that each row once gives 0, 1, 2, ...
+    order = torch.argsort(context.sequence_order.long())  # so that each row once gives 0, 1, 2, ...
     columns = torch.arange(MAX_BLOCKS)
     num_blocks = -(-context.context_lens[:, None] // BLOCK_SIZE)
     tables = torch.where(columns < num_blocks, context.block_tables, PADDING_BLOCK)
     facts = [
-        input_ids, positions, context.slot_mapping, context.context_lens, context.longest_first[order],
+        input_ids, positions, context.slot_mapping, context.context_lens, context.sequence_order[order],
         torch.full((num_rows,), context.max_seqlen_q), torch.full((num_rows,), context.max_seqlen_k),
         context.cu_seqlens_q[1:] - context.cu_seqlens_q[:-1],
     ]  # fmt: skip
@@ -90,7 +90,7 @@ def recordings(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Recording, Any]]:
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Recording)
     monkeypatch.setattr(torch.cuda, "graph", recording)
-    monkeypatch.setattr(DecodeGraphs, "_warm_up", staticmethod(lambda forward, inputs, stream: None))
+    monkeypatch.setattr(CUDAGraphRunner, "_warm_up", staticmethod(lambda forward, inputs, stream: None))
     monkeypatch.setattr(cuda_graph, "_side_stream", "the side stream of {}".format)
     return made
 
@@ -102,8 +102,10 @@ def forward(input_ids: torch.Tensor, positions: torch.Tensor, context: Context) 
     return logits
 
 
-def make_graphs() -> DecodeGraphs:
-    return DecodeGraphs(forward, BATCH_SIZES, MAX_BLOCKS, MAX_BLOCKS * BLOCK_SIZE, torch.device("cpu"), use_tqdm=False)
+def make_graphs() -> CUDAGraphRunner:
+    return CUDAGraphRunner(
+        forward, BATCH_SIZES, MAX_BLOCKS, MAX_BLOCKS * BLOCK_SIZE, torch.device("cpu"), use_tqdm=False
+    )
 
 
 def decoding(num_seqs: int, offset: int = 0) -> list[Sequence]:
@@ -113,7 +115,7 @@ def decoding(num_seqs: int, offset: int = 0) -> list[Sequence]:
         length = 1 + (7 * (index + offset)) % (MAX_BLOCKS * BLOCK_SIZE)
         seq = make_sequence([100 * index + position + offset for position in range(length)], BLOCK_SIZE)
         seq.block_table = [MAX_BLOCKS * index + block for block in range(seq.num_blocks)]
-        seq.num_cached_tokens = seq.num_stored_tokens = length - 1
+        seq.num_cached_tokens = seq.num_tokens_with_kv = length - 1
         seq.num_scheduled_tokens = 1
         sequences.append(seq)
     return sequences
@@ -134,7 +136,7 @@ def expected(model_input: ModelInput) -> torch.Tensor:
         max_seqlen_k=MAX_BLOCKS * BLOCK_SIZE,
         context_lens=torch.from_numpy(model_input.context_lens),
         block_tables=tables,
-        longest_first=torch.from_numpy(model_input.longest_first),
+        sequence_order=torch.from_numpy(model_input.sequence_order),
     )
     return rows_of(torch.from_numpy(model_input.input_ids), torch.from_numpy(model_input.positions), context)
 
@@ -156,7 +158,7 @@ def test_each_batch_sees_its_own_integers_and_neutral_padding() -> None:
         assert len(input_ids) == num_rows, "the smallest graph that holds it"
         assert context.slot_mapping[size:].tolist() == [PADDING_SLOT] * (num_rows - size), "stores nothing"
         assert context.context_lens[size:].tolist() == [0] * (num_rows - size), "reads nothing"
-        assert sorted(context.longest_first.tolist()) == list(range(num_rows)), "each row is computed once"
+        assert sorted(context.sequence_order.tolist()) == list(range(num_rows)), "each row is computed once"
         assert input_ids[size:].tolist() == positions[size:].tolist() == [0] * (num_rows - size)
 
 
@@ -166,7 +168,7 @@ def test_tokens_that_the_host_does_not_know_come_from_the_device() -> None:
     sequences = decoding(3)
     for seq in sequences:
         seq.block_table.append(50)  # should the next token open a block
-    model_input = prepare_ahead(sequences, sequences)
+    model_input = prepare_decode_async(sequences, sequences)
     logits = graphs.replay(model_input, torch.tensor([7, 8, 9]))
     assert logits is not None
     assert logits[:, 0].tolist() == [7, 8, 9]

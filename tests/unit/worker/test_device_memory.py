@@ -13,9 +13,9 @@ from tests.support.source_tree import ROOT, imported_packages, parse, python_fil
 GIB = 2**30
 
 
-@pytest.mark.parametrize(("num_sharing", "graph_bytes"), [(1, 0), (1, GIB // 2), (2, GIB // 4)])
+@pytest.mark.parametrize(("num_ranks_per_device", "graph_bytes"), [(1, 0), (1, GIB // 2), (2, GIB // 4)])
 def test_memory_is_asked_of_the_runners_own_device(
-    monkeypatch: pytest.MonkeyPatch, num_sharing: int, graph_bytes: int
+    monkeypatch: pytest.MonkeyPatch, num_ranks_per_device: int, graph_bytes: int
 ) -> None:
     """D45: by torch's number, which CUDA_VISIBLE_DEVICES has translated already; not the machine's first GPU.
 
@@ -29,9 +29,9 @@ def test_memory_is_asked_of_the_runners_own_device(
     runner = object.__new__(ModelRunner)  # a whole one needs the GPU
     runner.device, runner.dtype, runner.config = device, torch.bfloat16, Config("any", gpu_memory_utilization=0.5)
     runner.model_config = SimpleNamespace(num_hidden_layers=1, head_dim=1024)  # type: ignore
-    runner.num_kv_heads, runner.num_sharing = 1, num_sharing
-    bytes_per_block = num_sharing * 2 * 256 * 1024 * 2
-    free_bytes = 8 * GIB - 2 * GIB - num_sharing * (graph_bytes + 1 * GIB)  # of the share; less what is used
+    runner.num_kv_heads, runner.num_ranks_per_device = 1, num_ranks_per_device
+    bytes_per_block = num_ranks_per_device * 2 * 256 * 1024 * 2
+    free_bytes = 8 * GIB - 2 * GIB - num_ranks_per_device * (graph_bytes + 1 * GIB)  # of the share; less what is used
     assert runner._num_blocks_that_fit(graph_bytes) == free_bytes // bytes_per_block
 
 

@@ -92,12 +92,14 @@ def test_one_rank_asks_nobody(parts: Parts) -> None:
     assert parts.calls == ["run a batch", "close"]
 
 
-@pytest.mark.parametrize(("device", "size", "can_go_ahead"), [("cpu", 1, False), ("cuda", 1, True), ("cuda", 2, False)])
+@pytest.mark.parametrize(
+    ("device", "size", "supports_async_scheduling"), [("cpu", 1, False), ("cuda", 1, True), ("cuda", 2, False)]
+)
 def test_one_rank_on_a_gpu_can_go_ahead(
-    parts: Parts, monkeypatch: pytest.MonkeyPatch, device: str, size: int, can_go_ahead: bool
+    parts: Parts, monkeypatch: pytest.MonkeyPatch, device: str, size: int, supports_async_scheduling: bool
 ) -> None:
     monkeypatch.setattr(parts, "device", torch.device(device))
-    assert make_executor(size).can_go_ahead is can_go_ahead
+    assert make_executor(size).supports_async_scheduling is supports_async_scheduling
 
 
 @pytest.mark.parametrize("where", ["send a batch", "run a batch", "check"])

@@ -19,7 +19,7 @@ from nanovllm.worker.meeting import meet
 from nanovllm.worker.process_group import FileStore, Place, PrefixStore
 from tests.support.counts import count_event, record_error
 from tests.support.limits import HANG_SECONDS
-from tests.support.rank_faults import CONNECTING, WORDS, Fault, StrikingStore
+from tests.support.rank_faults import CONNECTING, WORDS, Fault, TriggeringStore
 
 SLOW_SECONDS = 1.5  # longer than a FileStore waits at least, which is one second
 
@@ -221,7 +221,7 @@ def test_an_attempt_with_a_rank_that_died_is_over_while_it_is_waited_for(store_p
 def connect_to_a_dead_rank(store: Any) -> tuple[float, str]:
     """The seconds that rank 0 took to fail, and its error."""
     with pytest.raises(ArithmeticError, match=WORDS):
-        meeting._connect_gloo(Place(1, 2, num_sharing=2), StrikingStore(store, Fault(1, CONNECTING, "raise")))
+        meeting._connect_gloo(Place(1, 2, num_sharing=2), TriggeringStore(store, Fault(1, CONNECTING, "raise")))
     begin = time.monotonic()
     group, error = meeting._connect_gloo(Place(0, 2, num_sharing=2), store)
     assert group is None

@@ -108,7 +108,7 @@ def test_a_decode_step_of_256_sequences_is_less_than_64_kib() -> None:
         )  # fmt: skip
         seq = Sequence([7] * 4096, params, seq_id=100_000 + index, block_size=256, seed=2**63 + index)
         seq.block_table = [(index * 16 + block) * 13 % 60_000 for block in range(16)]
-        seq.num_cached_tokens = seq.num_stored_tokens = 4095
+        seq.num_cached_tokens = seq.num_tokens_with_kv = 4095
         seq.num_scheduled_tokens = 1
         sequences.append(seq)
     batch = ScheduledBatch(False, tuple(sequences), (1,) * 256, tuple(sequences))

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from nanovllm.engine.model_input import LONG_CONTEXT, PADDING_SLOT, prepare_kinds_of_prefill
+from nanovllm.engine.model_input import PADDING_SLOT
 from nanovllm.worker.model_runner import ModelRunner
+from nanovllm.worker.warmup import LONG_CONTEXT, prefill_warmup_shapes
 from tests.support.model_probe import make_runner
 from tests.support.tiny_models import tiny_model
 
@@ -49,7 +50,7 @@ def test_the_kinds_of_prefill_run_over_a_cache_that_nobody_has_written(
 
 def test_they_are_those_for_which_there_is_room() -> None:
     """One block of 16 tokens: 32 are 20 and 12, of which the first has none."""
-    kinds = list(prepare_kinds_of_prefill(700, 20, 40, num_blocks=1, block_size=16))
+    kinds = list(prefill_warmup_shapes(700, 20, 40, num_blocks=1, block_size=16))
     assert [(len(kind.input_ids), int(kind.positions[0])) for kind in kinds] == [
         (16, 0), (8, 0), (8, 1), (4, 0), (4, 1), (2, 0), (2, 1), (1, 0), (1, 1)
     ]  # fmt: skip

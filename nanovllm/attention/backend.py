@@ -167,7 +167,7 @@ def _against_gpu(demand: _Demand) -> str | None:
 
 
 def _make_flash_attention() -> AttentionBackend:
-    from nanovllm.layers.flash_attention_backend import FlashAttentionBackend
+    from nanovllm.attention.flash_attn import FlashAttentionBackend
 
     return FlashAttentionBackend()
 
@@ -186,13 +186,13 @@ def _against_triton(demand: _Demand) -> str | None:
 
 
 def _make_triton() -> AttentionBackend:
-    from nanovllm.layers.triton_attention_backend import TritonAttentionBackend
+    from nanovllm.attention.triton import TritonAttentionBackend
 
     return TritonAttentionBackend()
 
 
 def _make_torch() -> AttentionBackend:
-    from nanovllm.layers.torch_attention import TorchAttentionBackend
+    from nanovllm.attention.torch import TorchAttentionBackend
 
     return TorchAttentionBackend()
 

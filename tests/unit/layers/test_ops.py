@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from nanovllm.attention.torch import TorchAttentionBackend
 from nanovllm.context import set_context
 from nanovllm.layers import kernel_choice
 from nanovllm.layers.activation import SiluAndMul
@@ -12,7 +13,6 @@ from nanovllm.layers.attention import Attention
 from nanovllm.layers.kernel_choice import has_kernels
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.rotary_embedding import apply_rotary_embedding, rotate_query_and_key
-from nanovllm.layers.torch_attention import TorchAttentionBackend
 from tests.support.attention_cases import Case, assert_same_bits, make_step
 from tests.support.kernels.accuracy import assert_within_twice_the_error_of_plain_torch
 

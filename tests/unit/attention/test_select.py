@@ -8,10 +8,10 @@ import sys
 import pytest
 import torch
 
+from nanovllm.attention.backend import choose_attention_backend
 from nanovllm.config import ATTENTION_BACKENDS
 from nanovllm.kernels import flash_attention
 from nanovllm.layers import attention_backend
-from nanovllm.layers.attention_backend import choose_attention_backend
 from tests.support.limits import HANG_SECONDS
 from tests.support.source_tree import ROOT
 
@@ -166,7 +166,7 @@ import nanovllm, nanovllm.kernels, nanovllm.kernels.flash_attention, nanovllm.la
 for module in pkgutil.iter_modules(nanovllm.layers.__path__):
     importlib.import_module(f"nanovllm.layers.{module.name}")
 
-from nanovllm.layers.attention_backend import choose_attention_backend
+from nanovllm.attention.backend import choose_attention_backend
 print(choose_attention_backend("auto", torch.device("cpu"), torch.float32, 64, 256).name)
 print("No module named 'flash_attn'" in nanovllm.kernels.flash_attention.import_error())
 """

@@ -1,16 +1,11 @@
-"""prepare_warmup: the largest prefill and the most sampled rows that the limits allow, in one pass, nothing stored."""
+"""prepare_profile_run: the largest prefill and the most sampled rows that the limits allow, in one pass, nothing stored."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanovllm.engine.model_input import (
-    LONG_CONTEXT,
-    PADDING_SLOT,
-    prepare_kinds_of_prefill,
-    prepare_warmup,
-    warmup_lengths,
-)
+from nanovllm.engine.model_input import PADDING_SLOT
+from nanovllm.worker.warmup import LONG_CONTEXT, prefill_warmup_shapes, prepare_profile_run, warmup_lengths
 
 
 @pytest.mark.parametrize(
@@ -36,7 +31,7 @@ def test_lengths_fill_the_budget_also_when_max_model_len_does_not_divide_it(
 def test_no_step_within_the_limits_is_larger(max_num_seqs: int, spare: int, max_model_len: int) -> None:
     """D42: tokens, and rows for the sampler, each at its maximum."""
     budget = max_num_seqs + spare
-    model_input = prepare_warmup(budget, max_model_len, max_num_seqs, block_size=16)
+    model_input = prepare_profile_run(budget, max_model_len, max_num_seqs, block_size=16)
     num_tokens = min(budget, max_num_seqs * max_model_len)
     assert model_input.is_prefill
     assert len(model_input.input_ids) == model_input.cu_seqlens_q[-1] == num_tokens
@@ -50,14 +45,14 @@ def test_no_step_within_the_limits_is_larger(max_num_seqs: int, spare: int, max_
 
 def test_nothing_is_stored_and_no_block_is_read() -> None:
     """There is no cache yet."""
-    model_input = prepare_warmup(100, 30, 8, block_size=16)
+    model_input = prepare_profile_run(100, 30, 8, block_size=16)
     assert set(model_input.slot_mapping.tolist()) == {PADDING_SLOT}
     assert model_input.block_tables is None
 
 
 def test_every_filter_of_the_sampler_is_on() -> None:
     """D42: sampling with filters takes the most memory."""
-    sampling = prepare_warmup(100, 30, 8, block_size=16).sampling
+    sampling = prepare_profile_run(100, 30, 8, block_size=16).sampling
     assert (sampling.top_k > 1).all()
     assert (sampling.top_p < 1).all()
     assert (sampling.min_p > 0).all()
@@ -74,7 +69,7 @@ def test_the_other_kinds_of_prefill(
     budget: int, max_num_seqs: int, max_model_len: int, num_blocks: int, block_size: int
 ) -> None:
     """Nothing is stored, every block is one of the cache, and the limits hold; each kind that they allow is there."""
-    kinds = list(prepare_kinds_of_prefill(budget, max_model_len, max_num_seqs, num_blocks, block_size))
+    kinds = list(prefill_warmup_shapes(budget, max_model_len, max_num_seqs, num_blocks, block_size))
     for kind in kinds:
         assert kind.is_prefill
         assert (kind.slot_mapping == PADDING_SLOT).all()
@@ -95,7 +90,7 @@ def test_the_other_kinds_of_prefill(
 
 def test_many_tokens_are_those_of_several_sequences() -> None:
     """As the real ones are: 16384 tokens of a model that takes 4096 at most. They come first."""
-    fresh, cached, *_, long = prepare_kinds_of_prefill(20000, 4096, 256, 100, 256)
+    fresh, cached, *_, long = prefill_warmup_shapes(20000, 4096, 256, 100, 256)
     assert fresh.cu_seqlens_q.tolist() == fresh.cu_seqlens_k.tolist() == [0, 4096, 8192, 12288, 16384]
     assert fresh.block_tables is None
     assert cached.cu_seqlens_q.tolist() == [0, 4095, 8190, 12285, 16380, 16384]
@@ -105,7 +100,7 @@ def test_many_tokens_are_those_of_several_sequences() -> None:
 
 @pytest.mark.parametrize(("max_model_len", "num_blocks", "is_met"), [(512, 3, False), (513, 3, True), (513, 2, False)])
 def test_a_long_context_needs_room_for_one_token_more(max_model_len: int, num_blocks: int, is_met: bool) -> None:
-    *_, last = prepare_kinds_of_prefill(8, max_model_len, 4, num_blocks, block_size=256)
+    *_, last = prefill_warmup_shapes(8, max_model_len, 4, num_blocks, block_size=256)
     assert (last.max_seqlen_k == LONG_CONTEXT + 1) is is_met
 
 

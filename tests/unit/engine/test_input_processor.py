@@ -10,7 +10,7 @@ import xxhash
 
 from nanovllm import SamplingParams
 from nanovllm.engine.chat import as_conversations
-from nanovllm.engine.inputs import as_params_list, as_prompt_list, as_token_ids, request_seed
+from nanovllm.engine.input_processor import as_params_list, as_prompt_list, as_token_ids, request_seed
 
 GREEDY = SamplingParams.greedy()
 

@@ -66,5 +66,5 @@ class TritonAttentionBackend:
             context.block_tables,
             context.context_lens,
             scale,
-            sequence_order=context.longest_first,
+            sequence_order=context.sequence_order,
         )

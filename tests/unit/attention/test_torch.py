@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 import torch
 
+from nanovllm.attention.torch import TorchAttentionBackend
 from nanovllm.context import get_context, set_context
 from nanovllm.layers import torch_attention
 from nanovllm.layers.attention import Attention
-from nanovllm.layers.torch_attention import TorchAttentionBackend
 from reference.packing import varlen_attention
 from reference.paged_attention import paged_attention
 from tests.support.attention_cases import (

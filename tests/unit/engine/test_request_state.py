@@ -1,11 +1,11 @@
-"""Request: the text of a request, what ends it, and what is streamed of it."""
+"""RequestState: the text of a request, what ends it, and what is streamed of it."""
 
 from typing import Any
 
 import pytest
 
-from nanovllm.engine.request import Request
-from nanovllm.engine.sequence import Sequence, SequenceStatus
+from nanovllm.engine.request_state import RequestState
+from nanovllm.engine.sequence import FinishCause, Sequence, SequenceStatus
 from tests.support.scheduling import make_scheduler, make_sequence, run
 
 
@@ -19,11 +19,11 @@ class ByteTokenizer:
         return bytes(token_ids).decode(errors="replace")
 
 
-def generated(text: str, is_streamed: bool = False, tokenizer: Any = LetterTokenizer(), **params: Any) -> Request:  # noqa: B008
+def generated(text: str, is_streamed: bool = False, tokenizer: Any = LetterTokenizer(), **params: Any) -> RequestState:  # noqa: B008
     """A request whose model says `text`; "." is the end-of-sequence token. Ends at a stop string as the engine does."""
     scheduler = make_scheduler(eos_token_ids=frozenset({ord(".")}))
     seq = make_sequence([1, 2], max_tokens=params.pop("max_tokens", len(text)), **params)
-    request = Request(seq, tokenizer, 0, is_streamed)
+    request = RequestState(seq, tokenizer, 0, is_streamed)
     scheduler.add(seq)
 
     def token(seq: Sequence) -> int:
@@ -32,8 +32,8 @@ def generated(text: str, is_streamed: bool = False, tokenizer: Any = LetterToken
     while not scheduler.is_finished:
         batch = scheduler.schedule()
         scheduler.postprocess(batch, [token(item) for item in batch.sampled_sequences])
-        if request.take_in_token() and not seq.is_finished:
-            scheduler.finish(seq, "stop")
+        if request.process_new_token() and not seq.is_finished:
+            scheduler.finish(seq, FinishCause.STOP_STRING)
     run(scheduler)
     return request
 
@@ -67,19 +67,19 @@ def test_without_a_tokenizer_there_are_tokens_and_no_text() -> None:
 
 
 def test_without_a_tokenizer_a_stream_has_tokens_and_no_text() -> None:
-    item = generated("abc", tokenizer=None, is_streamed=True).take_stream_output()
+    item = generated("abc", tokenizer=None, is_streamed=True).next_stream_output()
     assert (item["text"], item["token_ids"], item["seq_id"]) == ("", [97, 98, 99], 0)
 
 
 def test_streamed_pieces_join_to_the_output() -> None:
-    request = Request(make_sequence([1], stop="END"), LetterTokenizer(), 3, is_streamed=True)
+    request = RequestState(make_sequence([1], stop="END"), LetterTokenizer(), 3, is_streamed=True)
     items = []
     for letter in "abE":
         request.sequence.append_token(ord(letter))
-        request.take_in_token()
-        items.append(request.take_stream_output())
+        request.process_new_token()
+        items.append(request.next_stream_output())
     request.sequence.status, request.sequence.finish_reason = SequenceStatus.FINISHED, "length"
-    items.append(request.take_stream_output())
+    items.append(request.next_stream_output())
     assert [(item["index"], item["text"], item["token_ids"], item["finish_reason"]) for item in items] == [
         (3, "a", [97], None),
         (3, "b", [98], None),
@@ -94,7 +94,7 @@ def test_a_character_that_is_never_whole_is_shown_at_the_end(params: dict[str, A
     said = "a\xe2\x82"  # the first two bytes of three
     assert generated(said, tokenizer=ByteTokenizer(), **params).output()["text"] == "a\ufffd"
     request = generated(said, is_streamed=True, tokenizer=ByteTokenizer(), **params)
-    assert request.take_stream_output()["text"] == "a\ufffd"
+    assert request.next_stream_output()["text"] == "a\ufffd"
     assert request.output()["text"] == "a\ufffd"
 
 
@@ -102,7 +102,7 @@ def test_an_abort_is_streamed_without_tokens() -> None:
     scheduler = make_scheduler()
     seq = make_sequence([1])
     scheduler.add(seq)
-    request = Request(seq, LetterTokenizer(), 0, is_streamed=True)
+    request = RequestState(seq, LetterTokenizer(), 0, is_streamed=True)
     scheduler.abort(0)
-    item = request.take_stream_output()
+    item = request.next_stream_output()
     assert (item["text"], item["token_ids"], item["finish_reason"]) == ("", [], "abort")

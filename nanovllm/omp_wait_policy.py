@@ -14,7 +14,7 @@ _VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # any of th
 
 
 @contextmanager
-def sleeping_threads() -> Iterator[None]:
+def passive_omp_wait() -> Iterator[None]:
     """For the first import of torch in the process; later it has no effect. Restores the environment."""
     if any(name in os.environ for name in _VARIABLES):
         yield

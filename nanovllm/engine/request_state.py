@@ -1,4 +1,4 @@
-"""Request: what the engine keeps of one request beside its Sequence: its text, and who collects its output."""
+"""RequestState: what the engine keeps of one request beside its Sequence: its text, and who collects its output."""
 
 from typing import Any
 
@@ -7,27 +7,27 @@ from nanovllm.engine.sequence import Sequence
 from nanovllm.outputs import RequestOutput, StreamOutput
 
 
-class Request:
+class RequestState:
     """One request from add_request to its output.
 
     index: of its prompt in the list given to generate or generate_stream; None when it came through add_request, and
         step() hands out its output.
     tokenizer: None when the checkpoint has none; then the text is empty.
-    is_streamed: whether take_stream_output will be called; the text then grows with each token. Otherwise only stop
+    is_streamed: whether next_stream_output will be called; the text then grows with each token. Otherwise only stop
         strings need it to.
     """
 
     def __init__(self, sequence: Sequence, tokenizer: Any, index: int | None, is_streamed: bool) -> None:
         self.sequence = sequence
         self.index = index
-        self.is_stream_over = False  # whether take_stream_output has given the item that says how the request ended
+        self.is_stream_finished = False  # whether next_stream_output has given the item that says how the request ended
         self._tokenizer = tokenizer
         self._detokenizer: Detokenizer | None = None
         self._num_taken_tokens = 0
         if tokenizer is not None and (is_streamed or sequence.sampling_params.stop):
             self._detokenizer = self._make_detokenizer()
 
-    def take_in_token(self) -> bool:
+    def process_new_token(self) -> bool:
         """Take in the sequence's last token. True if it completed a stop string."""
         if self._detokenizer is None or self._is_last_token_hidden():
             return False
@@ -46,12 +46,12 @@ class Request:
             seq_id=seq.seq_id,
         )
 
-    def take_stream_output(self) -> StreamOutput:
+    def next_stream_output(self) -> StreamOutput:
         """What has come since the last call."""
         seq = self.sequence
         token_ids = seq.completion_token_ids[self._num_taken_tokens :]
         self._num_taken_tokens += len(token_ids)
-        self.is_stream_over = seq.is_finished
+        self.is_stream_finished = seq.is_finished
         text = ""
         if self._detokenizer is not None:
             if seq.is_finished:
