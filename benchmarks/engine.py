@@ -110,25 +110,26 @@ def profile_decode(llm: Any, num_seqs: int, input_len: int) -> None:
 
 
 def time_host_parts(llm: Any, num_steps: int) -> str:
-    """Mean microseconds a step spends outside and inside executor.run (which waits for the GPU), in words."""
+    """Mean microseconds a step spends outside and inside executor.execute (which waits for the GPU), in words."""
     inside = 0.0
-    run = llm._core.executor.run
+    execute = llm._core.executor.execute
 
     def timed(batch: Any) -> Any:
         nonlocal inside
         start = time.perf_counter()
-        result = run(batch)
+        pending = execute(batch)
+        pending.token_ids()
         inside += time.perf_counter() - start
-        return result
+        return pending
 
-    llm._core.executor.run = timed
+    llm._core.executor.execute = timed
     start = time.perf_counter()
     for _ in range(num_steps):
         llm.step()
     total = time.perf_counter() - start
-    del llm._core.executor.run
+    del llm._core.executor.execute
     per_step = 1e6 / num_steps
-    return f"; of {total * per_step:.0f} us {(total - inside) * per_step:.0f} are outside executor.run, the rest inside"
+    return f"; of {total * per_step:.0f} us {(total - inside) * per_step:.0f} are outside execute(), the rest inside"
 
 
 def measure(model: str, backend: str, mode: str, arguments: argparse.Namespace, results: list[dict[str, Any]]) -> None:

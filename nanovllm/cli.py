@@ -52,7 +52,7 @@ _CONFIG_HELP = {
     "tensor_parallel_size": "GPUs, or processes on a CPU, that share the model; under torchrun, all of its processes",
     "enforce_eager": "never use CUDA graphs",
     "async_scheduling": "begin a decode step while the one before is being computed, or never do "
-    "(default: with one rank, on a GPU)",
+    "(default: on a GPU, with several ranks where each has its own)",
 }
 _SAMPLING_HELP = {
     "max_tokens": "most tokens to generate for each prompt",

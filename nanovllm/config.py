@@ -34,7 +34,7 @@ class Config:
     tensor_parallel_size: number of GPUs (or CPU processes) that share the model, 1 to 8.
     enforce_eager: True never captures CUDA graphs.
     async_scheduling: True begins a decode step while the one before is still being computed, so that the GPU does not
-        wait for the host; takes tensor_parallel_size=1. None does so where it gains time: one rank, on a GPU.
+        wait for the host. None does so where it gains time: on a GPU, with several ranks where each has its own.
     kv_cache_block_size: tokens a KV block. A multiple of 256 for "auto" and "flash_attn"; "triton" also takes powers
         of two from 16, "torch" powers of two from 1.
     num_kv_cache_blocks: None sizes the cache from free memory.
@@ -82,11 +82,6 @@ class Config:
         require_bool("enforce_eager", self.enforce_eager)
         if self.async_scheduling is not None:
             require_bool("async_scheduling", self.async_scheduling)
-        if self.async_scheduling and self.tensor_parallel_size > 1:
-            raise ValueError(
-                "async_scheduling must be left out with several ranks, which get each step's tokens from the host, got "
-                f"True and tensor_parallel_size={self.tensor_parallel_size}; leave out one of the two"
-            )
         require_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
         require_choice("dtype", self.dtype, DTYPES)
         require_choice("device", self.device, DEVICES)

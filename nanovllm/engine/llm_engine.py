@@ -22,6 +22,7 @@ from nanovllm.engine.scheduler import ScheduledBatch, Scheduler
 from nanovllm.engine.sequence import Sequence, SequenceStatus
 from nanovllm.engine.throughput import GenerationProgress
 from nanovllm.engine.tokenizer import load_tokenizer
+from nanovllm.executor.base import Executor, PendingTokens, make_executor
 from nanovllm.model_path import local_model_dir
 from nanovllm.models.registry import load_model_config
 from nanovllm.outputs import RequestOutput, StepOutput, StreamOutput
@@ -52,7 +53,7 @@ class LLMEngine:
     """
 
     def __init__(self, model: str, **options: Any) -> None:
-        self._executor: Any = None
+        self._executor: Executor | None = None
         self._pid = os.getpid()
         self._lock = FairLock()  # held while a step is computed, and while anything below changes; never across a yield
         self._tokenizer_lock = threading.Lock()
@@ -63,10 +64,7 @@ class LLMEngine:
         self.config = replace(config, max_model_len=min(config.max_model_len, model_config.max_supported_len))
         self.tokenizer = load_tokenizer(model_dir, model_config)
         self.vocab_size = model_config.vocab_size
-
-        from nanovllm.executor.base import make_executor  # imports torch, which `import nanovllm` must not
-
-        self._executor = make_executor(self.config, model_config, model_dir)
+        self._executor = make_executor(self.config, model_config, model_dir, owner=self)
         if self.config.async_scheduling is None:
             self.config = replace(self.config, async_scheduling=self._executor.supports_async_scheduling)
         tokenizer_eos = getattr(self.tokenizer, "eos_token_id", None)
@@ -78,7 +76,7 @@ class LLMEngine:
             max_supported_len=model_config.max_supported_len,
             eos_token_ids=model_config.eos_token_ids | ({tokenizer_eos} if tokenizer_eos is not None else set()),
         )
-        self._ahead: Any = None  # AsyncModelOutput of the step after the current one
+        self._ahead: PendingTokens | None = None  # of the step after the current one
         self._requests: dict[int, RequestState] = {}
         self._news: dict[int, list[RequestState]] = {}  # seq_id -> those of the same generate call that got a token
         self._left: deque[RequestState] = deque()  # their generate calls have ended
@@ -267,9 +265,7 @@ class LLMEngine:
             return batch
         is_computed = False
         try:
-            token_ids = (
-                self._execute_async(batch, launched) if self.config.async_scheduling else self._executor.run(batch)
-            )
+            token_ids = self._execute(batch, launched)
             is_computed = True
             self._process_tokens(batch, token_ids)
         except BaseException as error:
@@ -308,8 +304,8 @@ class LLMEngine:
         while any(seq.status is SequenceStatus.RUNNING for seq in batch.sequences):
             self.scheduler.preempt(self.scheduler.running[-1])  # from the last on: arrivals stay in order
 
-    def _next_batch(self) -> tuple[Any, ScheduledBatch]:
-        """The step to take in next, and its AsyncModelOutput if it has been begun."""
+    def _next_batch(self) -> tuple[PendingTokens | None, ScheduledBatch]:
+        """The step to take in next, and its PendingTokens if it has been begun."""
         launched, self._ahead = self._ahead, None
         if launched is not None:
             batch = self.scheduler.commit_async_batch(launched.batch)
@@ -317,13 +313,16 @@ class LLMEngine:
                 return launched, batch
         return None, self.scheduler.schedule()
 
-    def _execute_async(self, batch: ScheduledBatch, launched: Any) -> list[int]:
-        """The new tokens of `batch`. The step after it is begun before they are waited for, if it is known by then."""
-        launched = launched or self._executor.execute(batch)
-        ahead = self.scheduler.schedule_next_async(batch)
+    def _execute(self, batch: ScheduledBatch, pending: PendingTokens | None) -> list[int]:
+        """The new tokens of `batch`. With async_scheduling the step after it, if it can be scheduled without them, is
+        submitted before they are waited for.
+        """
+        assert self._executor is not None
+        pending = pending or self._executor.execute(batch)
+        ahead = self.scheduler.schedule_next_async(batch) if self.config.async_scheduling else None
         if ahead is not None:
-            self._ahead = self._executor.execute(ahead, launched)
-        tokens = dict(zip(launched.batch.sampled_sequences, launched.token_ids(), strict=True))
+            self._ahead = self._executor.execute(ahead, pending)
+        tokens = dict(zip(pending.batch.sampled_sequences, pending.token_ids(), strict=True))
         return [tokens[seq] for seq in batch.sampled_sequences]  # without those of sequences that had ended
 
     # --- requests ---

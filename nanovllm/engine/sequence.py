@@ -141,13 +141,15 @@ class Sequence:
     )
 
     def __getstate__(self) -> tuple[Any, ...]:
-        return (*(getattr(self, name) for name in self._WORKER_FIELDS), self.scheduled_token_ids)
+        # num_scheduled_tokens is 0 when async_scheduling sends a step while the current one computes nothing of it.
+        token_ids = self.scheduled_token_ids or [self.last_token]
+        return (*(getattr(self, name) for name in self._WORKER_FIELDS), token_ids)
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        *values, scheduled_token_ids = state
+        *values, token_ids = state
         for name, value in zip(self._WORKER_FIELDS, values, strict=True):
             setattr(self, name, value)
-        self.token_ids = scheduled_token_ids
+        self.token_ids = token_ids
         self._first_token = self.num_cached_tokens
         self.status = SequenceStatus.RUNNING
         self.finish_reason = None

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import psutil
@@ -36,14 +37,17 @@ from nanovllm.worker.kv_cache import block_bytes, cache_too_large, num_blocks_on
 from nanovllm.worker.torch_state import gpu_lock, plain_torch_state
 from nanovllm.worker.warmup import prefill_warmup_shapes, prepare_profile_run
 
+if TYPE_CHECKING:
+    from nanovllm.engine.sequence import Sequence
+
 BYTES_PER_GRAPH = 8 * 2**20  # of the driver, for one recorded graph beside its tensors
 
 
 class ModelRunner:
     """Loads the model, warms it up, sizes the KV cache, runs steps.
 
-    tp: which of the ranks this is; num_ranks_per_device: ranks that share its device's memory. All ranks have as many blocks as
-    the poorest of them. on_tensor_loaded is called now and then while weights are loaded, and may raise.
+    tp: which of the ranks this is. num_ranks_per_device: ranks that use its device's memory. The number of KV blocks
+    is the minimum over all ranks. on_tensor_loaded is called repeatedly while weights are loaded, and may raise.
     kv_cache: [2, num_layers, num_kv_cache_blocks, block_size, num_kv_heads, head_dim], this rank's keys and values.
     Raises ValueError for a device that is not there and for memory that does not suffice; everything the model
     loader raises passes through. What surrounds the call in torch (plain_torch_state) changes nothing here, and is as
@@ -233,26 +237,41 @@ class ModelRunner:
         with plain_torch_state(self.device, is_inference=True):
             return self._launch(self._prepare(batch)).tolist()
 
-    def launch(self, batch: ScheduledBatch, before: AsyncModelOutput | None = None) -> AsyncModelOutput:
-        """As run, but does not wait. `before` was launched last, and `batch` is what Scheduler.schedule_next_async chose to
-        follow it; None when `batch` has been scheduled as always. One rank only.
+    def launch(
+        self,
+        batch: ScheduledBatch,
+        previous_sequences: "tuple[Sequence, ...] | None" = None,
+        previous_tokens: torch.Tensor | None = None,
+    ) -> AsyncModelOutput:
+        """As run, but does not wait.
+
+        previous_sequences: those that the step submitted last samples, when `batch` is what Scheduler.schedule_next_async
+            chose to follow it. previous_tokens: their token ids, int64, on the device; on ranks other than 0 None, as
+            rank 0 broadcasts them.
         """
         with plain_torch_state(self.device, is_inference=True):
-            if before is None:
+            if previous_sequences is None:
                 return AsyncModelOutput(batch, self._launch(self._prepare(batch)))
-            model_input = self.prepare_decode_async(batch.sequences, before.batch.sampled_sequences)
-            return AsyncModelOutput(batch, self._launch(model_input, before.sampled))
+            model_input = self.prepare_decode_async(batch.sequences, previous_sequences)
+            return AsyncModelOutput(batch, self._launch(model_input, len(previous_sequences), previous_tokens))
 
     def _prepare(self, batch: ScheduledBatch) -> ModelInput:
         return (self.prepare_prefill if batch.is_prefill else self.prepare_decode)(batch.sequences)
 
     @torch.inference_mode()
-    def _launch(self, model_input: ModelInput, sampled_before: torch.Tensor | None = None) -> torch.Tensor:
+    def _launch(
+        self, model_input: ModelInput, num_previous: int = 0, previous_tokens: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Token ids [num_samples] int64, on the device: a GPU may still be computing them.
 
-        sampled_before: those of the step before, when model_input has unknown tokens.
+        previous_tokens: the num_previous token ids of the step before, on rank 0, when model_input has unknown tokens.
         """
         with torch_threads(self.num_threads), gpu_lock if self.device.type == "cuda" else nullcontext():
+            sampled_before = None
+            if model_input.input_ids_source is not None:
+                if previous_tokens is None:
+                    previous_tokens = torch.empty(num_previous, dtype=torch.int64, device=self.device)
+                sampled_before = self.tp.broadcast(previous_tokens)
             logits = self._sampled_logits(model_input, sampled_before)
             if logits is None:
                 return torch.empty(0, dtype=torch.int64)

@@ -8,8 +8,6 @@ so four times the reference's largest is not reached by rounding (tests/support/
 order of the same additions.
 """
 
-import pickle
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -18,10 +16,8 @@ import torch
 from nanovllm import LLM, SamplingParams, bundled_model_path
 from nanovllm.engine.input_processor import request_seed
 from nanovllm.engine.scheduler import ScheduledBatch
-from nanovllm.worker.shm_channel import encode
 from reference.transformer import transformer
 from tests.support.counts import count_comparisons, count_event, record_error
-from tests.support.model_probe import make_runner
 from tests.support.oracle import ERROR_RATIO, Oracle
 from tests.support.rank_faults import MEMORY, plant_memory
 from tests.support.resource_snapshot import Watch
@@ -44,63 +40,58 @@ ABORTED = 4  # index of the request that is aborted, after NUM_TOKENS_OF_ABORTED
 NUM_TOKENS_OF_ABORTED = 3
 
 
-@dataclass
-class Recorder:
-    """The logits of every sampled token, by seq_id, as rank 0 gathered them."""
+def record_logits(llm: LLM) -> dict[int, list[torch.Tensor]]:
+    """The logits of every sampled token, by seq_id, as rank 0 gathers them from now on."""
+    recorded: dict[int, list[torch.Tensor]] = {}
+    executor: Any = llm._core.executor
+    execute, compute_logits = executor.execute, executor._runner.model.compute_logits
+    rows: list[torch.Tensor] = []
 
-    logits: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+    def recording_logits(hidden_states: torch.Tensor) -> torch.Tensor:
+        rows[:] = compute_logits(hidden_states)
+        return torch.stack(rows)
 
-    def attach(self, llm: LLM) -> None:
-        executor = llm._core.executor
-        run, compute_logits = executor.run, executor._runner.model.compute_logits
-        rows: list[torch.Tensor] = []
+    def recording_execute(batch: ScheduledBatch) -> Any:
+        rows.clear()
+        pending = execute(batch)
+        for seq, row in zip(batch.sampled_sequences, rows, strict=True):
+            recorded.setdefault(seq.seq_id, []).append(row)
+        return pending
 
-        def recording_logits(hidden_states: torch.Tensor) -> torch.Tensor:
-            rows[:] = compute_logits(hidden_states)
-            return torch.stack(rows)
-
-        def recording_run(batch: ScheduledBatch) -> list[int]:
-            rows.clear()
-            token_ids = run(batch)
-            assert len(rows) == len(batch.sampled_sequences)
-            for seq, row in zip(batch.sampled_sequences, rows, strict=True):
-                self.logits.setdefault(seq.seq_id, []).append(row)
-            return token_ids
-
-        executor._runner.model.compute_logits = recording_logits
-        executor.run = recording_run
+    executor._runner.model.compute_logits, executor.execute = recording_logits, recording_execute
+    return recorded
 
 
-def open_engine(architecture: str, size: int) -> LLM:
+def open_engine(architecture: str, size: int, is_async: bool = False) -> LLM:
     block_size = BLOCK_SIZES[architecture]
     return LLM(
         str(tiny_model(architecture)), tensor_parallel_size=size, device="cpu", attention_backend="torch",
         kv_cache_block_size=block_size, num_kv_cache_blocks=POOL_TOKENS // block_size, max_model_len=MAX_MODEL_LEN,
-        max_num_seqs=6, max_num_batched_tokens=16,
+        max_num_seqs=6, max_num_batched_tokens=16, async_scheduling=is_async,
     )  # fmt: skip
 
 
-def run_scenario(llm: LLM, recorder: Recorder) -> dict[int, Any]:
+def run_scenario(llm: LLM) -> dict[int, Any]:
     """Outputs by seq_id, which is the request's index in REQUESTS."""
-    recorder.attach(llm)
     seq_ids = [llm.add_request(list(prompt), params) for prompt, params in REQUESTS]
+    aborted = llm._requests[seq_ids[ABORTED]].sequence
     outputs: dict[int, Any] = {}
     while not llm.is_finished():
-        if len(recorder.logits.get(ABORTED, [])) == NUM_TOKENS_OF_ABORTED:
-            llm.abort(seq_ids[ABORTED])
+        if aborted.num_completion_tokens == NUM_TOKENS_OF_ABORTED:
+            llm.abort(aborted.seq_id)
         outputs.update({output["seq_id"]: output for output in llm.step().finished})
     return outputs
 
 
 @pytest.mark.parametrize("architecture", BLOCK_SIZES)
-def test_ranks_say_what_the_reference_says(architecture: str) -> None:
+def test_ranks_give_what_the_reference_gives(architecture: str) -> None:
     """D30 D37 D39: tokens of 1, 2 and 4 ranks are the reference's, and so, up to rounding, are their logits."""
     oracle = Oracle(tiny_model(architecture), MAX_MODEL_LEN)
     tokens: dict[int, list[list[int]]] = {}
     for size in (1, 2, 4):
-        recorder = Recorder()
         with open_engine(architecture, size) as llm:
-            outputs = run_scenario(llm, recorder)
+            logits = record_logits(llm)
+            outputs = run_scenario(llm)
             events = {
                 "preemption with several ranks": llm.scheduler.num_preemptions,
                 "chunked prefill with several ranks": llm.scheduler.num_prefill_chunks,
@@ -113,12 +104,36 @@ def test_ranks_say_what_the_reference_says(architecture: str) -> None:
         aborted = outputs[ABORTED]
         assert (aborted["finish_reason"], len(aborted["token_ids"])) == ("abort", NUM_TOKENS_OF_ABORTED)
         check_outputs(oracle, outputs)
-        check_logits(oracle, outputs, recorder, size)
-        tokens[size] = [outputs[index]["token_ids"] for index in range(len(REQUESTS))]
+        check_logits(oracle, outputs, logits, size)
+        tokens[size] = tokens_of(outputs)
     assert oracle.num_excused == 0  # so that tokens are compared one by one
     assert tokens[2] == tokens[1]
     assert tokens[4] == tokens[1]
     count_comparisons("ranks: tokens against reference.generate", oracle.num_compared)
+
+
+def tokens_of(outputs: dict[int, Any]) -> list[list[int]]:
+    return [outputs[index]["token_ids"] for index in range(len(REQUESTS))]
+
+
+def test_async_scheduling_with_several_ranks_gives_the_same_tokens() -> None:
+    """A step is sent before the tokens of the one before are known, and rank 0 broadcasts them. Some of the sequences
+    that decode are not in the step before, which is a prefill: their tokens are known.
+    """
+    tokens, kinds = {}, set()
+    for is_async in (False, True):
+        with open_engine("qwen3", 2, is_async) as llm:
+            execute = llm._core.executor.execute
+
+            def recording_execute(batch: ScheduledBatch, *previous: Any, execute: Any = execute) -> Any:
+                for pending in previous:
+                    kinds.add(set(batch.sequences) <= set(pending.batch.sampled_sequences))
+                return execute(batch, *previous)
+
+            llm._core.executor.execute = recording_execute
+            tokens[is_async] = tokens_of(run_scenario(llm))
+    assert kinds == {True, False}
+    assert tokens[True] == tokens[False]
 
 
 def check_outputs(oracle: Oracle, outputs: dict[int, Any]) -> None:
@@ -127,10 +142,10 @@ def check_outputs(oracle: Oracle, outputs: dict[int, Any]) -> None:
         oracle.check(list(prompt), params, seed, outputs[index]["token_ids"], outputs[index]["finish_reason"])
 
 
-def check_logits(oracle: Oracle, outputs: dict[int, Any], recorder: Recorder, size: int) -> None:
+def check_logits(oracle: Oracle, outputs: dict[int, Any], logits: dict[int, list[torch.Tensor]], size: int) -> None:
     """Every token's logits, against one float64 pass over the whole text."""
     for index, (prompt, _) in enumerate(REQUESTS):
-        ours = torch.stack(recorder.logits[index]).double()
+        ours = torch.stack(logits[index]).double()
         token_ids = [*prompt, *outputs[index]["token_ids"]]
         exact = transformer(token_ids, *oracle.exact)[len(prompt) - 1 :][: len(ours)]
         single = transformer(token_ids, *oracle.single)[len(prompt) - 1 :][: len(ours)]
@@ -141,43 +156,7 @@ def check_logits(oracle: Oracle, outputs: dict[int, Any], recorder: Recorder, si
         assert error <= bound, f"request {index}"
 
 
-def test_a_worker_needs_nothing_but_the_pickled_sequences() -> None:
-    """D03 D04: a second runner, which sees only what is sent, computes what the first does; the sender's sequences stay
-    as they were.
-    """
-    architecture = "qwen3"
-    with open_engine(architecture, 1) as llm:
-        runner = llm._core.executor._runner
-        fresh = make_runner(
-            tiny_model(architecture), device="cpu", attention_backend="torch", max_num_seqs=6,
-            kv_cache_block_size=BLOCK_SIZES[architecture], max_model_len=MAX_MODEL_LEN, max_num_batched_tokens=16,
-            num_kv_cache_blocks=runner.num_kv_cache_blocks,
-        )  # fmt: skip
-        for cache in (runner.kv_cache, fresh.kv_cache):
-            cache.zero_()
-        run = llm._core.executor.run
-        num_steps = 0
-
-        def run_both(batch: ScheduledBatch) -> list[int]:
-            nonlocal num_steps
-            before = [(list(seq.token_ids), list(seq.block_table), seq.num_cached_tokens) for seq in batch.sequences]
-            there = fresh.run(pickle.loads(encode(batch)))
-            after = [(list(seq.token_ids), list(seq.block_table), seq.num_cached_tokens) for seq in batch.sequences]
-            assert after == before
-            here = run(batch)
-            assert there == here
-            assert torch.equal(fresh.kv_cache, runner.kv_cache)
-            num_steps += 1
-            return here
-
-        llm._core.executor.run = run_both
-        outputs = llm.generate([list(prompt) for prompt, _ in REQUESTS], GREEDY, use_tqdm=False)
-        assert llm.scheduler.num_preemptions > 0
-        assert len(outputs) == len(REQUESTS)
-        count_comparisons("ranks: steps on pickled sequences against rank 0's own", num_steps)
-
-
-def test_the_poorest_rank_decides_how_many_blocks_there_are(
+def test_the_number_of_blocks_is_the_minimum_over_all_ranks(
     nothing_left: Watch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """D30: rank 1 has a quarter of the memory that rank 0 has."""

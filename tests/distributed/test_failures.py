@@ -1,7 +1,7 @@
-"""A rank that fails: rank 0 says which and why, and nothing is left behind. On the CPU, over gloo.
+"""A rank that fails: rank 0 names it and the cause, and nothing is left behind. On the CPU, over gloo.
 
 The promise is a time, ten seconds from a rank's failure to the error, so these tests look at the clock. Most take about
-one, and the slowest three: the limit is for a hang, not for a slow machine.
+one second and the slowest three: the limit is for a hang, not for a slow machine.
 """
 
 from pathlib import Path
@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from nanovllm import LLM, SamplingParams, bundled_model_path
-from nanovllm.worker.local_ranks import GRACE_SECONDS, PATIENCE_SECONDS, RankError
-from nanovllm.worker.meeting import ADDRESS_SECONDS, CONNECT_SECONDS
+from nanovllm.distributed.rendezvous import ADDRESS_TIMEOUT_S, CONNECT_TIMEOUT_S
+from nanovllm.executor.base import RankError
+from nanovllm.executor.failure_monitor import FAILURE_COLLECT_S
+from nanovllm.executor.multi_rank import ROOT_CAUSE_TIMEOUT_S
 from tests.support.counts import count_event, record_error
 from tests.support.rank_faults import CONNECTING, PLACES, WORDS, Fault, plant
 from tests.support.resource_snapshot import Watch
@@ -30,6 +32,7 @@ ERRORS: dict[str, type[Exception]] = {
     "host memory": MemoryError,
     "device memory": torch.OutOfMemoryError,
 }
+CLOSED = "this engine is closed: make a new one"
 
 
 def engine(size: int = 2, **options: Any) -> LLM:
@@ -40,13 +43,12 @@ def generate(llm: LLM) -> list[list[int]]:
     return [output["token_ids"] for output in llm.generate(PROMPTS, GREEDY, use_tqdm=False)]
 
 
-def start_and_generate(size: int) -> None:
-    with engine(size) as llm:
+def start_and_generate(size: int, **options: Any) -> None:
+    with engine(size, **options) as llm:
         generate(llm)
 
 
-def said(fault: Fault, size: int) -> str:
-    """What the error says about a fault."""
+def message_of(fault: Fault, size: int) -> str:
     if fault.what == "kill":
         return f"rank {fault.rank} of {size} was killed by SIGKILL"
     if fault.what == "exit":
@@ -54,17 +56,17 @@ def said(fault: Fault, size: int) -> str:
     return f"rank {fault.rank} of {size} failed: {ERRORS[fault.what].__name__}: {WORDS}"
 
 
-def check_failure(fault: Fault, size: int, watch: Watch) -> None:
-    """In time, with the cause, and nothing is left although somebody still holds the error."""
+def check_failure(fault: Fault, size: int, watch: Watch, **options: Any) -> None:
+    """In time, with the cause, and nothing is left although the error, and so its traceback, is still referenced."""
     before = watch.snapshot()
     with pytest.raises(RankError if fault.rank else ERRORS[fault.what]) as caught:
-        start_and_generate(size)
+        start_and_generate(size, **options)
     seconds = fault.seconds_since()
     assert watch.snapshot() == before
     record_error("seconds from a rank's failure to the error", seconds, MAX_SECONDS)
     assert seconds < MAX_SECONDS
     if fault.rank:
-        assert str(caught.value).startswith(said(fault, size))
+        assert str(caught.value).startswith(message_of(fault, size))
         assert isinstance(caught.value, ValueError) == (fault.what == "value")
         if fault.what in ERRORS:
             assert "in trigger\n" in str(caught.value), "the traceback of the rank that failed"
@@ -74,79 +76,82 @@ def check_failure(fault: Fault, size: int, watch: Watch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("place", "what"), [(CONNECTING, "kill"), *((place, what) for place in PLACES for what in ("raise", "kill"))]
+    ("rank", "place", "what"),
+    [
+        (1, CONNECTING, "kill"),
+        *((1, place, what) for place in PLACES for what in ("raise", "kill")),
+        *((rank, "load", "host memory") for rank in (0, 1)),
+        *((rank, place, "device memory") for rank in (0, 1) for place in ("sizing", "decode")),
+    ],
 )
-def test_rank_0_says_which_rank_failed_and_why(
-    nothing_left: Watch, monkeypatch: pytest.MonkeyPatch, log: Path, place: str, what: str
-) -> None:
-    """D33."""
-    fault = Fault(1, place, what, log)
-    plant(monkeypatch, fault)
-    check_failure(fault, 2, nothing_left)
-
-
-@pytest.mark.parametrize(
-    ("place", "what"), [("load", "host memory"), ("sizing", "device memory"), ("decode", "device memory")]
-)
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_runs_out_of_memory(
+def test_rank_0_raises_which_rank_failed_and_why(
     nothing_left: Watch, monkeypatch: pytest.MonkeyPatch, log: Path, rank: int, place: str, what: str
 ) -> None:
-    """D33: rank 0 raises its own error as it is, and waits for no other's."""
+    """D33: an error of rank 0 is raised as it is."""
     fault = Fault(rank, place, what, log)
     plant(monkeypatch, fault)
     check_failure(fault, 2, nothing_left)
 
 
-def test_an_error_of_rank_0_ends_the_engine_and_a_new_one_starts(
+@pytest.mark.parametrize("what", ["raise", "kill"])
+def test_a_rank_fails_in_a_step_that_async_scheduling_submitted(
+    nothing_left: Watch, monkeypatch: pytest.MonkeyPatch, log: Path, what: str
+) -> None:
+    """D33: while the tokens of the step before are pending."""
+    fault = Fault(1, "decode", what, log)
+    plant(monkeypatch, fault)
+    check_failure(fault, 2, nothing_left, async_scheduling=True)
+
+
+def test_an_error_of_rank_0_closes_the_engine_and_a_new_one_starts(
     nothing_left: Watch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """D33: the others sit in a collective that rank 0 does not come to. D34: close() after a failure, and twice."""
+    """D33: the others wait in a collective that rank 0 does not reach. D34: close() after a failure, and twice."""
     llm = engine()
     expected = generate(llm)
-    runner = llm._core.executor._runner
 
-    def fail(batch: Any) -> list[int]:
+    def fail(*_: Any) -> None:
         raise torch.OutOfMemoryError("planted on rank 0")
 
-    monkeypatch.setattr(runner, "run", fail)
-    with pytest.raises(torch.OutOfMemoryError, match="planted on rank 0"):
-        generate(llm)
-    with pytest.raises(RuntimeError, match="this engine is closed: make a new one"):
+    with monkeypatch.context() as planted:
+        planted.setattr(llm._core.executor._runner, "launch", fail)
+        with pytest.raises(torch.OutOfMemoryError, match="planted on rank 0"):
+            generate(llm)
+    with pytest.raises(RuntimeError, match=CLOSED):
         generate(llm)
     llm.close()
     llm.close()
-    del runner
     with engine() as fresh:
         assert generate(fresh) == expected
 
 
-def test_ctrl_c_while_rank_0_looks_for_the_cause_ends_the_engine(
+def test_ctrl_c_while_rank_0_waits_for_the_root_cause_closes_the_engine(
     nothing_left: Watch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """D33: the ranks are killed, and none computes a later request from where the lost one left it."""
+    """D33: the workers are killed, so none computes a later request from where it was."""
     before = nothing_left.snapshot().processes  # the process that interprets kernels may be among them
     llm = engine()
 
-    def fail(batch: Any) -> list[int]:
+    def fail(*_: Any) -> None:
         raise RuntimeError("planted on rank 0")
 
-    def interrupt(error: BaseException) -> BaseException:
+    def interrupt(timeout: float) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(llm._core.executor._runner, "run", fail)
-    monkeypatch.setattr(llm._core.executor._ranks, "explain", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        generate(llm)
+    with monkeypatch.context() as planted:
+        planted.setattr(llm._core.executor._runner, "launch", fail)
+        planted.setattr(llm._core.executor, "_wait_for_root_cause", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            generate(llm)
     assert nothing_left.snapshot().processes == before
-    with pytest.raises(RuntimeError, match="this engine is closed: make a new one"):
+    with pytest.raises(RuntimeError, match=CLOSED):
         generate(llm)
 
 
 def test_a_checkpoint_that_no_rank_can_load_is_a_value_error(
     nothing_left: Watch, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Whichever rank finds it first. D33."""
+    """D33: whichever rank fails first."""
     directory = tmp_path_factory.mktemp("broken")
     for path in bundled_model_path().glob("*.json"):
         (directory / path.name).write_bytes(path.read_bytes())
@@ -155,7 +160,7 @@ def test_a_checkpoint_that_no_rank_can_load_is_a_value_error(
         LLM(str(directory), tensor_parallel_size=2, **OPTIONS)
 
 
-def test_sizes_that_the_ranks_cannot_share_are_refused_before_a_process_starts(
+def test_sizes_that_the_ranks_cannot_divide_are_refused_before_a_process_starts(
     nothing_left: Watch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """D36."""
@@ -166,9 +171,9 @@ def test_sizes_that_the_ranks_cannot_share_are_refused_before_a_process_starts(
     assert not started
 
 
-def test_the_limits_add_up_to_less_than_ten_seconds() -> None:
-    """D33: from a rank's end to the error: the others' last words, and rank 0's wait for the explanation, or for the
+def test_the_timeouts_add_up_to_less_than_ten_seconds() -> None:
+    """D33: from a rank's end to the error: the other ranks' reports, and rank 0's wait for the root cause, or for the
     end of an attempt to connect, in which it waits for an address first.
     """
-    assert GRACE_SECONDS + PATIENCE_SECONDS < MAX_SECONDS
-    assert ADDRESS_SECONDS + CONNECT_SECONDS < PATIENCE_SECONDS
+    assert FAILURE_COLLECT_S + ROOT_CAUSE_TIMEOUT_S < MAX_SECONDS
+    assert ADDRESS_TIMEOUT_S + CONNECT_TIMEOUT_S < ROOT_CAUSE_TIMEOUT_S

@@ -2,11 +2,9 @@
 
 import multiprocessing
 import os
-import signal
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,14 +14,11 @@ import pytest
 from nanovllm import LLM
 from tests.distributed.test_failures import GREEDY, PROMPTS, engine, generate
 from tests.support.limits import HANG_SECONDS
-from tests.support.resource_snapshot import Watch
 from tests.support.source_tree import ROOT
-
-FORK_WARNING = "ignore:.*use of fork:DeprecationWarning"  # of Python 3.12 and newer, in a process with threads
 
 # A program of its own, since a child of pytest would run pytest's end.
 PROGRAM = """
-import gc, os, sys, time
+import gc, multiprocessing, os, signal, sys, time
 from nanovllm import LLM, SamplingParams, bundled_model_path
 
 def main():
@@ -37,31 +32,46 @@ def main():
     expected = generate()
     stream = llm.generate_stream("In the", params)
     streamed = next(stream)["token_ids"]
-    for how in ("exit", "close", "use", "gc"):
-        pid = os.fork()
-        if not pid:
-            if how == "close":
-                llm.close()
-            if how == "use":
-                uses = (lambda: next(stream), lambda: llm.abort(0), lambda: llm.add_request("a"))
-                for use in (generate, llm.step, *uses):
-                    try:
-                        use()
-                    except RuntimeError as error:
-                        assert "belongs to process" in str(error) and "make a new engine in the child" in str(error)
-                    else:
-                        raise AssertionError("no error")
-            if how == "gc":
-                llm = stream = None
-                gc.collect()
-            sys.exit(3)
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 3
+    def child(how):
+        global llm, stream
+        if how == "close":
+            llm.close()
+        if how == "use":
+            for use in (generate, llm.step, lambda: next(stream), lambda: llm.abort(0), lambda: llm.add_request("a")):
+                try:
+                    use()
+                except RuntimeError as error:
+                    assert "belongs to process" in str(error) and "make a new engine in the child" in str(error)
+                else:
+                    raise AssertionError("no error")
+        if how == "gc":
+            llm = stream = None
+            gc.collect()
+        sys.exit(3)
+    for how in ("exit", "close", "use", "gc", "multiprocessing"):
+        if how == "multiprocessing":  # whose exit function ends its own children
+            process = multiprocessing.get_context("fork").Process(target=child, args=("close",))
+            process.start()
+            process.join()
+            assert process.exitcode == 3
+        else:
+            pid = os.fork()
+            if not pid:
+                child(how)
+            assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 3
         time.sleep(0.3)  # for what a signal or a closed connection does to a rank
         assert generate() == expected
     for item in stream:
         streamed += item["token_ids"]
     assert streamed == expected
+    pid = os.fork()  # a child that holds copies of all pipes while the engine closes
+    if not pid:
+        time.sleep(600)
+    started = time.monotonic()
     llm.close()
+    assert time.monotonic() - started < 30
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
     print("as before")
 
 if __name__ == "__main__":
@@ -89,51 +99,20 @@ def close_and_use(llm: LLM) -> None:
         os._exit(7 if "make a new engine in the child" in str(error) else 8)
 
 
-@pytest.mark.filterwarnings(FORK_WARNING)
-@pytest.mark.parametrize("size", [1, 2])
-def test_a_child_of_multiprocessing_leaves_the_engine_alone(nothing_left: Watch, size: int) -> None:
-    """D86."""
-    with engine(size) as llm:
-        expected = generate(llm)
-        child = multiprocessing.get_context("fork").Process(target=close_and_use, args=(llm,))
-        child.start()
-        child.join(60)
-        assert child.exitcode == 7
-        child.close()
-        assert generate(llm) == expected
-
-
-@pytest.mark.filterwarnings(FORK_WARNING)
-def test_an_engine_closes_while_a_forked_child_lives(nothing_left: Watch) -> None:
-    """D86: the child holds copies of all pipes open."""
-    with engine() as llm:
-        pid = os.fork()
-        if not pid:
-            time.sleep(60)
-            os._exit(0)
-        try:
-            started = time.monotonic()
-            llm.close()
-            assert time.monotonic() - started < 30
-        finally:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-
-
-@pytest.mark.filterwarnings(FORK_WARNING)
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")  # of Python 3.12, in a process with threads
 def test_a_child_forked_in_the_middle_of_a_step_does_not_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """D86: the thread that computes the step does not exist in the child."""
     is_reached, may_go = threading.Event(), threading.Event()
     with engine(1) as llm, ThreadPoolExecutor(1) as threads:
         expected = generate(llm)
-        run = llm._core.executor.run
+        execute = llm._core.executor.execute
 
-        def wait_and_run(batch: Any) -> list[int]:
+        def wait_and_execute(batch: Any) -> Any:
             is_reached.set()
             assert may_go.wait(60)
-            return run(batch)
+            return execute(batch)
 
-        monkeypatch.setattr(llm._core.executor, "run", wait_and_run)
+        monkeypatch.setattr(llm._core.executor, "execute", wait_and_execute)
         computing = threads.submit(generate, llm)
         assert is_reached.wait(60)
         child = multiprocessing.get_context("fork").Process(target=close_and_use, args=(llm,))

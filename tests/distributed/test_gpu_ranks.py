@@ -11,8 +11,9 @@ import torch
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.demo_prompts import DEMO_PROMPTS
-from nanovllm.worker.local_ranks import RankError
-from nanovllm.worker.process_group import FileStore, Place, join, leave, nccl
+from nanovllm.distributed.placement import RankPlacement
+from nanovllm.distributed.process_group import FileStore, destroy_process_group, init_process_group, new_nccl_group
+from nanovllm.executor.base import RankError
 from tests.support.rank_faults import WARM_UP, Fault, plant
 from tests.support.tiny_models import tiny_model
 
@@ -20,7 +21,7 @@ ARCHITECTURES = ["llama", "qwen2", "qwen3", "qwen3_moe"]
 PARAMS = [SamplingParams.greedy(max_tokens=24, ignore_eos=True), SamplingParams(seed=5, max_tokens=24, ignore_eos=True)]
 PROMPTS = [list(prompt.encode()) for prompt in DEMO_PROMPTS[:8]]
 NUM_FAILURES = 3  # one after the other: what one of them does to the GPU depends on the moment
-NUM_BLOCKS = 32  # of 256 tokens, max_model_len: enough for max_num_seqs; so nobody measures what others leave free
+NUM_BLOCKS = 32  # of 256 tokens, max_model_len: enough for max_num_seqs; no free memory is measured
 
 
 def tokens(architecture: str, size: int, **options: Any) -> list[list[int]]:
@@ -30,6 +31,8 @@ def tokens(architecture: str, size: int, **options: Any) -> list[list[int]]:
         str(model_dir), tensor_parallel_size=size, dtype="float32", attention_backend="triton", max_model_len=256,
         max_num_seqs=16, max_num_batched_tokens=64, **options,
     ) as llm:  # fmt: skip
+        if size > 1 and options.get("async_scheduling") is None:
+            assert llm.config.async_scheduling is llm._core.executor._tp.is_nccl
         params = [PARAMS[index % 2] for index in range(len(PROMPTS))]
         return [output["token_ids"] for output in llm.generate(PROMPTS, params, use_tqdm=False)]
 
@@ -37,7 +40,9 @@ def tokens(architecture: str, size: int, **options: Any) -> list[list[int]]:
 @pytest.mark.gpu
 def test_one_rank_with_nccl(tmp_path: Any) -> None:
     """D35: device first, graphs freed before the group; a recorded all-reduce is replayed."""
-    tp = join(Place(0, 1, num_sharing=1, gpu=0), FileStore(str(tmp_path / "store"), 1), nccl)
+    tp = init_process_group(
+        RankPlacement(0, 1, num_ranks_per_device=1, gpu=0), FileStore(str(tmp_path / "store"), 1), new_nccl_group
+    )
     x, total = torch.arange(6.0, device="cuda"), torch.empty(6, device="cuda")
     graph = torch.cuda.CUDAGraph()
     tp.group.allreduce([x.clone()]).wait()
@@ -50,24 +55,30 @@ def test_one_rank_with_nccl(tmp_path: Any) -> None:
         assert torch.equal(total, x)
     assert tp.is_nccl
     graph.reset()
-    leave(tp)
+    destroy_process_group(tp)
 
 
 @pytest.mark.gpu
 @pytest.mark.whole_gpu
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_two_ranks_on_one_gpu_say_what_one_says(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_ranks_on_one_gpu_give_what_one_gives(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over gloo, since NCCL wants a GPU for each; the cache is sized for both."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # also where there are more
     assert tokens(architecture, 2, gpu_memory_utilization=0.3) == tokens(architecture, 1, gpu_memory_utilization=0.3)
 
 
+@pytest.mark.parametrize("is_async", [None, False], ids=["async", "sync"])
 @pytest.mark.parametrize("enforce_eager", [False, True])
 @pytest.mark.parametrize("size", [pytest.param(size, marks=pytest.mark.multi_gpu(size)) for size in (2, 4, 8)])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_ranks_over_nccl_say_what_one_says(architecture: str, size: int, enforce_eager: bool) -> None:
-    """D35 D37: with NCCL's collectives inside the decode graphs, and without graphs."""
-    several = tokens(architecture, size, enforce_eager=enforce_eager, num_kv_cache_blocks=NUM_BLOCKS)
+def test_ranks_over_nccl_give_what_one_gives(
+    architecture: str, size: int, enforce_eager: bool, is_async: bool | None
+) -> None:
+    """D35 D37: with NCCL's collectives inside the decode graphs, and without graphs; with and without async_scheduling,
+    which is the default.
+    """
+    options = {"enforce_eager": enforce_eager, "async_scheduling": is_async}
+    several = tokens(architecture, size, num_kv_cache_blocks=NUM_BLOCKS, **options)
     assert several == tokens(architecture, 1, num_kv_cache_blocks=NUM_BLOCKS)
 
 
@@ -75,9 +86,9 @@ def test_ranks_over_nccl_say_what_one_says(architecture: str, size: int, enforce
 @pytest.mark.parametrize("place", [WARM_UP, "decode"])
 @pytest.mark.parametrize("what", ["raise", "kill"])
 def test_a_rank_that_fails_over_nccl(what: str, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """D33: rank 0, whose GPU waits inside a collective, is let go; its memory comes back, and a new engine starts."""
+    """D33: rank 0, whose GPU waits inside a collective, is unblocked; its memory is freed, and a new engine starts."""
     expected = tokens("llama", 1, num_kv_cache_blocks=NUM_BLOCKS)
-    before = torch.cuda.memory_allocated()  # with what libraries keep for each stream, as long as the process lives
+    before = torch.cuda.memory_allocated()  # with what libraries keep for each stream until the process ends
     with monkeypatch.context() as planted:
         plant(planted, Fault(1, place, what))
         for _ in range(NUM_FAILURES):

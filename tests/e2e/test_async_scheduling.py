@@ -186,11 +186,6 @@ def test_a_cpu_has_no_time_to_gain() -> None:
         assert llm.config.async_scheduling is False
 
 
-def test_several_ranks_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"^async_scheduling must be left out .* got True and tensor_parallel_size=2"):
-        LLM(str(bundled_model_path()), device="cpu", tensor_parallel_size=2, async_scheduling=True)
-
-
 # --- on a GPU, where it is for ---
 
 

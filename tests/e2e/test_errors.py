@@ -77,16 +77,16 @@ def test_an_exception_in_a_step_leaves_the_engine_usable(llm: LLM, monkeypatch: 
     """D18: the failed step's requests end, the others and the next call get their own outputs."""
     expected = llm.generate([GOOD], GREEDY, use_tqdm=False)[0]["token_ids"]
     waiting_params = SamplingParams.greedy(max_tokens=6)
-    run = llm._core.executor.run
+    execute = llm._core.executor.execute
 
     def fail(batch: Any) -> list[int]:
         raise torch.OutOfMemoryError("planted")
 
     failing = llm.add_request([9, 9], waiting_params)
-    monkeypatch.setattr(llm._core.executor, "run", fail)
+    monkeypatch.setattr(llm._core.executor, "execute", fail)
     with pytest.raises(torch.OutOfMemoryError, match="planted"):
         llm.generate([GOOD, GOOD], GREEDY, use_tqdm=False)
-    monkeypatch.setattr(llm._core.executor, "run", run)
+    monkeypatch.setattr(llm._core.executor, "execute", execute)
     later = llm.add_request(GOOD, GREEDY)
     outputs = {}
     while not llm.is_finished():
@@ -99,15 +99,15 @@ def test_an_exception_in_a_step_leaves_the_engine_usable(llm: LLM, monkeypatch: 
 def test_ctrl_c_in_generate_aborts_and_the_next_call_works(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """D18."""
     expected = llm.generate([GOOD], GREEDY, use_tqdm=False)
-    run, calls = llm._core.executor.run, []
+    execute, calls = llm._core.executor.execute, []
 
     def interrupt(batch: Any) -> list[int]:
         calls.append(batch)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return run(batch)
+        return execute(batch)
 
-    monkeypatch.setattr(llm._core.executor, "run", interrupt)
+    monkeypatch.setattr(llm._core.executor, "execute", interrupt)
     with pytest.raises(KeyboardInterrupt):
         llm.generate([GOOD, [8, 8, 8]], GREEDY, use_tqdm=False)
     assert llm.is_finished()

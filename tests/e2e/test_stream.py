@@ -46,19 +46,19 @@ def test_who_is_aborted_in_the_midst_of_a_stream_gets_an_item_that_says_so(llm: 
 def test_who_is_aborted_while_a_step_is_computed_gets_no_token_of_it(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """D19: the others get theirs, and their text."""
     expected = [output["text"] for output in llm.generate(PROMPTS, SamplingParams.greedy(max_tokens=3), use_tqdm=False)]
-    run = llm._core.executor.run
+    execute = llm._core.executor.execute
     stream = llm.generate_stream(PROMPTS, SamplingParams.greedy(max_tokens=3))
     items = [next(stream) for _ in PROMPTS]
     first = items[0]["seq_id"]
 
-    def run_and_abort(batch: Any) -> list[int]:
-        token_ids = run(batch)
+    def execute_and_abort(batch: Any) -> Any:
+        pending = execute(batch)
         llm.abort(first)
-        return token_ids
+        return pending
 
-    monkeypatch.setattr(llm._core.executor, "run", run_and_abort)
+    monkeypatch.setattr(llm._core.executor, "execute", execute_and_abort)
     items += stream
-    monkeypatch.setattr(llm._core.executor, "run", run)
+    monkeypatch.setattr(llm._core.executor, "execute", execute)
     assert [(item["index"], item["finish_reason"]) for item in items[3:]] == [
         *[(1, None), (2, None), (1, "length"), (2, "length")],
         (0, "abort"),
@@ -69,14 +69,14 @@ def test_who_is_aborted_while_a_step_is_computed_gets_no_token_of_it(llm: LLM, m
 
 def test_who_is_aborted_before_its_first_token_gets_an_item_too(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """D19."""
-    run = llm._core.executor.run
+    execute = llm._core.executor.execute
 
-    def run_and_abort(batch: Any) -> list[int]:
-        token_ids = run(batch)
+    def execute_and_abort(batch: Any) -> Any:
+        pending = execute(batch)
         assert llm.abort(batch.sequences[0].seq_id)
-        return token_ids
+        return pending
 
-    monkeypatch.setattr(llm._core.executor, "run", run_and_abort)
+    monkeypatch.setattr(llm._core.executor, "execute", execute_and_abort)
     (item,) = llm.generate_stream(PROMPTS[0], GREEDY)
     assert (item["text"], item["token_ids"], item["finish_reason"]) == ("", [], "abort")
 

@@ -62,8 +62,7 @@ class Gate:
     def __init__(self, llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
         self.is_reached, self.is_open = threading.Event(), threading.Event()
         self.error: BaseException | None = None
-        name = "launch" if llm.config.async_scheduling else "run"
-        method = getattr(llm._core.executor, name)
+        execute = llm._core.executor.execute
 
         def gated(*args: Any) -> Any:
             if not self.is_reached.is_set():
@@ -71,9 +70,9 @@ class Gate:
                 assert self.is_open.wait(HANG_SECONDS)
                 if self.error is not None:
                     raise self.error
-            return method(*args)
+            return execute(*args)
 
-        monkeypatch.setattr(llm._core.executor, name, gated)
+        monkeypatch.setattr(llm._core.executor, "execute", gated)
 
     def wait(self) -> None:
         assert self.is_reached.wait(HANG_SECONDS)

@@ -3,12 +3,12 @@
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 
-from nanovllm.layers.tensor_parallel import TensorParallel
+from nanovllm.distributed.tensor_parallel import TensorParallel
 from tests.support.limits import HANG_SECONDS
 
 Item = TypeVar("Item")
@@ -16,7 +16,7 @@ Result = TypeVar("Result")
 
 
 class PartialRank(TensorParallel):
-    """A rank that keeps its summand or its part to itself: the test adds up or joins."""
+    """A rank whose collectives return its own summand or part: the test adds up or joins."""
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         return x
@@ -29,40 +29,31 @@ def partial_ranks(size: int) -> list[PartialRank]:
     return [PartialRank(rank, size) for rank in range(size)]
 
 
-class _Exchange:
-    """Where the threads of one group lay out their tensors for the others."""
-
-    def __init__(self, size: int) -> None:
-        self.barrier = threading.Barrier(size, timeout=HANG_SECONDS)
-        self.parts: list[Any] = [None] * size
-
-    def all_parts(self, rank: int, part: torch.Tensor) -> list[torch.Tensor]:
-        self.parts[rank] = part
-        self.barrier.wait()
-        parts = list(self.parts)
-        self.barrier.wait()  # nobody lays out the next tensor before all have read this one
-        return parts
-
-
 @dataclass(frozen=True)
 class ThreadedRank(TensorParallel):
-    """A rank that lives in a thread and meets the others at a barrier."""
+    """A rank in a thread. `parts` holds the tensors of all ranks between two waits at the barrier."""
 
-    exchange: _Exchange | None = None
+    barrier: Any = None
+    parts: list[Any] = field(default_factory=list)
+
+    def _exchange(self, part: torch.Tensor) -> list[torch.Tensor]:
+        self.parts[self.rank] = part
+        self.barrier.wait()
+        parts = list(self.parts)
+        self.barrier.wait()
+        return parts
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        assert self.exchange is not None
-        return torch.stack(self.exchange.all_parts(self.rank, x)).sum(0)
+        return torch.stack(self._exchange(x)).sum(0)
 
     def gather(self, x: torch.Tensor) -> torch.Tensor | None:
-        assert self.exchange is not None
-        parts = self.exchange.all_parts(self.rank, x)
+        parts = self._exchange(x)
         return torch.cat(parts, dim=-1) if self.rank == 0 else None
 
 
 def threaded_ranks(size: int) -> list[TensorParallel]:
-    exchange = _Exchange(size)
-    return [ThreadedRank(rank, size, exchange=exchange) for rank in range(size)]
+    barrier, parts = threading.Barrier(size, timeout=HANG_SECONDS), [None] * size
+    return [ThreadedRank(rank, size, barrier=barrier, parts=parts) for rank in range(size)]
 
 
 def run_together(work: Callable[[Item], Result], items: list[Item]) -> list[Result]:

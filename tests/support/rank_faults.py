@@ -1,4 +1,4 @@
-"""Ranks that fail where a test says. A fault is planted in the process of one rank, before it begins to work."""
+"""Ranks that fail where a test says: a fault is planted in the process of one rank."""
 
 import functools
 import os
@@ -13,9 +13,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from nanovllm.worker import local_ranks, meeting, model_runner, rank_process
+from nanovllm.distributed import rendezvous
+from nanovllm.executor import multiproc, worker_main
+from nanovllm.worker import model_runner
 
-PLACES = ("joining", "load", "sizing", "prefill", "decode")  # in the order in which a rank comes to them
+PLACES = ("joining", "load", "sizing", "prefill", "decode")  # in the order in which a rank reaches them
 CONNECTING = "connecting"  # after "joining": the others know this rank's address, and it does not connect
 WARM_UP = "warm-up"  # after "load", on GPUs only
 MEMORY = 2**30  # holds fewer blocks of the bundled model than its 512 sequences could use
@@ -24,9 +26,9 @@ WORDS = "planted on purpose"
 
 @dataclass(frozen=True)
 class Fault:
-    """Rank `rank` does `what` when it comes to `place`: raise, kill, exit, run out of memory, stop.
+    """Rank `rank` does `what` when it reaches `place`: raise, kill, exit, run out of memory, stop.
 
-    log: a file in which the rank writes when it did so.
+    log: a file to which the rank writes the time of it.
     """
 
     rank: int
@@ -46,7 +48,7 @@ class Fault:
         os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[self.what])
 
     def seconds_since(self) -> float:
-        """Between the rank's last entry in the log and now; one clock for all processes of a machine."""
+        """Since the fault was triggered last; one clock for all processes of a machine."""
         assert self.log is not None
         return time.monotonic() - float(self.log.read_text())
 
@@ -56,19 +58,18 @@ def plant(monkeypatch: Any, fault: Fault) -> None:
     if fault.rank == 0:
         plant_here(fault, monkeypatch.setattr)
     else:
-        monkeypatch.setattr(local_ranks, "run_rank", functools.partial(run_rank_with, fault))
+        monkeypatch.setattr(multiproc, "worker_main", functools.partial(_faulty_worker, fault))
 
 
-def run_rank_with(fault: Fault, model: Any, place: Any, *rest: Any) -> None:
-    """What the process of a rank runs."""
-    if place.rank == fault.rank:
+def _faulty_worker(fault: Fault, spec: Any, placement: Any, *rest: Any) -> None:
+    if placement.rank == fault.rank:
         plant_here(fault)
-    rank_process.run_rank(model, place, *rest)
+    worker_main.worker_main(spec, placement, *rest)
 
 
 def plant_memory(monkeypatch: Any, available: list[int]) -> None:
     """From now on, rank r of engines of this process finds available[r] bytes of memory."""
-    monkeypatch.setattr(local_ranks, "run_rank", functools.partial(_run_rank_with_memory, available))
+    monkeypatch.setattr(multiproc, "worker_main", functools.partial(_worker_with_memory, available))
     monkeypatch.setattr(model_runner.psutil, "virtual_memory", lambda: _memory(available[0]))
 
 
@@ -76,35 +77,34 @@ def _memory(available: int) -> SimpleNamespace:
     return SimpleNamespace(available=available, total=available)
 
 
-def _run_rank_with_memory(available: list[int], model: Any, place: Any, *rest: Any) -> None:
-    model_runner.psutil.virtual_memory = lambda: _memory(available[place.rank])
-    rank_process.run_rank(model, place, *rest)
+def _worker_with_memory(available: list[int], spec: Any, placement: Any, *rest: Any) -> None:
+    model_runner.psutil.virtual_memory = lambda: _memory(available[placement.rank])
+    worker_main.worker_main(spec, placement, *rest)
 
 
 def plant_here(fault: Fault, patch: Callable[[Any, str, Any], None] = setattr) -> None:
     """Plant the fault in this process, whichever rank it is."""
     Runner = model_runner.ModelRunner
-    functions: dict[str, tuple[Any, str]] = {
-        "joining": (rank_process, "join"),
+    where, name = {
+        "joining": (worker_main, "join_local_group"),
+        CONNECTING: (rendezvous, "_connect_gloo"),
         "load": (model_runner, "load_model"),
         WARM_UP: (Runner, "warmup_model"),
         "sizing": (Runner, "allocate_kv_cache"),
-    }
-    if fault.place in functions:
-        where, name = functions[fault.place]
-        patch(where, name, _first(fault.trigger, getattr(where, name)))
-    elif fault.place == CONNECTING:
-        connect = meeting._connect_gloo
-        patch(meeting, "_connect_gloo", lambda place, store: connect(place, TriggeringStore(store, fault)))
-    else:
-        run = Runner.run
+        "prefill": (Runner, "launch"),
+        "decode": (Runner, "launch"),
+    }[fault.place]
+    work = getattr(where, name)
 
-        def faulty_run(self: Any, batch: Any) -> Any:
-            if batch.is_prefill == (fault.place == "prefill"):
-                fault.trigger()
-            return run(self, batch)
+    @functools.wraps(work)
+    def with_fault(*args: Any, **kwargs: Any) -> Any:
+        if fault.place == CONNECTING:
+            return work(args[0], TriggeringStore(args[1], fault))
+        if name != "launch" or args[1].is_prefill == (fault.place == "prefill"):
+            fault.trigger()
+        return work(*args, **kwargs)
 
-        patch(Runner, "run", faulty_run)
+    patch(where, name, with_fault)
 
 
 class TriggeringStore(dist.Store):
@@ -123,12 +123,3 @@ class TriggeringStore(dist.Store):
 
     def wait(self, keys: list[str], *timeout: Any) -> None:  # type: ignore[override]
         self._store.wait(keys, *timeout)
-
-
-def _first(trigger: Callable[[], None], work: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(work)
-    def with_fault(*args: Any, **kwargs: Any) -> Any:
-        trigger()
-        return work(*args, **kwargs)
-
-    return with_fault

@@ -1,4 +1,4 @@
-"""What this process holds of the system: so that a test can say that an engine left nothing behind."""
+"""What this process holds of the system, so that a test can check that an engine left nothing behind."""
 
 import gc
 import multiprocessing
@@ -6,11 +6,11 @@ import os
 import secrets
 import tempfile
 import threading
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from multiprocessing import resource_tracker, shared_memory
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import psutil
@@ -18,9 +18,8 @@ import psutil
 SHARED_MEMORY = Path("/dev/shm")
 
 
-@dataclass(frozen=True)
-class ResourceSnapshot:
-    """Processes below this one, shared-memory segments and semaphores, open files (sockets too), temporary files, and
+class ResourceSnapshot(NamedTuple):
+    """Child processes (all levels), shared-memory segments and semaphores, open files and sockets, temporary files, and
     threads (but tqdm's, one for the whole process).
     """
 
@@ -32,25 +31,25 @@ class ResourceSnapshot:
 
 
 class Watch:
-    """Gives everything that engines make a prefix of its own: other programs use the machine at the same time."""
+    """Gives what engines make a prefix of its own: other programs use the machine at the same time."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.prefix = "nv" + secrets.token_hex(3)  # Python takes no longer one
+        self.prefix = "nv" + secrets.token_hex(3)  # Python accepts no longer one
 
     @contextmanager
-    def watching(self) -> Any:
-        resource_tracker.ensure_running()  # one process that stays, whatever is tested
+    def watching(self) -> Iterator["Watch"]:
+        resource_tracker.ensure_running()  # one process for the whole run
         config: dict[str, Any] = multiprocessing.current_process()._config  # type: ignore[attr-defined]
         with (
             mock.patch.object(shared_memory, "_SHM_NAME_PREFIX", f"/{self.prefix}"),
-            mock.patch.dict(config, semprefix=f"/{self.prefix}"),  # the ranks inherit it
+            mock.patch.dict(config, semprefix=f"/{self.prefix}"),  # workers inherit it
             mock.patch.object(tempfile, "tempdir", str(self.directory)),
         ):
             yield self
 
     def snapshot(self) -> ResourceSnapshot:
-        for _ in range(2):  # what the finalizer of an engine in a cycle lets go is collected in the next round
+        for _ in range(2):  # the second round collects what the finalizer of an engine in a cycle freed
             gc.collect()
         tracker = resource_tracker._resource_tracker._pid  # type: ignore[attr-defined]
         children = psutil.Process().children(recursive=True)

@@ -91,25 +91,23 @@ def recorded(llm: LLM, is_pickled: bool = False) -> Iterator[dict[int, list[torc
     """seq_id -> the logits that each of its tokens was sampled from. Pickled: as a rank in another process has it."""
     runner: Any = llm._core.executor._runner
     logits: dict[int, list[torch.Tensor]] = {}
-    run, launch, sampler = runner.run, runner.launch, runner.sampler
+    launch, sampler = runner.launch, runner.sampler
     current: list[ScheduledBatch] = []
 
-    def run_and_remember(batch: ScheduledBatch) -> list[int]:
-        current[:] = [pickle.loads(pickle.dumps(batch)) if is_pickled else batch]
-        return run(current[0])
-
-    def launch_and_remember(batch: ScheduledBatch, *before: Any) -> Any:
-        current[:] = [batch]
-        return launch(batch, *before)
+    def launch_and_remember(batch: ScheduledBatch, *previous: Any) -> Any:
+        current[:] = [pickle.loads(pickle.dumps(batch)) if is_pickled and not previous else batch]
+        output = launch(current[0], *previous)
+        output.batch = batch
+        return output
 
     def record(rows: torch.Tensor, *others: Any) -> torch.Tensor:
         for seq, row in zip(current[0].sampled_sequences, rows, strict=True):
             logits.setdefault(seq.seq_id, []).append(row.cpu().clone())
         return sampler(rows, *others)
 
-    runner.run, runner.launch, runner.sampler = run_and_remember, launch_and_remember, record
+    runner.launch, runner.sampler = launch_and_remember, record
     try:
         yield logits
     finally:
-        del runner.run, runner.launch
+        del runner.launch
         runner.sampler = sampler

@@ -56,18 +56,6 @@ def number(pattern: str, text: str) -> int:
         ),
         (
             Config,
-            {"async_scheduling": True, "tensor_parallel_size": 2},
-            "leave out one of the two",
-            {"tensor_parallel_size": 2},
-        ),
-        (
-            Config,
-            {"async_scheduling": True, "tensor_parallel_size": 2},
-            "leave out one of the two",
-            {"async_scheduling": True},
-        ),
-        (
-            Config,
             {"kv_cache_block_size": 16},
             "attention_backend='triton' also takes powers of two from 16",
             {"kv_cache_block_size": 16, "attention_backend": "triton"},

@@ -92,7 +92,7 @@ def play(trace: Trace, target: Any) -> Counter[str]:
         scheduler.block_manager.check_invariants((*scheduler.running, *scheduler.waiting))
         if name in ("schedule", "commit_async_batch") and returned is not None:
             batches["current"] = returned
-            tokens = engine._core.executor.run(returned) if engine and not returned.is_empty else None
+            tokens = engine._core.executor.execute(returned).token_ids() if engine and not returned.is_empty else None
     return score
 
 

@@ -1,4 +1,4 @@
-"""Whether the processes of other ranks, which multiprocessing spawns, can import the user's program."""
+"""Whether the workers' processes, which multiprocessing spawns, can import the user's program."""
 
 import os
 import sys
@@ -6,7 +6,7 @@ from multiprocessing import process
 
 
 def require_importable_program() -> None:
-    """Raise ValueError when `__main__` is no file, as of `python - <<EOF`; call it before a rank is started.
+    """Raise ValueError when `__main__` has a file that does not exist, as with `python - <<EOF`.
 
     A spawned process imports the file of `__main__` first. Programs without one (python -c, a notebook, the interactive
     interpreter) are not imported, and modules (python -m) are found by their names.

@@ -9,8 +9,8 @@ _UNSET = "start the program with torchrun, or unset RANK"
 
 
 @dataclass(frozen=True)
-class Launch:
-    """This process is `rank` of `size`, and local_rank of the local_size on this machine."""
+class TorchrunEnv:
+    """This process is `rank` of `size` ranks, and local_rank of the local_size ranks on this machine."""
 
     rank: int
     size: int
@@ -18,24 +18,24 @@ class Launch:
     local_size: int
 
 
-def read_launch() -> Launch | None:
-    """None unless this process was started as one of several.
+def read_torchrun_env() -> TorchrunEnv | None:
+    """None unless torchrun started this process as one of several.
 
-    Raises ValueError when the variables are all set and do not hold the numbers of a rank.
+    Raises ValueError when all the variables are set and their values are not those of a rank.
     """
     if any(name not in os.environ for name in _VARIABLES):
         return None
     numbers = {name: _read_number(name) for name in _VARIABLES[:4]}
-    launch = Launch(*numbers.values())
-    if launch.size == 1:  # some clusters set variables for every program
+    env = TorchrunEnv(*numbers.values())
+    if env.size == 1:  # some clusters set the variables for every program
         return None
-    if not (launch.rank < launch.size and launch.local_rank < launch.local_size <= launch.size):
+    if not (env.rank < env.size and env.local_rank < env.local_size <= env.size):
         values = ", ".join(f"{name}={number}" for name, number in numbers.items())
         raise ValueError(
             "RANK must be below WORLD_SIZE, and LOCAL_RANK below LOCAL_WORLD_SIZE, as torchrun sets them, got "
             f"{values}; {_UNSET}"
         )
-    return launch
+    return env
 
 
 def _read_number(name: str) -> int:

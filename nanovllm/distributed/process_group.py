@@ -1,0 +1,83 @@
+"""Creation, orderly destruction and abort of the ranks' process group, a gloo or NCCL backend of torch.distributed."""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed
+
+from nanovllm.distributed.placement import RankPlacement
+from nanovllm.distributed.tensor_parallel import TensorParallel
+
+dist: Any = torch.distributed  # its type stubs lack classes that its documentation has
+FileStore, PrefixStore = dist.FileStore, dist.PrefixStore
+
+NO_TIMEOUT = timedelta(days=365)  # a slow rank is waited for; a failed rank is detected by other means
+REMOTE_CONNECT_TIMEOUT = timedelta(minutes=30)  # the machines' programs may be started minutes apart
+ABORT_DRAIN_TIMEOUT_S = 1.0  # for a collective that is being launched when the group is aborted
+
+
+def new_gloo_group(placement: RankPlacement, store: Any) -> Any:
+    """A gloo group of all ranks, on one or several machines. It listens on the interface GLOO_SOCKET_IFNAME, or on the
+    address of the machine's name.
+    """
+    group = dist.ProcessGroupGloo(store, placement.rank, placement.size, REMOTE_CONNECT_TIMEOUT)
+    group._set_default_timeout(NO_TIMEOUT)
+    return group
+
+
+def new_nccl_group(placement: RankPlacement, store: Any) -> Any:
+    """An NCCL group of all ranks, each of which has a GPU of its own."""
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = NO_TIMEOUT
+    return dist.ProcessGroupNCCL(store, placement.rank, placement.size, options)
+
+
+def init_process_group(
+    placement: RankPlacement, store: Any, new_group: Callable[[RankPlacement, Any], Any]
+) -> TensorParallel:
+    """This rank's end of a new group; returns when every rank has connected.
+
+    new_group: makes the group of all ranks from placement and store: new_gloo_group, new_nccl_group or rendezvous; the
+        same on all ranks.
+    """
+    placement.set_current_device()
+    tp = TensorParallel(placement.rank, placement.size, new_group(placement, store))
+    tp.barrier()  # NCCL connects in the first collective
+    return tp
+
+
+def destroy_process_group(tp: TensorParallel) -> None:
+    """Close this rank's end; all ranks do. Free the CUDA graphs that recorded the group's collectives first."""
+    tp.group.shutdown()
+
+
+def abort_process_group(tp: TensorParallel) -> "Future[None]":
+    """Start to abort this rank's end of a group in which a rank has failed: collectives raise RuntimeError from now on,
+    and those that wait return.
+
+    The result is there when the abort has ended. NCCL's waits for the CUDA graphs that recorded its collectives to be
+    freed, so it runs in a thread of its own while the caller frees them.
+    """
+
+    def abort() -> None:
+        tp.guard.close(ABORT_DRAIN_TIMEOUT_S)
+        tp.group.abort()
+
+    return run_in_daemon_thread(abort)
+
+
+def run_in_daemon_thread(work: Callable[[], Any]) -> "Future[Any]":
+    """Future of work(), which runs in a daemon thread: the interpreter exits without waiting for it."""
+    result: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(work())
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return result

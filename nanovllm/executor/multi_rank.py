@@ -1,0 +1,187 @@
+"""MultiRankExecutor: what the executors with several ranks have in common, on rank 0."""
+
+import threading
+import weakref
+from abc import abstractmethod
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from typing import NoReturn
+
+import torch
+
+from nanovllm.distributed.placement import RankPlacement
+from nanovllm.distributed.process_group import abort_process_group, destroy_process_group
+from nanovllm.distributed.tensor_parallel import TensorParallel
+from nanovllm.engine.scheduler import ScheduledBatch
+from nanovllm.executor.base import Executor, PendingTokens, free_frames
+from nanovllm.executor.failure_monitor import State
+from nanovllm.executor.worker_main import StepMessage, WorkerSpec
+from nanovllm.worker.async_output import AsyncModelOutput
+from nanovllm.worker.model_runner import ModelRunner
+
+ROOT_CAUSE_TIMEOUT_S = 5.0  # to find the failure of another rank that explains an error of rank 0
+SHUTDOWN_TIMEOUT_S = 10.0  # for workers to end by themselves, and for an abort
+ENDED = "the ranks of this engine have ended: make a new one"
+
+
+class MultiRankPendingTokens:
+    """A step of all ranks; its failure closes the executor.
+
+    The output belongs to the executor, which frees it when it closes: an engine or a traceback that keeps this object
+    keeps no device memory.
+    """
+
+    def __init__(self, output: AsyncModelOutput, collect: Callable[["MultiRankPendingTokens"], list[int]]) -> None:
+        self.batch = output.batch
+        self._output = weakref.ref(output)
+        self._collect = collect
+
+    @property
+    def output(self) -> AsyncModelOutput:
+        output = self._output()
+        if output is None:
+            raise RuntimeError(ENDED)
+        return output
+
+    def token_ids(self) -> list[int]:
+        return self._collect(self)
+
+
+class MultiRankExecutor(Executor):
+    """Sends each step to the other ranks and computes it on rank 0's ModelRunner.
+
+    Any exception shuts the executor down, because the ranks may no longer be at the same step. When another rank's
+    failure explains it, that failure is raised.
+    """
+
+    def __init__(self, spec: WorkerSpec, placement: RankPlacement) -> None:
+        self._placement = placement
+        self._tp: TensorParallel | None = None
+        self._runner: ModelRunner | None = None
+        self._abort_lock = threading.Lock()  # guards _aborted: rank 0 and a monitor thread may abort at once
+        self._aborted: Future[None] | None = None
+        self._outputs: deque[AsyncModelOutput] = deque(maxlen=2)  # of the step in flight and the one before
+        try:
+            self._runner = self._start(spec)
+        except BaseException as error:
+            self._fail(error)
+        self.num_kv_cache_blocks = self._runner.num_kv_cache_blocks
+        self.supports_async_scheduling = self._tp is not None and self._tp.is_nccl
+
+    def _start(self, spec: WorkerSpec) -> ModelRunner:
+        return spec.make_runner(self._placement, self._connect(spec), self._check)
+
+    def execute(self, batch: ScheduledBatch, previous: PendingTokens | None = None) -> MultiRankPendingTokens:
+        if self._runner is None:
+            raise RuntimeError(ENDED)
+        try:
+            self._send(StepMessage(batch, None if previous is None else previous.batch.sampled_sequences))
+            self._outputs.append(self._launch(self._runner, batch, previous))
+        except BaseException as error:
+            self._fail(error)
+        return MultiRankPendingTokens(self._outputs[-1], self._collect)
+
+    @staticmethod
+    def _launch(runner: ModelRunner, batch: ScheduledBatch, previous: PendingTokens | None) -> AsyncModelOutput:
+        if previous is None:
+            return runner.launch(batch)
+        assert isinstance(previous, MultiRankPendingTokens)
+        return runner.launch(batch, previous.batch.sampled_sequences, previous.output.sampled)
+
+    def _collect(self, pending: MultiRankPendingTokens) -> list[int]:
+        try:
+            token_ids = pending.output.token_ids()
+            self._check()  # when a rank has failed, these are not the tokens
+        except BaseException as error:
+            self._fail(error)
+        return token_ids
+
+    @property
+    def is_closed(self) -> bool:
+        return self._runner is None
+
+    def _fail(self, error: BaseException) -> NoReturn:
+        """Shut down and raise `error`, or the root cause from it."""
+        root_cause: BaseException | None = None
+        try:
+            # Neither ValueError nor KeyboardInterrupt nor rank 0's own lack of memory follows from another rank's end.
+            if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
+                root_cause = self._wait_for_root_cause(ROOT_CAUSE_TIMEOUT_S)
+        finally:  # also when Ctrl-C ends the waiting
+            self._terminate()
+            free_frames(error)
+            self.close()
+        if root_cause is None or root_cause is error:
+            raise error
+        raise root_cause from error
+
+    def close(self) -> None:
+        state = self._stop_monitoring()
+        if state is State.CLOSED:
+            return
+        try:
+            if state is not State.FAILED:
+                self._request_shutdown()  # first, since destroying an NCCL group may wait for the other ranks
+                self._free_runner()  # its graphs recorded the group's collectives
+                if self._tp is not None:
+                    destroy_process_group(self._tp)
+                    self._tp = None
+                self._wait_for_workers()
+        except BaseException:
+            self._terminate()
+            raise
+        finally:
+            self._outputs.clear()
+            self._free_runner()
+            if self._aborted is not None:
+                wait([self._aborted], SHUTDOWN_TIMEOUT_S)
+            self._release()
+            self._tp = self._aborted = None
+
+    def _free_runner(self) -> None:
+        runner, self._runner = self._runner, None
+        if runner is not None:
+            runner.close()
+
+    def _abort_group(self) -> None:
+        """Start to abort the process group, once."""
+        with self._abort_lock:
+            if self._tp is not None and self._aborted is None:
+                self._aborted = abort_process_group(self._tp)
+
+    # --- what an implementation provides ---
+
+    @abstractmethod
+    def _connect(self, spec: WorkerSpec) -> TensorParallel:
+        """Rank 0's end of the group, which is also self._tp, when all ranks have connected."""
+
+    @abstractmethod
+    def _send(self, message: StepMessage) -> None: ...
+
+    @abstractmethod
+    def _check(self) -> None:
+        """Raise RankError if another rank is known to have failed."""
+
+    @abstractmethod
+    def _wait_for_root_cause(self, timeout: float) -> BaseException | None:
+        """The failure of another rank; None if there is none after `timeout` seconds."""
+
+    @abstractmethod
+    def _terminate(self) -> None:
+        """The state is FAILED from now on: kill the workers where this process started them, abort the group."""
+
+    @abstractmethod
+    def _stop_monitoring(self) -> State:
+        """STOPPING, FAILED or CLOSED."""
+
+    @abstractmethod
+    def _request_shutdown(self) -> None:
+        """Ask the workers to end when they have computed what was sent."""
+
+    def _wait_for_workers(self) -> None:
+        """Wait until the workers have ended, for a limited time."""
+
+    @abstractmethod
+    def _release(self) -> None:
+        """Free what is left, workers included. The state is CLOSED afterwards."""

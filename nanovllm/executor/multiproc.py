@@ -1,0 +1,174 @@
+"""MultiprocExecutor: rank 0 computes in this process and starts, watches and ends the other ranks' processes.
+
+When a rank has failed the process group is unusable: its FailureMonitor terminates all workers. Rank 0, which may be
+inside a collective that never completes, is unblocked by that: gloo detects closed connections, NCCL is aborted.
+"""
+
+import multiprocessing.process
+import os
+import shutil
+import signal
+import tempfile
+import time
+import weakref
+from collections.abc import Iterator
+from concurrent.futures import Future, wait
+from contextlib import ExitStack, contextmanager, suppress
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnContext
+from typing import Any
+
+from nanovllm.distributed.message_queue import MessageQueueWriter
+from nanovllm.distributed.placement import local_placements, resolve_device
+from nanovllm.distributed.process_group import run_in_daemon_thread
+from nanovllm.distributed.tensor_parallel import TensorParallel
+from nanovllm.executor.base import RankError
+from nanovllm.executor.failure_monitor import FailureMonitor, State
+from nanovllm.executor.main_program import require_importable_program
+from nanovllm.executor.multi_rank import ROOT_CAUSE_TIMEOUT_S, SHUTDOWN_TIMEOUT_S, MultiRankExecutor
+from nanovllm.executor.worker_main import StepMessage, WorkerSpec, join_local_group, worker_main
+
+CHECK_INTERVAL_S = 0.05
+
+_all_processes: "weakref.WeakSet[Any]" = weakref.WeakSet()  # workers of all engines of this process
+
+
+def _disown_processes() -> None:
+    """In a forked child, which must not terminate and join its parent's workers when it exits."""
+    multiprocessing.process._children.difference_update(_all_processes)  # type: ignore[attr-defined]
+
+
+os.register_at_fork(after_in_child=_disown_processes)
+
+
+class MultiprocExecutor(MultiRankExecutor):
+    """Raises ValueError for a device that does not exist and a program that the workers cannot import."""
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        require_importable_program()
+        placement, *self._worker_placements = local_placements(
+            resolve_device(spec.config.device), spec.config.tensor_parallel_size
+        )
+        self._processes: list[Any] = []  # of ranks 1, 2, ...
+        self._connecting: Future[TensorParallel] | None = None
+        context = SpawnContext()
+        with ExitStack() as stack:
+            self._queue = MessageQueueWriter(len(self._worker_placements), context)
+            stack.callback(self._queue.close)
+            directory = tempfile.mkdtemp(prefix="nanovllm-")  # only this user can enter it
+            stack.callback(shutil.rmtree, directory, ignore_errors=True)
+            self._store_path = os.path.join(directory, "store")
+            receivers: dict[int, Connection] = {}
+            self._senders: dict[int, Connection] = {}
+            for worker in self._worker_placements:
+                receivers[worker.rank], self._senders[worker.rank] = context.Pipe(duplex=False)
+                stack.callback(receivers[worker.rank].close)
+                stack.callback(self._senders[worker.rank].close)
+            self._monitor = FailureMonitor(receivers, self._exit_code, self._kill_workers, self._unblock)
+            self._resources = stack.pop_all()  # freed when the processes have ended
+        super().__init__(spec, placement)
+
+    def _connect(self, spec: WorkerSpec) -> TensorParallel:
+        self._start_workers(spec)
+        # In a thread, because connecting to a rank that has died cannot be interrupted.
+        self._connecting = run_in_daemon_thread(self._join_group)
+        while not wait([self._connecting], CHECK_INTERVAL_S).done:
+            self._monitor.check()
+        tp = self._connecting.result()
+        self._connecting = None
+        self._monitor.check()  # a rank may have failed before the monitor's thread could abort self._tp
+        return tp
+
+    def _join_group(self) -> TensorParallel:
+        self._tp = join_local_group(self._placement, self._store_path, self._monitor.check)
+        return self._tp
+
+    def _start_workers(self, spec: WorkerSpec) -> None:
+        context = SpawnContext()
+        with _sigint_blocked():  # the processes inherit it: rank 0 handles Ctrl-C and ends them
+            for placement, reader in zip(self._worker_placements, self._queue.readers, strict=True):
+                sender = self._senders[placement.rank]
+                arguments = (spec, placement, self._store_path, reader, sender, os.getpid())
+                process = context.Process(target=worker_main, args=arguments, daemon=True)
+                process.start()
+                self._processes.append(process)
+                _all_processes.add(process)
+                sender.close()  # the process has the only copy: the pipe closes when it ends
+
+    # --- a step ---
+
+    def _send(self, message: StepMessage) -> None:
+        self._queue.enqueue(message, self._monitor.check)
+
+    def _check(self) -> None:
+        self._monitor.check()
+
+    # --- failures ---
+
+    def _wait_for_root_cause(self, timeout: float) -> RankError | None:
+        return self._monitor.wait_for_root_cause(timeout)
+
+    def _terminate(self) -> None:
+        self._monitor.fail()
+        self._kill_workers()
+        self._abort_group()
+
+    def _kill_workers(self) -> None:
+        for process in self._processes:
+            process.kill()  # suspended ones too; no effect on those that have ended
+
+    def _unblock(self) -> None:
+        if self._tp is not None and self._tp.is_nccl:
+            self._abort_group()  # nothing else ends a kernel that waits for other GPUs
+
+    def _exit_code(self, rank: int) -> int | None:
+        return _exit_code(self._processes[rank - 1])
+
+    # --- shutdown ---
+
+    def _stop_monitoring(self) -> State:
+        return self._monitor.stop()
+
+    def _request_shutdown(self) -> None:
+        self._shutdown_deadline = time.monotonic() + SHUTDOWN_TIMEOUT_S
+
+        def check() -> None:
+            if time.monotonic() > self._shutdown_deadline:
+                raise TimeoutError
+
+        with suppress(TimeoutError):  # it is killed then
+            self._queue.enqueue(None, check)
+
+    def _wait_for_workers(self) -> None:
+        for process in self._processes:
+            process.join(max(0, self._shutdown_deadline - time.monotonic()))
+
+    def _release(self) -> None:
+        self._kill_workers()
+        if self._connecting is not None:
+            wait([self._connecting], ROOT_CAUSE_TIMEOUT_S)
+            self._connecting = None  # its traceback refers to this executor
+        for process in self._processes:
+            if _exit_code(process) is not None:
+                process.close()
+        self._processes.clear()
+        self._resources.close()
+        self._monitor.close()
+
+
+def _exit_code(process: Any) -> int | None:
+    """Exit code of a process that has ended or is about to end; None if another waitpid() call took it."""
+    deadline = time.monotonic() + SHUTDOWN_TIMEOUT_S
+    process.join(SHUTDOWN_TIMEOUT_S)
+    while process.exitcode is None and time.monotonic() < deadline:
+        time.sleep(0.01)  # another thread has waited for it (multiprocessing.active_children() does), and will store it
+    return process.exitcode
+
+
+@contextmanager
+def _sigint_blocked() -> Iterator[None]:
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)

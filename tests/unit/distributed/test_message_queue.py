@@ -1,0 +1,191 @@
+"""Messages through shared memory: whole, in order, of any size; a killed reader does not block the writer; and what a
+small, full or absent /dev/shm leads to.
+"""
+
+import errno
+import multiprocessing
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.shared_memory import SharedMemory
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given
+
+from nanovllm.distributed import message_queue
+from nanovllm.distributed.message_queue import CHUNK_BYTES, MessageQueueReader, MessageQueueWriter, encode
+from tests.support.counts import count_comparisons
+from tests.support.limits import HANG_SECONDS
+from tests.support.source_tree import ROOT
+
+SPAWN = multiprocessing.get_context("spawn")
+
+
+class ReaderEnded(Exception):
+    pass
+
+
+def ended() -> None:
+    raise ReaderEnded
+
+
+def never() -> None:
+    """The check of a writer whose readers have not failed."""
+
+
+@contextmanager
+def queue(num_readers: int = 1, chunk_bytes: int = CHUNK_BYTES) -> Iterator[MessageQueueWriter]:
+    writer = MessageQueueWriter(num_readers, SPAWN, chunk_bytes)
+    try:
+        yield writer
+    finally:
+        writer.close()
+
+
+def dequeue_all(reader: MessageQueueReader, count: int) -> list[Any]:
+    return [reader.dequeue() for _ in range(count)]
+
+
+def received_by_each(writer: MessageQueueWriter, messages: list[Any]) -> list[list[Any]]:
+    """What readers in threads get when `messages` are sent one after the other."""
+    results: list[list[Any]] = [[] for _ in writer.readers]
+
+    def run(index: int, reader: MessageQueueReader) -> None:
+        results[index] = dequeue_all(reader, len(messages))
+
+    # Daemons: a message that never comes fails the test, and is not waited for at the end of the run as well.
+    threads = [threading.Thread(target=run, args=item, daemon=True) for item in enumerate(writer.readers)]
+    for thread in threads:
+        thread.start()
+    end = time.monotonic() + HANG_SECONDS
+
+    def check() -> None:
+        assert time.monotonic() < end, "a reader never reads what was sent"
+
+    for message in messages:
+        writer.enqueue(message, check)
+    for thread in threads:
+        thread.join(HANG_SECONDS)
+        assert not thread.is_alive(), "a reader waits for a message that was sent"
+    return results
+
+
+@given(
+    chunk_bytes=st.integers(1, 64),
+    num_readers=st.integers(1, 3),
+    messages=st.lists(st.binary(max_size=200) | st.integers() | st.none(), min_size=1, max_size=5),
+)
+def test_every_message_reaches_every_reader_whole_and_in_order(
+    chunk_bytes: int, num_readers: int, messages: list[Any]
+) -> None:
+    """D31: whatever its size; most of these are longer than the segment."""
+    with queue(num_readers, chunk_bytes) as writer:
+        assert received_by_each(writer, messages) == [messages] * num_readers
+    count_comparisons("ranks: messages received against those sent", len(messages) * num_readers)
+
+
+def test_a_reader_killed_while_it_waits_does_not_block_the_writer() -> None:
+    """D33: multiprocessing.Event.set() would wait for it for ever. The second message finds the first unread."""
+    with queue() as writer:
+        process = SPAWN.Process(target=dequeue_all, args=(writer.readers[0], 2))
+        process.start()
+        writer.enqueue("read", never)
+        slot_free = writer.readers[0].slot_free
+        assert slot_free.acquire(timeout=HANG_SECONDS)  # it has read, and waits again
+        slot_free.release()
+        process.kill()
+        process.join(HANG_SECONDS)
+        assert process.exitcode == -signal.SIGKILL
+        writer.enqueue("written for a dead process", ended)  # returns
+        with pytest.raises(ReaderEnded):
+            writer.enqueue("more", ended)
+
+
+def test_two_queues_do_not_meet_and_each_frees_its_segment() -> None:
+    """D32. D03: a message is a copy."""
+    message = {"tokens": [1, 2, 3]}
+    with queue() as first, queue() as second:
+        first.enqueue(message, never)
+        second.enqueue("second", never)
+        message["tokens"].append(4)
+        assert (second.readers[0].dequeue(), first.readers[0].dequeue()) == ("second", {"tokens": [1, 2, 3]})
+        names = [writer._segment.name for writer in (first, second)]
+    for name in names:
+        with pytest.raises(FileNotFoundError):
+            SharedMemory(name)
+    assert pickle.loads(encode(message)) == message
+
+
+# --- /dev/shm ---
+
+SMALL = """
+import os
+from multiprocessing import get_context
+from nanovllm.distributed.message_queue import MessageQueueWriter
+try:
+    MessageQueueWriter(1, get_context("spawn"))
+except ValueError as error:
+    print(error)
+print(os.listdir("/dev/shm"))
+"""
+
+
+def test_the_segments_pages_are_allocated_when_it_is_made() -> None:
+    """D88."""
+    with queue() as writer:
+        assert os.fstat(writer._segment._fd).st_blocks * 512 >= CHUNK_BYTES  # type: ignore[attr-defined]
+
+
+def raising(number: int) -> Callable[..., Any]:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "number", "error", "match"),
+    [
+        (os, "posix_fallocate", errno.ENOSPC, ValueError, r"1\.0 MiB .* /dev/shm .* got .* MiB free .*--shm-size=1g"),
+        (message_queue, "MessageQueueReader", errno.ENOSPC, ValueError, r"/dev/shm .*--shm-size"),
+        (message_queue, "SharedMemory", errno.ENOENT, ValueError, r"/dev/shm .*No such file.*--shm-size"),
+        (message_queue, "SharedMemory", errno.EMFILE, OSError, "Too many open files"),
+    ],
+    ids=["no room for the segment", "no room for semaphores", "no /dev/shm", "another error"],
+)
+def test_an_error_of_the_system_names_the_remedy_and_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, number: int, error: type[Exception], match: str
+) -> None:
+    """D88."""
+    before = set(os.listdir(message_queue.SHM_DIRECTORY))
+    monkeypatch.setattr(owner, name, raising(number))
+    with pytest.raises(error, match=match):
+        MessageQueueWriter(1, SPAWN)
+    assert set(os.listdir(message_queue.SHM_DIRECTORY)) == before
+
+
+def test_a_real_small_file_system() -> None:
+    """D88: of 16 KiB, in a mount namespace of its own."""
+    enter = ["unshare", "--mount", "--map-root-user"]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", message_queue.SHM_DIRECTORY]
+    try:
+        can_mount = subprocess.run([*enter, *mount], capture_output=True, timeout=HANG_SECONDS).returncode == 0
+    except FileNotFoundError:
+        can_mount = False
+    if not can_mount:
+        pytest.skip("needs a mount namespace of its own")
+    result = subprocess.run(
+        [*enter, "sh", "-c", f'{" ".join(mount)} && exec "$0" -c "$1"', sys.executable, SMALL],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=HANG_SECONDS,
+    )  # fmt: skip
+    message, left = result.stdout.splitlines()
+    assert message.startswith("several ranks need 1.0 MiB of shared memory in /dev/shm for their messages, got 0.02 of")
+    assert (result.returncode, left, result.stderr) == (0, "[]", "")

@@ -1,0 +1,128 @@
+"""TensorParallel over real gloo groups, sizes that ranks divide, and the guard of its collectives."""
+
+import threading
+from concurrent.futures import FIRST_EXCEPTION, wait
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nanovllm.distributed import process_group
+from nanovllm.distributed.placement import RankPlacement
+from nanovllm.distributed.process_group import (
+    FileStore,
+    destroy_process_group,
+    init_process_group,
+    run_in_daemon_thread,
+)
+from nanovllm.distributed.rendezvous import rendezvous
+from nanovllm.distributed.tensor_parallel import TensorParallel
+from tests.support.limits import HANG_SECONDS
+
+
+def test_ranks_sum_gather_and_broadcast(tmp_path: Path) -> None:
+    """D37: rows of a batch stay rows; rank r's columns stand at place r. D30: the minimum is every rank's."""
+
+    def work(rank: int) -> tuple[Any, ...]:
+        store = FileStore(str(tmp_path / "store"), 2)
+        tp = init_process_group(RankPlacement(rank, 2, num_ranks_per_device=2), store, rendezvous)
+        x = 10.0 * rank + torch.arange(6.0).view(2, 3)
+        gathered = tp.gather(x.T.contiguous().T)
+        tokens = tp.broadcast(torch.tensor([3, 4]) if rank == 0 else torch.empty(2, dtype=torch.int64))
+        results = tp.all_reduce(x.clone()).tolist(), tokens.tolist(), tp.all_reduce_min(7 - rank)
+        destroy_process_group(tp)
+        return *results, None if gathered is None else gathered.tolist()
+
+    ranks = [run_in_daemon_thread(partial(work, rank)) for rank in range(2)]
+    done, _ = wait(ranks, timeout=HANG_SECONDS, return_when=FIRST_EXCEPTION)
+    for rank in done:
+        rank.result()
+    first, second = (rank.result(0) for rank in ranks)
+    same = [[10.0, 12.0, 14.0], [16.0, 18.0, 20.0]], [3, 4], 6
+    assert first == (*same, [[0.0, 1.0, 2.0, 10.0, 11.0, 12.0], [3.0, 4.0, 5.0, 13.0, 14.0, 15.0]])
+    assert second == (*same, None)
+
+
+def test_one_rank_needs_no_group() -> None:
+    tp, x = TensorParallel(0, 1), torch.ones(2, 3)
+    assert all(collective(x) is x for collective in (tp.all_reduce, tp.gather, tp.broadcast))
+    assert tp.all_reduce_min(5) == tp.divide("vocab_size", 5) == 5
+    assert tp.is_graph_safe
+
+
+def test_a_size_that_the_ranks_cannot_divide_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="vocab_size must be divisible by the tensor-parallel size 4, got 10"):
+        TensorParallel(0, 4).divide("vocab_size", 10)
+
+
+@pytest.mark.parametrize(("rank", "size"), [(2, 2), (-1, 2), (0, 0)])
+def test_a_rank_outside_the_group_is_refused(rank: int, size: int) -> None:
+    with pytest.raises(ValueError, match="rank must be from 0 to size - 1"):
+        TensorParallel(rank, size)
+
+
+class Group:
+    """Launches for as long as the test wants, and records what happens."""
+
+    def __init__(self, events: list[str]) -> None:
+        self.events, self.is_launching, self.may_end = events, threading.Event(), threading.Event()
+
+    def name(self) -> str:
+        return "gloo"
+
+    def allreduce(self, *_: Any) -> Any:
+        self.events.append("begins to launch")
+        self.is_launching.set()
+        self.may_end.wait(HANG_SECONDS)
+        self.events.append("has launched")
+        return self
+
+    gather = broadcast = allreduce
+
+    def wait(self) -> None:
+        pass
+
+    def abort(self) -> None:
+        self.events.append("aborts")
+
+
+def launching(collective: Any, group: Group) -> tuple[TensorParallel, threading.Thread]:
+    """A thread that launches a collective of the group."""
+    tp = TensorParallel(0, 2, group)
+    thread = threading.Thread(target=collective, args=[tp, torch.ones(1)])
+    thread.start()
+    assert group.is_launching.wait(HANG_SECONDS)
+    return tp, thread
+
+
+@pytest.mark.parametrize("name", ["all_reduce", "gather", "broadcast", "all_reduce_min"])
+def test_a_group_is_not_aborted_while_a_collective_is_launched(name: str) -> None:
+    """D33: NCCL frees what the launch is about to use; the GPU reads it then, and is lost to the whole process."""
+
+    def collective(tp: TensorParallel, x: Any) -> None:
+        getattr(tp, name)(3 if name == "all_reduce_min" else x)
+
+    tp, thread = launching(collective, group := Group(events := []))
+    aborted = process_group.abort_process_group(tp)
+    threading.Timer(0.1, group.may_end.set).start()
+    aborted.result(HANG_SECONDS)
+    thread.join()
+    assert events == ["begins to launch", "has launched", "aborts"]
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="the ranks' process group has been aborted"):
+            collective(tp, torch.ones(1))
+    assert events[3:] == []
+
+
+def test_a_launch_that_waits_for_a_full_gpu_does_not_delay_the_abort(monkeypatch: pytest.MonkeyPatch) -> None:
+    """D33: for the GPU waits for the rank that failed."""
+    monkeypatch.setattr(process_group, "ABORT_DRAIN_TIMEOUT_S", 0.1)
+    tp, thread = launching(TensorParallel.all_reduce, group := Group(events := []))
+    process_group.abort_process_group(tp).result(HANG_SECONDS)
+    group.may_end.set()
+    thread.join()
+    assert events == ["begins to launch", "aborts", "has launched"]
+    with pytest.raises(RuntimeError, match="has been aborted"):
+        tp.all_reduce(torch.ones(1))
