@@ -27,8 +27,8 @@ class Executor:
     Under torchrun a process of another rank never gets an Executor: the constructor computes what rank 0 sends until
     rank 0 ends, and raises SystemExit.
     Raises ValueError for a model, device or memory that will not do, RankError when another rank fails.
-    num_kv_cache_blocks: KV blocks that were allocated, on every rank. supports_async_scheduling: whether launch() returns before the
-    step is computed, so that there is time to gain: with one rank, on a GPU.
+    num_kv_cache_blocks: KV blocks that were allocated, on every rank. supports_async_scheduling: whether launch()
+    returns before the step is computed, so that there is time to gain: with one rank, on a GPU.
     """
 
     def __init__(self, config: Config, model_config: ModelConfig, model_dir: Path) -> None:

@@ -234,8 +234,8 @@ class ModelRunner:
             return self._launch(self._prepare(batch)).tolist()
 
     def launch(self, batch: ScheduledBatch, before: AsyncModelOutput | None = None) -> AsyncModelOutput:
-        """As run, but does not wait. `before` was launched last, and `batch` is what Scheduler.schedule_next_async chose to
-        follow it; None when `batch` has been scheduled as always. One rank only.
+        """As run, but does not wait. `before` was launched last, and `batch` is what
+        Scheduler.schedule_next_async chose to follow it; None when `batch` has been scheduled as always. One rank only.
         """
         with plain_torch_state(self.device, is_inference=True):
             if before is None:
