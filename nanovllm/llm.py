@@ -1,4 +1,4 @@
-"""LLM: the name users type."""
+"""LLM: the class that users import."""
 
 from nanovllm.engine.llm_engine import LLMEngine
 

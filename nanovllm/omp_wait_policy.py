@@ -1,21 +1,22 @@
-"""How OpenMP's threads wait for work: asleep, not spinning. Decided when torch is imported, since OpenMP reads it once.
+"""passive_omp_wait: sets OpenMP's wait policy to passive, so that its threads sleep while they wait.
 
-After each operation OpenMP's threads spin for some time, so that the next one starts sooner. On a machine whose cores
-other processes want too, a spinning thread uses up its share of a core, and every operation then waits for a thread
-that does not run: on two busy cores, most steps with two threads took four to thirty times as long as with one. With
-threads that sleep most took between a third and twice as long as with one (tools/measure_cpu_threads.py).
+OpenMP reads the policy once, when torch is imported. By default its threads spin for some time after each operation,
+so that the next one starts sooner. If other processes use the same cores, a spinning thread uses up its share of a
+core, and every operation waits for a thread that is not running: on two busy cores, most steps with two threads took 4
+to 30 times as long as with one. With the passive policy, most took 0.33 to 2 times as long
+(tools/measure_cpu_threads.py).
 """
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # any of them is the user's own decision
+_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # if one is set, the user has chosen
 
 
 @contextmanager
 def passive_omp_wait() -> Iterator[None]:
-    """For the first import of torch in the process; later it has no effect. Restores the environment."""
+    """Use it around the first import of torch in the process; later it has no effect. Restores the environment."""
     if any(name in os.environ for name in _VARIABLES):
         yield
         return

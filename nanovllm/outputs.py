@@ -1,4 +1,4 @@
-"""What the engine gives back."""
+"""RequestOutput, StreamOutput, StepOutput: the results of an engine."""
 
 from dataclasses import dataclass
 from typing import Literal, TypedDict
@@ -9,13 +9,13 @@ FinishReason = Literal["stop", "length", "abort"]
 class RequestOutput(TypedDict):
     """One finished request.
 
-    text: the generated text, special tokens and the stop string left out. It continues the prompt's text: it begins
-        with a space if its first word does. A character of which the last bytes are missing is one U+FFFD, as with
+    text: the generated text, without special tokens and stop string. It continues the text of the prompt, so it begins
+        with a space if its first word does. An incomplete character at the end is one U+FFFD, as with
         bytes.decode(errors="replace"). Empty without a tokenizer.
-    token_ids: the generated tokens, an end-of-sequence token included.
-    finish_reason: "stop" (end-of-sequence token, stop token or stop string), "length" (max_tokens or max_model_len),
-        "abort".
-    num_cached_tokens: how many tokens of the prompt were found in the prefix cache when the request was admitted.
+    token_ids: the generated tokens, including an end-of-sequence token.
+    finish_reason: "abort", "stop" (end-of-sequence token, stop token or stop string) or "length" (max_tokens or
+        max_model_len). Where several apply, it is the first of these.
+    num_cached_tokens: tokens of the prompt that were found in the prefix cache when the request was admitted.
     seq_id: the id that add_request returned.
     """
 
@@ -27,13 +27,13 @@ class RequestOutput(TypedDict):
 
 
 class StreamOutput(TypedDict):
-    """What one step added to one request.
+    """The text and tokens that a step added to a request.
 
     index: the prompt's index in the list given to generate_stream.
-    text: the new text; the texts of a request, joined, are RequestOutput's text.
-    token_ids: the new tokens (empty when an abort ends the request).
-    finish_reason: None until the request's last item.
-    seq_id: of the request, for abort.
+    text: the new text. The joined texts of a request are the text of RequestOutput.
+    token_ids: the new tokens; empty if the request was aborted.
+    finish_reason: None except in the last item of the request.
+    seq_id: the id of the request, for abort.
     """
 
     index: int
@@ -45,10 +45,10 @@ class StreamOutput(TypedDict):
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What LLMEngine.step did.
+    """The result of LLMEngine.step.
 
-    finished: the requests that ended, in order of arrival.
-    num_prefill_tokens, num_decode_tokens: tokens computed; one of the two is 0.
+    finished: the requests from add_request that have finished, in order of arrival.
+    num_prefill_tokens, num_decode_tokens: tokens that the step computed; one of the two is 0.
     """
 
     finished: tuple[RequestOutput, ...]

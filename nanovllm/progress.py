@@ -1,6 +1,6 @@
-"""Progress bars: a bar that fits the terminal, or rare lines where standard error is a file or a pipe.
+"""Progress: a bar that fits the terminal, or a line every ten seconds if standard error is a file or a pipe.
 
-use_tqdm=False and a closed standard error show nothing. After an exception, no bar is left on the terminal.
+Nothing is shown with is_shown=False and with a closed standard error. After an exception, the bar is removed.
 """
 
 import sys
@@ -13,15 +13,15 @@ from tqdm.std import tqdm
 
 SECONDS_BETWEEN_LINES = 10.0
 MIN_BAR_COLUMNS = 4  # a narrower bar is left out
-DEFAULT_COLUMNS = 80  # of a terminal that does not tell
-_HAS_WIDGETS = auto_tqdm.__module__ == "tqdm.auto"  # in a notebook, where standard error is no terminal
+DEFAULT_COLUMNS = 80  # if the width of the terminal is not known
+_HAS_WIDGETS = auto_tqdm.__module__ == "tqdm.auto"  # in a notebook, where standard error is not a terminal
 
 
 class Progress:
-    """Counts to `total` and shows how far it is, in a `with` statement.
+    """Counts to `total` and shows the progress. Use it in a `with` statement.
 
-    what: such as "Loading weights". is_last_line_wanted: whether a file gets a line at the end also when it took less
-    than SECONDS_BETWEEN_LINES.
+    what: a title such as "Loading weights".
+    is_last_line_wanted: whether a file gets a last line even if all took less than SECONDS_BETWEEN_LINES.
     """
 
     def __init__(self, what: str, total: int, is_shown: bool = True, is_last_line_wanted: bool = False) -> None:
@@ -53,11 +53,11 @@ class Progress:
             self._write_line()
 
     def details(self) -> Sequence[str]:
-        """What follows the count. A terminal shows the last that leaves room for the bar, a file the first."""
+        """Texts to follow the count, longest first. A terminal shows the first one that fits, a file the first one."""
         return [""]
 
     def count(self) -> str:
-        """How much is done, in words."""
+        """The progress as text."""
         return f"{self.n}/{self.total}"
 
     def _write_line(self) -> None:
@@ -76,7 +76,7 @@ class Progress:
 
 
 class _TerminalBar(tqdm):
-    """tqdm's bar in one line that is never cut off: details that do not fit are left out, then the bar itself."""
+    """tqdm's bar in one line that is never cut off. If it does not fit, details are left out, and then the bar."""
 
     monitor_interval = 0  # no thread: the engine updates often enough
 

@@ -1,12 +1,12 @@
-"""SamplingParams: how the tokens of one request are chosen and when the request ends."""
+"""SamplingParams: how the tokens of a request are sampled, and when the request ends."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from nanovllm.validation import (
+    as_ints,
     convert_numpy_integers,
-    is_int,
     reject_unknown_options,
     require_bool,
     require_int,
@@ -14,28 +14,28 @@ from nanovllm.validation import (
 )
 
 MIN_TEMPERATURE = 1e-10
-MAX_TEMPERATURE = 3.4e38  # a larger one is infinite in float32, in which the sampler computes
-MAX_TOP_K = 2**31 - 1  # beyond any vocabulary, and within the arrays of a step
+MAX_TEMPERATURE = 3.4e38  # larger values are infinite in float32, in which the sampler computes
+MAX_TOP_K = 2**31 - 1  # larger than any vocabulary, and in the range of int32
 
 
 @reject_unknown_options
 @dataclass(frozen=True)
 class SamplingParams:
-    """Frozen and validated; every violation is a ValueError, an unknown name a TypeError.
+    """Parameters of one request. Frozen and validated: ValueError for a wrong value, TypeError for an unknown name.
 
     temperature: logits are divided by it; above 1e-10, at most 3.4e38. For argmax use SamplingParams.greedy().
-    max_tokens: at most this many tokens are generated (at least 1).
-    ignore_eos: True goes on after the model's end-of-sequence token (stop and stop_token_ids still end the request).
+    max_tokens: the largest number of tokens to generate, at least 1.
+    ignore_eos: whether to continue after the model's end-of-sequence token; stop and stop_token_ids still apply.
     top_k: sample from the k most likely tokens only; None is no limit; 1 is argmax.
     top_p: sample from the smallest set of most likely tokens whose probability reaches top_p, in (0, 1].
-    min_p: drop tokens whose probability is below min_p times that of the most likely one, in [0, 1].
-    seed: 0 .. 2**64-1; the same seed, prompt and parameters give the same tokens whatever else runs beside them.
-        None takes one derived from the engine's seed and the request's arrival number.
-    stop: a string or strings; the text ends before the first that appears. The text leaves special tokens out, but a
-        stop string that contains the whole text of a special token ("<|im_end|>") is looked for with that token written
-        out. A part of a special token's text ("im_end") does not match it. The token that completes a stop string is
-        the last of token_ids.
-    stop_token_ids: token ids that end the request like the end-of-sequence token, ignore_eos or not.
+    min_p: leave out tokens whose probability is below min_p times that of the most likely one, in [0, 1].
+    seed: 0 .. 2**64-1. Equal seed, prompt and parameters give equal tokens, whatever other requests are computed.
+        None derives a seed from the engine's seed and the number of the request.
+    stop: a string or strings; the text ends before the first one that appears. The text has no special tokens, but
+        a stop string that contains the whole text of a special token ("<|im_end|>") is found where that token is. Part
+        of a special token's text ("im_end") does not match it. The token that completes a stop string is the last of
+        token_ids.
+    stop_token_ids: token ids that end the request like the end-of-sequence token, whatever ignore_eos is.
     """
 
     temperature: float = 1.0
@@ -78,7 +78,7 @@ class SamplingParams:
 
     @classmethod
     def greedy(cls, **options: Any) -> "SamplingParams":
-        """The most likely token at every step: top_k=1, exact argmax, lowest token id on a tie."""
+        """Parameters for the most likely token at every step: top_k=1, exact argmax, lowest token id on a tie."""
         return cls(top_k=1, **options)
 
     @property
@@ -95,13 +95,14 @@ def _as_stop_strings(stop: Any) -> tuple[str, ...]:
 
 def _as_token_ids(token_ids: Any) -> tuple[int, ...]:
     items = _as_tuple(token_ids)
-    if items is None or not all(is_int(item) and item >= 0 for item in items):
+    plain = None if items is None else as_ints(items)
+    if plain is None or any(item < 0 for item in plain):
         raise ValueError(f"stop_token_ids must be a list of token ids (integers of at least 0), got {token_ids!r}")
-    return tuple(int(item) for item in items)
+    return tuple(plain)
 
 
 def _as_tuple(value: Any) -> tuple[Any, ...] | None:
-    """None (nothing given) is empty; what cannot be iterated, or is a str, is no list: None."""
+    """The items of `value`, () for None; None if it is a str or cannot be iterated."""
     if value is None:
         return ()
     return tuple(value) if isinstance(value, Iterable) and not isinstance(value, (str, bytes)) else None

@@ -1,4 +1,4 @@
-"""Checks on what the user gave. Each failure is a ValueError (or TypeError): name, rule, value, remedy."""
+"""Checks of the user's values. Each failure is a ValueError or TypeError with name, rule, value and remedy."""
 
 import dataclasses
 import difflib
@@ -40,8 +40,18 @@ def is_int(value: Any) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
+def as_ints(values: Iterable[Any]) -> list[int] | None:
+    """The values as a new list of int; None unless is_int holds for all. Checks each type once, not each value."""
+    values = list(values)
+    types = set(map(type, values))
+    if types <= {int}:
+        return values
+    are_integers = all(issubclass(kind, numbers.Integral) and kind is not bool for kind in types)
+    return list(map(int, values)) if are_integers else None
+
+
 def convert_numpy_integers(instance: Any) -> None:
-    """Turn numpy integers in the fields of a frozen dataclass into ints: arithmetic on small ones overflows."""
+    """Replace numpy integers in the fields of a frozen dataclass by ints: arithmetic on small ones overflows."""
     for field in dataclasses.fields(instance):
         value = getattr(instance, field.name)
         if is_int(value):
@@ -63,7 +73,7 @@ def require_bool(name: str, value: Any) -> None:
 
 
 def require_number(name: str, value: Any, rule: str, is_allowed: Callable[[float], bool], remedy: str = "") -> None:
-    """Raise ValueError unless `value` is a finite number for which `is_allowed` holds; `rule` says so in words."""
+    """Raise ValueError unless `value` is a finite number for which `is_allowed` holds; `rule` says this in words."""
     if not _is_finite(value) or not is_allowed(value):
         raise ValueError(f"{name} must be {rule}, got {value!r}{'; ' + remedy if remedy else ''}")
 
@@ -77,7 +87,7 @@ def require_choice(name: str, value: Any, choices: Iterable[str], remedy: str = 
 
 
 def require_unicode(name: str, text: str) -> None:
-    """Raise ValueError for a lone surrogate: half a character, as undecodable bytes leave it. No tokenizer takes it."""
+    """Raise ValueError for a lone surrogate, which stands for an undecodable byte. No tokenizer accepts it."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -88,10 +98,10 @@ def require_unicode(name: str, text: str) -> None:
 
 
 def _is_finite(value: Any) -> bool:
-    """True for a Python or numpy number that a float can hold, False for a bool."""
+    """True for a finite Python or numpy number in the range of float, False for a bool."""
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         return False
     try:
         return math.isfinite(value)
-    except OverflowError:  # an int beyond the floats
+    except OverflowError:  # an int outside the range of float
         return False

@@ -1,8 +1,8 @@
-"""BlockManager: who owns which KV block, and which blocks hold a prefix that another sequence may share.
+"""BlockManager: allocates KV blocks to sequences, and shares the blocks of equal prefixes (prefix cache).
 
-A block is free when no sequence owns it. A full block whose keys and values have been computed is cached: a later
-sequence that begins with the same tokens shares it. Freed blocks stay cached until they are reused, a prefix's tail
-before its head.
+A block is free if no sequence owns it. A full block whose keys and values have been computed is cached: a later
+sequence that begins with the same tokens shares it. A freed block stays cached until it is reused; the last blocks of
+a prefix are reused before its first ones.
 """
 
 from collections import OrderedDict
@@ -30,9 +30,9 @@ def block_hash(token_ids: list[int], parent: int | None) -> int:
 class Block:
     """One KV block.
 
-    ref_count: sequences that own it. hash, token_ids: of a cached block.
-    prefix_id: names a cached block's content and everything before it: equal ids, equal prefixes. Hashes may collide,
-        ids never do. parent_prefix_id is the id of the block before it, None for a first block.
+    ref_count: number of sequences that own it. hash, token_ids: set while it is cached.
+    prefix_id: identifies the tokens of a cached block and all tokens before them: equal ids mean equal prefixes. Hashes
+        may collide, ids never do. parent_prefix_id is the id of the block before it, None for a first block.
     """
 
     block_id: int
@@ -48,9 +48,10 @@ class Block:
 
 
 class BlockManager:
-    """Owns num_blocks blocks of block_size tokens. `hash_function` may be a weaker one: it costs hits, never rightness.
+    """Manages num_blocks blocks of block_size tokens.
 
-    num_hit_blocks and num_evictions count since construction.
+    hash_function: a weaker one costs time and never a wrong hit.
+    num_hit_blocks, num_evictions: counted since construction.
     """
 
     def __init__(self, num_blocks: int, block_size: int, hash_function: BlockHash = block_hash) -> None:
@@ -62,10 +63,10 @@ class BlockManager:
         self.num_hit_blocks = 0
         self.num_evictions = 0
         self._hash = hash_function
-        # Further cached blocks with a hash that hash_to_block_id already maps: twins (equal prompts computed in the
-        # same step) and collisions. They take over when the mapped one is evicted.
+        # Cached blocks whose hash is mapped to another block: duplicates (equal prompts computed in the same step) and
+        # collisions. When the mapped block is evicted, the first of these takes its place.
         self._same_hash: dict[int, list[int]] = {}
-        self._free_block_ids: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))  # next to reuse first
+        self._free_block_ids: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))  # in order of reuse
         self._num_prefix_ids = 0
 
     @property
@@ -75,7 +76,7 @@ class BlockManager:
     # --- admission ---
 
     def find_cached_blocks(self, seq: Sequence) -> list[int]:
-        """Ids of the cached blocks that hold the longest prefix of `seq`, in order."""
+        """Ids of the cached blocks with the longest cached prefix of `seq`, in order."""
         self._hash_full_blocks(seq)
         found: list[int] = []
         parent: int | None = None
@@ -88,14 +89,14 @@ class BlockManager:
         return found
 
     def can_allocate(self, seq: Sequence, num_reserved_blocks: int = 0) -> bool:
-        """Whether all of the sequence's tokens find a block and num_reserved_blocks stay free."""
+        """Whether there are blocks for all tokens of `seq`, with num_reserved_blocks left free."""
         shared = [block_id for block_id in self.find_cached_blocks(seq) if self.blocks[block_id].ref_count > 0]
         return self.num_free_blocks >= seq.num_blocks - len(shared) + num_reserved_blocks
 
     def allocate(self, seq: Sequence) -> None:
-        """Give `seq` blocks for all of its tokens, cached ones first, and set what need not be computed.
+        """Allocate blocks for all tokens of `seq`, cached blocks first, and set its counters of cached tokens.
 
-        At least one token is left to compute, since its logits are needed. Requires can_allocate(seq).
+        At least one token is left to compute, because its logits are needed. Requires can_allocate(seq).
         """
         hits = self.find_cached_blocks(seq)
         for block_id in hits:
@@ -111,13 +112,13 @@ class BlockManager:
         self.num_hit_blocks += len(hits)
 
     def deallocate(self, seq: Sequence) -> None:
-        """Take all blocks from `seq`; its cached blocks stay hittable until they are reused."""
-        for block_id in reversed(seq.block_table):  # the tail is freed first, so it is reused first
+        """Free all blocks of `seq`. Cached blocks can be shared until they are reused."""
+        for block_id in reversed(seq.block_table):  # the last block is freed first, to be reused first
             block = self.blocks[block_id]
             block.ref_count -= 1
             if block.ref_count == 0:
                 self._free_block_ids[block_id] = None
-                if not block.is_cached:  # nothing to lose: reuse it before any cached block
+                if not block.is_cached:  # reuse it before any cached block
                     self._free_block_ids.move_to_end(block_id, last=False)
         seq.block_table = []
         seq.num_cached_tokens = 0
@@ -126,25 +127,26 @@ class BlockManager:
     # --- growth ---
 
     def can_append(self, seq: Sequence) -> bool:
-        """Whether the token appended last has a block, or can get one.
+        """Whether the last token has a block, or one can be allocated for it.
 
-        A new block is needed when the token opened it: len(seq) % block_size == 1 after appending, for block_size > 1.
+        The last token needs a new block if it is the first token of a block: len(seq) % block_size == 1 with
+        block_size > 1.
         """
         return self.num_free_blocks >= seq.num_blocks - len(seq.block_table)
 
     def append(self, seq: Sequence) -> None:
-        """Open the block of the token appended last, if it needs one. Requires can_append(seq)."""
+        """Allocate a block for the last token, if it needs a new one. Requires can_append(seq)."""
         while len(seq.block_table) < seq.num_blocks:
             self.append_block(seq)
 
     def append_block(self, seq: Sequence) -> None:
-        """Give `seq` one more block. Requires that one is free."""
+        """Allocate one more block to `seq`. Requires a free block."""
         seq.block_table.append(self._pop_free_block())
 
     # --- prefix cache ---
 
     def cache_full_blocks(self, seq: Sequence) -> None:
-        """Make the sequence's full blocks hittable, as far as their keys and values are stored."""
+        """Enter the full blocks of `seq` into the prefix cache, if all of their keys and values are stored."""
         num_full = seq.num_tokens_with_kv // self.block_size
         first = num_full
         while first > 0 and not self.blocks[seq.block_table[first - 1]].is_cached:
@@ -173,16 +175,16 @@ class BlockManager:
         free: Block | None = None
         for block in self._candidates(hash_value):
             if block.parent_prefix_id == parent and block.token_ids == token_ids:
-                if block.ref_count > 0:  # sharing it takes nothing from the free blocks
+                if block.ref_count > 0:  # sharing an owned block leaves the number of free blocks as it is
                     return block
                 free = free or block
         return free
 
     def _cache(self, block: Block, hash_value: int, token_ids: list[int], parent: int | None) -> None:
-        twin = self._find(hash_value, token_ids, parent)
-        if twin is None:
+        duplicate = self._find(hash_value, token_ids, parent)
+        if duplicate is None:
             self._num_prefix_ids += 1
-        block.prefix_id = self._num_prefix_ids if twin is None else twin.prefix_id
+        block.prefix_id = self._num_prefix_ids if duplicate is None else duplicate.prefix_id
         block.parent_prefix_id = parent
         block.hash = hash_value
         block.token_ids = token_ids
@@ -217,7 +219,7 @@ class BlockManager:
     # --- self-test ---
 
     def check_invariants(self, sequences: Iterable[Sequence] | None = None) -> None:
-        """Raise RuntimeError that names the first broken invariant. `sequences`: all that own blocks, if known."""
+        """Raise RuntimeError that names the first broken invariant. sequences: all that own blocks, if known."""
         for problem in self._broken_invariants(sequences):
             raise RuntimeError(f"BlockManager invariant broken: {problem}")
 

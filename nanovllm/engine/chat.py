@@ -1,4 +1,4 @@
-"""Chat messages -> token ids, rendered by the tokenizer's chat template."""
+"""chat_prompts: chat messages -> token ids, rendered by the tokenizer's chat template."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -23,7 +23,7 @@ def chat_prompts(
     tools: list[Any] | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[list[int]]:
-    """Token ids of each conversation. LLMEngine.chat says what the arguments are.
+    """Token ids of each conversation. LLMEngine.chat documents the arguments.
 
     Raises ValueError for messages, options and templates that cannot be rendered.
     """
@@ -41,14 +41,14 @@ def chat_prompts(
                 tokenize=False,
                 **(chat_template_kwargs or {}),
             )
-        except Exception as error:  # jinja2's, or whatever an expression of the template raises
+        except Exception as error:  # an expression of the template may raise anything
             reason = str(error) or type(error).__name__
             raise ValueError(
                 f"the chat template cannot render conversation {index}: {reason}; check the order of the roles and the "
                 "keys of the messages against the template of the model"
             ) from error
         require_unicode("a message", text)
-        token_ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)  # the template has written them
+        token_ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)  # the template contains them
         if not token_ids:
             raise ValueError(f"the chat template must render at least one token, got {text!r} for conversation {index}")
         prompts.append(list(token_ids))
@@ -56,7 +56,7 @@ def chat_prompts(
 
 
 def as_conversations(messages: Any) -> list[list[dict[str, Any]]]:
-    """A list of messages is one conversation, a list of such lists is that many. Raises ValueError otherwise."""
+    """The conversations in `messages`: one list of messages, or a list of such lists. Raises ValueError otherwise."""
     if not isinstance(messages, (list, tuple)):
         if isinstance(messages, Mapping):
             remedy = "wrap the message in a list"
@@ -92,7 +92,7 @@ def _as_message(message: Any, name: str) -> dict[str, Any]:
 
 
 def begins_with_two_bos(prompt: Any, token_ids: list[int], tokenizer: Any) -> bool:
-    """Whether the tokenizer put its beginning-of-sequence token before a text that begins with it already."""
+    """Whether the tokenizer added its beginning-of-sequence token to a text that already begins with it."""
     if not isinstance(prompt, str) or len(token_ids) < 2:
         return False
     return token_ids[0] == token_ids[1] == getattr(tokenizer, "bos_token_id", None)

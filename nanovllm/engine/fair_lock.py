@@ -1,4 +1,4 @@
-"""FairLock: a re-entrant lock that threads get in the order in which they asked for it."""
+"""FairLock: a re-entrant lock that threads acquire in the order in which they asked for it."""
 
 import threading
 from collections import deque
@@ -7,23 +7,24 @@ from queue import SimpleQueue
 
 
 class _Ticket:
-    """One thread's place in the queue.
+    """A thread's place in the queue.
 
-    depth: how often the thread has entered and not left yet. turn: gets an item when the ticket is at the head.
+    depth: how often the thread has acquired the lock and not released it. wake_ups: gets an item when the ticket is at
+    the head of the queue.
     """
 
     def __init__(self) -> None:
         self.depth = 0
-        self.turn: SimpleQueue[None] = SimpleQueue()
+        self.wake_ups: SimpleQueue[None] = SimpleQueue()
 
 
 class FairLock:
-    """Use it in a `with` statement. The thread at the head of the queue holds the lock.
+    """Use it in a `with` statement. The thread whose ticket is at the head of the queue holds the lock.
 
-    threading.RLock would let a thread that releases and acquires in a loop starve all others. Here only atomic
-    operations (of deque and SimpleQueue) change what threads share. So a signal handler, or a finalizer that the
-    garbage collector runs, may enter the lock at any moment in a thread that waits for it or holds it. An exception in
-    the waiting (KeyboardInterrupt) gives the place in the queue up.
+    threading.RLock would let a thread that releases and acquires in a loop starve all others.
+    Shared state is changed by atomic operations of deque and SimpleQueue only. So a signal handler, or a finalizer run
+    by the garbage collector, may acquire the lock at any moment in a thread that waits for it or holds it. An exception
+    while waiting, such as KeyboardInterrupt, removes the thread from the queue.
     """
 
     def __init__(self) -> None:
@@ -38,13 +39,16 @@ class FairLock:
                 self._own.ticket = ticket
                 self._queue.append(ticket)
             while self._queue[0] is not ticket:
-                ticket.turn.get()
+                ticket.wake_ups.get()
         except BaseException:
-            self.__exit__()
+            self.release()
             raise
 
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
     def try_acquire(self) -> bool:
-        """Enter and return True, or return False when a thread holds the lock, this one included. Never waits."""
+        """Acquire the lock and return True. Return False at once if any thread, including this one, holds it."""
         if self._queue:
             return False
         ticket = self._own.ticket = _Ticket()
@@ -52,14 +56,14 @@ class FairLock:
         self._queue.append(ticket)
         if self._queue[0] is ticket:
             return True
-        self.__exit__()  # another thread was faster
+        self.release()  # another thread was faster
         return False
 
-    def __exit__(self, *_: object) -> None:
+    def release(self) -> None:
         ticket = self._own.ticket
         ticket.depth -= 1
         if not ticket.depth:
             del self._own.ticket
             self._queue.remove(ticket)
         with suppress(IndexError):  # the queue is empty
-            self._queue[0].turn.put(None)  # a thread that is told twice only looks once more
+            self._queue[0].wake_ups.put(None)  # a thread that gets a second item checks the queue again

@@ -1,19 +1,89 @@
-"""What the user passes to generate, checked and in one form: token ids, one SamplingParams a prompt, a seed."""
+"""InputProcessor: prompts and parameters as the user gives them -> checked requests."""
 
+import logging
 import struct
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import xxhash
 
+from nanovllm.config import Config
+from nanovllm.engine.chat import TWO_BOS_WARNING, begins_with_two_bos, chat_prompts
+from nanovllm.engine.request_state import RequestState
+from nanovllm.engine.sequence import Sequence
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.validation import is_int, require_unicode
+from nanovllm.validation import as_ints, is_int, require_unicode
 
 Prompt = str | list[int]
 
+logger = logging.getLogger("nanovllm")
+
+
+class InputProcessor:
+    """Makes RequestStates with ids and seeds. Several threads may use it at once; one of them tokenizes at a time.
+
+    tokenizer: None if the checkpoint has none.
+    validate_request: raises ValueError for a sequence that can never finish.
+    num_requests: counted since construction; the next request's seq_id.
+    """
+
+    def __init__(
+        self, config: Config, tokenizer: Any, vocab_size: int, validate_request: Callable[[Sequence], None]
+    ) -> None:
+        self.num_requests = 0
+        self._config = config
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._validate_request = validate_request
+        self._tokenizer_lock = threading.Lock()
+        self._number_lock = threading.Lock()
+        self._has_warned_of_two_bos = False
+
+    def make_requests(
+        self, prompts: list[Prompt], sampling_params: SamplingParams | list[SamplingParams] | None
+    ) -> list[RequestState]:
+        """Checked requests, not queued yet. Raises ValueError that names the prompt's index."""
+        params_list = as_params_list(sampling_params, len(prompts))
+        requests = []
+        for index, (prompt, params) in enumerate(zip(prompts, params_list, strict=True)):
+            try:
+                seq = self._make_sequence(prompt, params)
+            except ValueError as error:
+                raise ValueError(f"prompt {index}: {error}") from error
+            requests.append(RequestState(seq, self._tokenizer, index))
+        with self._number_lock:  # only now: requests that are refused get no number
+            for request in requests:
+                self._number(request.sequence)
+        return requests
+
+    def chat_prompts(self, messages: Any, *options: Any) -> list[list[int]]:
+        """Token ids of each conversation; see chat.chat_prompts."""
+        with self._tokenizer_lock:
+            return chat_prompts(self._tokenizer, messages, *options)
+
+    def _make_sequence(self, prompt: Prompt, params: SamplingParams) -> Sequence:
+        with self._tokenizer_lock if isinstance(prompt, str) else nullcontext():
+            token_ids = as_token_ids(prompt, self._tokenizer, self._vocab_size)
+            if not self._has_warned_of_two_bos and begins_with_two_bos(prompt, token_ids, self._tokenizer):
+                self._has_warned_of_two_bos = True
+                logger.warning(TWO_BOS_WARNING, self._tokenizer.bos_token)
+        if params.stop and self._tokenizer is None:
+            raise ValueError(f"stop strings need a tokenizer and the model has none, got stop={params.stop!r}")
+        seq = Sequence(token_ids, params, block_size=self._config.kv_cache_block_size)
+        self._validate_request(seq)
+        return seq
+
+    def _number(self, seq: Sequence) -> None:
+        """Set the sequence's id, and its seed: the one of its parameters, or one derived from the id."""
+        seq.seq_id, seed = self.num_requests, seq.sampling_params.seed
+        seq.seed = request_seed(self._config.seed, seq.seq_id) if seed is None else seed
+        self.num_requests += 1
+
 
 def as_prompt_list(prompts: Any) -> list[Prompt]:
-    """A str, or a list of token ids, is one prompt; a list of those is that many. Raises ValueError for other types."""
+    """The prompts as a list: a str, or a list of token ids, is one prompt. Raises ValueError for other types."""
     if isinstance(prompts, str):
         return [prompts]
     if not isinstance(prompts, list):
@@ -21,13 +91,13 @@ def as_prompt_list(prompts: Any) -> list[Prompt]:
             "prompts must be a str, a list of str or a list of lists of token ids, got "
             f"{type(prompts).__name__}{_remedy(prompts)}"
         )
-    if prompts and all(is_int(item) for item in prompts):
+    if prompts and as_ints(prompts) is not None:
         return [prompts]
     return prompts
 
 
 def as_params_list(sampling_params: Any, num_prompts: int) -> list[SamplingParams]:
-    """One SamplingParams for all prompts (None: the defaults), or a list with one each. Raises ValueError otherwise."""
+    """One SamplingParams for each prompt, from one for all, a list, or None for the defaults. Raises ValueError."""
     if sampling_params is None or isinstance(sampling_params, SamplingParams):
         return [sampling_params or SamplingParams()] * num_prompts
     if not isinstance(sampling_params, (list, tuple)):
@@ -47,7 +117,10 @@ def as_params_list(sampling_params: Any, num_prompts: int) -> list[SamplingParam
 
 
 def as_token_ids(prompt: Any, tokenizer: Any, vocab_size: int) -> list[int]:
-    """Token ids of one prompt. Raises ValueError for another type, an empty one, or an id outside the vocabulary."""
+    """Token ids of one prompt, as a new list of int.
+
+    Raises ValueError for another type, for an empty prompt, and for an id outside of the vocabulary.
+    """
     if isinstance(prompt, str):
         if tokenizer is None:
             raise ValueError(
@@ -63,13 +136,16 @@ def as_token_ids(prompt: Any, tokenizer: Any, vocab_size: int) -> list[int]:
         raise ValueError(f"a prompt must be a str or a list of token ids, got {type(prompt).__name__}{_remedy(prompt)}")
     if not token_ids:
         raise ValueError(f"a prompt must have at least one token, got {prompt!r}")
+    plain = as_ints(token_ids)
+    if plain is not None and min(plain) >= 0 and max(plain) < vocab_size:
+        return plain
     for position, token_id in enumerate(token_ids):
         if not is_int(token_id) or not 0 <= token_id < vocab_size:
             raise ValueError(
                 f"a token id must be an integer from 0 to {vocab_size - 1} (the model's vocabulary), got {token_id!r} "
                 f"at position {position}{_remedy(token_id) if isinstance(token_id, Mapping) else ''}"
             )
-    return [int(token_id) for token_id in token_ids]
+    raise AssertionError("some token id is invalid")
 
 
 def _remedy(value: Any) -> str:
@@ -89,5 +165,5 @@ def _remedy(value: Any) -> str:
 
 
 def request_seed(engine_seed: int, arrival_number: int) -> int:
-    """Sampling seed, 0 .. 2**64-1, of a request that brings none: XXH64 of the two numbers as 8 bytes each."""
+    """Sampling seed of a request without one, 0 .. 2**64-1: XXH64 of the two numbers as 8 bytes each."""
     return xxhash.xxh64_intdigest(struct.pack("<QQ", engine_seed, arrival_number))

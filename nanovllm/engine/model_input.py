@@ -1,4 +1,4 @@
-"""prepare_prefill, prepare_decode, prepare_decode_async: scheduled sequences -> ModelInput, the integers of one forward pass.
+"""prepare_prefill, prepare_decode, prepare_decode_async: scheduled sequences -> ModelInput.
 
 Pure functions of the sequences, called by every rank, so that the ranks cannot disagree. No torch.
 """
@@ -49,8 +49,8 @@ class ModelInput:
     sample_indices: [num_samples] int64, the packed tokens whose logits are sampled: the last token of each sequence
         that has no token left to compute afterwards.
     sampling: their SamplingMetadata.
-    input_ids_source: [num_tokens] int64, for each PLACEHOLDER_TOKEN of input_ids its row among those that the step before samples,
-        -1 for the others; None when all are known.
+    input_ids_source: [num_tokens] int64, for each PLACEHOLDER_TOKEN of input_ids its row among those that the step
+        before samples, -1 for the others; None when all are known.
     """
 
     is_prefill: bool

@@ -1,4 +1,4 @@
-"""RequestState: what the engine keeps of one request beside its Sequence: its text, and who collects its output."""
+"""RequestState: what the engine keeps of a request besides its Sequence: the text, and what of it was streamed."""
 
 from typing import Any
 
@@ -8,38 +8,32 @@ from nanovllm.outputs import RequestOutput, StreamOutput
 
 
 class RequestState:
-    """One request from add_request to its output.
+    """One request from its arrival to its output.
 
-    index: of its prompt in the list given to generate or generate_stream; None when it came through add_request, and
-        step() hands out its output.
-    tokenizer: None when the checkpoint has none; then the text is empty.
-    is_streamed: whether next_stream_output will be called; the text then grows with each token. Otherwise only stop
-        strings need it to.
+    tokenizer: None if the checkpoint has none; the text is empty then.
+    index: position of the prompt in the list given to generate or generate_stream.
+    is_stream_finished: whether next_stream_output has returned the item with the finish_reason.
     """
 
-    def __init__(self, sequence: Sequence, tokenizer: Any, index: int | None, is_streamed: bool) -> None:
+    def __init__(self, sequence: Sequence, tokenizer: Any, index: int = 0) -> None:
         self.sequence = sequence
         self.index = index
-        self.is_stream_finished = False  # whether next_stream_output has given the item that says how the request ended
+        self.is_stream_finished = False
         self._tokenizer = tokenizer
         self._detokenizer: Detokenizer | None = None
-        self._num_taken_tokens = 0
-        if tokenizer is not None and (is_streamed or sequence.sampling_params.stop):
-            self._detokenizer = self._make_detokenizer()
+        self._num_decoded_tokens = self._num_streamed_tokens = sequence.num_prompt_tokens
 
     def process_new_token(self) -> bool:
-        """Take in the sequence's last token. True if it completed a stop string."""
-        if self._detokenizer is None or self._is_last_token_hidden():
-            return False
-        self._detokenizer.append(self.sequence.last_token)
-        return self._detokenizer.is_stopped
+        """Decode the sequence's new token. Returns whether it completes a stop string."""
+        detokenizer = self._decode_new_tokens()
+        return detokenizer is not None and detokenizer.is_stopped
 
     def output(self) -> RequestOutput:
-        """The result of a finished request."""
+        """The output of a finished request."""
         seq = self.sequence
         assert seq.finish_reason is not None
         return RequestOutput(
-            text=self._text(),
+            text=self._whole_text(),
             token_ids=seq.completion_token_ids,
             finish_reason=seq.finish_reason,
             num_cached_tokens=seq.num_cached_prompt_tokens or 0,
@@ -47,38 +41,38 @@ class RequestState:
         )
 
     def next_stream_output(self) -> StreamOutput:
-        """What has come since the last call."""
+        """The text and tokens since the last call."""
         seq = self.sequence
-        token_ids = seq.completion_token_ids[self._num_taken_tokens :]
-        self._num_taken_tokens += len(token_ids)
+        token_ids = seq.token_ids[self._num_streamed_tokens :]
+        self._num_streamed_tokens = seq.num_tokens
         self.is_stream_finished = seq.is_finished
         text = ""
-        if self._detokenizer is not None:
+        detokenizer = self._decode_new_tokens()
+        if detokenizer is not None:
             if seq.is_finished:
-                self._detokenizer.close()
-            text = self._detokenizer.take(is_last=seq.is_finished)
-        assert self.index is not None
+                detokenizer.close()
+            text = detokenizer.next_text(is_last=seq.is_finished)
         return StreamOutput(
             index=self.index, text=text, token_ids=token_ids, finish_reason=seq.finish_reason, seq_id=seq.seq_id
         )
 
-    def _make_detokenizer(self) -> Detokenizer:
-        seq = self.sequence
-        return Detokenizer(self._tokenizer, seq.sampling_params.stop, seq.prompt_token_ids)
-
-    def _text(self) -> str:
-        if self._tokenizer is None:
+    def _whole_text(self) -> str:
+        detokenizer = self._decode_new_tokens()
+        if detokenizer is None:
             return ""
-        if self._detokenizer is None:
-            token_ids = self.sequence.completion_token_ids
-            is_last_hidden = self._is_last_token_hidden()
-            self._detokenizer = self._make_detokenizer()
-            self._detokenizer.extend(token_ids[:-1] if is_last_hidden else token_ids)
-        self._detokenizer.close()
-        return self._detokenizer.text
+        detokenizer.close()
+        return detokenizer.text
 
-    def _is_last_token_hidden(self) -> bool:
-        """A token that ended the request (end of sequence, stop token) is no part of the text."""
+    def _decode_new_tokens(self) -> Detokenizer | None:
+        """Pass the tokens since the last call to the detokenizer, which is made at the first call."""
         seq = self.sequence
-        is_stop_string = self._detokenizer is not None and self._detokenizer.is_stopped
-        return seq.finish_reason == "stop" and not is_stop_string
+        if self._tokenizer is None:
+            return None
+        if self._detokenizer is None:
+            self._detokenizer = Detokenizer(self._tokenizer, seq.sampling_params.stop, seq.prompt_token_ids)
+        is_last_hidden = seq.finish_cause is not None and seq.finish_cause.hides_last_token
+        end = seq.num_tokens - is_last_hidden
+        if end > self._num_decoded_tokens:
+            self._detokenizer.extend(seq.token_ids[self._num_decoded_tokens : end])
+            self._num_decoded_tokens = end
+        return self._detokenizer

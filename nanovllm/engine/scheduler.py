@@ -1,25 +1,26 @@
-"""Scheduler: which sequences the next step computes, and what becomes of its tokens.
+"""Scheduler: chooses the sequences of each step, and takes in the tokens that the step has computed.
 
-Prefill first: a step computes prompts as long as some fit, else one token of each running sequence. First come, first
-served: the running queue and the waiting queue, joined, are always in order of arrival, and what was admitted last is
-preempted first.
+Prefill has priority: a step computes prompts if any fit, and otherwise one token of each running sequence. Requests are
+served in order of arrival: the running queue followed by the waiting queue is always in that order, and the sequence
+that was admitted last is preempted first.
 """
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from nanovllm.engine.block_manager import BlockManager
-from nanovllm.engine.sequence import Sequence, SequenceStatus
-from nanovllm.outputs import FinishReason
+from nanovllm.engine.finish_check import finish_cause, has_full_length
+from nanovllm.engine.sequence import FinishCause, Sequence, SequenceStatus
 
 MAX_CONSECUTIVE_PREFILLS = 8
 
 
 @dataclass(frozen=True)
 class ScheduledBatch:
-    """What one step computes: num_scheduled_tokens[i] tokens of sequences[i]; nothing when there are no sequences.
+    """The work of one step: num_scheduled_tokens[i] tokens of sequences[i].
 
-    sampled_sequences: those that get a new token; the others are prompts whose last chunk is still to come.
+    sampled_sequences: the sequences that get a new token; the others are prompts with chunks left for later steps.
     """
 
     is_prefill: bool
@@ -37,13 +38,14 @@ class ScheduledBatch:
 
 
 class Scheduler:
-    """Queues, budgets and preemption.
+    """Waiting and running queue, token budget and preemption.
 
     A running sequence that could decode waits for at most MAX_CONSECUTIVE_PREFILLS prefill steps in a row.
-    Admission leaves one free block for each running sequence that can still outgrow its last block, so at least
-    block_size decode steps lie between the admission of a sequence and its preemption.
-    max_supported_len: what max_model_len can be raised to with this model, for the remedy in errors.
-    num_preemptions and num_prefill_chunks (steps that left a prompt unfinished) count since construction.
+    Admission leaves one free block for each running sequence that can still outgrow its last block. So a sequence
+    takes part in at least block_size decode steps between its admission and its preemption.
+    max_supported_len: the largest max_model_len of this model, for the remedy in errors.
+    num_preemptions, num_prefill_chunks: counted since construction; a chunk is a prefill that leaves tokens of its
+        prompt for later steps.
     """
 
     def __init__(
@@ -72,10 +74,10 @@ class Scheduler:
     def is_finished(self) -> bool:
         return not self.waiting and not self.running
 
-    # --- the door ---
+    # --- admission ---
 
     def validate_request(self, seq: Sequence) -> None:
-        """Raise ValueError when `seq` could never finish: longer than max_model_len, or than the whole KV cache."""
+        """Raise ValueError when `seq` can never finish: longer than max_model_len, or than the whole KV cache."""
         num_prompt_tokens, max_tokens = seq.num_prompt_tokens, seq.sampling_params.max_tokens
         if num_prompt_tokens >= self.max_model_len:
             raise ValueError(
@@ -106,19 +108,19 @@ class Scheduler:
         return f"{shorter}, or set num_kv_cache_blocks to at least {self._max_num_blocks(seq)}"
 
     def add(self, seq: Sequence) -> None:
-        """Queue `seq`. Raises ValueError as validate_request."""
+        """Queue `seq`. Raises the errors of validate_request."""
         self.validate_request(seq)
         self.waiting.append(seq)
 
     def _max_num_blocks(self, seq: Sequence) -> int:
-        """Blocks that `seq` holds at its longest; the last token's key and value are never stored."""
+        """Blocks of `seq` at its greatest length; the last token's key and value are never stored."""
         num_tokens = min(seq.num_prompt_tokens + seq.sampling_params.max_tokens, self.max_model_len) - 1
         return -(-num_tokens // self.block_manager.block_size)
 
     # --- one step ---
 
     def schedule(self) -> ScheduledBatch:
-        """Choose the next step, allocate its blocks, set num_scheduled_tokens. Empty when there is nothing to do."""
+        """Choose the next step, allocate its blocks, set num_scheduled_tokens. Empty if no request is queued."""
         is_decode_due = self._num_consecutive_prefills >= MAX_CONSECUTIVE_PREFILLS
         if not (is_decode_due and any(seq.is_decodable for seq in self.running)):
             sequences = self._schedule_prefill()
@@ -159,7 +161,7 @@ class Scheduler:
         return scheduled
 
     def _can_admit(self) -> bool:
-        """Whether a sequence waits, and there is room for the first one."""
+        """Whether the first waiting sequence, if any, can run now."""
         if not self.waiting or len(self.running) >= self.max_num_seqs:
             return False
         seq = self.waiting[0]
@@ -168,7 +170,7 @@ class Scheduler:
     def _num_reserved_blocks(self, candidate: Sequence) -> int:
         """Blocks that stay free when `candidate` is admitted: one for each sequence that can outgrow its blocks.
 
-        None when nothing runs: a lone sequence always fits, or it would not have passed the door.
+        Zero if nothing is running: admission control guarantees that a single sequence fits in the cache.
         """
         if not self.running:
             return 0
@@ -192,7 +194,7 @@ class Scheduler:
         return scheduled
 
     def preempt(self, seq: Sequence) -> None:
-        """Take the blocks of a running sequence and put it back to the front of waiting; its tokens stay."""
+        """Free the blocks of a running sequence and move it to the front of the waiting queue. It keeps its tokens."""
         self.running.remove(seq)
         self.block_manager.deallocate(seq)
         seq.num_scheduled_tokens = 0
@@ -200,11 +202,17 @@ class Scheduler:
         self.waiting.appendleft(seq)
         self.num_preemptions += 1
 
-    def postprocess(self, batch: ScheduledBatch, token_ids: list[int]) -> None:
+    def postprocess(
+        self,
+        batch: ScheduledBatch,
+        token_ids: list[int],
+        completes_stop_string: Callable[[Sequence], bool] = lambda seq: False,
+    ) -> None:
         """Take in a computed batch: token_ids[i] is the new token of batch.sampled_sequences[i].
 
-        Caches the blocks that became full, appends the tokens, finishes the sequences that ended. Sequences that were
-        aborted since schedule() are passed over.
+        Caches the blocks that became full, appends the tokens, finishes the sequences that they end. Sequences that
+        were aborted since schedule() are skipped.
+        completes_stop_string: whether the last token of a sequence completes one of its stop strings.
         """
         new_tokens = dict(zip(batch.sampled_sequences, token_ids, strict=True))
         for seq in batch.sequences:
@@ -216,30 +224,25 @@ class Scheduler:
             self.block_manager.cache_full_blocks(seq)
             if seq in new_tokens:
                 seq.append_token(new_tokens[seq])
-                reason = self._finish_reason(seq)
-                if reason:
-                    self.finish(seq, reason)
+                cause = finish_cause(
+                    seq,
+                    eos_token_ids=self.eos_token_ids,
+                    max_model_len=self.max_model_len,
+                    completes_stop_string=completes_stop_string,
+                )
+                if cause is not None:
+                    self.finish(seq, cause)
 
-    def _finish_reason(self, seq: Sequence) -> FinishReason | None:
-        params = seq.sampling_params
-        is_eos = not params.ignore_eos and seq.last_token in self.eos_token_ids
-        if is_eos or seq.last_token in params.stop_token_ids:
-            return "stop"
-        return "length" if self._is_full_length(seq, seq.num_tokens) else None
-
-    def _is_full_length(self, seq: Sequence, num_tokens: int) -> bool:
-        """Whether `seq` ends with num_tokens tokens, whatever they are."""
-        return num_tokens - seq.num_prompt_tokens >= seq.sampling_params.max_tokens or num_tokens >= self.max_model_len
-
-    # --- one step ahead ---
+    # --- async scheduling ---
 
     def schedule_next_async(self, batch: ScheduledBatch) -> ScheduledBatch | None:
-        """The decode step after `batch`, which has been scheduled and not been postprocessed; allocates its blocks.
+        """The decode step after `batch`, which has been scheduled and not postprocessed. Allocates its blocks.
 
-        It does not know the tokens of `batch`: a sequence that one of them ends is computed once in vain. None where
-        another step would follow, or may: when a prompt has tokens left, when a waiting sequence can be admitted or a
-        place becomes free for it, when blocks do not suffice, when nothing is left to decode.
-        After postprocess(batch), commit_async_batch makes it the current step, and schedule() is not called in between.
+        The tokens of `batch` are not known yet: a sequence that finishes on one of them is computed one extra,
+        discarded step. Returns None where schedule() may choose another step: when a prompt has tokens left, when a
+        waiting sequence can be admitted, now or after `batch` has ended another one by length, when blocks are short,
+        and when no sequence is left to decode.
+        Call postprocess(batch) and then commit_async_batch; schedule() must not be called in between.
         """
         sampled = set(batch.sampled_sequences)
         sequences: list[Sequence] = []
@@ -247,7 +250,7 @@ class Scheduler:
             num_tokens = seq.num_tokens + (seq in sampled)
             if num_tokens - seq.num_cached_tokens_after_step != 1:
                 return None
-            if seq not in sampled or not self._is_full_length(seq, num_tokens):
+            if seq not in sampled or not has_full_length(seq, num_tokens, self.max_model_len):
                 sequences.append(seq)
         if self.waiting and (len(sequences) < len(self.running) or self._can_admit()):
             return None
@@ -265,27 +268,27 @@ class Scheduler:
             sampled_sequences=tuple(sequences),
         )
 
-    def commit_async_batch(self, ahead: ScheduledBatch) -> ScheduledBatch:
-        """What schedule_next_async chose, as the current step: less the sequences that no longer run, perhaps all."""
-        sequences = [seq for seq in ahead.sequences if seq.status is SequenceStatus.RUNNING]
+    def commit_async_batch(self, async_batch: ScheduledBatch) -> ScheduledBatch:
+        """The step that schedule_next_async chose, without the sequences that no longer run. May be empty."""
+        sequences = [seq for seq in async_batch.sequences if seq.status is SequenceStatus.RUNNING]
         for seq in sequences:
             seq.num_scheduled_tokens = 1
         return self._batch(sequences, is_prefill=False)
 
-    # --- the end ---
+    # --- finish ---
 
-    def finish(self, seq: Sequence, reason: FinishReason) -> None:
+    def finish(self, seq: Sequence, cause: FinishCause) -> None:
         """End a waiting or running sequence and free its blocks."""
         (self.running if seq.status is SequenceStatus.RUNNING else self.waiting).remove(seq)
         self.block_manager.deallocate(seq)
         seq.num_scheduled_tokens = 0
         seq.status = SequenceStatus.FINISHED
-        seq.finish_reason = reason
+        seq.finish_cause = cause
 
     def abort(self, seq_id: int) -> bool:
-        """End the sequence with reason "abort". False if no waiting or running sequence has that id."""
+        """End the sequence. Returns False if no waiting or running sequence has this id."""
         for seq in (*self.running, *self.waiting):
             if seq.seq_id == seq_id:
-                self.finish(seq, "abort")
+                self.finish(seq, FinishCause.ABORT)
                 return True
         return False

@@ -1,4 +1,4 @@
-"""Sequence: one request's tokens, where their keys and values stand, and how far its computing has come."""
+"""Sequence: the tokens of one request, its KV blocks, and how many of the tokens have been computed."""
 
 from enum import Enum, auto
 from typing import Any
@@ -13,20 +13,43 @@ class SequenceStatus(Enum):
     FINISHED = auto()
 
 
+class FinishCause(Enum):
+    """What ended a request, in order of precedence: where several causes apply, the first one counts.
+
+    reason: the finish_reason in the outputs.
+    hides_last_token: whether the last token is left out of the text, since it only ended the request.
+    """
+
+    ABORT = 1, "abort", False
+    EOS_TOKEN = 2, "stop", True
+    STOP_TOKEN = 3, "stop", True
+    STOP_STRING = 4, "stop", False
+    LENGTH = 5, "length", False
+
+    def __init__(self, precedence: int, reason: FinishReason, hides_last_token: bool) -> None:
+        self.precedence = precedence
+        self.reason: FinishReason = reason
+        self.hides_last_token = hides_last_token
+
+
 class Sequence:
     """Prompt and generated tokens of one request.
 
-    token_ids: prompt, then generated tokens. In a worker's copy only those of the scheduled step (see __getstate__).
-    block_table: ids of the KV blocks that hold the sequence, in order; token i lives in
-        slot block_table[i // block_size] * block_size + i % block_size.
-    num_cached_tokens: leading tokens that need no computing any more; the next step starts there.
-    num_tokens_with_kv: leading tokens whose keys and values stand in the cache and must not be written again. It equals
-        num_cached_tokens, except when the whole sequence was found in the prefix cache: then the last token is
-        computed once more for its logits, but not stored.
-    num_scheduled_tokens: tokens the scheduled step computes.
+    token_ids: prompt, then generated tokens. A worker's copy holds only those of the scheduled step (__getstate__).
+    block_table: ids of the KV blocks of the sequence, in order. The key and value of token i are in slot
+        block_table[i // block_size] * block_size + i % block_size.
     num_cached_prompt_tokens: prompt tokens found in the prefix cache at the first admission; None before.
     block_hashes: chained hashes of the leading full blocks, as far as the BlockManager has needed them.
-    seed: the resolved sampling seed, 0 .. 2**64-1.
+    seed: the sampling seed, 0 .. 2**64-1.
+    finish_cause: None until the sequence has finished.
+
+    Four counters divide the num_tokens tokens. All count from the first token on:
+        num_cached_tokens             tokens that no step computes any more; the scheduled step starts at this position
+        num_scheduled_tokens          tokens that the scheduled step computes
+        num_cached_tokens_after_step  the sum of the two
+        num_tokens_with_kv            tokens whose keys and values are in the KV cache; no step writes them again
+    num_tokens_with_kv equals num_cached_tokens, but for one case: when the prefix cache holds the whole sequence,
+    it is num_tokens and num_cached_tokens is one less, since the last token is computed again for its logits.
     """
 
     def __init__(
@@ -45,7 +68,7 @@ class Sequence:
         self.sampling_params = sampling_params or SamplingParams()
         self.seed = seed
         self.status = SequenceStatus.WAITING
-        self.finish_reason: FinishReason | None = None
+        self.finish_cause: FinishCause | None = None
         self.token_ids = list(token_ids)
         self.num_tokens = len(self.token_ids)
         self.num_prompt_tokens = self.num_tokens
@@ -71,6 +94,10 @@ class Sequence:
         return self.status is SequenceStatus.FINISHED
 
     @property
+    def finish_reason(self) -> FinishReason | None:
+        return None if self.finish_cause is None else self.finish_cause.reason
+
+    @property
     def num_completion_tokens(self) -> int:
         return self.num_tokens - self.num_prompt_tokens
 
@@ -88,32 +115,32 @@ class Sequence:
 
     @property
     def num_blocks(self) -> int:
-        """Blocks that hold num_tokens tokens."""
+        """Number of blocks that num_tokens tokens need."""
         return -(-self.num_tokens // self.block_size)
 
     @property
     def num_uncached_tokens(self) -> int:
-        """Tokens still to compute before the next one can be sampled."""
+        """Tokens to compute before the next one can be sampled."""
         return self.num_tokens - self.num_cached_tokens
 
     @property
     def is_decodable(self) -> bool:
-        """Exactly the last token is left to compute."""
+        """Whether only the last token is left to compute."""
         return self.num_uncached_tokens == 1
 
     @property
     def is_sampled(self) -> bool:
-        """The scheduled step computes the last token, so a new one is sampled from its logits."""
+        """Whether the scheduled step computes the last token, so that a new one is sampled from its logits."""
         return self.num_cached_tokens_after_step == self.num_tokens
 
     @property
     def num_cached_tokens_after_step(self) -> int:
-        """Leading tokens that need no computing any more when the scheduled step is over."""
+        """num_cached_tokens once the scheduled step has been computed."""
         return self.num_cached_tokens + self.num_scheduled_tokens
 
     @property
     def scheduled_token_ids(self) -> list[int]:
-        """The tokens that the scheduled step computes, from position num_cached_tokens on."""
+        """The tokens that the scheduled step computes. They start at position num_cached_tokens."""
         start = self.num_cached_tokens - self._first_token
         return self.token_ids[start : start + self.num_scheduled_tokens]
 
@@ -125,8 +152,8 @@ class Sequence:
         self.token_ids.append(token_id)
         self.num_tokens += 1
 
-    # What a worker needs to compute and sample the scheduled step, in this order. Never depends on what was generated
-    # (a preempted sequence prefills its own output again), only on what will be computed.
+    # What a worker needs to compute and sample the scheduled step. It depends on the tokens that the step computes, and
+    # not on those that were generated: a preempted sequence prefills its own output again.
     _WORKER_FIELDS = (
         "seq_id",
         "block_size",
@@ -152,6 +179,6 @@ class Sequence:
         self.token_ids = token_ids
         self._first_token = self.num_cached_tokens
         self.status = SequenceStatus.RUNNING
-        self.finish_reason = None
+        self.finish_cause = None
         self.num_cached_prompt_tokens = None
         self.block_hashes = []

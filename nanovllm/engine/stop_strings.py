@@ -1,21 +1,21 @@
-"""StopStringSearch: finds stop strings in a text that arrives in pieces."""
+"""StopStringSearch: incremental search for stop strings in a text."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
 
 class StopStringSearch:
-    """Searches one view of a request's text: the visible text with the special tokens `shown` written out.
+    """Searches one view of a request's text: the visible text, with the special tokens `shown` written out.
 
-    stops: non-empty strings, all of which contain exactly these special tokens.
+    stops: non-empty strings, each of which contains exactly these special tokens.
     shown: {token id: text}.
-    Positions are those of the visible text; a special token stands at the position of the character that follows it.
+    Positions count characters of the visible text; a special token has the position of the character that follows it.
     """
 
     def __init__(self, stops: Sequence[str], shown: Mapping[int, str]) -> None:
         self.shown = shown
         self._stops = stops
         self._longest = max(map(len, stops))
-        self._view = ""  # the end of the view: as many characters as may begin a stop string
+        self._view = ""  # the last characters of the view: those that may begin a stop string
         self._positions: list[int] = []  # of each character of _view
 
     def add(self, text: str, positions: Iterable[int]) -> int | None:
@@ -30,7 +30,7 @@ class StopStringSearch:
         return None
 
     def first_undecided(self) -> int | None:
-        """Position from which on the text may belong to a stop string that is not complete yet, or None."""
+        """Position at which an incomplete stop string may begin, or None."""
         for start, position in enumerate(self._positions):
             end = self._view[start:]
             if any(stop.startswith(end) for stop in self._stops):
@@ -39,7 +39,7 @@ class StopStringSearch:
 
 
 def stop_string_searches(stops: Sequence[str], special_tokens: Mapping[int, str]) -> list[StopStringSearch]:
-    """One search for each set of special tokens that a stop string contains; nearly always one, or none."""
+    """One search for each set of special tokens that some stop string contains. There is rarely more than one."""
     groups: dict[tuple[int, ...], list[str]] = {}
     for stop in stops:
         contained = tuple(token_id for token_id, text in special_tokens.items() if text and text in stop)

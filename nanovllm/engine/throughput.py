@@ -1,4 +1,4 @@
-"""ThroughputMeter: tokens per second of prefill and decode; GenerationProgress: the progress bar of generate()."""
+"""ThroughputMeter: tokens per second of prefill and decode. GenerationProgress: the progress bar of generate()."""
 
 from collections.abc import Sequence as Sequences
 from time import perf_counter
@@ -18,14 +18,14 @@ class ThroughputMeter:
         self._seconds = {True: 0.0, False: 0.0}
 
     def add(self, batch: ScheduledBatch) -> None:
-        """Count a step that has just ended and began when the one before ended."""
+        """Count a step that ends now. Its time is that since the previous call."""
         now = perf_counter()
         self._num_tokens[batch.is_prefill] += batch.num_tokens
         self._seconds[batch.is_prefill] += now - self._last
         self._last = now
 
     def rate(self, is_prefill: bool) -> float:
-        """Tokens per second; 0 before the first step of that kind."""
+        """Tokens per second; 0 before the first such step."""
         seconds = self._seconds[is_prefill]
         return self._num_tokens[is_prefill] / seconds if seconds else 0.0
 
@@ -34,26 +34,27 @@ class ThroughputMeter:
 
 
 class GenerationProgress(Progress):
-    """How far generate() is with `requests`, by tokens, so that a single long request shows progress too.
+    """Progress of generate(), counted in tokens, so that it also shows for a single long request.
 
-    The total is what they can generate at most; a request that ends earlier counts as complete.
+    The total is the largest number of tokens that `requests` can generate. A request that ends earlier counts with its
+    maximum.
     """
 
     def __init__(self, requests: Sequences[RequestState], max_model_len: int, is_shown: bool) -> None:
         self._max_model_len = max_model_len
         self._num_prompts = len(requests)
         self._num_finished = self._num_tokens = 0
-        self._counted: dict[int, int] = {}  # seq_id -> tokens counted so far; of an ended request, its maximum
+        self._counted: dict[int, int] = {}  # seq_id -> tokens counted so far; the maximum for a finished request
         self._throughput = ThroughputMeter()
         total = sum(self._max_completion_tokens(request.sequence) for request in requests)
         super().__init__("Generating", total, is_shown, is_last_line_wanted=True)
 
     def add(self, batch: ScheduledBatch, advanced: Sequences[Sequence]) -> None:
-        """Count a step that has just ended, after which each of `advanced` has new tokens."""
+        """Count a step that ends now. advanced: the sequences with new tokens."""
         self._throughput.add(batch)
         before = self._num_tokens
         num_unused = 0
-        for seq in advanced:  # steps of other threads may have brought several tokens
+        for seq in advanced:  # a sequence has several new tokens if other threads have computed steps
             is_finished, most = seq.is_finished, self._max_completion_tokens(seq)
             counted = self._counted.get(seq.seq_id, 0)
             if counted == most:
@@ -66,7 +67,7 @@ class GenerationProgress(Progress):
         self.update(self._num_tokens - before + num_unused)
 
     def finish(self) -> None:
-        """Count what was aborted between steps as finished."""
+        """Count requests that were aborted between steps as finished."""
         self._num_finished = self._num_prompts
         self.update(self.total - self.n)
 

@@ -1,4 +1,4 @@
-"""TokenDecoder: the decode method of a tokenizer, and what its special tokens and its byte tokens are."""
+"""TokenDecoder: a tokenizer's decode method, special tokens and byte tokens."""
 
 import weakref
 from typing import Any
@@ -7,12 +7,12 @@ _ANY_ASCII_BYTE = 0x41
 
 
 class TokenDecoder:
-    """What the detokenizer needs to know about a tokenizer of transformers. Immutable; shared by all requests.
+    """What the detokenizer needs of a tokenizer of transformers. Immutable; shared by all requests.
 
-    special_tokens: {token id: its text} of the tokens that decoding leaves out.
-    byte_tokens: {token id: byte, 128 .. 255} of a byte-fallback vocabulary (the token "<0xE2>" is that byte); empty
-        for other vocabularies. ASCII bytes are not among them: decoding treats them as any other token.
-    ascii_token: a token of a byte-fallback vocabulary whose text is one ASCII letter.
+    special_tokens: {token id: text} of the tokens that decoding leaves out.
+    byte_tokens: {token id: byte, 128 .. 255} of a byte-fallback vocabulary, in which the token "<0xE2>" is that byte;
+        empty for other vocabularies. ASCII bytes are left out: they are decoded like any other token.
+    ascii_token: a token of a byte-fallback vocabulary whose text is one ASCII letter; None for other vocabularies.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -31,11 +31,11 @@ class TokenDecoder:
         self.byte_tokens: dict[int, int] = {i: byte for byte, i in tokens.items() if is_byte_fallback and byte >= 0x80}
 
     def decode(self, token_ids: list[int]) -> str:
-        """The text of `token_ids` as the tokenizer has it: special tokens left out, spaces as they are."""
+        """The tokenizer's text of `token_ids`. Special tokens are left out, spaces are kept as they are."""
         return self._decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def _read_byte_tokens(self, tokenizer: Any) -> dict[int, int]:
-        """{byte: token id} of the tokens "<0x00>" .. "<0xFF>" that decode to a byte, not to these six characters."""
+        """{byte: token id} of the tokens "<0x00>" .. "<0xFF>", without those that decode to these six characters."""
         if not hasattr(tokenizer, "convert_tokens_to_ids"):
             return {}
         names = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -53,7 +53,7 @@ _cache: weakref.WeakKeyDictionary[Any, TokenDecoder] = weakref.WeakKeyDictionary
 
 
 def token_decoder(tokenizer: Any) -> TokenDecoder:
-    """The TokenDecoder of `tokenizer`, made once for each tokenizer object."""
+    """The TokenDecoder of `tokenizer`; one for each tokenizer object."""
     decoder = _cache.get(tokenizer)
     if decoder is None:
         decoder = _cache[tokenizer] = TokenDecoder(tokenizer)

@@ -1,4 +1,4 @@
-"""Loading a checkpoint's tokenizer."""
+"""load_tokenizer: the tokenizer of a checkpoint."""
 
 import importlib.util
 import logging
@@ -16,11 +16,11 @@ logger = logging.getLogger("nanovllm")
 
 
 def load_tokenizer(model_dir: Path, model_config: ModelConfig | None = None) -> Any:
-    """The directory's transformers tokenizer; None if it has no tokenizer files (prompts are then token ids only).
+    """The tokenizer that AutoTokenizer gives for the directory; None without tokenizer files.
 
-    It is what AutoTokenizer gives, but AutoTokenizer does not read config.json, whose every key it would check by rules
-    of its own: what it needs of it comes from model_config (read from model_dir if None).
-    Raises ValueError when the files are there and cannot be read.
+    AutoTokenizer does not read config.json here, since it refuses values that nanovllm accepts. The keys that it needs
+    come from model_config, which is read from model_dir if it is None.
+    Raises ValueError if the tokenizer files cannot be read.
     """
     found = [name for name in _FILES if (model_dir / name).is_file()]
     if not found:
@@ -36,12 +36,12 @@ def load_tokenizer(model_dir: Path, model_config: ModelConfig | None = None) -> 
         config = AutoConfig.for_model(model_config.model_type, name_or_path=str(model_dir))
         config.tokenizer_class = model_config.tokenizer_class
         return AutoTokenizer.from_pretrained(str(model_dir), config=config, trust_remote_code=False)
-    except Exception as error:  # whatever the library raises on a broken file
+    except Exception as error:  # the library raises various types for broken files
         raise ValueError(f"the tokenizer in {str(model_dir)!r} cannot be read: {error}") from error
 
 
 def _require_sentencepiece(model_dir: Path) -> None:
-    """Raise ValueError unless the packages are there with which transformers converts a tokenizer.model."""
+    """Raise ValueError unless the packages are installed that transformers needs for a tokenizer.model."""
     if not all(map(_is_installed, _SENTENCEPIECE.values())):
         raise ValueError(
             f"the tokenizer in {str(model_dir)!r} cannot be read: without a tokenizer.json, tokenizer.model needs "
@@ -53,5 +53,5 @@ def _require_sentencepiece(model_dir: Path) -> None:
 def _is_installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # the package that should contain it is missing
+    except ModuleNotFoundError:  # its parent package is missing
         return False

@@ -73,8 +73,11 @@ def test_a_request_that_can_never_fit_is_refused_and_others_go_on(llm: LLM) -> N
     assert [output["seq_id"] for output in finished] == [running]
 
 
-def test_an_exception_in_a_step_leaves_the_engine_usable(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """D18: the failed step's requests end, the others and the next call get their own outputs."""
+@pytest.mark.parametrize(("caller", "reason"), [("generate", "length"), ("step", "abort")])
+def test_an_exception_in_a_step_leaves_the_engine_usable(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, caller: str, reason: str
+) -> None:
+    """D18: the requests of its caller end, the others and the next call get their own outputs."""
     expected = llm.generate([GOOD], GREEDY, use_tqdm=False)[0]["token_ids"]
     waiting_params = SamplingParams.greedy(max_tokens=6)
     execute = llm._core.executor.execute
@@ -85,13 +88,13 @@ def test_an_exception_in_a_step_leaves_the_engine_usable(llm: LLM, monkeypatch: 
     failing = llm.add_request([9, 9], waiting_params)
     monkeypatch.setattr(llm._core.executor, "execute", fail)
     with pytest.raises(torch.OutOfMemoryError, match="planted"):
-        llm.generate([GOOD, GOOD], GREEDY, use_tqdm=False)
+        llm.step() if caller == "step" else llm.generate([GOOD, GOOD], GREEDY, use_tqdm=False)
     monkeypatch.setattr(llm._core.executor, "execute", execute)
     later = llm.add_request(GOOD, GREEDY)
     outputs = {}
     while not llm.is_finished():
         outputs.update({output["seq_id"]: output for output in llm.step().finished})
-    assert outputs[failing]["finish_reason"] == "abort"
+    assert outputs[failing]["finish_reason"] == reason
     assert outputs[later]["token_ids"] == expected
     assert outputs.keys() == {failing, later}
 

@@ -194,12 +194,16 @@ def test_tokens_that_never_came_are_computed_again(
 def test_a_token_that_is_not_taken_in_is_an_error_of_its_call(
     engine: LLM, threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """D81: with the cause, since the text would lack something. Requests that took no part go on."""
+    """D81: with the cause, since the text would lack something. Also of step(), which hands out the aborted output
+    afterwards.
+    """
     expected = tokens(engine, PROMPTS[2])
-    params = SamplingParams.greedy(max_tokens=200, ignore_eos=True)
+    params = SamplingParams.greedy(max_tokens=200, ignore_eos=True, stop="no such text")
     streams = [engine.generate_stream(prompt, params) for prompt in PROMPTS[:2]]
     for stream in streams:
         next(stream)
+    stepped = engine.add_request(PROMPTS[2], SamplingParams.greedy(max_tokens=20, ignore_eos=True))
+    engine.step()
 
     def fail(request: RequestState) -> bool:
         raise MemoryError("planted")
@@ -211,6 +215,10 @@ def test_a_token_that_is_not_taken_in_is_an_error_of_its_call(
     message = r"^a step of another call failed: MemoryError: planted; call generate again$"
     with pytest.raises(RuntimeError, match=message):
         list(streams[0])
+    with pytest.raises(RuntimeError, match=message.replace("call generate", "add the requests")):
+        engine.step()
+    (output,) = engine.step().finished
+    assert (output["seq_id"], output["finish_reason"]) == (stepped, "abort")
     assert tokens(engine, PROMPTS[2]) == expected
 
 

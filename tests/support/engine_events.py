@@ -1,4 +1,4 @@
-"""What occurred inside a scheduler, counted for the report and for the campaign that requires it."""
+"""Events inside a scheduler, counted for the report and for the campaign that requires them."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping

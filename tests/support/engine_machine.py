@@ -1,13 +1,14 @@
 """EngineMachine: everything that can happen to a Scheduler, as rules that Hypothesis puts in any order.
 
-Tokens come from a symbolic model, which computes what is left of each batch after pickling; what a step reads is held
-against the formula at once. Half of the machines begin each step ahead of the one before, where it can be. Subclasses
-put another hash or an oracle of the decisions beside it.
+Tokens come from a symbolic model, which computes what is left of each batch after pickling; what a step reads is
+compared with the formula at once. Half of the machines use async scheduling. Subclasses have another hash, another
+model, or an oracle of the decisions.
 """
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -20,11 +21,14 @@ from nanovllm.engine.scheduler import MAX_CONSECUTIVE_PREFILLS, ScheduledBatch
 from nanovllm.engine.sequence import FinishCause, Sequence
 from tests.support.counts import count_comparisons, count_event
 from tests.support.engine_events import scheduler_events
-from tests.support.scheduling import PROMPTS, Collisions, make_scheduler, make_sequence
+from tests.support.scheduling import make_scheduler, make_sequence
 from tests.support.symbolic_model import PickledModel, expected_digest
 
 MAX_MODEL_LEN = 28
 EOS = 2
+# Prompts of two letters, and of one: prefixes, blocks and whole prompts repeat.
+PROMPTS = st.lists(st.integers(0, 1), min_size=1, max_size=20) | st.integers(1, 20).map(lambda length: [0] * length)
+SAMPLING: list[dict[str, Any]] = [{"top_k": 1}, {"temperature": 0.5, "seed": 7}, {"top_p": 0.75, "seed": 2**64 - 1}]
 
 
 def as_token(digest: int) -> int:
@@ -34,6 +38,7 @@ def as_token(digest: int) -> int:
 
 class EngineMachine(RuleBasedStateMachine):
     hash_function: BlockHash = staticmethod(block_hash)
+    make_model: ClassVar[Callable[[int, int], Any]] = PickledModel
     supports_async_scheduling = True
     seen: ClassVar[Counter[str]] = Counter()  # what happened, over all runs
 
@@ -42,13 +47,13 @@ class EngineMachine(RuleBasedStateMachine):
         block_size=st.integers(1, 4),
         max_num_seqs=st.integers(1, 4),
         spare_budget=st.integers(0, 4),
-        goes_ahead=st.booleans(),
+        is_async=st.booleans(),
     )
     def start(
-        self, num_blocks: int, block_size: int, max_num_seqs: int, spare_budget: int, goes_ahead: bool = False
+        self, num_blocks: int, block_size: int, max_num_seqs: int, spare_budget: int, is_async: bool = False
     ) -> None:
-        self.goes_ahead = goes_ahead and self.supports_async_scheduling
-        self.ahead: ScheduledBatch | None = None  # begun, and not the current step yet
+        self.is_async = is_async and self.supports_async_scheduling
+        self.next_batch: ScheduledBatch | None = None  # computed before it is the current step
         self.block_size = block_size
         self.scheduler = make_scheduler(
             num_blocks,
@@ -60,24 +65,19 @@ class EngineMachine(RuleBasedStateMachine):
             hash_function=self.hash_function,
         )
         self.manager = self.scheduler.block_manager
-        self.collisions = Collisions(self.manager)
-        self.model = PickledModel(num_blocks, block_size)
+        self.model = type(self).make_model(num_blocks, block_size)
         self.longest = min(MAX_MODEL_LEN, num_blocks * block_size + 1)  # prompt and output that fit together
         self.live: list[Sequence] = []
         self.texts: list[list[int]] = [[0]]  # of every sequence there was
         self.num_steps = 0
-        self.deadline: dict[Sequence, int] = {}  # the step in which it must have ended
-        self.last_token: dict[Sequence, int] = {}  # the step of it, of sequences that run
-        self.num_decodes: Counter[Sequence] = Counter()  # decode steps since its admission
+        self.deadline: dict[Sequence, int] = {}  # the step in which it must have finished
+        self.last_token: dict[Sequence, int] = {}  # of running sequences: the step of the last token
+        self.num_decodes: Counter[Sequence] = Counter()  # since its admission
         self.has_started()
 
     # --- what happens ---
 
-    @rule(
-        prompts=st.lists(PROMPTS, min_size=1, max_size=3),
-        max_tokens=st.integers(1, 12),
-        ignore_eos=st.booleans(),
-    )
+    @rule(prompts=st.lists(PROMPTS, min_size=1, max_size=3), max_tokens=st.integers(1, 12), ignore_eos=st.booleans())
     def add(self, prompts: list[list[int]], max_tokens: int, ignore_eos: bool) -> None:
         for tokens in prompts:
             tokens = tokens[: self.longest - 1]
@@ -85,17 +85,17 @@ class EngineMachine(RuleBasedStateMachine):
 
     @rule(number=st.integers(0, 99), max_tokens=st.integers(1, 6))
     def add_again(self, number: int, max_tokens: int) -> None:
-        """A text that was there before, prompt and output."""
+        """An earlier text, prompt and output."""
         self.add([self.texts[number % len(self.texts)]], max_tokens, ignore_eos=False)
 
     @rule(prompts=st.lists(PROMPTS, min_size=2, max_size=4))
     def add_a_crowd(self, prompts: list[list[int]]) -> None:
-        """Memory pressure: each grows until it would fill the pool, or the model's length, alone."""
+        """Memory pressure: each grows until it alone would fill the pool or the model's length."""
         self.add(prompts, self.longest, ignore_eos=True)
 
     @rule(num_tokens=st.integers(1, MAX_MODEL_LEN + 3), too_many=st.integers(1, 9))
     def add_what_can_never_fit(self, num_tokens: int, too_many: int) -> None:
-        """D10, D11: refused at the door; the others go on."""
+        """D10, D11: refused at admission; the others go on."""
         max_tokens = max(self.longest - num_tokens, 0) + too_many
         is_cut = self.longest == MAX_MODEL_LEN and num_tokens < MAX_MODEL_LEN  # ends at the model's length instead
         self.arrive([1] * num_tokens, max_tokens, ignore_eos=True, is_refused=not is_cut)
@@ -145,7 +145,6 @@ class EngineMachine(RuleBasedStateMachine):
         assert self.scheduler.is_finished
         assert self.manager.num_free_blocks == len(self.manager.blocks)
         self.seen.update(scheduler_events(self.scheduler))
-        self.count("hash collision", self.collisions.number)
 
     def count(self, event: str, number: int = 1) -> None:
         self.seen[event] += number
@@ -155,7 +154,12 @@ class EngineMachine(RuleBasedStateMachine):
 
     def arrive(self, tokens: list[int], max_tokens: int, ignore_eos: bool, is_refused: bool = False) -> None:
         seq = make_sequence(
-            tokens, self.block_size, seq_id=len(self.texts), max_tokens=max_tokens, ignore_eos=ignore_eos
+            tokens,
+            self.block_size,
+            seq_id=len(self.texts),
+            max_tokens=max_tokens,
+            ignore_eos=ignore_eos,
+            **SAMPLING[len(self.texts) % len(SAMPLING)],
         )
         if is_refused:
             with pytest.raises(ValueError, match=r"a prompt must be shorter|must fit in the KV cache"):
@@ -171,8 +175,8 @@ class EngineMachine(RuleBasedStateMachine):
 
     @staticmethod
     def most_steps(seq: Sequence) -> int:
-        """Steps that the oldest request needs at most, whatever arrives behind it: every prefill step computes a token
-        of it, and every second step at least is one; or it decodes in one of MAX_CONSECUTIVE_PREFILLS + 1.
+        """Steps that the oldest request needs at most, whatever arrives later: at least every second step is a prefill
+        and computes a token of it; or it decodes in one of MAX_CONSECUTIVE_PREFILLS + 1 steps.
         """
         max_tokens = seq.sampling_params.max_tokens
         return 2 * (seq.num_prompt_tokens + max_tokens) + (MAX_CONSECUTIVE_PREFILLS + 1) * max_tokens
@@ -187,7 +191,7 @@ class EngineMachine(RuleBasedStateMachine):
     def start_step(self) -> ScheduledBatch:
         self.num_steps += 1
         before = set(self.scheduler.running)
-        batch, is_begun = self.take_up_or_schedule()
+        batch, is_computed = self.commit_or_schedule()
         self.has_scheduled(batch)
         assert bool(self.live) != batch.is_empty, "there is always something to compute"
         assert batch.num_tokens <= self.scheduler.max_num_batched_tokens
@@ -197,7 +201,7 @@ class EngineMachine(RuleBasedStateMachine):
         for seq in self.scheduler.running:
             self.num_decodes[seq] = 0 if seq not in before else self.num_decodes[seq] + (not batch.is_prefill)
         if not batch.is_empty:
-            if not is_begun:
+            if not is_computed:
                 prepare = prepare_prefill if batch.is_prefill else prepare_decode
                 self.check_writes(prepare(batch.sequences))
                 self.digests = self.model.run(batch)
@@ -207,25 +211,25 @@ class EngineMachine(RuleBasedStateMachine):
             count_comparisons("symbolic model: tokens against what was attended", len(self.digests))
         return batch
 
-    def take_up_or_schedule(self) -> tuple[ScheduledBatch, bool]:
-        """The step, and whether it has been computed already; self.digests are its then."""
-        if self.ahead is not None:
-            begun, self.ahead = self.ahead, None
-            batch = self.scheduler.commit_async_batch(begun)
+    def commit_or_schedule(self) -> tuple[ScheduledBatch, bool]:
+        """The step, and whether it has been computed: then self.digests are its digests."""
+        if self.next_batch is not None:
+            computed, self.next_batch = self.next_batch, None
+            batch = self.scheduler.commit_async_batch(computed)
             if not batch.is_empty:
-                digests = dict(zip(begun.sampled_sequences, self.digests, strict=True))
+                digests = dict(zip(computed.sampled_sequences, self.digests, strict=True))
                 self.digests = [digests[seq] for seq in batch.sampled_sequences]
-                self.count("step ahead")
-                self.count("token discarded", len(begun.sequences) - len(batch.sequences))
+                self.count("async step")
+                self.count("token discarded", len(computed.sequences) - len(batch.sequences))
                 return batch, True
         return self.scheduler.schedule(), False
 
-    def go_ahead(self, batch: ScheduledBatch, tokens: list[int]) -> list[int]:
-        """Begin the step after `batch`, whose `tokens` the scheduler does not know yet; its digests."""
-        self.ahead = self.scheduler.schedule_next_async(batch)
-        if self.ahead is None:
+    def compute_next(self, batch: ScheduledBatch, tokens: list[int]) -> list[int]:
+        """The digests of the step after `batch`, whose `tokens` the scheduler does not know yet."""
+        self.next_batch = self.scheduler.schedule_next_async(batch)
+        if self.next_batch is None:
             return []
-        inputs = prepare_decode_async(self.ahead.sequences, batch.sampled_sequences)
+        inputs = prepare_decode_async(self.next_batch.sequences, batch.sampled_sequences)
         self.check_writes(inputs)
         if inputs.input_ids_source is not None:
             known = np.where(inputs.input_ids_source >= 0, np.array(tokens)[inputs.input_ids_source], inputs.input_ids)
@@ -242,17 +246,15 @@ class EngineMachine(RuleBasedStateMachine):
 
     def finish_step(self, batch: ScheduledBatch) -> None:
         tokens = [as_token(digest) for digest in self.digests] if batch.sampled_sequences else []
-        if self.goes_ahead and not batch.is_empty:
-            self.digests = self.go_ahead(batch, tokens)
+        if self.is_async and not batch.is_empty:
+            self.digests = self.compute_next(batch, tokens)
         self.scheduler.postprocess(batch, tokens)
         self.has_postprocessed(dict(zip([seq.seq_id for seq in batch.sampled_sequences], tokens, strict=True)))
         for seq in batch.sampled_sequences:
             if seq.finish_reason == "abort":
                 continue
             gap = self.num_steps - self.last_token.get(seq, self.num_steps)
-            assert gap <= MAX_CONSECUTIVE_PREFILLS + 1, (
-                "D15: a running sequence's next token comes within so many steps"
-            )
+            assert gap <= MAX_CONSECUTIVE_PREFILLS + 1, "D15: steps between two tokens of a running sequence"
             self.count("forced decode", gap == MAX_CONSECUTIVE_PREFILLS + 1)
             self.last_token[seq] = self.num_steps
             if seq.is_finished:
@@ -270,10 +272,11 @@ class EngineMachine(RuleBasedStateMachine):
 
     @invariant()
     def limits_and_invariants_hold(self) -> None:
-        if not hasattr(self, "live"):
-            return
-        self.manager.check_invariants(self.scheduler.running)
-        self.collisions.count()
+        manager = self.manager
+        manager.check_invariants(self.scheduler.running)
+        for hash_value in manager._same_hash:
+            prefixes = {manager.blocks[block_id].prefix_id for block_id in manager._ids_with_hash(hash_value)}
+            self.count("hash collision", len(prefixes) > 1)
         assert len(self.scheduler.running) <= self.scheduler.max_num_seqs, "D16"
         order = [seq.seq_id for seq in (*self.scheduler.running, *self.scheduler.waiting)]
         assert order == [seq.seq_id for seq in self.live] == sorted(order), "first come, first served"

@@ -1,44 +1,17 @@
-"""What the engine's unit tests share: short ways to make sequences and schedulers, and a step without a model."""
+"""Short ways to make sequences and schedulers, and a step without a model, for the engine's unit tests."""
 
 from collections.abc import Callable
-from itertools import combinations
 from typing import Any
 
-from hypothesis import strategies as st
-
-from nanovllm.engine.block_manager import BlockManager, block_hash
+from nanovllm.engine.block_manager import BlockHash, BlockManager, block_hash
 from nanovllm.engine.scheduler import ScheduledBatch, Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.sampling_params import SamplingParams
 
-# Prompts of two letters, and of one: prefixes, blocks and whole prompts repeat.
-PROMPTS = st.lists(st.integers(0, 1), min_size=1, max_size=20) | st.integers(1, 20).map(lambda length: [0] * length)
-
 
 def two_bit_hash(token_ids: list[int], parent: int | None) -> int:
-    """The engine's hash less 62 of its bits: it collides all the time, and so do its chains."""
+    """Two bits of the engine's hash, which collide all the time."""
     return block_hash(token_ids, parent) % 4
-
-
-class Collisions:
-    """Counts pairs of different prefixes that a manager has held under one hash at the same time."""
-
-    def __init__(self, manager: BlockManager) -> None:
-        self._manager = manager
-        self._seen: set[tuple[int, int]] = set()
-
-    @property
-    def number(self) -> int:
-        return len(self._seen)
-
-    def count(self) -> None:
-        """Look at what the manager holds now."""
-        prefixes: dict[int, set[int]] = {}
-        for block in self._manager.blocks:
-            if block.hash is not None and block.prefix_id is not None:
-                prefixes.setdefault(block.hash, set()).add(block.prefix_id)
-        for ids in prefixes.values():
-            self._seen.update(combinations(sorted(ids), 2))
 
 
 def make_sequence(
@@ -48,24 +21,10 @@ def make_sequence(
 
 
 def make_scheduler(
-    num_blocks: int = 64,
-    block_size: int = 4,
-    *,
-    max_num_seqs: int = 8,
-    max_num_batched_tokens: int = 64,
-    max_model_len: int = 64,
-    max_supported_len: int | None = None,
-    eos_token_ids: frozenset[int] = frozenset(),
-    hash_function: Callable[[list[int], int | None], int] = block_hash,
+    num_blocks: int = 64, block_size: int = 4, *, hash_function: BlockHash = block_hash, **limits: Any
 ) -> Scheduler:
-    return Scheduler(
-        BlockManager(num_blocks, block_size, hash_function),
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
-        max_model_len=max_model_len,
-        max_supported_len=max_supported_len,
-        eos_token_ids=eos_token_ids,
-    )
+    limits = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "max_model_len": 64, **limits}
+    return Scheduler(BlockManager(num_blocks, block_size, hash_function), **limits)
 
 
 def add_prompt(scheduler: Scheduler, num_tokens: int, seq_id: int = 0, **params: Any) -> Sequence:
@@ -77,14 +36,14 @@ def add_prompt(scheduler: Scheduler, num_tokens: int, seq_id: int = 0, **params:
 
 
 def allocated(manager: BlockManager, token_ids: list[int]) -> Sequence:
-    """A sequence that owns blocks for its tokens, none of them computed but what the cache held."""
+    """A sequence with blocks for its tokens, of which only the cached ones are computed."""
     seq = make_sequence(token_ids, manager.block_size)
     manager.allocate(seq)
     return seq
 
 
 def compute(manager: BlockManager, seq: Sequence) -> Sequence:
-    """All of its tokens are computed and stored: what postprocess does after the step of the last one."""
+    """Mark all tokens of `seq` as computed and stored, as postprocess does."""
     seq.num_cached_tokens = seq.num_tokens_with_kv = len(seq)
     manager.cache_full_blocks(seq)
     return seq
@@ -95,7 +54,7 @@ def computed(manager: BlockManager, token_ids: list[int]) -> Sequence:
 
 
 def next_token(seq: Sequence) -> int:
-    """What stands for the model: a token that depends on the sequence's tokens and nothing else."""
+    """In place of a model: a token that depends on the sequence's tokens alone."""
     return sum(seq.token_ids) % 3 + 1
 
 
@@ -106,13 +65,10 @@ def step(scheduler: Scheduler, token: Callable[[Sequence], int] = next_token) ->
     return batch
 
 
-def run(
-    scheduler: Scheduler, token: Callable[[Sequence], int] = next_token, max_steps: int = 1000
-) -> list[ScheduledBatch]:
-    """Steps until nothing is left."""
+def run(scheduler: Scheduler, token: Callable[[Sequence], int] = next_token) -> list[ScheduledBatch]:
+    """Step until all sequences have finished."""
     batches = []
-    for _ in range(max_steps):
-        if scheduler.is_finished:
-            return batches
+    while not scheduler.is_finished:
         batches.append(step(scheduler, token))
-    raise AssertionError(f"not finished after {max_steps} steps: {scheduler.running}, {scheduler.waiting}")
+        assert len(batches) < 1000, f"still not finished: {scheduler.running}, {scheduler.waiting}"
+    return batches

@@ -8,19 +8,14 @@
 As in a model, each layer stores the keys of the whole step first, at their slots, and then reads them through the block
 tables. A slot of the second layer holds a digest of a token, its position and everything attended before; so any wrong
 slot, position, length or index, any stale, foreign or never-written block changes the tokens that come out.
-
-`python -m tests.support.symbolic_model` is a process that computes for another, as a tensor-parallel rank does: it
-receives pickled batches and knows nothing but what was pickled.
 """
 
 import functools
 import pickle
-import subprocess
 import sys
 from collections.abc import Sequence as Sequences
+from concurrent.futures import Executor
 from itertools import pairwise
-from pathlib import Path
-from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -107,54 +102,26 @@ def expected_digest(token_ids: tuple[int, ...], params: SamplingParams, seed: in
 
 
 class SymbolicWorker:
-    """A SymbolicModel in a freshly started process. Use it in a `with` statement; start() begins a new cache."""
+    """A SymbolicModel with a new cache in the process of `pool`, which knows of a batch what was pickled."""
 
-    def __enter__(self) -> "SymbolicWorker":
-        command = [sys.executable, "-m", "tests.support.symbolic_model"]
-        root = Path(__file__).parents[2]
-        self._process = subprocess.Popen(command, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.communicate()  # closes its stdin, which ends it
-        assert self._process.returncode == 0
-
-    def start(self, num_blocks: int, block_size: int) -> "SymbolicWorker":
-        self._ask((num_blocks, block_size))
-        return self
+    def __init__(self, pool: Executor, num_blocks: int, block_size: int) -> None:
+        self._pool = pool
+        pool.submit(_start, num_blocks, block_size).result()
 
     def run(self, batch: ScheduledBatch) -> list[int]:
-        return self._ask(batch)
-
-    def loaded_modules(self) -> set[str]:
-        return self._ask("modules")
-
-    def _ask(self, message: Any) -> Any:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        pickle.dump(message, self._process.stdin)
-        self._process.stdin.flush()
-        return pickle.load(self._process.stdout)
+        return self._pool.submit(_run, batch).result()
 
 
-def serve(requests: BinaryIO, answers: BinaryIO) -> None:
-    """Answer until the other side closes: a pair makes a new model, a batch gives its tokens."""
-    model = SymbolicModel(1, 1)
-    while True:
-        try:
-            message = pickle.load(requests)
-        except EOFError:
-            return
-        answer: Any = None
-        if message == "modules":
-            answer = set(sys.modules)
-        elif isinstance(message, tuple):
-            model = SymbolicModel(*message)
-        else:
-            answer = model.run(message)
-        pickle.dump(answer, answers)
-        answers.flush()
+_models: list[SymbolicModel] = []  # in the worker process
 
 
-if __name__ == "__main__":
-    serve(sys.stdin.buffer, sys.stdout.buffer)
+def _start(num_blocks: int, block_size: int) -> None:
+    _models[:] = [SymbolicModel(num_blocks, block_size)]
+
+
+def _run(batch: ScheduledBatch) -> list[int]:
+    return _models[0].run(batch)
+
+
+def loaded_modules() -> set[str]:
+    return set(sys.modules)

@@ -64,7 +64,7 @@ def requests(num_prompts: int, max_tokens: int, num_prompt_tokens: int = 3) -> l
     sequences = [
         Sequence([1] * num_prompt_tokens, params, seq_id=number, block_size=4, seed=0) for number in range(num_prompts)
     ]
-    return [RequestState(seq, None, index, is_streamed=False) for index, seq in enumerate(sequences)]
+    return [RequestState(seq, None, index) for index, seq in enumerate(sequences)]
 
 
 def advance(

@@ -18,7 +18,7 @@ from typing import Any
 from nanovllm import LLMEngine, SamplingParams, bundled_model_path
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.scheduler import Scheduler
-from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.sequence import FinishCause, Sequence
 from tests.support.replay.trace import Trace, outcome_of
 
 
@@ -67,10 +67,14 @@ def play(trace: Trace, target: Any) -> Counter[str]:
         "schedule": lambda _: scheduler.schedule(),
         "schedule_next_async": lambda _: scheduler.schedule_next_async(batches["current"]),
         "commit_async_batch": lambda _: scheduler.commit_async_batch(batches["schedule_next_async"]),
-        "postprocess": lambda args: scheduler.postprocess(batches["current"], [token_id for _, token_id in args]),
+        "postprocess": lambda args: scheduler.postprocess(
+            batches["current"],
+            [token_id for _, token_id in args],
+            lambda seq: event["then"]["ended"].get(str(seq.seq_id)) == "stop",  # the text is not recorded
+        ),
         "abort": scheduler.abort,
         "preempt": lambda seq_id: scheduler.preempt(sequences[seq_id]),
-        "finish": lambda args: scheduler.finish(sequences[args[0]], args[1]),
+        "finish": lambda args: scheduler.finish(sequences[args[0]], FinishCause[args[1]]),
     }
     for event in trace.events:
         name, args, returned = event["call"], event["args"], None

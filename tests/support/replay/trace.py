@@ -53,10 +53,12 @@ CALLS: dict[str, Callable[..., Any]] = {
     "schedule": lambda: None,
     "schedule_next_async": lambda batch: None,
     "commit_async_batch": lambda ahead: None,
-    "postprocess": lambda batch, tokens: [[s.seq_id, t] for s, t in zip(batch.sampled_sequences, tokens, strict=True)],
+    "postprocess": lambda batch, tokens, *_: [
+        [s.seq_id, t] for s, t in zip(batch.sampled_sequences, tokens, strict=True)
+    ],
     "abort": lambda seq_id: seq_id,
     "preempt": lambda seq: seq.seq_id,
-    "finish": lambda seq, reason: [seq.seq_id, reason],
+    "finish": lambda seq, cause: [seq.seq_id, cause.name],
 }
 
 

@@ -9,81 +9,59 @@ from pathlib import Path
 from nanovllm import LLM, SamplingParams, bundled_model_path
 from nanovllm.engine.scheduler import Scheduler
 from tests.support.replay.trace import Trace, recording
-from tests.support.scheduling import add_prompt, make_scheduler, make_sequence, next_token, run, step
+from tests.support.scheduling import add_prompt, make_scheduler, make_sequence, next_token, run
 
 GOLDEN = Path(__file__).with_name("golden")
 PREFIX = [7, 3, 9, 9, 2, 11, 5, 3, 8, 1, 4, 4]
 
 
 def preemption(scheduler: Scheduler) -> None:
-    """Four sequences outgrow nine blocks of two."""
-    for seq_id in range(4):
-        add_prompt(scheduler, 3, seq_id, max_tokens=9)
+    """Three sequences outgrow six blocks of two."""
+    for seq_id in range(3):
+        add_prompt(scheduler, 3, seq_id, max_tokens=6)
     run(scheduler)
 
 
-def prefill_chunk(scheduler: Scheduler) -> None:
-    """Prompts of 3 to 23 tokens, five tokens a step; the first decodes between the others' chunks."""
-    for seq_id, num_tokens in enumerate((3, 23, 11, 17)):
-        add_prompt(scheduler, num_tokens, seq_id, max_tokens=4)
-    run(scheduler)
-
-
-def block_hit(scheduler: Scheduler) -> None:
-    """Whole prompts, whole blocks and parts of blocks again: beside each other, afterwards, and twice in one step."""
-    for seq_id, (tokens, num_steps) in enumerate([(PREFIX, 2), (PREFIX, 0), (PREFIX, 1), (PREFIX[:9], 9), (PREFIX, 0)]):
-        scheduler.add(make_sequence(tokens, seq_id=seq_id, max_tokens=5))
-        for _ in range(num_steps):
-            step(scheduler)
-    run(scheduler)
-
-
-def block_evicted(scheduler: Scheduler) -> None:
-    """Prompts one after the other through six blocks, the first of them again at the end."""
-    for seq_id, start in enumerate((0, 20, 40, 0, 60, 20, 0)):
-        scheduler.add(make_sequence(list(range(start, start + 7)), 2, seq_id=seq_id, max_tokens=3))
-        step(scheduler)
-    run(scheduler)
-
-
-def abort(scheduler: Scheduler) -> None:
-    """Between schedule() and postprocess(), of a prefilling and a decoding sequence; one waits; one is unknown."""
-    for seq_id in range(4):
-        add_prompt(scheduler, 5, seq_id, max_tokens=6)
-    for aborted in ([1], [], [0, 3], [], [99]):
+def crowd(scheduler: Scheduler) -> None:
+    """Chunks, whole and partial hits, evictions, and aborts of a running and a waiting sequence during a step."""
+    aborted = {3: [2], 5: [5, 99]}
+    for seq_id, tokens in enumerate([PREFIX, PREFIX[:9], [*range(20, 27)], PREFIX, [*range(40, 47)], PREFIX]):
+        scheduler.add(make_sequence(tokens, 2, seq_id=seq_id, max_tokens=3))
         batch = scheduler.schedule()
-        for seq_id in aborted:
-            scheduler.abort(seq_id)
+        for number in aborted.get(seq_id, []):
+            scheduler.abort(number)
         scheduler.postprocess(batch, [next_token(seq) for seq in batch.sampled_sequences])
     run(scheduler)
 
 
 RUNS: dict[Callable[[Scheduler], None], Callable[[], Scheduler]] = {
-    preemption: lambda: make_scheduler(9, 2, max_num_seqs=4),
-    prefill_chunk: lambda: make_scheduler(32, 4, max_num_seqs=3, max_num_batched_tokens=5),
-    block_hit: lambda: make_scheduler(24, 4),
-    block_evicted: lambda: make_scheduler(6, 2, max_num_seqs=2),
-    abort: lambda: make_scheduler(12, 2, max_num_seqs=3, max_num_batched_tokens=6),
+    preemption: lambda: make_scheduler(6, 2, max_num_seqs=4),
+    crowd: lambda: make_scheduler(10, 2, max_num_seqs=3, max_num_batched_tokens=8),
 }
 
 
 def engine() -> Trace:
     """The bundled model: every filter, a stop string, and five blocks of 16 (the triton backend takes those)."""
-    prompts = ["In the beginning", "The LORD is my shepherd", "And God said, Let there be", "To every thing there is a"]
+    prompts = [
+        "In the beginning God created",
+        "The LORD is my shepherd;",
+        "To every thing there is a season",
+        "And God said, Let there be",
+    ]
     params = [
-        SamplingParams.greedy(max_tokens=40, ignore_eos=True),
-        SamplingParams(seed=3, temperature=0.8, top_k=20, min_p=0.02),
-        SamplingParams.greedy(max_tokens=40, stop="darkness"),
-        SamplingParams(top_p=0.9, seed=1, max_tokens=40, ignore_eos=True),
+        SamplingParams.greedy(max_tokens=24, ignore_eos=True),
+        SamplingParams(top_p=0.9, seed=1, max_tokens=24, ignore_eos=True),
+        SamplingParams(seed=3, temperature=0.8, top_k=20, min_p=0.02, max_tokens=5),
+        SamplingParams.greedy(max_tokens=5, stop="light"),
     ]
     with LLM(
         str(bundled_model_path()), device="cpu", attention_backend="torch", dtype="float32", max_model_len=64,
         kv_cache_block_size=16, num_kv_cache_blocks=5, max_num_seqs=3, max_num_batched_tokens=16,
     ) as llm, recording(llm) as trace:  # fmt: skip
         ids = [llm.add_request(prompt, param) for prompt, param in zip(prompts, params, strict=True)]
-        for _ in range(4):
+        for _ in range(3):
             llm.step()
-        llm.abort(ids[1])
+        llm.abort(ids[2])
         while not llm.is_finished():
             llm.step()
     return trace

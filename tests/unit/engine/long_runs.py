@@ -1,15 +1,20 @@
-"""Long runs of EngineMachine and its subclasses, in which every event occurs: the campaigns show what they claim."""
+"""Long runs of EngineMachine and its subclasses, in which every event occurs: so the campaigns are not vacuous."""
 
 import random
 
 from tests.support.engine_events import assert_occurred
 from tests.support.engine_machine import EngineMachine
+from tests.support.scheduling import two_bit_hash
 
 EVENTS = (
     "preemption", "prefill chunk", "block hit", "block evicted", "hash collision", "forced decode",
     "not stored again", "request refused",
 )  # fmt: skip
-EVENTS_AHEAD = ("step ahead", "token discarded")
+ASYNC_EVENTS = ("async step", "token discarded")
+
+
+class MachineWithCollisions(EngineMachine):
+    hash_function = staticmethod(two_bit_hash)
 
 
 def play_until_everything_occurred(machine: type[EngineMachine], num_runs: int = 25) -> None:
@@ -19,18 +24,18 @@ def play_until_everything_occurred(machine: type[EngineMachine], num_runs: int =
     that ten times as many runs without it mean that it cannot occur any more.
     """
     machine.seen.clear()
-    required = (*EVENTS, *EVENTS_AHEAD) if machine.supports_async_scheduling else EVENTS
+    required = (*EVENTS, *ASYNC_EVENTS) if machine.supports_async_scheduling else EVENTS
     rng = random.Random(random.getrandbits(32))  # the seed of the run decides
     flood(machine())
     for number in range(10 * num_runs):
         if number >= num_runs and all(machine.seen[event] for event in required):
             break
-        long_run(machine(), rng, goes_ahead=number % 2 == 1)
+        long_run(machine(), rng, is_async=number % 2 == 1)
     assert_occurred(machine.seen, required)
 
 
-def long_run(machine: EngineMachine, rng: random.Random, goes_ahead: bool) -> None:
-    machine.start(rng.randint(6, 12), rng.randint(1, 4), rng.randint(2, 4), rng.randint(0, 2), goes_ahead)
+def long_run(machine: EngineMachine, rng: random.Random, is_async: bool) -> None:
+    machine.start(rng.randint(6, 12), rng.randint(1, 4), rng.randint(2, 4), rng.randint(0, 2), is_async)
     for number in range(40):
         prompts = [[rng.randint(0, 1) for _ in range(rng.randint(1, 18))] for _ in range(rng.randint(0, 2))]
         machine.add(prompts, rng.randint(1, 12), ignore_eos=rng.random() < 0.7)

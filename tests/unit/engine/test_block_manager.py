@@ -1,15 +1,15 @@
-"""BlockManager: what is shared, what is reused when, and where a sequence grows."""
+"""BlockManager: sharing, allocation and growth. test_scheduler_against_reference.py compares hits and reuse."""
 
-import struct
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import Any
 
 import pytest
-import xxhash
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from nanovllm.engine.block_manager import BlockManager, block_hash
+from nanovllm.engine.sequence import Sequence
 from reference import block_hash as reference
 from tests.support.counts import count_comparisons
 from tests.support.scheduling import allocated, compute, computed, make_sequence
@@ -34,24 +34,18 @@ every_hash = pytest.mark.parametrize("hash_function", [block_hash, weak_hash, no
 
 
 @given(tokens=st.lists(st.integers(0, 2**31), min_size=1, max_size=40), parent=st.none() | st.integers(0, 2**64 - 1))
+@example(tokens=[1, 2], parent=0)  # as any other hash of a parent
 def test_block_hash_equals_the_references(tokens: list[int], parent: int | None) -> None:
     assert block_hash(tokens, parent) == reference.block_hash(tokens, parent)
     count_comparisons("BlockManager: hashes against the reference")
 
 
-def test_block_hash_is_xxh64_of_parent_and_tokens_as_8_bytes_each() -> None:
-    first = xxhash.xxh64(struct.pack("<2q", 1, 2)).intdigest()
-    assert block_hash([1, 2], None) == first
-    for parent in (first, 0):  # 0 is a parent's hash as any other
-        assert block_hash([3, 4], parent) == xxhash.xxh64(struct.pack("<Q2q", parent, 3, 4)).intdigest()
-
-
-def test_every_block_is_hashed_once_in_a_sequences_life() -> None:
+def test_each_block_is_hashed_once_with_the_hash_of_the_block_before_it() -> None:
     calls = []
 
     def counted(tokens: list[int], parent: int | None) -> int:
-        calls.append(tokens)
-        return block_hash(tokens, parent)
+        calls.append((tokens, parent))
+        return 100 + len(calls)
 
     manager = BlockManager(20, 2, counted)
     seq = make_sequence([1, 2, 3, 4, 5], 2)
@@ -64,34 +58,10 @@ def test_every_block_is_hashed_once_in_a_sequences_life() -> None:
         manager.append(seq)
     manager.deallocate(seq)
     manager.allocate(seq)
-    assert calls == [[1, 2], [3, 4], [5, 6], [7, 8], [9, 10]]
-
-
-def test_a_block_is_hashed_with_the_hash_of_the_block_before_it() -> None:
-    parents = []
-
-    def recorded(tokens: list[int], parent: int | None) -> int:
-        parents.append(parent)
-        return 100 + len(parents)
-
-    BlockManager(8, 2, recorded).can_allocate(make_sequence([1, 2, 3, 4, 5, 6], 2))
-    assert parents == [None, 101, 102]
+    assert calls == [([1, 2], None), ([3, 4], 101), ([5, 6], 102), ([7, 8], 103), ([9, 10], 104)]
 
 
 # --- sharing ---
-
-
-def test_a_prefix_is_shared_block_by_block() -> None:
-    manager = BlockManager(8, 2)
-    first = computed(manager, [1, 2, 3, 4, 5])
-    second = allocated(manager, [1, 2, 3, 4, 6, 7])
-    assert second.block_table[:2] == first.block_table[:2]
-    assert (second.num_cached_tokens, second.num_tokens_with_kv, second.num_cached_prompt_tokens) == (4, 4, 4)
-    assert [manager.blocks[block_id].ref_count for block_id in first.block_table] == [2, 2, 1]
-    assert manager.num_hit_blocks == 2
-    third = allocated(manager, [1, 2, 9])
-    assert manager.num_hit_blocks == 3
-    manager.check_invariants([first, second, third])
 
 
 @pytest.mark.parametrize("num_tokens", [2, 4, 8])
@@ -101,6 +71,11 @@ def test_a_prompt_cached_whole_leaves_one_token_to_compute_and_none_to_store(num
     first, second = computed(manager, prompt), allocated(manager, prompt)
     assert second.block_table == first.block_table
     assert (second.num_uncached_tokens, second.num_tokens_with_kv) == (1, num_tokens)
+    third = allocated(manager, [*prompt, 9])
+    assert third.block_table[:-1] == first.block_table
+    assert (third.num_cached_tokens, third.num_tokens_with_kv, third.num_cached_prompt_tokens) == (num_tokens,) * 3
+    assert manager.num_hit_blocks == num_tokens
+    manager.check_invariants([first, second, third])
 
 
 def test_blocks_are_hittable_once_their_keys_are_stored_and_not_before() -> None:
@@ -125,17 +100,6 @@ def test_a_hit_means_that_the_whole_prefix_is_equal(hash_function: Callable[...,
     manager.check_invariants([first, second])
 
 
-@every_hash
-def test_a_reused_block_is_no_hit_for_what_it_held(hash_function: Callable[..., int]) -> None:
-    """D09."""
-    manager = BlockManager(2, 2, hash_function)
-    manager.deallocate(computed(manager, [1, 2, 3, 4]))
-    computed(manager, [0, 3, 3, 4])
-    assert hits(manager, [1, 2, 3, 4]) == []
-    assert len(hits(manager, [0, 3, 3, 4])) == 2
-    assert manager.num_evictions == 2
-
-
 @given(data=st.data(), hash_function=st.sampled_from([block_hash, weak_hash, no_hash]))
 def test_hits_are_the_longest_stored_prefix_whatever_the_hash(
     data: st.DataObject, hash_function: Callable[..., int]
@@ -153,101 +117,25 @@ def test_hits_are_the_longest_stored_prefix_whatever_the_hash(
     assert len(hits(manager, probe)) * 2 == expected
 
 
-@every_hash
-def test_when_the_mapped_twin_is_evicted_the_other_is_still_hit(hash_function: Callable[..., int]) -> None:
-    """D13: two equal prompts computed in one step."""
-    manager = BlockManager(4, 2, hash_function)
-    first, second = allocated(manager, [1, 2, 3, 4]), allocated(manager, [1, 2, 3, 4])
-    compute(manager, first)
-    compute(manager, second)
-    manager.deallocate(first)
-    other = allocated(manager, [7, 8, 9])  # takes both blocks of the first
-    assert hits(manager, [1, 2, 3, 4]) == second.block_table
-    manager.check_invariants([second, other])
-    manager.deallocate(second)
-    assert len(hits(manager, [1, 2, 3, 4])) == 2
-
-
-def test_an_owned_twin_is_hit_before_a_free_one() -> None:
-    """D13: it costs no free block."""
-    manager = BlockManager(2, 2)
-    first, second = allocated(manager, [1, 2]), allocated(manager, [1, 2])
-    compute(manager, first)
-    compute(manager, second)
-    manager.deallocate(first)
-    assert hits(manager, [1, 2, 9]) == second.block_table
-    assert manager.can_allocate(make_sequence([1, 2, 9], 2))
-
-
 # --- free blocks and their reuse ---
 
 
-def test_freed_blocks_stay_hittable() -> None:
-    manager = BlockManager(4, 2)
-    seq = computed(manager, [1, 2, 3, 4])
-    table = list(seq.block_table)
-    manager.deallocate(seq)
-    assert (seq.block_table, seq.num_cached_tokens, seq.num_tokens_with_kv) == ([], 0, 0)
-    assert manager.num_free_blocks == 4
-    assert allocated(manager, [1, 2, 3, 4, 5]).block_table[:2] == table
-
-
-def test_blocks_are_reused_uncached_first_then_longest_unused_and_tails_before_heads() -> None:
-    manager = BlockManager(6, 2)
-    long, short = computed(manager, [1, 2, 3, 4, 5]), computed(manager, [6, 7])
-    assert (long.block_table, short.block_table) == ([0, 1, 2], [3])
-    manager.deallocate(short)
-    manager.deallocate(long)
-    taken = [allocated(manager, [90 + count]).block_table[0] for count in range(6)]
-    assert set(taken[:3]) == {2, 4, 5}, "hold nothing that could be hit"
-    assert taken[3:] == [3, 1, 0]
-    assert manager.num_evictions == 3
-
-
-def test_a_hit_makes_a_block_recently_used() -> None:
-    manager = BlockManager(2, 2)
-    manager.deallocate(computed(manager, [1, 2]))
-    manager.deallocate(computed(manager, [3, 4]))
-    manager.deallocate(compute(manager, allocated(manager, [1, 2])))
-    allocated(manager, [9])
-    assert len(hits(manager, [1, 2])) == 1
-    assert hits(manager, [3, 4]) == []
-
-
-def test_a_free_hit_still_takes_its_block_from_the_free_ones() -> None:
-    manager = BlockManager(3, 2)
-    manager.deallocate(computed(manager, [1, 2, 3, 4]))
-    assert not manager.can_allocate(make_sequence([1, 2, 3, 4, 5, 6, 7], 2))
-    assert manager.can_allocate(make_sequence([1, 2, 3, 4, 5], 2))
-    assert not manager.can_allocate(make_sequence([1, 2, 3, 4, 5], 2), num_reserved_blocks=1)
-
-
 def test_taking_a_block_out_of_the_free_list_walks_over_no_other() -> None:
-    """D20: hits in the middle of 20,000 free blocks, in a free list and a pool that refuse to be walked."""
+    """D20: a hit in the middle of the free blocks, in a free list and a pool that refuse to be walked."""
 
-    class NeverWalked(OrderedDict):
-        def __iter__(self):
-            raise AssertionError("the free list was walked")
+    def refuse(*_: object) -> Any:
+        raise AssertionError("all blocks were walked over")
 
-        keys = items = values = __reversed__ = __iter__
-
-    class Pool(list):
-        def __iter__(self):
-            raise AssertionError("the pool was walked")
-
-        __reversed__ = __contains__ = index = remove = __iter__
-
-    manager = BlockManager(20_000, 2)
-    seqs = [computed(manager, [7, count, 1]) for count in range(50)]
-    for seq in seqs:
+    walks = dict.fromkeys(("__iter__", "__reversed__", "__contains__", "keys", "items", "index", "remove"), refuse)
+    manager = BlockManager(100, 2)
+    for seq in [computed(manager, [7, count, 1]) for count in range(9)]:
         manager.deallocate(seq)
-    manager._free_block_ids = NeverWalked(manager._free_block_ids)
-    manager.blocks = Pool(manager.blocks)
-    again = [allocated(manager, [7, count, 1]) for count in range(50)]
-    assert all(seq.num_cached_tokens == 2 for seq in again)
-    for seq in again:
-        manager.deallocate(seq)
-    assert manager.num_free_blocks == 20_000
+    manager._free_block_ids = type("FreeList", (OrderedDict,), walks)(manager._free_block_ids)
+    manager.blocks = type("Pool", (list,), walks)(manager.blocks)
+    again = allocated(manager, [7, 5, 1])
+    assert again.num_cached_tokens == 2
+    manager.deallocate(again)
+    assert manager.num_free_blocks == 100
 
 
 def test_an_empty_pool_is_a_named_error() -> None:
@@ -266,29 +154,59 @@ def test_a_pool_without_blocks_is_refused(num_blocks: int, block_size: int) -> N
 # --- growth ---
 
 
-@pytest.mark.parametrize("block_size", [1, 2, 256])
-def test_a_block_is_opened_when_its_first_token_has_been_appended(block_size: int) -> None:
-    """D02, D08: at len % block_size == 1 after appending (every token for block_size 1), and once."""
-    manager = BlockManager(600, block_size)
-    seq = allocated(manager, [0])
-    opened = []
-    for length in range(2, 2 * block_size + 4):
-        seq.append_token(0)
-        before = manager.num_free_blocks
-        manager.append(seq)
-        manager.append(seq)
-        opened += [length] * (before - manager.num_free_blocks)
-    assert opened == [length for length in range(2, 2 * block_size + 4) if length % block_size == 1 % block_size]
-
-
 @pytest.mark.parametrize("block_size", [1, 2, 4, 256])
-def test_an_exactly_full_pool_appends_until_the_next_block_opens(block_size: int) -> None:
-    """D02."""
-    manager = BlockManager(2, block_size)
-    seq = allocated(manager, [0] * (block_size + 1))
-    while len(seq) < 2 * block_size:
+def test_a_block_is_allocated_for_its_first_token_and_once(block_size: int) -> None:
+    """D02, D08: at len % block_size == 1 after appending (every token for block_size 1), to the last free block."""
+    manager = BlockManager(3, block_size)
+    seq = allocated(manager, [0])
+    while len(seq) < 3 * block_size:
         seq.append_token(0)
         assert manager.can_append(seq)
         manager.append(seq)
+        manager.append(seq)
+        assert len(seq.block_table) == seq.num_blocks == 3 - manager.num_free_blocks
     seq.append_token(0)
     assert not manager.can_append(seq)
+
+
+# --- check_invariants ---
+
+
+def damage(what: str, manager: BlockManager, first: Sequence, second: Sequence) -> None:
+    block = manager.blocks[first.block_table[0]]
+    other = manager.blocks[second.block_table[0]]
+    changes: dict[str, Callable[[], object]] = {
+        "owned twice": lambda: (second.block_table.append(other.block_id), setattr(other, "ref_count", 2)),
+        "a free block is lost": manager._free_block_ids.popitem,
+        "an owner too many": lambda: setattr(block, "ref_count", 5),
+        "a mapping is lost": manager.hash_to_block_id.popitem,
+        "an empty list": lambda: manager._same_hash.update({next(iter(manager.hash_to_block_id)): []}),
+        "another hash": lambda: setattr(block, "hash", 12345),
+        "a token is lost": block.token_ids.pop,
+        "equal contents": lambda: setattr(other, "token_ids", [1, 2]),
+        "equal ids": lambda: setattr(other, "prefix_id", block.prefix_id),
+    }
+    changes[what]()
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("a free block is lost", "free list .* is not the set of unowned blocks"),
+        ("owned twice", "owns a block twice"),
+        ("an owner too many", "block 0 has ref_count 5 and 1 owners"),
+        ("a mapping is lost", "blocks found by hash .* are not the cached blocks"),
+        ("an empty list", "a hash has further blocks but no first one, or an empty list"),
+        ("another hash", "cached block 0 is not found by its hash"),
+        ("a token is lost", "cached block 0 holds 1 tokens, not 2"),
+        ("equal contents", "has the content of another but not its prefix_id"),
+        ("equal ids", "one prefix_id names two contents"),
+    ],
+)
+def test_check_invariants_names_what_is_broken(what: str, words: str) -> None:
+    manager = BlockManager(6, 2)
+    first, second = computed(manager, [1, 2]), computed(manager, [3, 4, 5])
+    manager.check_invariants([first, second])
+    damage(what, manager, first, second)
+    with pytest.raises(RuntimeError, match=f"BlockManager invariant broken: .*{words}"):
+        manager.check_invariants([first, second])

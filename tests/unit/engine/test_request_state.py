@@ -5,104 +5,93 @@ from typing import Any
 import pytest
 
 from nanovllm.engine.request_state import RequestState
-from nanovllm.engine.sequence import FinishCause, Sequence, SequenceStatus
-from tests.support.scheduling import make_scheduler, make_sequence, run
+from nanovllm.engine.sequence import FinishCause
+from tests.support.scheduling import make_scheduler, make_sequence
+from tests.unit.engine.test_detokenizer import ByteTokenizer
 
 
-class LetterTokenizer:
-    def decode(self, token_ids: list[int], **_: Any) -> str:
-        return "".join(chr(token_id) for token_id in token_ids)
-
-
-class ByteTokenizer:
-    def decode(self, token_ids: list[int], **_: Any) -> str:
-        return bytes(token_ids).decode(errors="replace")
-
-
-def generated(text: str, is_streamed: bool = False, tokenizer: Any = LetterTokenizer(), **params: Any) -> RequestState:  # noqa: B008
-    """A request whose model says `text`; "." is the end-of-sequence token. Ends at a stop string as the engine does."""
+def generated(text: str, tokenizer: Any = None, **params: Any) -> tuple[RequestState, list[dict[str, Any]]]:
+    """A request whose model generates the letters of `text`, and its stream; "." is the end-of-sequence token."""
     scheduler = make_scheduler(eos_token_ids=frozenset({ord(".")}))
-    seq = make_sequence([1, 2], max_tokens=params.pop("max_tokens", len(text)), **params)
-    request = RequestState(seq, tokenizer, 0, is_streamed)
+    seq = make_sequence([1, 2], **{"max_tokens": len(text), **params})
+    request, streamed = RequestState(seq, tokenizer, 3), RequestState(seq, tokenizer, 3)
     scheduler.add(seq)
-
-    def token(seq: Sequence) -> int:
-        return ord(text[seq.num_completion_tokens])
-
+    items: list[Any] = []
     while not scheduler.is_finished:
-        batch = scheduler.schedule()
-        scheduler.postprocess(batch, [token(item) for item in batch.sampled_sequences])
-        if request.process_new_token() and not seq.is_finished:
-            scheduler.finish(seq, FinishCause.STOP_STRING)
-    run(scheduler)
-    return request
+        tokens = [ord(text[seq.num_completion_tokens])]
+        scheduler.postprocess(scheduler.schedule(), tokens, lambda _: request.process_new_token())
+        items.append(streamed.next_stream_output())
+    assert streamed.is_stream_finished
+    return request, items
 
 
-@pytest.mark.parametrize("is_streamed", [False, True])
 @pytest.mark.parametrize(
-    ("said", "params", "text", "num_tokens", "reason"),
+    ("said", "params", "text", "num_tokens", "cause"),
     [
-        ("abc", {}, "abc", 3, "length"),
-        ("ab.cd", {}, "ab", 3, "stop"),
-        ("ab.cd", {"ignore_eos": True}, "ab.cd", 5, "length"),
-        ("abxcd", {"stop_token_ids": (ord("x"),)}, "ab", 3, "stop"),
-        ("abENDcd", {"stop": "END"}, "ab", 5, "stop"),
-        ("abEN.", {"stop": "END"}, "abEN", 5, "stop"),
-        ("abENcd", {"stop": "END", "max_tokens": 4}, "abEN", 4, "length"),
+        ("abc", {}, "abc", 3, FinishCause.LENGTH),
+        ("ab.cd", {}, "ab", 3, FinishCause.EOS_TOKEN),
+        ("ab.cd", {"ignore_eos": True}, "ab.cd", 5, FinishCause.LENGTH),
+        ("abxcd", {"stop_token_ids": (ord("x"),)}, "ab", 3, FinishCause.STOP_TOKEN),
+        ("abENDcd", {"stop": "END"}, "ab", 5, FinishCause.STOP_STRING),
+        ("abEN.", {"stop": "END"}, "abEN", 5, FinishCause.EOS_TOKEN),
+        ("abENcd", {"stop": "END", "max_tokens": 4}, "abEN", 4, FinishCause.LENGTH),
+        # several causes at once
+        ("a.", {"stop_token_ids": (ord("."),), "stop": "."}, "a", 2, FinishCause.EOS_TOKEN),
+        ("a.", {"stop_token_ids": (ord("."),), "stop": ".", "ignore_eos": True}, "a", 2, FinishCause.STOP_TOKEN),
+        ("abEND", {"stop": "END"}, "ab", 5, FinishCause.STOP_STRING),
+        ("a\xe2\x82", {}, "a\ufffd", 3, FinishCause.LENGTH),  # two bytes of three
+        ("a\xe2\x82", {"stop": "no such text"}, "a\ufffd", 3, FinishCause.LENGTH),
     ],
 )
-def test_text_tokens_and_reason(
-    said: str, params: dict[str, Any], text: str, num_tokens: int, reason: str, is_streamed: bool
+def test_text_tokens_and_cause(
+    said: str, params: dict[str, Any], text: str, num_tokens: int, cause: FinishCause
 ) -> None:
-    """A token that ends the request is among the tokens and not in the text; a stop string is in neither's text."""
-    output = generated(said, is_streamed, **params).output()
-    assert (output["text"], output["finish_reason"]) == (text, reason)
+    """A token that ends the request is not in its text. The stream, joined, is the output."""
+    request, items = generated(said, ByteTokenizer(), **params)
+    assert request.sequence.finish_cause is cause
+    output = request.output()
+    assert output == request.output()
+    assert (output["text"], output["finish_reason"]) == (text, cause.reason)
     assert output["token_ids"] == [ord(letter) for letter in said[:num_tokens]]
     assert (output["seq_id"], output["num_cached_tokens"]) == (0, 0)
+    assert "".join(item["text"] for item in items) == text
+    assert [token_id for item in items for token_id in item["token_ids"]] == output["token_ids"]
+    assert [item["finish_reason"] for item in items] == [None] * (len(items) - 1) + [cause.reason]
+    assert {(item["index"], item["seq_id"]) for item in items} == {(3, 0)}
 
 
-def test_without_a_tokenizer_there_are_tokens_and_no_text() -> None:
-    output = generated("abc", tokenizer=None).output()
-    assert (output["text"], output["token_ids"]) == ("", [97, 98, 99])
-
-
-def test_without_a_tokenizer_a_stream_has_tokens_and_no_text() -> None:
-    item = generated("abc", tokenizer=None, is_streamed=True).next_stream_output()
-    assert (item["text"], item["token_ids"], item["seq_id"]) == ("", [97, 98, 99], 0)
-
-
-def test_streamed_pieces_join_to_the_output() -> None:
-    request = RequestState(make_sequence([1], stop="END"), LetterTokenizer(), 3, is_streamed=True)
-    items = []
-    for letter in "abE":
-        request.sequence.append_token(ord(letter))
-        request.process_new_token()
-        items.append(request.next_stream_output())
-    request.sequence.status, request.sequence.finish_reason = SequenceStatus.FINISHED, "length"
-    items.append(request.next_stream_output())
-    assert [(item["index"], item["text"], item["token_ids"], item["finish_reason"]) for item in items] == [
-        (3, "a", [97], None),
-        (3, "b", [98], None),
-        (3, "", [69], None),
-        (3, "E", [], "length"),
+def test_causes_in_order_of_precedence() -> None:
+    assert [(cause.name, cause.reason, cause.hides_last_token) for cause in FinishCause] == [
+        ("ABORT", "abort", False),
+        ("EOS_TOKEN", "stop", True),
+        ("STOP_TOKEN", "stop", True),
+        ("STOP_STRING", "stop", False),
+        ("LENGTH", "length", False),
     ]
 
 
-@pytest.mark.parametrize("params", [{}, {"stop": "no such text"}])
-def test_a_character_that_is_never_whole_is_shown_at_the_end(params: dict[str, Any]) -> None:
-    """Streamed or not, and whether or not the text was followed for stop strings."""
-    said = "a\xe2\x82"  # the first two bytes of three
-    assert generated(said, tokenizer=ByteTokenizer(), **params).output()["text"] == "a\ufffd"
-    request = generated(said, is_streamed=True, tokenizer=ByteTokenizer(), **params)
-    assert request.next_stream_output()["text"] == "a\ufffd"
-    assert request.output()["text"] == "a\ufffd"
+def test_without_a_tokenizer_there_are_tokens_and_no_text() -> None:
+    request, items = generated("abc")
+    assert (request.output()["text"], request.output()["token_ids"]) == ("", [97, 98, 99])
+    assert [(item["text"], item["token_ids"]) for item in items] == [("", [97]), ("", [98]), ("", [99])]
+
+
+def test_tokens_of_several_steps_are_streamed_together_and_text_is_held_back_until_the_end() -> None:
+    request = RequestState(make_sequence([1], stop="END"), ByteTokenizer())
+    texts = []
+    for letters in ("ab", "E", ""):
+        for letter in letters:
+            request.sequence.append_token(ord(letter))
+        texts.append(request.next_stream_output()["text"])
+    request.sequence.finish_cause = FinishCause.LENGTH
+    request.sequence.status = request.sequence.status.FINISHED
+    assert [*texts, request.next_stream_output()["text"]] == ["ab", "", "", "E"]
 
 
 def test_an_abort_is_streamed_without_tokens() -> None:
     scheduler = make_scheduler()
-    seq = make_sequence([1])
-    scheduler.add(seq)
-    request = RequestState(seq, LetterTokenizer(), 0, is_streamed=True)
+    request = RequestState(make_sequence([1]), ByteTokenizer())
+    scheduler.add(request.sequence)
     scheduler.abort(0)
     item = request.next_stream_output()
     assert (item["text"], item["token_ids"], item["finish_reason"]) == ("", [], "abort")

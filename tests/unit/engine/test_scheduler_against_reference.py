@@ -17,8 +17,8 @@ from tests.unit.engine.long_runs import play_until_everything_occurred
 
 
 class LockStep(EngineMachine):
-    """EngineMachine with the reference beside it; the two share nothing but the tokens. No step ahead: where a token
-    ends a sequence, the decisions are others then.
+    """EngineMachine with the reference beside it; the two share nothing but the tokens. Without async scheduling, whose
+    decisions differ where a token ends a sequence.
     """
 
     supports_async_scheduling = False
@@ -26,6 +26,7 @@ class LockStep(EngineMachine):
     def has_started(self) -> None:
         pool = BlockManager(len(self.manager.blocks), self.block_size)
         self.decision = scheduler.Decision(False, (), (), (), pool, 0)
+        self.content: dict[int, tuple[int, ...]] = {}  # block -> all tokens to its end
 
     def has_arrived(self, seq: Sequence, is_refused: bool) -> None:
         params = seq.sampling_params
@@ -40,6 +41,9 @@ class LockStep(EngineMachine):
         self.compare_queues()
 
     def has_scheduled(self, batch: ScheduledBatch) -> None:
+        for seq in batch.sequences:
+            for index, block_id in enumerate(seq.block_table[: seq.num_cached_tokens_after_step // seq.block_size]):
+                self.content[block_id] = tuple(seq.token_ids[: (index + 1) * seq.block_size])
         last = self.decision
         self.decision = scheduler.schedule(
             last.waiting,
@@ -62,7 +66,7 @@ class LockStep(EngineMachine):
         self.compare_queues()
 
     def compare_queues(self) -> None:
-        """Who runs and waits, with how much computed, who shares his blocks with how many, how many are free."""
+        """Running and waiting sequences, their computed tokens, the owners of their blocks, and the order of reuse."""
         for ours, theirs in (
             (self.scheduler.running, self.decision.running),
             (self.scheduler.waiting, self.decision.waiting),
@@ -74,10 +78,12 @@ class LockStep(EngineMachine):
         pool = self.decision.block_manager
         for seq in self.scheduler.running:
             owners = [self.manager.blocks[block_id].ref_count for block_id in seq.block_table]
-            assert owners == [pool.ref_count(block) for block in pool.tables[seq.seq_id]], (
-                "D13: who shares with how many"
-            )
+            assert owners == [pool.ref_count(block) for block in pool.tables[seq.seq_id]], "D13: owners of each block"
         assert self.manager.num_free_blocks == len(pool.free), "D02"
+        is_cached = [self.manager.blocks[block_id].is_cached for block_id in self.manager._free_block_ids]
+        assert is_cached == sorted(is_cached), "a cached block is reused after all that hold nothing"
+        reused = [self.content[block_id] for block_id in list(self.manager._free_block_ids)[is_cached.count(False) :]]
+        assert reused == [pool.prefixes[block] for block in pool.reuse_order() if block in pool.prefixes]
         count_comparisons("Scheduler against reference", sum(map(len, pool.tables.values())) + 1)
 
 
@@ -87,10 +93,9 @@ class LockStepWithCollisions(LockStep):
 
 @pytest.mark.parametrize("machine", [LockStep, LockStepWithCollisions])
 def test_the_engine_decides_as_the_reference(machine: type[LockStep]) -> None:
-    """D02 D06 D08 D10 D11 D13 D15 D16 D17 D19: who computes how much, who runs, waits and shares, at every step."""
+    """D02 D05 D06 D08 D09 D10 D11 D13 D14 D15 D16 D17 D19: what is computed, shared, kept and freed, at every step."""
     run_state_machine_as_test(machine, settings=settings(stateful_step_count=40))
 
 
 def test_every_event_occurs() -> None:
-    """As above, in long runs."""
     play_until_everything_occurred(LockStepWithCollisions, num_runs=8)

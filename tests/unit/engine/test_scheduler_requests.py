@@ -1,4 +1,4 @@
-"""Scheduler: which requests it takes, and how they end."""
+"""Scheduler: which requests it admits, and how they end."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import pytest
 from nanovllm.engine.sequence import SequenceStatus
 from tests.support.scheduling import add_prompt, make_scheduler, run, step
 
-# --- the door ---
+# --- admission ---
 
 
 def test_what_can_never_fit_is_refused_with_the_numbers_and_the_others_go_on() -> None:
@@ -42,7 +42,7 @@ def test_max_model_len_caps_what_is_asked_of_the_pool() -> None:
     assert (len(seq), seq.finish_reason) == (9, "length")
 
 
-# --- the end ---
+# --- finish ---
 
 
 @pytest.mark.parametrize(
@@ -68,9 +68,9 @@ def test_finish_reasons(params: dict[str, Any], tokens: list[int], reason: str, 
 
 
 @pytest.mark.parametrize("num_steps", [0, 1, 2, 3, 4])
-@pytest.mark.parametrize("is_between", [False, True])
-def test_abort_ends_a_request_in_every_state(num_steps: int, is_between: bool) -> None:
-    """D19: waiting (0 steps), between chunks (1, 2), decoding (3, 4); also between schedule() and postprocess()."""
+@pytest.mark.parametrize(("is_between", "is_preempted"), [(False, False), (False, True), (True, False)])
+def test_abort_ends_a_request_in_every_state(num_steps: int, is_between: bool, is_preempted: bool) -> None:
+    """D18, D19: waiting (0 steps), between chunks (1, 2), decoding (3, 4), preempted, and during a step."""
     scheduler = make_scheduler(block_size=2, max_num_batched_tokens=4, max_num_seqs=2)
     seq, other = add_prompt(scheduler, 9, 0, max_tokens=9), add_prompt(scheduler, 3, 1, max_tokens=9)
     for _ in range(num_steps):
@@ -81,6 +81,8 @@ def test_abort_ends_a_request_in_every_state(num_steps: int, is_between: bool) -
         assert scheduler.abort(0)
         scheduler.postprocess(batch, [1] * len(batch.sampled_sequences))
     else:
+        if is_preempted and seq in scheduler.running:
+            scheduler.preempt(seq)
         assert scheduler.abort(0)
     assert (seq.finish_reason, seq.status, len(seq)) == ("abort", SequenceStatus.FINISHED, num_tokens)
     assert (seq.block_table, seq.num_scheduled_tokens) == ([], 0)
@@ -88,27 +90,6 @@ def test_abort_ends_a_request_in_every_state(num_steps: int, is_between: bool) -
     run(scheduler)
     assert (other.finish_reason, other.num_completion_tokens) == ("length", 9)
     assert scheduler.block_manager.num_free_blocks == 64
-
-
-def test_an_abort_while_a_step_is_computed_leaves_the_others_their_tokens() -> None:
-    """D18, D19."""
-    scheduler = make_scheduler()
-    seqs = [add_prompt(scheduler, 3, seq_id, max_tokens=9) for seq_id in range(3)]
-    batch = scheduler.schedule()
-    scheduler.abort(0)
-    scheduler.postprocess(batch, [7, 8, 9])
-    assert [seq.completion_token_ids for seq in seqs] == [[], [8], [9]]
-
-
-def test_a_preempted_request_can_be_aborted() -> None:
-    """D19."""
-    scheduler = make_scheduler()
-    seq = add_prompt(scheduler, 3)
-    step(scheduler)
-    scheduler.preempt(seq)
-    assert scheduler.abort(0)
-    assert seq.finish_reason == "abort"
-    assert scheduler.is_finished
 
 
 def test_an_unknown_or_finished_request_is_not_aborted() -> None:

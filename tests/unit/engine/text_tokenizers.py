@@ -54,10 +54,12 @@ def byte_fallback() -> KnownTokenizer:
 def byte_level() -> KnownTokenizer:
     """As GPT-2, Qwen and Llama 3: a token is any bytes, written with one letter a byte."""
     from tokenizers import Tokenizer, decoders, models
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+    letters = bytes_to_unicode()
     parts = [b"\xf0\x9f", b"\x99\x82", b"\x82a", b"\xe2\x82", *(word.encode() for word in WORDS if len(word) > 1)]
     token_bytes: list[bytes | None] = [*(bytes([byte]) for byte in range(256)), *parts]
-    vocab = {"".join(map(_letter, item or b"")): token_id for token_id, item in enumerate(token_bytes)}
+    vocab = {"".join(letters[byte] for byte in item or b""): token_id for token_id, item in enumerate(token_bytes)}
     backend = Tokenizer(models.BPE(vocab, []))
     backend.decoder = decoders.ByteLevel()
     return _known(backend, token_bytes, strips_first_space=False)
@@ -86,9 +88,3 @@ def _known(backend: Any, token_bytes: list[bytes | None], strips_first_space: bo
     num_special = backend.get_vocab_size() - len(token_bytes)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
     return KnownTokenizer(tokenizer, (*token_bytes, *[None] * num_special), strips_first_space)
-
-
-def _letter(byte: int) -> str:
-    """The letter for a byte in a byte-level vocabulary: printable Latin-1 stands for itself, others follow from 256."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    return chr(byte) if byte in printable else chr(256 + sorted(set(range(256)) - set(printable)).index(byte))

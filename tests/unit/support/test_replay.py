@@ -131,8 +131,9 @@ def test_a_wrong_token_is_named_and_a_near_tie_is_excused(monkeypatch: pytest.Mo
 # --- --record ---
 
 FAULT = """
-from nanovllm.engine.scheduler import Scheduler
-Scheduler._finish_reason = lambda self, seq: "length" if seq.num_completion_tokens > 3 else None
+from nanovllm.engine import scheduler
+from nanovllm.engine.sequence import FinishCause
+scheduler.finish_cause = lambda seq, **_: FinishCause.LENGTH if seq.num_completion_tokens > 3 else None
 """
 TEST = """
 from hypothesis import given, settings, strategies as st
