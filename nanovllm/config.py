@@ -38,7 +38,8 @@ class Config:
     kv_cache_block_size: tokens a KV block. A multiple of 256 for "auto" and "flash_attn"; "triton" also takes powers
         of two from 16, "torch" powers of two from 1.
     num_kv_cache_blocks: None sizes the cache from free memory.
-    attention_backend: "auto" takes the fastest that is installed and fits.
+    attention_backend: "auto" takes the fastest that is installed and fits. "flash_attn" by name also computes norm,
+        rotation and store of queries and keys in a kernel each, as nano-vllm does; else one fused kernel does all.
     dtype: of weights, activations and KV cache; "auto" is what the checkpoint says.
     seed: of the requests that bring none, 0 .. 2**64-1.
     device: "auto" is cuda if there is one, else cpu.

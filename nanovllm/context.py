@@ -1,7 +1,7 @@
-"""Context: the attention metadata of the running forward pass, the one global of the engine (one for each thread).
+"""Context: the attention metadata of the running forward pass, a ContextVar: each thread has its own.
 
-The model's layers call each other with hidden states only; what attention alone needs to know travels here. It is set
-for one forward pass with `with set_context(context):` and read in layers/attention.py, nowhere else.
+The model's layers pass hidden states to each other; Context carries what only attention needs. It is set for one
+forward pass with `with set_context(context):` and read in layers/attention.py only.
 """
 
 from collections.abc import Iterator
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Context:
-    """Device tensors beside ModelInput's integers; num_seqs sequences, num_tokens packed tokens.
+    """Attention metadata of num_seqs sequences with num_tokens packed tokens; tensors are on the device.
 
     is_prefill: several query tokens a sequence (prefill), or one (decode).
-    slot_mapping: [num_tokens] int64, where each token's key and value go; PADDING_SLOT (-1) is not stored.
+    slot_mapping: [num_tokens] int64, the slot of each token's key and value; PADDING_SLOT (-1) is not stored.
     cu_seqlens_q, cu_seqlens_k: [num_seqs + 1] int32, running sums of query and key lengths.
     max_seqlen_q, max_seqlen_k: the longest of each.
     context_lens: [num_seqs] int32, key lengths, this step's tokens included.
     block_tables: [num_seqs, max_blocks] int32, padded with -1. None in a prefill in which no sequence has cached
         keys: then the keys are exactly this step's.
-    sequence_order: [num_seqs] int32, the sequences by falling key length; None where nobody has sorted them.
+    sequence_order: [num_seqs] int32, the sequences by falling key length; None if they are not sorted.
     """
 
     is_prefill: bool

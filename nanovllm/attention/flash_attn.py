@@ -1,44 +1,44 @@
-"""Attention backend "flash_attn": flash-attn 2 for prefill and decode, a Triton kernel to store. NVIDIA GPUs only."""
+"""Attention backend "flash_attn": flash-attn 2 for prefill and decode. NVIDIA GPUs only."""
 
 import torch
+from torch import Tensor
 
+from nanovllm import kernels
+from nanovllm.attention.backend import AttentionBackend, AttentionRequirements, KVCache, old_gpu_reason
+from nanovllm.config import FLASH_ATTENTION_BLOCK_SIZE
 from nanovllm.context import Context
-from nanovllm.kernels.flash_attention import flash_attention_decode, flash_attention_prefill
+from nanovllm.kernels import flash_attention
+
+HEAD_DIMS = {torch.bfloat16: (32, 64, 128), torch.float16: (64, 128)}  # that were verified with flash-attn
 
 
-class FlashAttentionBackend:
-    """AttentionBackend through flash-attn; choose_attention_backend says what it takes."""
+class FlashAttentionBackend(AttentionBackend):
+    """AttentionBackend through kernels.flash_attention."""
 
     name = "flash_attn"
     is_graph_safe = True
 
-    def store(
-        self,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        slot_mapping: torch.Tensor,
-    ) -> None:
-        from nanovllm.kernels.store_kvcache import store_kvcache  # imports triton
+    @classmethod
+    def unsupported_reason(cls, requirements: AttentionRequirements) -> str | None:
+        device, dtype = requirements.device, requirements.dtype
+        head_dim, block_size = requirements.head_dim, requirements.block_size
+        if device.type != "cuda":
+            return f"it needs an NVIDIA GPU, the device is {device}"
+        dtype_name = str(dtype).removeprefix("torch.")
+        if dtype not in HEAD_DIMS:
+            return f"it computes in bfloat16 or float16, the dtype is {dtype_name}"
+        if head_dim not in HEAD_DIMS[dtype]:
+            return f"with {dtype_name} it takes a head_dim in {HEAD_DIMS[dtype]}, the model's is {head_dim}"
+        if block_size % FLASH_ATTENTION_BLOCK_SIZE:
+            return f"kv_cache_block_size must be a multiple of {FLASH_ATTENTION_BLOCK_SIZE}, got {block_size}"
+        if (reason := old_gpu_reason(device)) is not None:
+            return reason
+        if (error := flash_attention.import_error()) is not None:
+            return f"flash-attn cannot be imported ({error}), see `pip install flash-attn`"
+        return kernels.unsupported_reason(device, dtype)  # a Triton kernel stores the keys and values
 
-        store_kvcache(key, value, k_cache, v_cache, slot_mapping)
-
-    def prefill(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        k_cache: torch.Tensor | None,
-        v_cache: torch.Tensor | None,
-        context: Context,
-        scale: float,
-    ) -> torch.Tensor:
-        if context.block_tables is not None:
-            assert k_cache is not None
-            assert v_cache is not None
-            key, value = k_cache, v_cache
-        return flash_attention_prefill(
+    def prefill(self, query: Tensor, key: Tensor, value: Tensor, context: Context, scale: float) -> Tensor:
+        return flash_attention.flash_attention_prefill(
             query,
             key,
             value,
@@ -50,8 +50,8 @@ class FlashAttentionBackend:
             context.block_tables,
         )
 
-    def decode(
-        self, query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, context: Context, scale: float
-    ) -> torch.Tensor:
+    def decode(self, query: Tensor, cache: KVCache, context: Context, scale: float) -> Tensor:
         assert context.block_tables is not None
-        return flash_attention_decode(query, k_cache, v_cache, context.context_lens, context.block_tables, scale)
+        return flash_attention.flash_attention_decode(
+            query, cache.k, cache.v, context.context_lens, context.block_tables, scale
+        )

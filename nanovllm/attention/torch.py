@@ -3,8 +3,10 @@
 from itertools import pairwise
 
 import torch
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from nanovllm.attention.backend import AttentionBackend, KVCache
 from nanovllm.context import Context
 
 # Decode gathers the keys and values of a group of sequences into a rectangle of at most this many tokens (or one
@@ -14,35 +16,13 @@ MAX_GATHERED_TOKENS = 16384
 MAX_MASKED_QUERIES = 1024
 
 
-class TorchAttentionBackend:
-    """AttentionBackend in plain PyTorch. No slot outside the sequences' own is read into a sum."""
+class TorchAttentionBackend(AttentionBackend):
+    """AttentionBackend in plain PyTorch."""
 
     name = "torch"
     is_graph_safe = False
 
-    def store(
-        self,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        slot_mapping: torch.Tensor,
-    ) -> None:
-        is_stored = slot_mapping >= 0
-        slots = slot_mapping[is_stored].long()
-        for cache, tokens in ((k_cache, key), (v_cache, value)):
-            _slot_view(cache).index_copy_(0, slots, tokens[is_stored])
-
-    def prefill(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        k_cache: torch.Tensor | None,
-        v_cache: torch.Tensor | None,
-        context: Context,
-        scale: float,
-    ) -> torch.Tensor:
+    def prefill(self, query: Tensor, key: Tensor, value: Tensor, context: Context, scale: float) -> Tensor:
         output = torch.empty_like(query)
         q_bounds = pairwise(context.cu_seqlens_q.tolist())
         k_bounds = pairwise(context.cu_seqlens_k.tolist())
@@ -50,20 +30,16 @@ class TorchAttentionBackend:
             if context.block_tables is None:
                 keys, values = key[k_start:k_end], value[k_start:k_end]
             else:
-                assert k_cache is not None
-                assert v_cache is not None
                 positions = torch.arange(k_end - k_start, device=query.device)
-                slots = _slots(context.block_tables[index], positions, k_cache.shape[1])
-                keys, values = _slot_view(k_cache)[slots], _slot_view(v_cache)[slots]
+                slots = _slots(context.block_tables[index], positions, key.shape[1])
+                keys, values = slot_view(key)[slots], slot_view(value)[slots]
             output[q_start:q_end] = _causal_attention(query[q_start:q_end], keys, values, scale)
         return output
 
-    def decode(
-        self, query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, context: Context, scale: float
-    ) -> torch.Tensor:
+    def decode(self, query: Tensor, cache: KVCache, context: Context, scale: float) -> Tensor:
         assert context.block_tables is not None
         num_sequences, num_heads, head_dim = query.shape
-        block_size, num_kv_heads = k_cache.shape[1:3]
+        block_size, num_kv_heads = cache.k.shape[1:3]
         positions = torch.arange(context.max_seqlen_k, device=query.device)
         # The query heads that share a key head are queries of one attention: [B, K, H // K, D] over [B, K, max_len, D].
         queries = query.reshape(num_sequences, num_kv_heads, num_heads // num_kv_heads, head_dim)
@@ -73,8 +49,8 @@ class TorchAttentionBackend:
             group = slice(start, start + group_size)
             is_valid = positions < context.context_lens[group, None]  # [B, max_len]
             slots = _slots(context.block_tables[group], positions, block_size)
-            keys = _gather_valid(k_cache, slots, is_valid)
-            values = _gather_valid(v_cache, slots, is_valid)
+            keys = _gather_valid(cache.k, slots, is_valid)
+            values = _gather_valid(cache.v, slots, is_valid)
             outputs.append(
                 scaled_dot_product_attention(
                     queries[group], keys, values, attn_mask=is_valid[:, None, None, :], scale=scale
@@ -83,26 +59,26 @@ class TorchAttentionBackend:
         return torch.cat(outputs).reshape(num_sequences, num_heads, head_dim)
 
 
-def _slot_view(cache: torch.Tensor) -> torch.Tensor:
-    """[num_slots, num_kv_heads, head_dim] view; raises where a copy, which would lose a store, would be needed."""
+def slot_view(cache: Tensor) -> Tensor:
+    """[num_slots, num_kv_heads, head_dim] view of a cache. Raises RuntimeError where only a copy has that shape."""
     return cache.view(-1, *cache.shape[2:])
 
 
-def _slots(block_table: torch.Tensor, positions: torch.Tensor, block_size: int) -> torch.Tensor:
+def _slots(block_table: Tensor, positions: Tensor, block_size: int) -> Tensor:
     """int64 slots [..., num_positions] of positions in block_table [..., max_blocks]; negative where it is padding."""
     return block_table[..., positions // block_size].long() * block_size + positions % block_size
 
 
-def _gather_valid(cache: torch.Tensor, slots: torch.Tensor, is_valid: torch.Tensor) -> torch.Tensor:
+def _gather_valid(cache: Tensor, slots: Tensor, is_valid: Tensor) -> Tensor:
     """[B, num_kv_heads, max_len, head_dim] of slots [B, max_len]; zeros where not is_valid.
 
     What a slot outside the sequence holds may be NaN, and a weight of zero times NaN is NaN.
     """
-    tokens = _slot_view(cache)[torch.where(is_valid, slots, 0)]
+    tokens = slot_view(cache)[torch.where(is_valid, slots, 0)]
     return torch.where(is_valid[..., None, None], tokens, 0).transpose(1, 2)
 
 
-def _causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+def _causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """One sequence: [q_len, num_heads, head_dim], whose queries are the last q_len of k_len positions."""
     q_len, k_len = len(query), len(key)
     q, k, v = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))  # [1, heads, len, head_dim]

@@ -1,48 +1,41 @@
-"""Attention backend "triton": this package's own kernels for store, prefill and decode. NVIDIA GPUs, no flash-attn."""
+"""Attention backend "triton": this package's own kernels for prefill and decode. NVIDIA GPUs, without flash-attn."""
 
-import torch
+from collections.abc import Callable
 
+from torch import Tensor
+
+from nanovllm import kernels
+from nanovllm.attention.backend import AttentionBackend, AttentionRequirements, KVCache, old_gpu_reason
+from nanovllm.config import MIN_TRITON_BLOCK_SIZE
 from nanovllm.context import Context
 
+HEAD_DIMS = (32, 64, 128, 256)
 
-class TritonAttentionBackend:
-    """AttentionBackend through nanovllm.kernels; choose_attention_backend says what it takes.
 
-    The kernels are imported when first used, since they import triton.
-    """
+class TritonAttentionBackend(AttentionBackend):
+    """AttentionBackend through the kernels varlen_attention and paged_attention, which it is constructed with."""
 
     name = "triton"
     is_graph_safe = True
 
-    def store(
-        self,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        slot_mapping: torch.Tensor,
-    ) -> None:
-        from nanovllm.kernels.store_kvcache import store_kvcache
+    def __init__(self, varlen_attention: Callable[..., Tensor], paged_attention: Callable[..., Tensor]) -> None:
+        self._varlen_attention = varlen_attention
+        self._paged_attention = paged_attention
 
-        store_kvcache(key, value, k_cache, v_cache, slot_mapping)
+    @classmethod
+    def unsupported_reason(cls, requirements: AttentionRequirements) -> str | None:
+        reason = kernels.unsupported_reason(requirements.device, requirements.dtype)
+        if reason is not None:
+            return reason
+        if requirements.head_dim not in HEAD_DIMS:
+            return f"it takes a head_dim in {HEAD_DIMS}, the model's is {requirements.head_dim}"
+        block_size = requirements.block_size
+        if block_size < MIN_TRITON_BLOCK_SIZE or block_size & (block_size - 1):
+            return f"kv_cache_block_size must be a power of two from {MIN_TRITON_BLOCK_SIZE}, got {block_size}"
+        return old_gpu_reason(requirements.device)
 
-    def prefill(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        k_cache: torch.Tensor | None,
-        v_cache: torch.Tensor | None,
-        context: Context,
-        scale: float,
-    ) -> torch.Tensor:
-        from nanovllm.kernels.varlen_attention import varlen_attention
-
-        if context.block_tables is not None:
-            assert k_cache is not None
-            assert v_cache is not None
-            key, value = k_cache, v_cache
-        return varlen_attention(
+    def prefill(self, query: Tensor, key: Tensor, value: Tensor, context: Context, scale: float) -> Tensor:
+        return self._varlen_attention(
             query,
             key,
             value,
@@ -53,16 +46,11 @@ class TritonAttentionBackend:
             block_tables=context.block_tables,
         )
 
-    def decode(
-        self, query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, context: Context, scale: float
-    ) -> torch.Tensor:
-        from nanovllm.kernels.paged_attention import paged_attention
-
-        assert context.block_tables is not None
-        return paged_attention(
+    def decode(self, query: Tensor, cache: KVCache, context: Context, scale: float) -> Tensor:
+        return self._paged_attention(
             query,
-            k_cache,
-            v_cache,
+            cache.k,
+            cache.v,
             context.block_tables,
             context.context_lens,
             scale,

@@ -1,12 +1,12 @@
-"""grouped_gemm: every token through the experts it was routed to, the experts' matrices multiplied by one grid.
+"""grouped_gemm: each token's weighted sum over its experts, with one grid for the matrices of all experts.
 
     hidden[a]  = silu(gate[n] . x[a // top_k]) * (up[n] . x[a // top_k])      a: assignment, n: its expert
     product[a] = weight[a] * down[n] . hidden[a]
     y[t]       = sum of product[a] over the top_k assignments of token t, in their order
 
-A program computes a tile of a block's rows (kernels.moe_routing) and of the columns. Rows are found and stored by their
-assignment's number, so nothing is added up in an order that depends on who was routed where: the output is the same
-whatever the batch's other tokens are, and in every run. reference.moe says what is computed.
+A program computes a tile of a block's rows (kernels.moe_routing) and of the columns. Rows are loaded and stored by the
+number of their assignment, so the order of summation does not depend on the routing: a token's output is the same
+whatever the batch's other tokens are, and in every run. reference.moe is the definition.
 """
 
 from typing import NamedTuple
@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from nanovllm.kernels.moe_routing import Routing
 
@@ -29,11 +30,11 @@ class TileConfig(NamedTuple):
 
 
 def choose_tile_config(num_assignments: int, num_experts: int, itemsize: int) -> TileConfig:
-    """Tiles for so many assignments spread over so many experts. Measured on an H200 with Qwen3-30B-A3B's shapes.
+    """Tile sizes for num_assignments spread over num_experts. Measured on an H200 with Qwen3-30B-A3B's shapes.
 
-    With few rows an expert, reading the weights is the work, and a block's padding is lost; with many, multiplying is.
-    Rounded up to a power of two, as moe_routing rounds for its chunks: a limit between would make variants of its
-    kernels that start-up, which meets powers of two, does not compile.
+    With few rows an expert, reading the weights takes the time and a block's padding is wasted; with many, multiplying.
+    The number is rounded up to a power of two, as moe_routing does for its chunks: start-up compiles the variants of
+    its kernels for powers of two only.
     """
     if itemsize > 2:
         return TileConfig(rows=16, columns=64, inner=32, num_warps=4, num_stages=3)
@@ -48,13 +49,8 @@ def choose_tile_config(num_assignments: int, num_experts: int, itemsize: int) ->
 
 
 def grouped_gemm(
-    hidden_states: torch.Tensor,
-    gate_up_proj: torch.Tensor,
-    down_proj: torch.Tensor,
-    routing: Routing,
-    *,
-    tiles: TileConfig | None = None,
-) -> torch.Tensor:
+    hidden_states: Tensor, gate_up_proj: Tensor, down_proj: Tensor, routing: Routing, *, tiles: TileConfig | None = None
+) -> Tensor:
     """[T, E]: the weighted sum over each token's experts, of hidden_states [T, E].
 
     gate_up_proj: [N, 2 * F, E], the gate's rows first. down_proj: [N, E, F]. All of one dtype, bfloat16, float16 or
@@ -75,10 +71,10 @@ def grouped_gemm(
 
 
 def _multiply(
-    x: torch.Tensor,
-    weight: torch.Tensor,
+    x: Tensor,
+    weight: Tensor,
     routing: Routing,
-    output: torch.Tensor,
+    output: Tensor,
     tiles: TileConfig,
     assignments_per_row: int,
     is_gate_up: bool,
@@ -108,13 +104,7 @@ def _multiply(
     )
 
 
-def _check(
-    hidden_states: torch.Tensor,
-    gate_up_proj: torch.Tensor,
-    down_proj: torch.Tensor,
-    routing: Routing,
-    tiles: TileConfig,
-) -> None:
+def _check(hidden_states: Tensor, gate_up_proj: Tensor, down_proj: Tensor, routing: Routing, tiles: TileConfig) -> None:
     num_experts, hidden_size, intermediate_size = down_proj.shape
     tensors = {"hidden_states": hidden_states, "gate_up_proj": gate_up_proj, "down_proj": down_proj}
     shapes = {
@@ -167,8 +157,8 @@ def grouped_gemm_kernel(
     assignment = tl.load(sorted_assignments_ptr + block * TILE_ROWS + tl.arange(0, TILE_ROWS)).to(tl.int64)
     is_row = assignment < num_assignments
     column = tl.program_id(0) % num_column_tiles * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
-    weight_row = column % num_columns  # what the last tile has too much is computed, but not stored
-    if IS_GATE_UP:  # gate and up take turns, so that the two of a pair are neighbours
+    weight_row = column % num_columns  # the last tile computes columns beyond the end and does not store them
+    if IS_GATE_UP:  # gate and up rows alternate, so that the two of a pair are neighbours
         weight_row = weight_row // 2 + weight_row % 2 * (num_columns // 2)
 
     inner = tl.arange(0, TILE_INNER)

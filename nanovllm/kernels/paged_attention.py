@@ -2,8 +2,8 @@
 
 One program a (sequence, kv head, split of the keys). It reads each key and value once, for all query heads that share
 them (Ainslie et al. 2023, arXiv 2305.13245), and keeps a running softmax (Milakov and Gimelshein 2018,
-arXiv 1805.02867). If the sequences do not fill the GPU, their keys are split, and a second kernel puts together what
-the splits found (flash-decoding, Dao et al. 2023).
+arXiv 1805.02867). If the sequences do not fill the GPU, their keys are split, and a second kernel combines the results
+of the splits (flash-decoding, Dao et al. 2023).
 
 Letters: B sequences, H query heads, K kv heads, D head_dim. Over 300 lines in one file, because both kernels must agree
 on how the keys are split.
@@ -24,7 +24,7 @@ DIMS_TO_COMBINE = 32
 
 
 class TileConfig(NamedTuple):
-    """A program loads the keys and values of tile_size tokens at once; num_stages - 1 tiles are under way."""
+    """A program loads the keys and values of tile_size tokens at once; num_stages - 1 tiles are in flight."""
 
     tile_size: int
     num_warps: int
@@ -53,10 +53,10 @@ def paged_attention(
     block_tables: [B, max_blocks] int32; entries beyond a sequence's blocks are not read.
     context_lens: [B] int32, at most max_blocks * block_size each. scale: D ** -0.5 unless given.
     out: [B, H, D], written and returned if given. Last dimensions must be contiguous, other strides may be any.
-    sequence_order: [B] int32, a permutation: whom to start first. Longest first is fastest; the result is the same.
-    num_splits: into how many parts each sequence's keys are split. tiles: see TileConfig.
-    starts_early: the kernels are launched before those before them end, and wait in place ("programmatic dependent
-        launch"). By default if keys are split and the GPU can; else the longest would crowd where it is free first.
+    sequence_order: [B] int32, a permutation: the order of starting. Longest first is fastest; the result is the same.
+    num_splits: the number of parts that each sequence's keys are split into. tiles: see TileConfig.
+    starts_early: programmatic dependent launch: the kernels start before the preceding kernels end, and wait for them.
+        By default if keys are split and the GPU supports it; unsplit, long sequences would share a multiprocessor.
 
     The result is deterministic. What is launched depends on shapes and strides only, so a CUDA graph may hold it.
     Raises ValueError for other shapes, strides and dtypes.
@@ -128,7 +128,7 @@ def paged_attention(
 
 
 def choose_tile_config(head_dim: int, element_size: int, is_split: bool) -> TileConfig:
-    """Large tiles keep more bytes under way, small ones begin sooner. float32, computed in float64: small tiles."""
+    """Large tiles keep more loads in flight, small ones start sooner; float32, computed in float64, has small ones."""
     if element_size == 4:
         return TileConfig(tile_size=16, num_warps=4, num_stages=2)
     if is_split:
@@ -137,17 +137,17 @@ def choose_tile_config(head_dim: int, element_size: int, is_split: bool) -> Tile
 
 
 def choose_num_splits(num_seqs: int, num_kv_heads: int, max_context_len: int, num_sms: int) -> int:
-    """As many as give each multiprocessor two programs, of at least 32 keys where sequences are longest."""
+    """Two programs for each multiprocessor, but at least 32 keys for each split of the longest sequence."""
     return max(1, min(2 * num_sms // (num_seqs * num_kv_heads), -(-max_context_len // 32)))
 
 
 def num_multiprocessors(device: torch.device) -> int:
-    """Of the GPU; elsewhere, where kernels are interpreted or only compiled, of an H200."""
+    """That of the GPU; for other devices, on which kernels are interpreted or only compiled, that of an H200."""
     return _properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def can_start_early(device: torch.device) -> bool:
-    """From Hopper on."""
+    """Whether the GPU has programmatic dependent launch: Hopper and later."""
     return device.type == "cuda" and torch.version.hip is None and _properties(device).major >= 9
 
 
@@ -323,7 +323,9 @@ def combine_splits_kernel(
     head = tl.program_id(1)
     seq = tl.program_id(2)
     context_len = tl.load(context_lens_ptr + seq)
-    split_len = tl.cdiv(tl.cdiv(context_len, TILE_SIZE), num_splits) * TILE_SIZE  # as paged_attention_kernel has it
+    split_len = (
+        tl.cdiv(tl.cdiv(context_len, TILE_SIZE), num_splits) * TILE_SIZE
+    )  # the same as in paged_attention_kernel
     seq = seq.to(tl.int64)
     if split_len < context_len:  # else one split had all keys and wrote out itself
         num_used = tl.cdiv(context_len, split_len)

@@ -1,7 +1,7 @@
-"""qk_norm_rope_store: what stands between qkv_proj and attention, in one launch. One program a token.
+"""qk_norm_rope_store: the operations between qkv_proj and attention in one launch. One program a token.
 
-From a token's packed row it takes query and key through the norm (of models that have one) and the rotation, and key
-and value to the cache: rms_norm, rotary_embedding and store_kvcache, with one read and one write instead of three.
+A program normalises (for models with head norms) and rotates the query and key heads of a token's packed row, and
+stores key and value in the cache: rms_norm, rotary_embedding and store_kvcache with one read and one write, not three.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
@@ -11,8 +11,11 @@ import torch
 import triton
 import triton.language as tl
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-MANY_TOKENS = 1024  # programs enough to fill the GPU several times over
+from nanovllm.kernels import DTYPES
+from nanovllm.kernels.rms_norm import scale_and_weight
+from nanovllm.kernels.rotary_embedding import check_cos_and_sin, rotate
+
+MANY_TOKENS = 1024  # enough programs to fill the GPU several times
 
 
 def qk_norm_rope_store(
@@ -37,7 +40,7 @@ def qk_norm_rope_store(
     cos, sin: [T, D/2] float32, contiguous. q_weight, k_weight: [D] of qkv's dtype, or both None: no norm.
     k_cache, v_cache: [num_blocks, block_size, K, D] of qkv's dtype, contiguous, or None: no store. slot_mapping: [T]
     int32 or int64, contiguous; negative slots are skipped, no two tokens share one.
-    Rounds where the three kernels would. Raises ValueError for other shapes, strides and dtypes.
+    Rounds where the three kernels round. Raises ValueError for other shapes, strides and dtypes.
     """
     num_tokens, head_dim = qkv.shape[0], 2 * cos.shape[-1]
     row = (num_heads + 2 * num_kv_heads) * head_dim
@@ -46,12 +49,7 @@ def qk_norm_rope_store(
             f"qkv must be [T, {row}] ({num_heads} + 2 * {num_kv_heads} heads of {head_dim}) with contiguous rows in "
             f"float32, float16 or bfloat16, got {list(qkv.shape)} of strides {qkv.stride()} in {qkv.dtype}"
         )
-    for name, table in (("cos", cos), ("sin", sin)):
-        if table.shape != (num_tokens, head_dim // 2) or not table.is_contiguous() or table.dtype != torch.float32:
-            raise ValueError(
-                f"{name} must be [{num_tokens}, {head_dim // 2}], contiguous, float32, "
-                f"got {list(table.shape)} of strides {table.stride()} in {table.dtype}"
-            )
+    check_cos_and_sin(cos, sin, num_tokens, head_dim)
     if (q_weight is None) != (k_weight is None):
         raise ValueError("q_weight and k_weight must be given together, or neither, got one of them")
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
@@ -101,7 +99,7 @@ def qk_norm_rope_store(
 
 
 def choose_num_warps(num_tokens: int, row: int) -> int:
-    """As measured: few tokens want many threads each, many tokens few, which wait for one another less."""
+    """Measured: for few tokens many threads each are faster, for many tokens few threads, which wait less."""
     if num_tokens < MANY_TOKENS:
         return 8 if row > 2048 else 4
     return 4 if row > 6144 else 2 if row > 2048 else 1
@@ -138,7 +136,7 @@ def qk_norm_rope_store_kernel(
     q_head, kv_head = tl.arange(0, PADDED_HEADS)[:, None], tl.arange(0, PADDED_KV_HEADS)[:, None]
     q_mask, kv_mask = (q_head < NUM_HEADS) & in_half, (kv_head < NUM_KV_HEADS) & in_half
 
-    # All loads come first, so that all are on their way before the first is waited for.
+    # All loads come first, so that all are in flight before the first result is used.
     row_ptr = qkv_ptr + token * qkv_stride + dim
     q_first = tl.load(row_ptr + q_head * D, mask=q_mask, other=0.0)
     q_second = tl.load(row_ptr + q_head * D + HALF, mask=q_mask, other=0.0)
@@ -179,21 +177,13 @@ def qk_norm_rope_store_kernel(
 
 @triton.jit
 def normalize(first, second, weight_ptr, in_half, eps, HALF: tl.constexpr):
-    """Both halves of heads [heads, D/2] as rms_norm gives them."""
+    """Both halves of heads [heads, D/2], normalised as rms_norm does."""
     dtype = first.dtype
     first, second = first.to(tl.float32), second.to(tl.float32)
     mean = tl.sum(first * first + second * second, axis=1, keep_dims=True) / (2 * HALF)
     scale = tl.rsqrt(mean + eps)
     first_weight = tl.load(weight_ptr, mask=in_half, other=0.0).to(tl.float32)
     second_weight = tl.load(weight_ptr + HALF, mask=in_half, other=0.0).to(tl.float32)
-    first = (first * scale).to(dtype).to(tl.float32) * first_weight
-    second = (second * scale).to(dtype).to(tl.float32) * second_weight
+    first = scale_and_weight(first, scale, first_weight, dtype)
+    second = scale_and_weight(second, scale, second_weight, dtype)
     return first.to(dtype), second.to(dtype)
-
-
-@triton.jit
-def rotate(first, second, cos, sin):
-    """Both halves of heads [heads, D/2] as rotary_embedding gives them."""
-    dtype = first.dtype
-    first, second = first.to(tl.float32), second.to(tl.float32)
-    return (first * cos - second * sin).to(dtype), (second * cos + first * sin).to(dtype)

@@ -1,4 +1,4 @@
-"""rms_norm and add_rms_norm: a row is read once, normalised in registers and written once. One program some rows."""
+"""rms_norm and add_rms_norm: a row is read once, normalised in registers and written once. One program, some rows."""
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # (Triton's types know neither launches nor functions that return several values.)
@@ -6,19 +6,16 @@
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-MANY_ROWS = 4096  # of which programs of several rows still fill the GPU
+from nanovllm.kernels import DTYPES
+
+MANY_ROWS = 4096  # programs of several rows still fill the GPU
 
 
 def rms_norm(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    eps: float = 1e-6,
-    *,
-    rows: int | None = None,
-    num_warps: int | None = None,
-) -> torch.Tensor:
+    x: Tensor, weight: Tensor, eps: float = 1e-6, *, rows: int | None = None, num_warps: int | None = None
+) -> Tensor:
     """x / sqrt(mean(x ** 2) + eps) * weight over the last dimension, contiguous, in x's dtype.
 
     x: [T, E] or [T, heads, E], float32, float16 or bfloat16, last dimension contiguous (so views of a packed qkv).
@@ -29,14 +26,14 @@ def rms_norm(
 
 
 def add_rms_norm(
-    x: torch.Tensor,
-    residual: torch.Tensor,
-    weight: torch.Tensor,
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
     eps: float = 1e-6,
     *,
     rows: int | None = None,
     num_warps: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """(rms_norm of x + residual, x + residual), both new and contiguous. residual: of x's shape and dtype."""
     return _launch(x, residual, weight, eps, rows, num_warps)
 
@@ -50,13 +47,8 @@ def choose_launch(num_rows: int, size: int) -> tuple[int, int]:
 
 
 def _launch(
-    x: torch.Tensor,
-    residual: torch.Tensor | None,
-    weight: torch.Tensor,
-    eps: float,
-    rows: int | None,
-    num_warps: int | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, rows: int | None, num_warps: int | None
+) -> tuple[Tensor, Tensor]:
     """(normed, x + residual); x itself where there is no residual."""
     if x.ndim not in (2, 3) or x.stride(-1) != 1 or x.dtype not in DTYPES:
         raise ValueError(
@@ -134,7 +126,13 @@ def rms_norm_kernel(
         residual = tl.load(residual_ptr + offset, mask=mask, other=0.0).to(tl.float32)
         total = (wide + residual).to(dtype)
         tl.store(total_ptr + row * SIZE + element, total, mask=mask)
-        wide = total.to(tl.float32)  # what the next layer will read is what is normalised
+        wide = total.to(tl.float32)  # the rounded sum, which the next layer reads, is normalised
     mean = tl.sum(wide * wide, axis=1, keep_dims=True) / SIZE
-    normed = (wide * tl.rsqrt(mean + eps)).to(dtype).to(tl.float32)
-    tl.store(normed_ptr + row * SIZE + element, (normed * weight).to(dtype), mask=mask)
+    normed = scale_and_weight(wide, tl.rsqrt(mean + eps), weight, dtype)
+    tl.store(normed_ptr + row * SIZE + element, normed.to(dtype), mask=mask)
+
+
+@triton.jit
+def scale_and_weight(x, scale, weight, dtype: tl.constexpr):
+    """x * scale, rounded to dtype, times weight; all float32, the result too."""
+    return (x * scale).to(dtype).to(tl.float32) * weight

@@ -1,4 +1,4 @@
-"""rotary_embedding: turns the queries and keys of a token in one launch. One program a token."""
+"""rotary_embedding: rotates queries and keys in one launch. One program a token."""
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # (Triton's types know neither launches nor functions that return several values.)
@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+from nanovllm.kernels import DTYPES
 
 
 def rotary_embedding(
@@ -31,12 +31,7 @@ def rotary_embedding(
             f"key must be [{num_tokens}, heads, {head_dim}] in {query.dtype}, as query is, "
             f"got {list(key.shape)} in {key.dtype}"
         )
-    for name, table in (("cos", cos), ("sin", sin)):
-        if table.shape != (num_tokens, head_dim // 2) or not table.is_contiguous() or table.dtype != torch.float32:
-            raise ValueError(
-                f"{name} must be [{num_tokens}, {head_dim // 2}], contiguous, float32, "
-                f"got {list(table.shape)} of strides {table.stride()} in {table.dtype}"
-            )
+    check_cos_and_sin(cos, sin, num_tokens, head_dim)
     rotated_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     rotated_key = torch.empty(key.shape, dtype=key.dtype, device=key.device)
     if num_tokens == 0:
@@ -63,8 +58,18 @@ def rotary_embedding(
     return rotated_query, rotated_key
 
 
+def check_cos_and_sin(cos: torch.Tensor, sin: torch.Tensor, num_tokens: int, head_dim: int) -> None:
+    """Raise ValueError unless both are [num_tokens, head_dim / 2] float32, contiguous."""
+    for name, table in (("cos", cos), ("sin", sin)):
+        if table.shape != (num_tokens, head_dim // 2) or not table.is_contiguous() or table.dtype != torch.float32:
+            raise ValueError(
+                f"{name} must be [{num_tokens}, {head_dim // 2}], contiguous, float32, "
+                f"got {list(table.shape)} of strides {table.stride()} in {table.dtype}"
+            )
+
+
 def choose_num_warps(num_heads: int, head_dim: int) -> int:
-    """As measured at 16 heads of 128, and in proportion."""
+    """Measured at 16 heads of 128; other sizes in proportion."""
     return 4 if num_heads * head_dim > 2048 else 2
 
 
@@ -104,14 +109,18 @@ def rotary_embedding_kernel(
     key_second = tl.load(first_ptr + HALF, mask=kv_mask, other=0.0)
 
     first_ptr = rotated_query_ptr + (token * NUM_HEADS + head) * 2 * HALF + dim
-    rotate_and_store(first_ptr, query_first, query_second, cos, sin, mask, HALF)
+    query_first, query_second = rotate(query_first, query_second, cos, sin)
+    tl.store(first_ptr, query_first, mask=mask)
+    tl.store(first_ptr + HALF, query_second, mask=mask)
     first_ptr = rotated_key_ptr + (token * NUM_KV_HEADS + kv_head) * 2 * HALF + dim
-    rotate_and_store(first_ptr, key_first, key_second, cos, sin, kv_mask, HALF)
+    key_first, key_second = rotate(key_first, key_second, cos, sin)
+    tl.store(first_ptr, key_first, mask=kv_mask)
+    tl.store(first_ptr + HALF, key_second, mask=kv_mask)
 
 
 @triton.jit
-def rotate_and_store(first_ptr, first, second, cos, sin, mask, HALF: tl.constexpr):
+def rotate(first, second, cos, sin):
+    """Both halves of heads [heads, D/2], rotated in float32 and rounded once to their dtype."""
     dtype = first.dtype
     first, second = first.to(tl.float32), second.to(tl.float32)
-    tl.store(first_ptr, (first * cos - second * sin).to(dtype), mask=mask)
-    tl.store(first_ptr + HALF, (second * cos + first * sin).to(dtype), mask=mask)
+    return (first * cos - second * sin).to(dtype), (second * cos + first * sin).to(dtype)

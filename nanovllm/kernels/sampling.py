@@ -1,14 +1,14 @@
-"""sampling: one pass over the logits, and every row has its token. The noise is Philox's, drawn inside the kernel.
+"""sampling: a token for every row in one pass over the logits. The kernel computes the Philox noise itself.
 
     z = logits / temperature;   e = -log(1 - u),  u = (word + 1/2) / 2**32;   token = argmax of z - log(e)
 
-word is one of the four that Philox 4x32-10 makes of a counter; four consecutive tokens share a call (reference.philox).
+word is one of the four outputs of Philox 4x32-10; four consecutive tokens share a call (reference.philox).
 
-Two launches. The first finds the largest score of every tile of a row, in float32 and with approximate logarithms, for
-the draws cost more than the reading. Its error is below score_error. The second looks, row by row, for the tokens whose
-scores are within twice that error of the row's largest (nearly always one, and in one tile) and computes them again in
-float64. So the token is the one that float64 scores give, as in layers.sampler: they can differ only where the two best
-scores agree to about 1e-15 of their size, by the last bit of a logarithm.
+The first launch finds the largest score of every tile of a row, in float32 with approximate logarithms, because drawing
+costs more than reading. Its error is below score_error. The second launch finds, row by row, the tokens whose scores
+are within twice that error of the row's largest (nearly always one, in one tile) and computes their scores in float64.
+So the token is that of float64 scores, as in layers.sampler: the two can differ only where the best two scores agree to
+about 1e-15 of their size, by the last bit of a logarithm.
 """
 
 import math
@@ -97,7 +97,7 @@ def _check(logits: torch.Tensor, temperature: torch.Tensor, *others: torch.Tenso
             )
 
 
-# Rows of one tensor, so their addresses are multiples of 16 or not as the number of requests has it.
+# These pointers are rows of one tensor, so their 16-byte alignment depends on the batch size; do not specialise on it.
 ROW_POINTERS = ["temperature_ptr", "seed_low_ptr", "seed_high_ptr", "position_ptr", "is_greedy_ptr"]
 
 
@@ -122,7 +122,7 @@ def sampling_tile_kernel(
     start = program % num_tiles * TILE_SIZE
     logits = load_logits(logits_ptr + row * row_stride, start, vocab_size, TILE_SIZE)
     if tl.load(is_greedy_ptr + row):
-        largest = replace_non_finite(tl.max(logits), LARGEST)  # tl.max and tl.min take no notice of NaN
+        largest = replace_non_finite(tl.max(logits), LARGEST)  # tl.max and tl.min ignore NaN
     else:
         minus_log2_scale = -1 / (tl.load(temperature_ptr + row) * LOG_2)
         seed_low, seed_high, position = load_counters(seed_low_ptr, seed_high_ptr, position_ptr, row)  # pyright: ignore
@@ -164,7 +164,7 @@ def sampling_row_kernel(
     is_close_tile = (maxima >= threshold) & (maxima > float("-inf"))
 
     best = tl.full((), float("-inf"), tl.float64)
-    best_token = tl.zeros((), tl.int32)  # which stays if the row holds nothing above -inf
+    best_token = tl.zeros((), tl.int32)  # of a row that holds nothing above -inf
     tile = tl.min(tl.where(is_close_tile, tiles, num_tiles))
     while tile < num_tiles:
         tokens = tile * TILE_SIZE + tl.arange(0, TILE_SIZE)
@@ -183,7 +183,7 @@ def sampling_row_kernel(
                 z = replace_non_finite(tl.div_rn(logits, temperature), LARGEST_FLOAT32)
                 exact = z.to(tl.float64) + exact_gumbel(philox_words(seed_low, seed_high, position, start, EXACT_SIZE))
             largest = tl.max(exact)
-            if largest > best:  # not equal: tokens come in ascending order, and the lowest id wins
+            if largest > best:  # not >=: tokens come in ascending order, and the lowest id wins
                 best = largest
                 best_token = start + tl.min(tl.where(exact == largest, tl.arange(0, EXACT_SIZE), EXACT_SIZE))
             close = tl.min(tl.where(is_close & (tokens >= start + EXACT_SIZE), tokens, vocab_size))
@@ -244,11 +244,11 @@ def exact_gumbel(words):
 
 @triton.jit
 def approx_log2_arrival_times(logits, minus_log2_scale, words):
-    """log2 of the race's times, -log2(1 - u) / 2**(logits * log2_scale), in float32; scores_of turns them round.
+    """log2 of the exponentials' arrival times, -log2(1 - u) / 2**(logits * log2_scale), in float32; see scores_of.
 
-    Below 2**-8, -log(1 - u) is taken as u, wrong by a factor of 1 + 2**-9 at most. Above, 1 - u keeps enough bits,
-    except near u = 1 - 2**-24: there 1 - u can be wrong by half, which is log(3/2) / 16.6 = 0.025 of its log.
-    Signs are chosen so that no negation is left for the GPU to do.
+    Below u = 2**-8, -log(1 - u) is approximated by u, which errs by a factor of at most 1 + 2**-9. Above, 1 - u has
+    enough bits, except near u = 1 - 2**-24: there it errs by up to a half, which is log(3/2) / 16.6 = 0.025 of its log.
+    Signs are chosen so that the GPU computes no negation.
     """
     word = words.to(tl.float32)
     small = word * (2.0**-32 / LOG_2) + 2.0**-33 / LOG_2
@@ -264,7 +264,7 @@ def scores_of(arrivals):
 
 @triton.jit
 def fast_log2(x):
-    """The GPU's own log2 of normal x: 2**-22 off, between 1/2 and 2 absolutely, relatively elsewhere."""
+    """The GPU's log2 instruction, for normal x: an error of 2**-22, absolute between 1/2 and 2, else relative."""
     if IS_INTERPRETED:  # the interpreter has no assembly
         return tl.log2(x)
     else:

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+from nanovllm.kernels import DTYPES
 
 
 def silu_and_mul(x: torch.Tensor, *, tile_size: int = 2048, num_warps: int = 8) -> torch.Tensor:

@@ -4,17 +4,17 @@ One program computes a tile of query rows for one kv head of one sequence. It wa
 first to last, with the online softmax of Milakov and Gimelshein 2018 (arXiv 1805.02867) as in Dao 2023 (2307.08691).
 
 The G query heads of a kv head are rows of the same tile: row r of a sequence is its query r // G, head r % G of the
-group. A key, once read, serves the whole group, and G queries less are masked at the end of the tile.
+group. A key is read once for the whole group, and fewer keys of the last tile are masked.
 
-Keys that every row of the tile sees take the main loop, which masks nothing. The last ones, which lie beyond some
-row's position or beyond the sequence, take a second loop, which does. The last tile of a sequence sees the most keys
-and comes first, so that no long program is left for the end.
+The main loop handles the keys that every row of the tile sees, and masks nothing. A second loop handles the last keys,
+which lie beyond some row's position or beyond the sequence, and masks. The last tile of a sequence sees the most keys
+and is started first, so that no long program starts late.
 
-Contract, choice of tiles and kernel are one file, because each is the reason for something in the others.
+Contract, choice of tiles and kernel are one file, because each depends on the others.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false
-# Triton's launch takes what a kernel's Python signature does not say.
+# A launch takes arguments that the kernel's Python signature does not have.
 
 from functools import cache
 from math import e, log2, sqrt
@@ -27,9 +27,9 @@ import triton.language as tl
 HEAD_DIMS = (32, 64, 128, 256)
 MIN_BLOCK_SIZE = 16
 HOPPER = (9, 0)
-GLUON_VERSIONS = ("3.6.", "3.7.")  # that varlen_attention_hopper compiles with: its language is experimental
-MIN_HOPPER_KEYS = 512  # on an H200 slower at 100 to 480 keys, for its longer start, and faster at 1024
-MAX_MASKED_KEYS = 64  # of a tile in the second loop: a smaller tile leaves less to compute and mask
+GLUON_VERSIONS = ("3.6.", "3.7.")  # Triton's versions that varlen_attention_hopper compiles with: Gluon is experimental
+MIN_HOPPER_KEYS = 512  # measured on an H200: slower at 100 to 480 keys, since it starts later, and faster at 1024
+MAX_MASKED_KEYS = 64  # of a tile in the second loop: a smaller tile computes and masks fewer keys
 
 
 class TileConfig(NamedTuple):
@@ -46,7 +46,7 @@ def choose_tile_config(dtype: torch.dtype, head_dim: int, capability: tuple[int,
     if dtype == torch.float32:  # no tensor cores: small tiles, multiplied from registers
         return FLOAT32_TILES[head_dim]
     tiles = TILES[head_dim]
-    # Tensor cores before Hopper's take keys from registers, which then hold fewer.
+    # Tensor cores before Hopper read keys from registers, which hold fewer.
     return tiles if capability >= HOPPER else tiles._replace(keys=32)
 
 
@@ -135,12 +135,12 @@ def varlen_attention(
 
 @cache
 def _capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability; an H200's for what is no GPU."""
+    """Compute capability of the GPU; that of an H200 for other devices."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else HOPPER
 
 
 def _is_for_hopper(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, max_seqlen_k: int) -> bool:
-    """Whether varlen_attention_hopper can do it, and faster."""
+    """Whether varlen_attention_hopper supports these inputs and is faster."""
     if query.device.type != "cuda" or query.shape[2] != 128 or max_seqlen_k < MIN_HOPPER_KEYS:
         return False
     if _capability(query.device) != HOPPER or not triton.__version__.startswith(GLUON_VERSIONS):
@@ -287,7 +287,7 @@ def _attend_tile(
     KEYS: tl.constexpr,
     IS_MASKED: tl.constexpr,
 ):
-    """(best, total, output) with KEYS more keys taken in."""
+    """(best, total, output) after KEYS more keys."""
     key_ptr, value_ptr, key_token_stride, value_token_stride, block_table_ptr, block_stride = source
     dim = tl.arange(0, query.shape[1])
     index = tl.arange(0, KEYS)

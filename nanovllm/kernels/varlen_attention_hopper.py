@@ -1,19 +1,19 @@
-"""varlen_attention on Hopper GPUs: what varlen_attention.py computes, with Hopper's own means, faster on long prompts.
+"""varlen_attention on Hopper GPUs: the same function with Hopper's instructions, faster on long prompts.
 
-The tensor cores never wait if loads, softmax and matrix products run at the same time. So the warps of a program take
-parts, as in FlashAttention-3 (Shah et al. 2024, arXiv 2407.08608):
+The tensor cores never wait if loads, softmax and matrix products run at the same time. So the warps of a program have
+roles, as in FlashAttention-3 (Shah et al. 2024, arXiv 2407.08608):
     producer     4 warps with few registers: copies tiles of keys and values into a ring in shared memory. A tile is one
                  bulk copy (TMA), which takes the number of its first slot; or one a block, if blocks are smaller.
     2 consumers  4 warps each, for 64 of the program's 128 query rows each: multiply and take the softmax. While one
                  takes its softmax, the other has the tensor cores; and each starts the scores of the next tile before
                  it multiplies the weights of this one with its values.
-They meet at barriers in shared memory, two for each place of the ring: `ready` completes when the copy has landed,
-`free` when both consumers are done. A barrier's phase is a bit that flips whenever it completes: tile n is in place
-n % STAGES, and is waited for with phase n // STAGES % 2.
+They synchronise at barriers in shared memory, two for each place of the ring: `ready` completes when the copy is
+complete, `free` when both consumers are done. A barrier's phase is a bit that flips whenever it completes: tile n is in
+place n % STAGES, and is waited for with phase n // STAGES % 2.
 
 Rows, letters and the order of keys are those of varlen_attention.py. Written in Gluon, Triton's language of explicit
-layouts and barriers. The interpreter does not know it: a GPU must show that it is right. It is one file although it is
-long, since a barrier is understood only with both who meet at it in view.
+layouts and barriers, which the interpreter does not support. It is one file although it is long, since a barrier is
+understood only together with the code of all warps that use it.
 """
 
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false

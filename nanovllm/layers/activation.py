@@ -2,18 +2,17 @@
 
 import torch
 from torch import nn
-from torch.nn import functional
 
-from nanovllm.layers.kernel_choice import has_kernels
+from nanovllm.layers.ops import LayerOps
+from nanovllm.layers.torch_ops import TORCH_OPS
 
 
 class SiluAndMul(nn.Module):
-    """silu(first half) * second half (Shazeer 2020, arXiv 2002.05202): [..., 2 * F] -> [..., F]."""
+    """silu(first half) * second half (Shazeer 2020, arXiv 2002.05202): [T, 2 * F] -> [T, F]."""
+
+    def __init__(self, ops: LayerOps = TORCH_OPS) -> None:
+        super().__init__()
+        self.ops = ops
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if has_kernels(x) and x.ndim == 2:
-            from nanovllm.kernels.silu_and_mul import silu_and_mul  # imports triton
-
-            return silu_and_mul(x)
-        gate, up = x.chunk(2, dim=-1)
-        return functional.silu(gate) * up
+        return self.ops.silu_and_mul(x)

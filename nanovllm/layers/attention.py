@@ -1,11 +1,12 @@
-"""Attention: stores keys and values in the layer's KV cache and attends over it, through the chosen backend."""
+"""Attention: from the packed projections of a step to the outputs of the heads, through the KV cache."""
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
-from nanovllm.attention.backend import AttentionBackend
-from nanovllm.context import Context, get_context
+from nanovllm.attention.backend import KVCache
+from nanovllm.context import get_context
 from nanovllm.layers.layernorm import RMSNorm
+from nanovllm.layers.ops import LayerOps
+from nanovllm.layers.torch_ops import TORCH_OPS
 
 
 class Attention(nn.Module):
@@ -15,52 +16,38 @@ class Attention(nn.Module):
     """
 
     def __init__(
-        self, num_heads: int, head_dim: int, scale: float, num_kv_heads: int, backend: AttentionBackend
+        self, num_heads: int, head_dim: int, scale: float, num_kv_heads: int, ops: LayerOps = TORCH_OPS
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.head_dim = head_dim
         self.scale = scale
         self.num_kv_heads = num_kv_heads
-        self.backend = backend
-        self.k_cache: torch.Tensor | None = None
-        self.v_cache: torch.Tensor | None = None
+        self.ops = ops
+        self.kv_cache: KVCache | None = None
 
-    def bind_kv_cache(self, k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
+    def bind_kv_cache(self, k_cache: Tensor, v_cache: Tensor) -> None:
         """Use k_cache and v_cache [num_blocks, block_size, num_kv_heads, head_dim], this layer's part of the cache.
 
-        Before (in warm-up) nothing is stored, and only a prefill without cached keys is possible.
+        Without a cache (in warm-up) nothing is stored, and only a prefill without cached keys is possible.
         """
-        self.k_cache, self.v_cache = k_cache, v_cache
+        self.kv_cache = KVCache(k_cache, v_cache)
 
-    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """[num_tokens, num_heads, head_dim] of a query of that shape.
+    def forward(
+        self, qkv: Tensor, cos: Tensor, sin: Tensor, head_norms: tuple[RMSNorm, RMSNorm] | None = None
+    ) -> Tensor:
+        """Output [T, num_heads, head_dim] of packed query, key and value heads, qkv [T, (H + 2 K) * D].
 
-        key, value: [num_tokens, num_kv_heads, head_dim]. The last two dimensions may come as one, and
-        views of a packed qkv are welcome.
+        head_norms (of one eps) normalise queries and keys head by head, cos and sin [T, D / 2] rotate them. Keys and
+        values are stored in the cache, then the queries attend. Raises RuntimeError outside `with set_context(...)`.
         """
         context = get_context()
-        query = query.view(-1, self.num_heads, self.head_dim)
-        key = key.view(-1, self.num_kv_heads, self.head_dim)
-        value = value.view(-1, self.num_kv_heads, self.head_dim)
-        if self.k_cache is not None and self.v_cache is not None:
-            self.backend.store(key, value, self.k_cache, self.v_cache, context.slot_mapping)
-        return self._attend(query, key, value, context)
-
-    def forward_packed(
-        self, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, head_norms: tuple[RMSNorm, RMSNorm] | None
-    ) -> torch.Tensor:
-        """forward() of the heads that qkv [num_tokens, (H + 2 K) * D] packs, once normalised and rotated.
-
-        One kernel normalises (if there are head_norms, of one eps), rotates and stores: where has_kernels(qkv) only.
-        cos, sin: [num_tokens, head_dim / 2] float32.
-        """
-        from nanovllm.kernels.qk_norm_rope_store import qk_norm_rope_store  # imports triton
-
-        context = get_context()
+        reads_cache = context.block_tables is not None
+        if self.kv_cache is None and reads_cache:
+            raise RuntimeError("attention over cached keys needs bind_kv_cache() first")
+        k_cache, v_cache = self.kv_cache or (None, None)
         q_norm, k_norm = head_norms or (None, None)
-        reads_cache = context.block_tables is not None  # then the backend leaves key and value alone
-        query, key = qk_norm_rope_store(
+        query, key = self.ops.qk_norm_rope_store(
             qkv,
             cos,
             sin,
@@ -68,21 +55,16 @@ class Attention(nn.Module):
             k_norm.weight if k_norm else None,
             q_norm.eps if q_norm else 0.0,
             self.num_heads,
-            self.k_cache,
-            self.v_cache,
-            None if self.k_cache is None else context.slot_mapping,
+            k_cache,
+            v_cache,
+            None if k_cache is None else context.slot_mapping,
             num_kv_heads=self.num_kv_heads,
             returns_key=not reads_cache,
         )
-        value = qkv[:, -self.num_kv_heads * self.head_dim :].unflatten(1, (self.num_kv_heads, self.head_dim))
-        return self._attend(query, value if key is None else key, value, context)
-
-    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
-        """Attention once the keys are stored."""
-        if self.k_cache is None or self.v_cache is None:
-            if context.block_tables is not None:
-                raise RuntimeError("attention over cached keys needs bind_kv_cache() first")
-            return self.backend.prefill(query, key, value, None, None, context, self.scale)
+        attention = self.ops.attention
+        if self.kv_cache is None or not reads_cache:
+            value = qkv[:, -self.num_kv_heads * self.head_dim :].unflatten(1, (self.num_kv_heads, self.head_dim))
+            return attention.prefill(query, key, value, context, self.scale)
         if context.is_prefill:
-            return self.backend.prefill(query, key, value, self.k_cache, self.v_cache, context, self.scale)
-        return self.backend.decode(query, self.k_cache, self.v_cache, context, self.scale)
+            return attention.prefill(query, *self.kv_cache, context, self.scale)
+        return attention.decode(query, self.kv_cache, context, self.scale)

@@ -1,4 +1,4 @@
-"""Token embedding and output projection, their vocabulary shared among the ranks."""
+"""Token embedding and output projection; the vocabulary is divided among the ranks."""
 
 import torch
 from torch import nn
@@ -21,7 +21,7 @@ class VocabParallelEmbedding(nn.Module):
         load_shard(param, loaded_weight, 0, self.tp.rank, self.tp.size)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """[T] ids -> [T, E]. A token outside this rank's rows counts as zero in the sum over ranks."""
+        """[T] ids -> [T, E]. A token outside this rank's rows adds zeros to the sum over ranks."""
         if self.tp.size == 1:
             return functional.embedding(input_ids, self.weight)
         local_ids = input_ids - self.tp.rank * self.num_rows

@@ -1,8 +1,8 @@
-"""Linear layers, y = x W' + b, whole or shared among the ranks of a TensorParallel.
+"""Linear layers, y = x W' + b, replicated or divided among the ranks of a TensorParallel.
 
-Weights are [output features, input features] as in torch. Column-parallel layers hold some of the outputs (rows of W),
-row-parallel layers some of the inputs (columns of W) and sum over ranks. Packed layers (merged, qkv) are several
-matrices of the checkpoint on top of each other; their shard_id says which one a tensor is.
+Weights are [output features, input features] as in torch. A column-parallel layer holds some of the outputs (rows of
+W), a row-parallel layer some of the inputs (columns of W), and sums over ranks. A packed layer (merged, qkv) is several
+matrices of the checkpoint on top of each other; shard_id is the number or name of one of them.
 Paper: Shoeybi et al. 2019 (arXiv 1909.08053).
 """
 
@@ -15,7 +15,7 @@ from nanovllm.layers.parameter import load_replicated, load_shard, make_paramete
 
 
 class ReplicatedLinear(nn.Module):
-    """Every rank holds and computes all of it."""
+    """Every rank holds and computes the whole layer."""
 
     def __init__(self, input_size: int, output_size: int, bias: bool = False) -> None:
         super().__init__()
@@ -27,17 +27,17 @@ class ReplicatedLinear(nn.Module):
 
 
 class ColumnParallelLinear(nn.Module):
-    """Each rank computes and keeps its share of the outputs: [T, input_size] -> [T, output_size / size]."""
+    """Each rank computes and keeps its shard of the outputs: [T, input_size] -> [T, output_size / size]."""
 
     def __init__(self, input_size: int, output_size: int, bias: bool = False, tp: TensorParallel = SINGLE_RANK) -> None:
         super().__init__()
         self.tp = tp
-        share = tp.divide("output_size", output_size)
-        self.weight = make_parameter((share, input_size), self.weight_loader)
-        self.bias = make_parameter((share,), self.weight_loader) if bias else None
+        shard_size = tp.divide("output_size", output_size)
+        self.weight = make_parameter((shard_size, input_size), self.weight_loader)
+        self.bias = make_parameter((shard_size,), self.weight_loader) if bias else None
 
     def weight_loader(self, param: nn.Parameter, loaded_weight: torch.Tensor) -> None:
-        """Serves weight and bias alike: both are cut along the outputs, dimension 0."""
+        """Loads weight or bias: both are divided along the outputs, dimension 0."""
         load_shard(param, loaded_weight, 0, self.tp.rank, self.tp.size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -45,7 +45,7 @@ class ColumnParallelLinear(nn.Module):
 
 
 class MergedColumnParallelLinear(nn.Module):
-    """Column-parallel matrices of one input, packed: rank r computes its share of each, in order.
+    """Column-parallel matrices of one input, packed: rank r computes its shard of each, in order.
 
     shard_id: index into output_sizes.
     """
@@ -55,13 +55,13 @@ class MergedColumnParallelLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.tp = tp
-        self.shares = [tp.divide(f"output_sizes[{i}]", output_size) for i, output_size in enumerate(output_sizes)]
+        self.shard_sizes = [tp.divide(f"output_sizes[{i}]", output_size) for i, output_size in enumerate(output_sizes)]
         shard_ids = tuple(range(len(output_sizes)))
-        self.weight = make_parameter((sum(self.shares), input_size), self.weight_loader, shard_ids)
-        self.bias = make_parameter((sum(self.shares),), self.weight_loader, shard_ids) if bias else None
+        self.weight = make_parameter((sum(self.shard_sizes), input_size), self.weight_loader, shard_ids)
+        self.bias = make_parameter((sum(self.shard_sizes),), self.weight_loader, shard_ids) if bias else None
 
     def weight_loader(self, param: nn.Parameter, loaded_weight: torch.Tensor, shard_id: int) -> None:
-        target = param.narrow(0, sum(self.shares[:shard_id]), self.shares[shard_id])
+        target = param.narrow(0, sum(self.shard_sizes[:shard_id]), self.shard_sizes[shard_id])
         load_shard(target, loaded_weight, 0, self.tp.rank, self.tp.size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [T, input_size] -> [T, sum(output_sizes) / size]
@@ -71,9 +71,9 @@ class MergedColumnParallelLinear(nn.Module):
 class QKVParallelLinear(nn.Module):
     """Query, key and value projections, packed: [T, hidden_size] -> [T, (num_heads + 2 * num_kv_heads) * head_dim].
 
-    Query heads are divided among the ranks. So are key/value heads, if there are enough of them; if there are more
-    ranks than key/value heads, each rank holds the one head that its query heads read, and several ranks hold the same.
-    num_heads, num_kv_heads: this rank's, after construction. shard_id: "q", "k" or "v".
+    Query heads are divided among the ranks. So are key/value heads, unless there are more ranks than key/value heads:
+    then each rank holds the one head that its query heads read, and several ranks hold the same head.
+    num_heads, num_kv_heads: of this rank. shard_id: "q", "k" or "v".
     """
 
     def __init__(
@@ -97,13 +97,9 @@ class QKVParallelLinear(nn.Module):
         self.weight = make_parameter((num_rows, hidden_size), self.weight_loader, ("q", "k", "v"))
         self.bias = make_parameter((num_rows,), self.weight_loader, ("q", "k", "v")) if bias else None
 
-    @property
-    def sizes(self) -> tuple[int, int, int]:
-        """Features of query, key and value in this rank's output."""
-        return self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim, self.num_kv_heads * self.head_dim
-
     def weight_loader(self, param: nn.Parameter, loaded_weight: torch.Tensor, shard_id: str) -> None:
-        target = param.split(self.sizes)["qkv".index(shard_id)]
+        heads = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
+        target = param.split([count * self.head_dim for count in heads])["qkv".index(shard_id)]
         replicas = 1 if shard_id == "q" else self.kv_replicas
         load_shard(target, loaded_weight, 0, self.tp.rank // replicas, self.tp.size // replicas)
 
@@ -112,9 +108,9 @@ class QKVParallelLinear(nn.Module):
 
 
 class RowParallelLinear(nn.Module):
-    """Each rank multiplies its share of the features; sum over ranks: [T, input_size / size] -> [T, output_size].
+    """Each rank multiplies its shard of the features; sum over ranks: [T, input_size / size] -> [T, output_size].
 
-    Every rank holds the whole bias, but only rank 0 adds it: the sum has it once.
+    Every rank holds the bias, but only rank 0 adds it, so that the sum contains it once.
     """
 
     def __init__(self, input_size: int, output_size: int, bias: bool = False, tp: TensorParallel = SINGLE_RANK) -> None:

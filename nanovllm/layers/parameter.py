@@ -1,4 +1,4 @@
-"""Weights that know how to load themselves: the loader looks names up, the parameter knows its shape and its share."""
+"""Parameters with a weight_loader: the loader looks up names, the parameter states its shape and its shard."""
 
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 WeightLoader = Callable[..., None]
-WHOLE = (None,)  # shard ids of a parameter that is one tensor in the checkpoint
+WHOLE = (None,)  # shard_ids of a parameter that is one tensor in the checkpoint
 
 
 _dtype: ContextVar[torch.dtype | None] = ContextVar("parameter_dtype", default=None)
@@ -17,7 +17,7 @@ _dtype: ContextVar[torch.dtype | None] = ContextVar("parameter_dtype", default=N
 
 @contextmanager
 def parameter_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """In this thread, make_parameter makes parameters of `dtype`. torch's own default dtype is one for all threads."""
+    """make_parameter makes parameters of `dtype` in this thread. torch's default dtype is shared by all threads."""
     token = _dtype.set(dtype)
     try:
         yield
@@ -40,7 +40,7 @@ def make_parameter(
     It has `like`'s dtype and device; without `like`, the dtype of parameter_dtype (else torch's default) and the
     default device.
 
-    weight_loader(param, loaded_weight[, shard_id]) copies this rank's share of a checkpoint's tensor, cast to the
+    weight_loader(param, loaded_weight[, shard_id]) copies this rank's shard of a checkpoint's tensor, cast to the
     parameter's dtype. shard_ids: every value of shard_id with which it must be called before the parameter is complete;
     (None,) means one call without shard_id.
     """
@@ -58,7 +58,7 @@ def require_shape(loaded_weight: torch.Tensor, expected: list[int]) -> None:
 
 
 def load_shard(target: torch.Tensor, loaded_weight: torch.Tensor, dim: int = 0, index: int = 0, count: int = 1) -> None:
-    """Copy part `index` of `count` equal parts of loaded_weight, cut along dim, into target.
+    """Copy shard `index` of `count` equal shards of loaded_weight, divided along dim, into target.
 
     Raises ShapeError unless loaded_weight has target's shape with dimension dim `count` times as long: nothing is
     broadcast, cut off or padded.

@@ -2,14 +2,15 @@
 
     z = logits / temperature, after top_k, top_p and min_p;  token = argmax(z - log e),  e exponential noise
 
-which is argmax(p / e), the race of exponentials with rates p (Gumbel-max), and so draws from p. The noise is
-counter-based (see philox), so neither the batch, its order nor the device's generator has a say.
+which is argmax(p / e), the first arrival of exponentials with rates p (Gumbel-max), and so draws from p. The noise is
+counter-based (see philox): it depends neither on the batch, nor on its order, nor on the device's generator.
 
-On a GPU with triton, kernels.sampling takes all rows but the filtered ones in one pass. Both ways compare float64
-scores, made of the same words and logits, so they give the same token unless the best two differ in their last bits.
+LayerOps.sample_unfiltered takes all rows but the filtered ones: here in PyTorch, in triton_ops.py in one pass over the
+logits. Both compare float64 scores of the same words and logits, so they choose the same token unless the best two
+scores differ in their last bits only.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,12 +18,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from nanovllm.layers.kernel_choice import has_kernels
 from nanovllm.layers.philox import exponential_from_words, token_words
 
 # Rows are sampled in slices of at most this many logits (or one row), whatever the batch. A slice needs at most 64
-# bytes of temporaries a logit: 16 MiB on the CPU, five times as fast on what stays in its cache, and 256 MiB on a GPU,
-# where launches are what costs.
+# bytes of temporaries a logit: 16 MiB on the CPU, five times as fast because they stay in its cache, and 256 MiB on a
+# GPU, where the launches take the time.
 MAX_LOGITS_PER_SLICE = {"cpu": 2**18, "cuda": 2**22}
 MAX_BYTES_PER_LOGIT = 64
 
@@ -111,27 +111,31 @@ class Sampler(nn.Module):
 
     A logit of -inf, or one that division by the temperature takes there, is drawn only if all of the row's are; NaN
     counts as -inf; a row without any other logit gives 0. Greedy rows are not divided.
+    sample_unfiltered: of the model's LayerOps; by default in PyTorch.
     """
+
+    def __init__(self, sample_unfiltered: Callable[..., torch.Tensor] | None = None) -> None:
+        super().__init__()
+        self.sample_unfiltered = sample_unfiltered or sample_unfiltered_in_torch
 
     def forward(self, logits: torch.Tensor, rows: SamplingMetadata) -> torch.Tensor:
         """[num_rows] int64 token ids of logits [num_rows, vocab_size], any float dtype, which are not changed."""
-        if has_kernels(logits) and logits.stride(1) == 1:
-            from nanovllm.kernels.sampling import sampling  # imports triton
-
-            # Filtered rows get their argmax, which costs little, and then their own token below.
-            is_greedy = rows.is_plain.logical_not()
-            token_ids = sampling(logits, rows.temperature, rows.seed_low, rows.seed_high, rows.position, is_greedy)
-        else:
-            token_ids = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
-            for row_ids in _slices(rows.greedy_rows, logits):
-                token_ids[row_ids] = argmax(_without_nan(logits[row_ids]))
-            for row_ids in _slices(rows.plain_rows, logits):
-                token_ids[row_ids] = _gumbel_argmax(_scaled(logits, rows, row_ids), rows, row_ids)
+        token_ids = self.sample_unfiltered(logits, rows)
         for row_ids in _slices(rows.filtered_rows, logits):
             scaled = _scaled(logits, rows, row_ids)
             allowed = allowed_mask(scaled, rows.top_k[row_ids], rows.top_p[row_ids], rows.min_p[row_ids])
             token_ids[row_ids] = _gumbel_argmax(scaled.masked_fill_(~allowed, -torch.inf), rows, row_ids)
         return token_ids
+
+
+def sample_unfiltered_in_torch(logits: torch.Tensor, rows: SamplingMetadata) -> torch.Tensor:
+    """LayerOps.sample_unfiltered: the tokens of greedy_rows and plain_rows; those of filtered_rows are undefined."""
+    token_ids = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+    for row_ids in _slices(rows.greedy_rows, logits):
+        token_ids[row_ids] = argmax(_replace_non_finite(logits[row_ids]))
+    for row_ids in _slices(rows.plain_rows, logits):
+        token_ids[row_ids] = _gumbel_argmax(_scaled(logits, rows, row_ids), rows, row_ids)
+    return token_ids
 
 
 def argmax(scores: torch.Tensor) -> torch.Tensor:
@@ -171,13 +175,13 @@ def _slices(row_ids: torch.Tensor, logits: torch.Tensor) -> Iterator[torch.Tenso
         yield from row_ids.split(max(1, MAX_LOGITS_PER_SLICE[logits.device.type] // logits.shape[1]))
 
 
-def _without_nan(scores: torch.Tensor) -> torch.Tensor:
+def _replace_non_finite(scores: torch.Tensor) -> torch.Tensor:
     """NaN becomes -inf, +inf the largest finite number, with which softmax can compute."""
     return scores.nan_to_num(nan=-torch.inf, neginf=-torch.inf)
 
 
 def _scaled(logits: torch.Tensor, rows: SamplingMetadata, row_ids: torch.Tensor) -> torch.Tensor:
-    return _without_nan(logits[row_ids].to(torch.float32) / rows.temperature[row_ids, None])
+    return _replace_non_finite(logits[row_ids].to(torch.float32) / rows.temperature[row_ids, None])
 
 
 def _gumbel_argmax(scaled: torch.Tensor, rows: SamplingMetadata, row_ids: torch.Tensor) -> torch.Tensor:

@@ -12,11 +12,10 @@ from nanovllm.distributed.tensor_parallel import SINGLE_RANK, TensorParallel
 from nanovllm.layers.activation import SiluAndMul
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.embedding import ParallelLMHead, VocabParallelEmbedding
-from nanovllm.layers.kernel_choice import has_kernels
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from nanovllm.layers.ops import LayerOps
-from nanovllm.layers.rotary_embedding import RotaryEmbedding, rotate_query_and_key
+from nanovllm.layers.rotary_embedding import RotaryEmbedding
 from nanovllm.model_config import ModelConfig
 
 
@@ -25,7 +24,6 @@ class SelfAttention(nn.Module):
 
     def __init__(self, config: ModelConfig, ops: LayerOps, tp: TensorParallel) -> None:
         super().__init__()
-        self.head_dim = config.head_dim
         self.qkv_proj = QKVParallelLinear(
             config.hidden_size,
             config.head_dim,
@@ -46,29 +44,18 @@ class SelfAttention(nn.Module):
         return None
 
     def forward(self, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        qkv = self.qkv_proj(hidden_states)
-        head_norms = self.head_norms()
-        if has_kernels(qkv):
-            return self.o_proj(self.attn.forward_packed(qkv, cos, sin, head_norms).flatten(1))
-        query, key, value = qkv.split(self.qkv_proj.sizes, dim=-1)
-        query = query.unflatten(-1, (-1, self.head_dim))  # [T, H, D]
-        key = key.unflatten(-1, (-1, self.head_dim))  # [T, K, D]
-        value = value.unflatten(-1, (-1, self.head_dim))
-        if head_norms is not None:
-            q_norm, k_norm = head_norms
-            query, key = q_norm(query), k_norm(key)
-        query, key = rotate_query_and_key(query, key, cos, sin)
-        return self.o_proj(self.attn(query, key, value).flatten(1))
+        qkv = self.qkv_proj(hidden_states)  # [T, (H + 2 K) * D]
+        return self.o_proj(self.attn(qkv, cos, sin, self.head_norms()).flatten(1))
 
 
 class MLP(nn.Module):
     """Gated feed-forward network: [T, E] -> [T, E]."""
 
-    def __init__(self, config: ModelConfig, tp: TensorParallel) -> None:
+    def __init__(self, config: ModelConfig, ops: LayerOps, tp: TensorParallel) -> None:
         super().__init__()
         sizes = [config.intermediate_size] * 2
         self.gate_up_proj = MergedColumnParallelLinear(config.hidden_size, sizes, bias=config.mlp_bias, tp=tp)
-        self.act_fn = SiluAndMul()
+        self.act_fn = SiluAndMul(ops)
         self.down_proj = RowParallelLinear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias, tp=tp)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -78,12 +65,12 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     """Attention and MLP, each after a norm; what they compute is added to the residual stream by the next norm."""
 
-    def __init__(self, config: ModelConfig, self_attn: SelfAttention, mlp: nn.Module) -> None:
+    def __init__(self, config: ModelConfig, self_attn: SelfAttention, mlp: nn.Module, ops: LayerOps) -> None:
         super().__init__()
         self.self_attn = self_attn
         self.mlp = mlp
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
 
     def forward(
         self, hidden_states: torch.Tensor, residual: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor
@@ -101,12 +88,12 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """Embedding, layers and last norm: the part of a checkpoint whose names begin with `model.`."""
 
-    def __init__(self, config: ModelConfig, layers: list[DecoderLayer], tp: TensorParallel) -> None:
+    def __init__(self, config: ModelConfig, layers: list[DecoderLayer], ops: LayerOps, tp: TensorParallel) -> None:
         super().__init__()
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, tp)
         self.rotary_emb = RotaryEmbedding(config.head_dim, config.rope)
         self.layers = nn.ModuleList(layers)
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         hidden_states = self.embed_tokens(input_ids)
@@ -135,10 +122,10 @@ class DecoderForCausalLM(nn.Module):
         super().__init__()
         self.config = config
         layers = [
-            DecoderLayer(config, self.build_self_attn(config, ops, tp), self.build_mlp(config, index, tp))
+            DecoderLayer(config, self.build_self_attn(config, ops, tp), self.build_mlp(config, index, ops, tp), ops)
             for index in range(config.num_hidden_layers)
         ]
-        self.model = Decoder(config, layers, tp)
+        self.model = Decoder(config, layers, ops, tp)
         tied_to = self.model.embed_tokens if config.tie_word_embeddings else None
         self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, tp, tied_to)
 
@@ -151,9 +138,9 @@ class DecoderForCausalLM(nn.Module):
         """The attention block of every layer."""
         return SelfAttention(config, ops, tp)
 
-    def build_mlp(self, config: ModelConfig, layer_index: int, tp: TensorParallel) -> nn.Module:
+    def build_mlp(self, config: ModelConfig, layer_index: int, ops: LayerOps, tp: TensorParallel) -> nn.Module:
         """The feed-forward block of layer `layer_index`."""
-        return MLP(config, tp)
+        return MLP(config, ops, tp)
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """input_ids [T], positions [T] -> hidden states [T, E], under a Context."""

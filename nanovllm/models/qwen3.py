@@ -10,8 +10,8 @@ from nanovllm.models.decoder import DecoderForCausalLM, SelfAttention
 class Qwen3SelfAttention(SelfAttention):
     def __init__(self, config: ModelConfig, ops: LayerOps, tp: TensorParallel) -> None:
         super().__init__(config, ops, tp)
-        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
-        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, ops)
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, ops)
 
     def head_norms(self) -> tuple[RMSNorm, RMSNorm]:
         return self.q_norm, self.k_norm

@@ -16,7 +16,7 @@ import numpy as np
 import psutil
 import torch
 
-from nanovllm.attention.backend import AttentionBackend, choose_attention_backend
+from nanovllm.attention.backend import AttentionRequirements
 from nanovllm.config import Config
 from nanovllm.context import Context, set_context
 from nanovllm.distributed.placement import resolve_device
@@ -24,8 +24,8 @@ from nanovllm.distributed.tensor_parallel import SINGLE_RANK, TensorParallel
 from nanovllm.engine.model_input import ModelInput, prepare_decode, prepare_decode_async, prepare_prefill
 from nanovllm.engine.scheduler import ScheduledBatch
 from nanovllm.layers.attention import Attention
-from nanovllm.layers.moe import SparseMoeBlock
 from nanovllm.layers.sampler import Sampler
+from nanovllm.layers.select_ops import select_ops
 from nanovllm.model_config import ModelConfig
 from nanovllm.models.decoder import build_model
 from nanovllm.models.loader import load_model
@@ -74,20 +74,20 @@ class ModelRunner:
 
     def _start(self, model_dir: Path, on_tensor_loaded: Callable[[], None] | None) -> None:
         config, model_config, tp = self.config, self.model_config, self.tp
-        backend = choose_attention_backend(
-            config.attention_backend, self.device, self.dtype, model_config.head_dim, config.kv_cache_block_size
-        )
+        requirements = AttentionRequirements(self.device, self.dtype, model_config.head_dim, config.kv_cache_block_size)
+        ops = select_ops(config.attention_backend, requirements)
         self.num_threads = (
             choose_num_threads(model_config, self.num_ranks_per_device) if self.device.type == "cpu" else None
         )
         with self.device:
-            self.model = build_model(self.model_config, backend, tp)
+            self.model = build_model(self.model_config, ops, tp)
         self.num_kv_heads = self._attention_layers()[0].num_kv_heads
         load_model(self.model, model_dir, use_tqdm=tp.rank == 0, on_tensor_loaded=on_tensor_loaded)
         self.model.eval()
-        self.sampler = Sampler()
+        self.sampler = Sampler(ops.sample_unfiltered)
         self.graphs: CUDAGraphRunner | None = None
-        is_captured = self.device.type == "cuda" and not config.enforce_eager and self._is_graph_safe(backend)
+        is_graph_safe = tp.is_graph_safe and ops.is_graph_safe
+        is_captured = self.device.type == "cuda" and not config.enforce_eager and is_graph_safe
         if self.device.type == "cuda":
             self.warmup_model()
         if config.num_kv_cache_blocks is None:
@@ -189,11 +189,6 @@ class ModelRunner:
         )
 
     # --- CUDA graphs ---
-
-    def _is_graph_safe(self, backend: AttentionBackend) -> bool:
-        """Whether decode never waits for the device, and launches the same kernels whatever the integers say."""
-        moe_blocks = [module for module in self.model.modules() if isinstance(module, SparseMoeBlock)]
-        return self.tp.is_graph_safe and backend.is_graph_safe and all(block.is_graph_safe for block in moe_blocks)
 
     @torch.inference_mode()
     def _capture_graphs(self, batch_sizes: list[int], use_tqdm: bool = True) -> CUDAGraphRunner:

@@ -58,6 +58,20 @@ def test_float32_logits_on_the_torch_backend(architecture: str) -> None:
     assert_within("engine: logits on a GPU against the reference", ours, exact, float(ERROR_RATIO * rounding))
 
 
+@pytest.mark.parametrize("architecture", ["llama", "qwen3_moe"])
+def test_a_float64_checkpoint_is_computed_in_pytorch(architecture: str) -> None:
+    """No kernel takes float64, so "auto" takes none and captures no graph. Float32 angles err by 1e-5 of logits."""
+    model_dir = tiny_model(architecture, dtype="float64")
+    token_ids = random_tokens(60, seed=1)
+    exact = transformer(token_ids, *checkpoint(model_dir, torch.float64))
+    runner = make_runner(
+        model_dir, device="cuda", num_kv_cache_blocks=2, max_num_seqs=8, max_num_batched_tokens=256
+    )  # fmt: skip
+    assert (runner.dtype, runner.graphs) == (torch.float64, None)
+    ours = teacher_forced_logits(runner, token_ids, chunks=[33], block_table=[1])
+    assert (ours - exact).abs().max() < 1e-5 * exact.abs().max()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_bfloat16_logits(architecture: str, backend: str) -> None:

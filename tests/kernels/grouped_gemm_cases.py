@@ -11,8 +11,7 @@ from benchmarks.arithmetic import Work
 from benchmarks.kernels.inputs import randn
 from benchmarks.measuring import Measured
 from benchmarks.shapes import Shape
-from nanovllm.distributed.tensor_parallel import SINGLE_RANK
-from nanovllm.layers.moe import Experts
+from nanovllm.layers.torch_ops import apply_experts
 from reference.moe import moe
 from tests.support.kernels.accuracy import assert_within_twice_the_error_of_plain_torch
 from tests.support.kernels.guards import Guards
@@ -98,14 +97,11 @@ def expected_output(case: Case, layer: Layer) -> torch.Tensor:
 
 def plain_output(case: Case, layer: Layer) -> torch.Tensor:
     """The same in plain PyTorch and the case's dtype."""
-    experts = Experts(case.num_experts, case.hidden_size, case.intermediate_size, SINGLE_RANK)
-    experts = experts.to(layer.hidden_states.device, case.dtype)
-    experts.gate_up_proj.weight.data, experts.down_proj.weight.data = layer.gate_up_proj, layer.down_proj
     weights, chosen = router_logits(layer).softmax(dim=1).topk(case.top_k)
     if case.norm_topk_prob:
         weights = weights / weights.sum(dim=1, keepdim=True)
-    with torch.inference_mode():
-        return experts(layer.hidden_states, chosen, weights.to(case.dtype))
+    weights = weights.to(case.dtype)
+    return apply_experts(layer.hidden_states, chosen, weights, layer.gate_up_proj, layer.down_proj)
 
 
 def check(case: Case, device: str) -> None:

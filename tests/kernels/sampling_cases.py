@@ -205,7 +205,7 @@ def check_words(device: str) -> None:
 def check_noise(device: str) -> None:
     """Both logarithms at every power of two and its neighbours, at the ends, and at random words.
 
-    exact_gumbel to 1e-14, a few units of float64's last place; approx_log2_arrival_times to 0.03, which score_error exceeds.
+    exact_gumbel to 1e-14, a few units of float64's last place; approx_log2_arrival_times to 0.03, below score_error.
     """
     from tests.kernels.sampling_probes import store_noise
 

@@ -18,7 +18,7 @@ STEPS = {
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("block_size", [256, 512])
+@pytest.mark.parametrize(("block_size", "is_fused"), [(256, False), (512, True)])
 @pytest.mark.parametrize("num_kv_heads", [4, 2, 1])
 @pytest.mark.parametrize(
     ("dtype", "head_dim"),
@@ -31,15 +31,16 @@ STEPS = {
     ],
 )
 @pytest.mark.parametrize(("lengths", "is_prefill"), STEPS.values(), ids=STEPS)
-def test_equals_the_reference(lengths, is_prefill, dtype, head_dim, num_kv_heads, block_size):
-    """D53: every slot that no sequence owns is NaN."""
+def test_equals_the_reference(lengths, is_prefill, dtype, head_dim, num_kv_heads, block_size, is_fused):
+    """D53: every slot that no sequence owns is NaN. With separate kernels to store, and with the fused one."""
     pytest.importorskip("flash_attn")
-    from nanovllm.attention.flash_attn import FlashAttentionBackend
+    from nanovllm.layers.select_ops import flash_attn_ops
+    from nanovllm.layers.triton_ops import TRITON_OPS
 
     case = Case(lengths, is_prefill, block_size, num_heads=4, num_kv_heads=num_kv_heads, head_dim=head_dim)
     step = make_step(case, dtype, "cuda")
-    caches, expected = step.expected_caches(), step.expected_output()
-    output = step.run(FlashAttentionBackend())
-    assert_within_twice_the_error_of_plain_torch("flash_attn backend", step, output, expected)
+    caches = step.expected_caches()
+    output = step.run(flash_attn_ops(TRITON_OPS, is_fused))
+    assert_within_twice_the_error_of_plain_torch("flash_attn backend", step, output)
     assert_same_bits(step.k_cache, caches[0])
     assert_same_bits(step.v_cache, caches[1])

@@ -20,13 +20,13 @@ def test_table_of_tiles_is_compiled_whole():
 def test_layer_recorded_in_a_graph_follows_its_input():
     """Other tokens choose other experts, and nothing waits for the device."""
     from nanovllm.layers.moe import SparseMoeBlock
+    from nanovllm.layers.triton_ops import TRITON_OPS
     from nanovllm.model_config import MoEConfig
 
     with torch.device("cuda"):
-        layer = SparseMoeBlock(64, MoEConfig(16, 4, 32, True, layers=frozenset({0}))).bfloat16()
+        layer = SparseMoeBlock(64, MoEConfig(16, 4, 32, True, layers=frozenset({0})), TRITON_OPS).bfloat16()
     for parameter in layer.parameters():
         parameter.data.normal_(std=0.3)
-    assert layer.is_graph_safe
     x = torch.randn(12, 64, device="cuda", dtype=torch.bfloat16)
     with torch.inference_mode():
         layer(x)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from nanovllm.attention.backend import KVCache
 from nanovllm.attention.torch import TorchAttentionBackend
 from nanovllm.context import Context
 
@@ -26,14 +27,7 @@ def linear_row_by_row(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor 
 
 
 def prefill_query_by_query(
-    self: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    context: Context,
-    scale: float,
+    self: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context, scale: float
 ) -> torch.Tensor:
     q_bounds, k_bounds = context.cu_seqlens_q.tolist(), context.cu_seqlens_k.tolist()
     outputs = []
@@ -43,7 +37,7 @@ def prefill_query_by_query(
         if context.block_tables is None:
             keys, values = (x[k_bounds[index] : k_bounds[index + 1]] for x in (key, value))
         else:
-            keys, values = gathered(context.block_tables[index], num_keys, k_cache, v_cache)
+            keys, values = gathered(context.block_tables[index], num_keys, KVCache(key, value))
         for number, one_query in enumerate(query[q_start:q_end]):
             end = num_keys - (q_end - q_start) + number + 1
             outputs.append(attend(one_query, keys[:end], values[:end], scale))
@@ -51,21 +45,19 @@ def prefill_query_by_query(
 
 
 def decode_query_by_query(
-    self: Any, query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, context: Context, scale: float
+    self: Any, query: torch.Tensor, cache: KVCache, context: Context, scale: float
 ) -> torch.Tensor:
     assert context.block_tables is not None
     outputs = []
     for one_query, table, num_keys in zip(query, context.block_tables, context.context_lens.tolist(), strict=True):
-        outputs.append(attend(one_query, *gathered(table, num_keys, k_cache, v_cache), scale))
+        outputs.append(attend(one_query, *gathered(table, num_keys, cache), scale))
     return torch.stack(outputs)
 
 
-def gathered(
-    table: torch.Tensor, num_keys: int, k_cache: torch.Tensor, v_cache: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def gathered(table: torch.Tensor, num_keys: int, cache: KVCache) -> tuple[torch.Tensor, torch.Tensor]:
     positions = torch.arange(num_keys)
-    blocks, offsets = table[positions // k_cache.shape[1]].long(), positions % k_cache.shape[1]
-    return k_cache[blocks, offsets], v_cache[blocks, offsets]
+    blocks, offsets = table[positions // cache.k.shape[1]].long(), positions % cache.k.shape[1]
+    return cache.k[blocks, offsets], cache.v[blocks, offsets]
 
 
 def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> torch.Tensor:

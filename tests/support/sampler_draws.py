@@ -18,7 +18,7 @@ RARE = 1e-4
 DTYPES = {"top_k": np.int64, "seed": np.uint64, "position": np.int64}
 NO_FILTER: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 
-Draw = Callable[[torch.Tensor, SamplingMetadata], torch.Tensor]  # the signature of Sampler.forward
+Draw = Callable[[torch.Tensor, Any], torch.Tensor]  # the signature of Sampler.forward
 
 
 def make_rows(num_rows: int, **fields: Any) -> SimpleNamespace:
@@ -30,6 +30,24 @@ def make_rows(num_rows: int, **fields: Any) -> SimpleNamespace:
             for name, value in values.items()
         }
     )
+
+
+def rows_on_device(rows: SimpleNamespace, device: torch.device | str) -> SamplingMetadata:
+    return rows_on_device(rows, device)
+
+
+def make_sampler(device: torch.device | str) -> Sampler:
+    """The sampler of an engine on `device`: on a GPU with the Triton kernel."""
+    if torch.device(device).type == "cpu":
+        return Sampler()
+    from nanovllm.layers.triton_ops import TRITON_OPS
+
+    return Sampler(TRITON_OPS.sample_unfiltered)
+
+
+def sample(logits: torch.Tensor, rows: SimpleNamespace) -> list[int]:
+    """Token ids of `rows`, as make_rows makes them, where logits are."""
+    return make_sampler(logits.device)(logits, rows_on_device(rows, logits.device)).tolist()
 
 
 def counters(layout: str, purpose: str, start: int, stop: int) -> dict[str, np.ndarray | int]:
@@ -77,16 +95,16 @@ class Case:
         is_kept = allowed_mask(z, self.top_k or None, self.top_p, self.min_p)
         return z.where(is_kept, -torch.inf).softmax(dim=0).tolist()
 
-    def draw(self, sampler: Draw | None = None, device: str = "cpu") -> list[int]:
+    def draw(self, sampler: Draw | None = None) -> list[int]:
         """How often each token came."""
         sampler = sampler or Sampler()
-        logits = self.logits.to(device)
+        logits = self.logits
         filters = {name: getattr(self, name) for name in NO_FILTER}
-        counts = torch.zeros(len(logits), dtype=torch.int64, device=device)
+        counts = torch.zeros(len(logits), dtype=torch.int64)
         for start in range(0, self.num_draws, MAX_ROWS):
             stop = min(start + MAX_ROWS, self.num_draws)
             rows = make_rows(stop - start, **filters, **counters(self.layout, self.name, start, stop))
-            tokens = sampler(logits.expand(stop - start, -1), rows_on_device(rows, device))
+            tokens = sampler(logits.expand(stop - start, -1), rows_on_device(rows, "cpu"))
             counts += tokens.bincount(minlength=len(logits))
         return counts.tolist()
 

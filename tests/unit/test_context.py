@@ -31,3 +31,5 @@ def test_forward_passes_do_not_nest() -> None:
     context = make_step(Case(((3, 3),))).context
     with set_context(context), pytest.raises(RuntimeError, match="nest"), set_context(context):
         pass
+    with set_context(context):  # the failed one left nothing behind
+        assert get_context() is context

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from nanovllm import LLM, Config, SamplingParams, bundled_model_path, cli
-from nanovllm.attention.backend import choose_attention_backend
+from nanovllm.attention.backend import AttentionRequirements
+from nanovllm.attention.select import select_attention_backend
 from nanovllm.cli_errors import USER_ERROR
 from nanovllm.distributed.placement import resolve_device
 from nanovllm.distributed.torchrun_env import read_torchrun_env
@@ -195,10 +196,10 @@ def test_of_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("block_size", [16, 256])
 def test_of_an_attention_backend_that_cannot_work(block_size: int) -> None:
     """D93: "auto" is no remedy: Config refuses it with block size 16."""
-    place = (torch.device("cpu"), torch.float32, 32, block_size)
-    text = message(choose_attention_backend, "triton", *place)
+    requirements = AttentionRequirements(torch.device("cpu"), torch.float32, 32, block_size)
+    text = message(select_attention_backend, "triton", requirements)
     assert text.endswith("; use attention_backend='torch', which runs everywhere")
-    assert choose_attention_backend("torch", *place)
+    assert select_attention_backend("torch", requirements)
     assert Config("model", attention_backend="torch", kv_cache_block_size=block_size)
 
 

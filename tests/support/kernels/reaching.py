@@ -1,26 +1,59 @@
-"""Which kernels an LLM launches: counted on a GPU, and without one by an LLM whose layers have interpreted kernels."""
+"""Which kernels an LLM launches: counted on a GPU, and without one by an LLM on the CPU with interpreted kernels."""
 
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
+from types import ModuleType
+from typing import Any
 from unittest.mock import patch
 
-from tests.support.kernels.interpreting import recorded_functions
+import torch
 
+from nanovllm.kernels import flash_attention
+from reference.packing import varlen_attention
+from reference.paged_attention import paged_attention
+from tests.support.kernels.interpreting import INTERPRETER, recorded_functions
+
+# Names of LLM configurations: (architecture, attention_backend, kv_cache_block_size).
+CONFIGURATIONS = {
+    "llama": ("llama", "triton", 16),
+    "qwen3_moe": ("qwen3_moe", "triton", 16),
+    "flash_attn": ("qwen3", "flash_attn", 256),
+}
 PROMPTS = [list(range(5, 45)), [7, 8, 9]]  # the first has keys enough to be split in decode
 LONG_PROMPT = [5 + index % 300 for index in range(600)]  # long enough for the kernels of long prompts
 
 
-def kernels_of_interpreted_llm(architecture: str) -> frozenset[str]:
-    """Names of @triton.jit functions. For a process in which Triton interprets (interpreting.Interpreter.call)."""
-    with _layers_with_kernels(), recorded_functions() as names:
-        _generate(architecture, "cpu", "float32", 32, PROMPTS)
+@cache
+def kernels_of_interpreted_llm(configuration: str) -> frozenset[str]:
+    """Names of the @triton.jit functions that run, in the process that interprets. Compares tokens with PyTorch's."""
+    names = INTERPRETER.call(_run_interpreted, configuration)
+    assert isinstance(names, frozenset), names
+    return names
+
+
+def _run_interpreted(configuration: str) -> frozenset[str]:
+    from nanovllm.layers.select_ops import flash_attn_ops
+    from nanovllm.layers.torch_ops import TORCH_OPS
+    from nanovllm.layers.triton_ops import TRITON_OPS
+    from nanovllm.worker import model_runner
+
+    ops = flash_attn_ops(TRITON_OPS, is_fused=False) if configuration == "flash_attn" else TRITON_OPS
+    with (
+        flash_attn_stand_in(),
+        patch.object(model_runner, "select_ops", lambda *args: ops),
+        recorded_functions() as names,
+    ):
+        tokens = _generate(configuration, "cpu", "float32", 32, PROMPTS)
+    with patch.object(model_runner, "select_ops", lambda *args: TORCH_OPS):
+        assert tokens == _generate(configuration, "cpu", "float32", 32, PROMPTS)
     return frozenset(names)
 
 
 @cache
-def kernels_of_llm_on_a_gpu(architecture: str) -> frozenset[str]:
+def kernels_of_llm_on_a_gpu(configuration: str) -> frozenset[str]:
+    """Names of the @triton.jit functions that are launched."""
     from triton.runtime.jit import JITFunction
 
     names = set()
@@ -31,34 +64,52 @@ def kernels_of_llm_on_a_gpu(architecture: str) -> frozenset[str]:
         return run(self, *args, **kwargs)
 
     with patch.object(JITFunction, "run", note):
-        _generate(architecture, "cuda", "bfloat16", 128, PROMPTS, [LONG_PROMPT])
+        _generate(configuration, "cuda", "bfloat16", 128, PROMPTS, [LONG_PROMPT])
     return frozenset(names)
 
 
-def _generate(architecture: str, device: str, dtype: str, head_dim: int, *steps: list[list[int]]) -> None:
+def _generate(configuration: str, device: str, dtype: str, head_dim: int, *steps: list[list[int]]) -> list[list[int]]:
+    """The generated token ids of all prompts, one step's prompts at a time."""
     from nanovllm import LLM, SamplingParams
     from tests.support.tiny_models import tiny_model
 
+    architecture, backend, block_size = CONFIGURATIONS[configuration]
     model_dir = tiny_model(architecture, head_dim=head_dim, max_position_embeddings=1024)
+    outputs = []
     with LLM(
-        str(model_dir), device=device, dtype=dtype, attention_backend="triton", num_kv_cache_blocks=80,
-        kv_cache_block_size=16, max_num_seqs=2,
+        str(model_dir), device=device, dtype=dtype, attention_backend=backend, kv_cache_block_size=block_size,
+        num_kv_cache_blocks=1280 // block_size, max_num_seqs=2,
     ) as llm:  # fmt: skip
         for prompts in steps:
-            params = [SamplingParams(max_tokens=2, ignore_eos=True, seed=index) for index in range(len(prompts))]
-            llm.generate(prompts, params, use_tqdm=False)
+            params = [SamplingParams(max_tokens=3, ignore_eos=True, seed=index) for index in range(len(prompts))]
+            outputs += llm.generate(prompts, params, use_tqdm=False)
+    return [output["token_ids"] for output in outputs]
 
 
 @contextmanager
-def _layers_with_kernels() -> Iterator[None]:
-    """Layers on the CPU choose kernels, as they would on a GPU."""
-    from nanovllm.attention.triton import TritonAttentionBackend
-    from nanovllm.worker import model_runner  # imports all layers
+def flash_attn_stand_in() -> Iterator[None]:
+    """kernels.flash_attention calls two functions of reference/ instead of flash-attn's. Nothing else sees them."""
 
+    def flash_attn_varlen_func(
+        q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, block_table
+    ):
+        assert causal
+        assert (max_seqlen_q, max_seqlen_k) == (int(cu_seqlens_q.diff().max()), int(cu_seqlens_k.diff().max()))
+        if block_table is None:
+            return varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale)
+        return paged_attention(q, k, v, block_table, cu_seqlens_k.diff(), cu_seqlens_q, softmax_scale)
+
+    def flash_attn_with_kvcache(q, k_cache, v_cache, *, cache_seqlens, block_table, softmax_scale, causal):
+        assert q.shape[1] == 1
+        cu_seqlens_q = torch.arange(len(q) + 1, dtype=torch.int32)
+        output = paged_attention(q[:, 0], k_cache, v_cache, block_table, cache_seqlens, cu_seqlens_q, softmax_scale)
+        return output[:, None]
+
+    module: Any = ModuleType("flash_attn")
+    module.flash_attn_varlen_func = flash_attn_varlen_func
+    module.flash_attn_with_kvcache = flash_attn_with_kvcache
     with ExitStack() as stack:
-        make_backend = lambda *args, **kwargs: TritonAttentionBackend()  # noqa: E731
-        stack.enter_context(patch.object(model_runner, "choose_attention_backend", make_backend))
-        for name, module in list(sys.modules.items()):
-            if name.startswith("nanovllm.") and hasattr(module, "has_kernels"):
-                stack.enter_context(patch.object(module, "has_kernels", lambda x: True))
+        for name in ("flash_attention_prefill", "flash_attention_decode"):
+            function = patch.dict(sys.modules, flash_attn=module)(getattr(flash_attention, name))
+            stack.enter_context(patch.object(flash_attention, name, function))
         yield

@@ -78,7 +78,7 @@ class Kernel:
     cases: small; run interpreted, on a GPU and under compute-sanitizer. on_gpu: more, for a GPU only.
     drawn: a Hypothesis strategy of checks, for a GPU only.
     measured: benchmarks, NAME -> function of a point of benchmarks.shapes.POINTS[NAME], which gives a Measured.
-    reached_by: the architecture of which an LLM launches these kernels on a GPU, or None, and then unreached says why.
+    reached_by: the configuration, of reaching.CONFIGURATIONS, of an LLM that launches these kernels.
     capability: of the only GPUs that it runs on.
     """
 
@@ -88,8 +88,7 @@ class Kernel:
     compiled: Mapping[str, Compilation]
     refused: Refusals | None
     measured: Mapping[str, Callable[..., Any]]
-    reached_by: str | None = "llama"
-    unreached: str = ""
+    reached_by: str = "llama"
     on_gpu: Mapping[str, Check] = field(default_factory=dict)
     drawn: Any = None
     steps: Mapping[str, Steps] = field(default_factory=dict)

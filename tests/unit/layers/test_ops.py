@@ -1,119 +1,144 @@
-"""Which tensors go to a kernel, and that the layers compute the same with it and without."""
+"""Which implementation of the layers' operations a model gets, and that the implementations agree on a GPU."""
 
-from types import SimpleNamespace
+import dataclasses
+from collections.abc import Callable
 
 import pytest
 import torch
 
-from nanovllm.attention.torch import TorchAttentionBackend
-from nanovllm.context import set_context
-from nanovllm.layers import kernel_choice
-from nanovllm.layers.activation import SiluAndMul
-from nanovllm.layers.attention import Attention
-from nanovllm.layers.kernel_choice import has_kernels
-from nanovllm.layers.layernorm import RMSNorm
-from nanovllm.layers.rotary_embedding import apply_rotary_embedding, rotate_query_and_key
+from nanovllm import kernels
+from nanovllm.attention.backend import AttentionRequirements
+from nanovllm.kernels import flash_attention
+from nanovllm.layers.ops import LayerOps, separate_steps
+from nanovllm.layers.select_ops import flash_attn_ops, select_ops
+from nanovllm.layers.torch_ops import TORCH_OPS
 from tests.support.attention_cases import Case, assert_same_bits, make_step
+from tests.support.comparing import assert_close
 from tests.support.kernels.accuracy import assert_within_twice_the_error_of_plain_torch
+from tests.support.kernels.reaching import flash_attn_stand_in
 
-DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+STEPS = {
+    "prefill": Case(((5, 5), (33, 33)), block_size=256),
+    "prefill over cached keys": Case(((5, 21), (17, 17)), block_size=256),
+    "decode": Case(((1, 1), (1, 45)), is_prefill=False, block_size=256),
+}
+each_step = pytest.mark.parametrize("case", STEPS.values(), ids=STEPS)
 
 
 @pytest.fixture
-def has_triton(monkeypatch):
-    """Call it to say whether triton can be found."""
-    return lambda is_found: monkeypatch.setattr(kernel_choice, "_has_triton", lambda: is_found)
+def ampere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine on which flash-attn and a GPU of compute capability 8.0 seem to be there; triton has to be."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(flash_attention, "import_error", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
 
 
-@pytest.mark.parametrize("is_found", [True, False])
-@DTYPES
-def test_a_tensor_on_a_gpu_has_kernels_if_there_is_triton(has_triton, dtype, is_found):
-    """D55"""
-    has_triton(is_found)
-    assert has_kernels(SimpleNamespace(is_cuda=True, dtype=dtype)) == is_found
+def select(attention_backend: str, dtype: torch.dtype = torch.bfloat16, head_dim: int = 64) -> LayerOps:
+    return select_ops(attention_backend, AttentionRequirements(torch.device("cuda"), dtype, head_dim, 256))
 
 
-def test_float64_has_none(has_triton):
-    has_triton(True)
-    assert not has_kernels(SimpleNamespace(is_cuda=True, dtype=torch.float64))
-
-
-def test_a_tensor_on_the_cpu_has_none(has_triton):
-    """D55"""
-    has_triton(True)
-    assert not has_kernels(torch.empty(1))
-
-
-@pytest.mark.gpu
-@DTYPES
-def test_norm(has_triton, dtype):
-    norm = RMSNorm(96).to("cuda", dtype)
-    norm.weight.copy_(1 + 0.3 * torch.randn(96))
-    x, residual = (torch.randn(50, 96, device="cuda").to(dtype) for _ in range(2))
-    normed, (normed_sum, total) = norm(x), norm(x, residual)
-    has_triton(False)
-    assert torch.equal(total, norm(x, residual)[1])
-    plain, plain_sum = norm(x), norm(total)
-    norm.double()
-    assert_within_twice_the_error_of_plain_torch("rms_norm", normed, plain, norm(x.double()))
-    assert_within_twice_the_error_of_plain_torch("rms_norm", normed_sum, plain_sum, norm(total.double()))
-
-
-@pytest.mark.gpu
-@DTYPES
-def test_activation(has_triton, dtype):
-    x = torch.randn(50, 192, device="cuda").to(dtype)
-    actual = SiluAndMul()(x)
-    has_triton(False)
-    assert_within_twice_the_error_of_plain_torch("silu_and_mul", actual, SiluAndMul()(x), SiluAndMul()(x.double()))
-
-
-@pytest.mark.gpu
-@DTYPES
-def test_rotation(dtype):
-    query, key = torch.randn(9, 6, 32, device="cuda").to(dtype).split([4, 2], dim=1)
-    angle = torch.randn(9, 16, device="cuda")
-    cos, sin = angle.cos(), angle.sin()
-    for x, actual in zip((query, key), rotate_query_and_key(query, key, cos, sin), strict=True):
-        exact = apply_rotary_embedding(x.double(), cos.double(), sin.double())
-        assert_within_twice_the_error_of_plain_torch(
-            "rotary_embedding", actual, apply_rotary_embedding(x, cos, sin), exact
-        )
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("has_norms", [True, False])
 @pytest.mark.parametrize(
-    ("case", "has_cache"),
+    ("requested", "attention", "is_fused", "is_graph_safe"),
     [
-        (Case(((5, 5), (33, 33))), False),
-        (Case(((5, 5), (33, 33))), True),
-        (Case(((5, 21), (17, 17))), True),
-        (Case(((1, 1), (1, 45)), is_prefill=False), True),
+        ("auto", "flash_attn", True, True),
+        ("flash_attn", "flash_attn", False, True),
+        ("triton", "triton", True, True),
+        ("torch", "torch", True, False),
     ],
-    ids=["warm-up", "prefill", "prefill over cached keys", "decode"],
 )
-def test_packed_attention_equals_its_steps(case, has_cache, has_norms):
-    """In float32 both ways round alike but for the order of a sum: 1e-5 is 80 units in the last place of 1."""
-    step = make_step(case, torch.float32, "cuda")
-    norms = (RMSNorm(case.head_dim).cuda(), RMSNorm(case.head_dim).cuda())
-    for norm in norms:
-        norm.weight.copy_(1 + 0.3 * torch.randn(case.head_dim))
-    angle = torch.randn(len(step.query), case.head_dim // 2, device="cuda")
-    cos, sin = angle.cos(), angle.sin()
-    query, key = (norm(x) if has_norms else x for norm, x in zip(norms, (step.query, step.key), strict=True))
-    query, key = rotate_query_and_key(query, key, cos, sin)
-    qkv = torch.cat([step.query, step.key, step.value], dim=1).flatten(1)
+def test_a_gpu_gets_triton_kernels_with_the_attention_asked_for(
+    ampere: None, requested: str, attention: str, is_fused: bool, is_graph_safe: bool
+) -> None:
+    """flash_attn by name is the classic path; "auto" combines its attention with the fused kernel."""
+    from nanovllm.layers.triton_ops import TRITON_OPS
+
+    ops = select(requested)
+    assert (ops.attention.name, ops.is_graph_safe) == (attention, is_graph_safe)
+    assert (ops.qk_norm_rope_store is TRITON_OPS.qk_norm_rope_store) == is_fused
+    same = {"attention": TRITON_OPS.attention, "qk_norm_rope_store": TRITON_OPS.qk_norm_rope_store}
+    assert dataclasses.replace(ops, **same) == TRITON_OPS
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "is_triton"), [(torch.float64, 64, False), (torch.bfloat16, 80, True)], ids=str
+)
+def test_auto_on_a_gpu_takes_torch_where_no_kernel_fits(
+    ampere: None, dtype: torch.dtype, head_dim: int, is_triton: bool
+) -> None:
+    """float64: for everything. An unusual head_dim: for attention, and no CUDA graphs."""
+    ops = select("auto", dtype, head_dim)
+    assert (ops.attention.name, ops.is_graph_safe, ops is TORCH_OPS) == ("torch", False, not is_triton)
+
+
+def test_without_triton_all_is_torch(ampere: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """D55"""
+    monkeypatch.setattr(kernels, "find_spec", lambda name: None)
+    assert select("auto") is TORCH_OPS
+
+
+@each_step
+def test_flash_attn_is_called_as_it_documents(case: Case) -> None:
+    """A stand-in on the CPU, which reference/ computes."""
+    step, expected = make_step(case), make_step(case)
+    with flash_attn_stand_in():
+        output = step.run(flash_attn_ops(TORCH_OPS, is_fused=False))
+    assert_close("attention: flash_attn's stand-in", output, expected.run(), rtol=0, atol=1e-11)
+    assert_same_bits(step.k_cache, expected.k_cache)
+
+
+# --- the implementations ---
+
+
+def rotate(ops: LayerOps, heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    cos, sin = (x.to(torch.promote_types(heads.dtype, torch.float32)) for x in (cos, sin))
+    return torch.cat(ops.rotary_embedding(*heads.split([4, 2], dim=1), cos, sin), dim=1)
+
+
+OPERATIONS: dict[str, tuple[Callable[..., torch.Tensor], list[tuple[int, ...]]]] = {  # and the shapes of its inputs
+    "rms_norm": (lambda ops, x, weight: ops.rms_norm(x, weight, 1e-6), [(9, 6, 96), (96,)]),
+    "add_rms_norm": (lambda ops, *tensors: ops.add_rms_norm(*tensors, 1e-6)[0], [(50, 96), (50, 96), (96,)]),
+    "silu_and_mul": (lambda ops, x: ops.silu_and_mul(x), [(50, 192)]),
+    "rotary_embedding": (rotate, [(9, 6, 96), (9, 48), (9, 48)]),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, *kernels.DTYPES], ids=str)
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_torch_leaves_its_inputs_as_they_were(name: str, dtype: torch.dtype) -> None:
+    """D50"""
+    operation, shapes = OPERATIONS[name]
+    inputs = [torch.randn(shape).to(dtype) for shape in shapes]
+    before = [x.clone() for x in inputs]
+    operation(TORCH_OPS, *inputs)
+    assert all(map(torch.equal, inputs, before))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", kernels.DTYPES, ids=str)
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_triton_and_torch_agree(name: str, dtype: torch.dtype) -> None:
+    from nanovllm.layers.triton_ops import TRITON_OPS
+
+    operation, shapes = OPERATIONS[name]
+    inputs = [torch.randn(shape, device="cuda").to(dtype) for shape in shapes]
+    exact = operation(TORCH_OPS, *(x.double() for x in inputs))
+    plain = operation(TORCH_OPS, *inputs)
+    kernel = name.removeprefix("add_")
+    assert_within_twice_the_error_of_plain_torch(kernel, operation(TRITON_OPS, *inputs), plain, exact)
+
+
+@pytest.mark.gpu
+@each_step
+def test_fused_and_separate_steps_agree(case: Case) -> None:
+    """In float32 all round alike but for the order of a sum: 1e-5 is 80 units in the last place of 1."""
+    from nanovllm.layers.triton_ops import TRITON_OPS
+
+    fused = dataclasses.replace(TRITON_OPS, attention=TORCH_OPS.attention)
+    steps = separate_steps(fused.rms_norm, fused.rotary_embedding, fused.store_kvcache)
     results = []
-    for is_packed in (True, False):
-        layer = Attention(case.num_heads, case.head_dim, case.scale, case.num_kv_heads, TorchAttentionBackend())
-        caches = (step.k_cache.clone(), step.v_cache.clone())
-        if has_cache:
-            layer.bind_kv_cache(*caches)
-        with set_context(step.context), torch.inference_mode():
-            output = layer.forward_packed(qkv, cos, sin, norms if has_norms else None) if is_packed else None
-            results.append((layer(query, key, step.value) if output is None else output, *caches))
-    (output, k_cache, v_cache), expected = results
-    torch.testing.assert_close(output, expected[0], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(k_cache, expected[1], rtol=1e-5, atol=1e-5, equal_nan=True)
-    assert_same_bits(v_cache, expected[2])
+    for ops in (TORCH_OPS, fused, dataclasses.replace(fused, qk_norm_rope_store=steps)):
+        step = make_step(case, torch.float32, "cuda")
+        results.append((step.run(ops), step.k_cache, step.v_cache))
+    for result in results[1:]:
+        for actual, expected in zip(result, results[0], strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5, equal_nan=True)

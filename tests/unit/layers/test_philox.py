@@ -1,40 +1,21 @@
-"""The engine's Philox against its authors' known answers and against reference.philox."""
+"""The engine's Philox against reference.philox, which is tested with its authors' known answers."""
 
 import pytest
 import torch
 
-from nanovllm.layers.philox import exponential_from_words, philox, token_words
+from nanovllm.layers.philox import exponential_from_words, token_words
 from reference.philox import philox as reference_philox
 from reference.sampling import exponential_noise
 from tests.support.comparing import assert_equal
 from tests.support.counts import count_comparisons
 
-# Random123's kat_vectors, philox4x32 with 10 rounds: key, counter, output.
-KNOWN_ANSWERS = [
-    ((0, 0), (0, 0, 0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
-    ((0xFFFFFFFF,) * 2, (0xFFFFFFFF,) * 4, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
-    (
-        (0xA4093822, 0x299F31D0),
-        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
-        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
-    ),
-]
 SEEDS = [0, 1, 2**31, 2**32 - 1, 2**32, 2**63 + 12345, 2**64 - 1]
 POSITIONS = [0, 1, 2, 131071, 2**31, 5, 2**32 - 1]
-
-
-def tensors(*values: int) -> tuple[torch.Tensor, ...]:
-    return tuple(torch.tensor([value]) for value in values)
 
 
 def words_of(seeds: list[int], positions: list[int], vocab_size: int) -> torch.Tensor:
     low, high = torch.tensor([seed % 2**32 for seed in seeds]), torch.tensor([seed >> 32 for seed in seeds])
     return token_words(low, high, torch.tensor(positions), vocab_size)
-
-
-@pytest.mark.parametrize(("key", "counter", "expected"), KNOWN_ANSWERS)
-def test_known_answers(key, counter, expected):
-    assert tuple(int(word) for word in philox(tensors(*key), tensors(*counter))) == expected
 
 
 @pytest.mark.parametrize("vocab_size", [1, 3, 4, 5, 1001])
@@ -56,17 +37,12 @@ def test_exponential_noise_equals_the_reference_bit_for_bit():
         assert_equal("layers: sampling noise against the reference", noise, exponential_noise(seed, position, 4099))
 
 
-def test_noise_is_positive_and_finite_for_every_edge_word():
+def test_noise_grows_with_the_word_and_is_positive_and_finite_for_every_edge_word():
     """D56: words 0 and 2**32 - 1, and those around float32's last step below 1."""
-    words = torch.tensor([0, 1, 2**31, 2**32 - 257, 2**32 - 256, 2**32 - 2, 2**32 - 1])
-    noise = exponential_from_words(words)
+    edges = [0, 1, 2, 2**16, 2**31 - 1, 2**31, 2**32 - 1000, 2**32 - 257, 2**32 - 256, 2**32 - 2, 2**32 - 1]
+    noise = exponential_from_words(torch.tensor(edges))
     assert torch.isfinite(noise).all()
-    assert (noise > 0).all()
+    assert (noise[:7].diff() > 0).all()
     # u = 2**-33 gives e = u to within u**2; u is capped at 1 - 2**-24, which gives e = 24 log 2.
     torch.testing.assert_close(noise[0].item(), 2.0**-33, rtol=1e-9, atol=0)
     torch.testing.assert_close(noise[-1].item(), 24 * torch.log(torch.tensor(2.0, dtype=torch.float64)).item())
-
-
-def test_noise_grows_with_the_word():
-    words = torch.tensor([0, 1, 2, 2**16, 2**31 - 1, 2**31, 2**32 - 1000])
-    assert (exponential_from_words(words).diff() > 0).all()

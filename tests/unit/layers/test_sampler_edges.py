@@ -8,12 +8,12 @@ import torch
 from hypothesis import event, example, given
 from hypothesis import strategies as st
 
-from nanovllm.layers.sampler import Sampler, allowed_mask
-from nanovllm.sampling_metadata import SamplingMetadata
+from nanovllm.layers import sampler as sampler_module
+from nanovllm.layers.sampler import allowed_mask
 from reference.sampling import allowed_mask as reference_allowed_mask
 from reference.sampling import exponential_noise
 from tests.support.counts import count_comparisons
-from tests.support.sampler_draws import make_rows, rows_on_device
+from tests.support.sampler_draws import make_rows, rows_on_device, sample
 
 # float32 rounds a probability and a sum of them by less than this, relatively: where the filters' choice hangs on less,
 # either is right.
@@ -23,8 +23,7 @@ INF, NAN, MAX = math.inf, math.nan, torch.finfo(torch.float32).max
 
 def reachable(logits: list[float], **filters: float) -> set[int]:
     """The tokens that 2000 draws give; each that may be drawn has a probability of 1/9 or more."""
-    rows = make_rows(2000, position=np.arange(2000), **filters)
-    return set(Sampler()(torch.tensor([logits]).expand(2000, -1), rows_on_device(rows, "cpu")).tolist())
+    return set(sample(torch.tensor([logits]).expand(2000, -1), make_rows(2000, position=np.arange(2000), **filters)))
 
 
 # --- any logits, any filters ---
@@ -57,7 +56,7 @@ def test_any_row_keeps_and_draws_what_float64_says(
         1, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, position=position
     )  # fmt: skip
     tensors = rows_on_device(rows, "cpu")
-    token = Sampler()(row[None], tensors).item()
+    (token,) = sample(row[None], rows)
     z = (row / tensors.temperature).nan_to_num(nan=-INF, neginf=-INF, posinf=MAX)
     count_comparisons("sampler: drawn tokens against float64")
     if top_k == 1:
@@ -84,60 +83,76 @@ def test_any_row_keeps_and_draws_what_float64_says(
 # --- exactly at a boundary ---
 
 
-@pytest.mark.parametrize("vocab_size", [1, 2, 4, 8])
-def test_top_p_that_is_reached_exactly_needs_no_further_token(vocab_size: int) -> None:
-    """Equal tokens of a power of two: their sums are exact, in float32 too."""
-    for num_kept in range(1, vocab_size):
-        top_p = np.float32(num_kept / vocab_size)
-        assert reachable([0.0] * vocab_size, top_p=top_p) == set(range(num_kept))
-        assert reachable([0.0] * vocab_size, top_p=np.nextafter(top_p, np.float32(1))) == set(range(num_kept + 1))
-    assert reachable([0.0] * vocab_size, top_p=1.0) == set(range(vocab_size))
+@pytest.mark.parametrize(
+    ("logits", "filters", "expected"),
+    [
+        ([2.0, 1.0, 2.0, 3.0, 2.0, 1.0], {"top_k": 2}, {0, 2, 3, 4}),  # all that tie with the k-th, and nothing else
+        ([-INF, 2.0, -INF], {"top_k": 3}, {1}),  # -inf ties with the third, and is still never drawn
+        ([0.0] * 4, {"top_p": 0.5}, {0, 1}),  # sums of equal tokens of a power of two are exact: reached by two
+        ([0.0] * 4, {"top_p": np.nextafter(np.float32(0.5), np.float32(1))}, {0, 1, 2}),
+        ([0.0] * 4, {"top_p": 1.0}, {0, 1, 2, 3}),
+        ([0.0, 1.0, 0.5], {"top_p": 1e-50}, {1}),  # 0 in float32: the first token stays
+        ([0.0] * 4 + [-1.0], {"top_p": 0.5}, {0, 1, 2}),
+        ([1.0, 1.0, 0.0, 0.0, -1.0], {"top_k": 2, "top_p": 0.5}, {0}),  # halves of what top_k left
+        ([0.0, 8.0, np.nextafter(np.float32(8), np.float32(0)), 8.0], {"min_p": 1.0}, {1, 3}),
+        ([0.0, 8.0, np.nextafter(np.float32(8), np.float32(0)), 8.0], {"min_p": 0.999}, {1, 2, 3}),
+        ([0.0, 0.0, -2.0], {"min_p": 0.5}, {0, 1}),
+        ([20.0, -INF, 21.0, -3.0], {"temperature": 1e-10}, {2}),
+        ([20.0, -INF, 21.0, -3.0], {"temperature": np.float32(INF)}, {0, 2, 3}),  # as of 1e300: even draws
+        *(([-INF, 0, 0, -INF, 0, -INF], filters, {1, 2, 4}) for filters in ({}, {"top_p": 0.99}, {"top_k": 5})),
+    ],
+)
+def test_tokens_that_can_be_drawn(logits: list[float], filters: dict[str, float], expected: set[int]) -> None:
+    assert reachable([float(number) for number in logits], **filters) == expected
 
 
-def test_a_min_p_that_is_met_exactly_keeps_the_token() -> None:
-    """min_p of 1 asks for the largest probability itself, which ties have, and the next float below has not."""
-    just_below = float(np.nextafter(np.float32(8), np.float32(0)))
-    assert reachable([0.0, 8.0, just_below, 8.0], min_p=1.0) == {1, 3}
-    assert reachable([0.0, 8.0, just_below, 8.0], min_p=0.999) == {1, 2, 3}
+@pytest.mark.parametrize(
+    ("vocab_size", "top_p", "num_allowed"),
+    [
+        (1024, 0.5, 512),  # torch's sort keeps the order of few equal values by itself, but not of many
+        (
+            10,
+            0.3,
+            3,
+        ),  # compared in float32: the float64 sum of three, 0.30000000447, is less than 0.3 as float32 has it
+        (4, 0.25, 1),
+        (4, 0.5000001, 3),
+    ],
+)
+def test_top_p_among_equal_tokens_keeps_the_lowest_ids(vocab_size: int, top_p: float, num_allowed: int) -> None:
+    allowed = allowed_mask(torch.zeros(1, vocab_size), torch.tensor([0]), torch.tensor([top_p]), torch.tensor([0.0]))
+    assert allowed.tolist() == [[True] * num_allowed + [False] * (vocab_size - num_allowed)]
 
 
-def test_all_that_tie_with_the_kth_can_be_drawn_and_nothing_else() -> None:
-    assert reachable([2.0, 1.0, 2.0, 3.0, 2.0, 1.0], top_k=2) == {0, 2, 3, 4}
-    assert reachable([2.0, 2.0, 2.0], top_k=2) == {0, 1, 2}
-    assert reachable([-INF, 2.0, -INF], top_k=3) == {1}, "-inf ties with the third, and is still never drawn"
-
-
-def test_top_p_among_many_equal_tokens_keeps_the_lowest_ids() -> None:
-    """1024 tokens: torch's sort keeps the order of few equal values by itself, but not of many."""
-    allowed = allowed_mask(torch.zeros(1, 1024), torch.tensor([0]), torch.tensor([0.5]), torch.tensor([0.0]))
-    assert allowed.tolist() == [[True] * 512 + [False] * 512]
-
-
-def test_top_p_is_compared_in_float32() -> None:
-    """Ten tokens of 1/10 each: the float64 sum of three, 0.30000000447, is less than 0.3 as float32 has it."""
-    allowed = allowed_mask(torch.zeros(1, 10), torch.tensor([0]), torch.tensor([0.3]), torch.tensor([0.0]))
-    assert allowed.tolist() == [[True] * 3 + [False] * 7]
-
-
-def test_top_k_goes_first_then_top_p_of_what_is_left() -> None:
-    """Halves of what top_k left: with all four, 0.5 would need two of them."""
-    assert reachable([0.0, 0.0, 0.0, 0.0, -1.0], top_p=0.5) == {0, 1, 2}
-    assert reachable([1.0, 1.0, 0.0, 0.0, -1.0], top_k=2, top_p=0.5) == {0}
+@pytest.mark.parametrize(("margin", "winner"), [(26.0, 0), (25.0, 1)])
+def test_probability_one_wins_against_the_worst_noise_there_is(
+    monkeypatch: pytest.MonkeyPatch, margin: float, winner: int
+) -> None:
+    """D56: words 2**32 - 1 and 0 give exponentials 24 log 2 and 2**-33, so the noise
+    spans log(24 log 2 * 2**33) = 25.7."""
+    words = torch.tensor([[2**32 - 1, 0, 0]])
+    monkeypatch.setattr(sampler_module, "token_words", lambda *args: words)
+    assert sample(torch.tensor([[margin, 0.0, 0.0]]), make_rows(1)) == [winner]
 
 
 # --- rows without a choice ---
 
+FILTERS = [{}, {"top_k": 1}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.5}, {"top_k": 2, "top_p": 0.9, "min_p": 0.1}]
+
+
+@pytest.mark.parametrize("filters", FILTERS, ids=str)
+def test_rows_without_a_choice_give_a_defined_token(filters: dict[str, float]) -> None:
+    nothing, no_number = [-INF] * 3, [NAN] * 3
+    rows = [(nothing, 0), (no_number, 0), ([NAN, -INF, 0.0], 2), ([0.0, INF, 1.0], 1), ([-INF, 0.0, -INF], 1)]
+    assert [reachable(logits, **filters) for logits, _ in rows] == [{expected} for _, expected in rows]
+
 
 @pytest.mark.parametrize("vocab_size", [1, 2, 3, 5, 33, 127, 4097])
-@pytest.mark.parametrize(
-    "filters",
-    [{}, {"top_k": 1}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.5}, {"top_k": 2, "top_p": 0.9, "min_p": 0.1}],
-)
+@pytest.mark.parametrize("filters", FILTERS, ids=str)
 def test_the_one_finite_logit_is_drawn_wherever_it_stands(vocab_size: int, filters: dict[str, float]) -> None:
     """All others -inf or NaN; the last word of the last Philox call, which a vocabulary may use in part, among them."""
     for token in {0, vocab_size // 2, vocab_size - 1}:
         for other in (-INF, NAN):
             logits = torch.full((50, vocab_size), other)
             logits[:, token] = -1e30
-            rows = make_rows(50, position=np.arange(50), **filters)
-            assert Sampler()(logits, rows_on_device(rows, "cpu")).tolist() == [token] * 50
+            assert sample(logits, make_rows(50, position=np.arange(50), **filters)) == [token] * 50

@@ -1,0 +1,1 @@
+"""Attention over the paged KV cache: the backend interface, its three implementations and the selection."""

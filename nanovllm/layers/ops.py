@@ -1,0 +1,69 @@
+"""LayerOps: the operations of which there are several implementations, as one table that a model is constructed with.
+
+torch_ops.py has the table in plain PyTorch, triton_ops.py the one of Triton kernels, select_ops.py chooses.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from nanovllm.attention.backend import AttentionBackend
+
+
+@dataclass(frozen=True)
+class LayerOps:
+    """One implementation of each operation. Inputs are left as they are, but for the caches.
+
+    T tokens, H query heads, K kv heads, D head_dim, E hidden size, F intermediate size, N experts, V vocabulary.
+    waits_for_device: an operation other than attention copies from the device, so that a CUDA graph cannot record it.
+    """
+
+    attention: AttentionBackend
+    rms_norm: Callable[..., Tensor]  # (x [T, E] or [T, heads, E], weight [E], eps) -> normalised x
+    add_rms_norm: Callable[..., tuple[Tensor, Tensor]]  # (x, residual, weight, eps) -> normalised x + residual, the sum
+    rotary_embedding: Callable[..., tuple[Tensor, Tensor]]  # (query [T, H, D], key [T, K, D], cos [T, D / 2], sin)
+    store_kvcache: Callable[..., None]  # (key [T, K, D], value, k_cache, v_cache, slot_mapping [T]); skips slot -1
+    qk_norm_rope_store: Callable[..., tuple[Tensor, Any]]  # these three in one: see separate_steps
+    silu_and_mul: Callable[[Tensor], Tensor]  # [T, 2 * F] -> [T, F]
+    moe: Callable[..., Tensor]  # (x, router_logits [T, N], gate_up_proj, down_proj, top_k, norm_topk_prob) -> [T, E]
+    sample_unfiltered: Callable[..., Tensor]  # (logits [T, V], SamplingMetadata) -> ids [T], undefined in filtered rows
+    waits_for_device: bool
+
+    @property
+    def is_graph_safe(self) -> bool:
+        """Whether a CUDA graph can record a decode step."""
+        return self.attention.is_graph_safe and not self.waits_for_device
+
+
+def separate_steps(
+    rms_norm: Callable[..., Any], rotary_embedding: Callable[..., Any], store_kvcache: Callable[..., Any]
+) -> Callable[..., tuple[Tensor, Any]]:
+    """LayerOps.qk_norm_rope_store as three operations, with the contract of kernels.qk_norm_rope_store."""
+
+    def qk_norm_rope_store(
+        qkv: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        q_weight: Tensor | None,
+        k_weight: Tensor | None,
+        eps: float,
+        num_heads: int,
+        k_cache: Tensor | None,
+        v_cache: Tensor | None,
+        slot_mapping: Tensor | None,
+        *,
+        num_kv_heads: int,
+        returns_key: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        heads = qkv.unflatten(1, (-1, 2 * cos.shape[1]))
+        query, key, value = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
+        if q_weight is not None:
+            query, key = rms_norm(query, q_weight, eps), rms_norm(key, k_weight, eps)
+        query, key = rotary_embedding(query, key, cos, sin)
+        if k_cache is not None:
+            store_kvcache(key, value, k_cache, v_cache, slot_mapping)
+        return query, key if returns_key else None
+
+    return qk_norm_rope_store

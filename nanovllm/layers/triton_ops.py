@@ -1,0 +1,45 @@
+"""LayerOps of Triton kernels: NVIDIA GPUs, kernels.DTYPES. Importing this module imports triton: see select_ops."""
+
+from torch import Tensor
+
+from nanovllm.attention.triton import TritonAttentionBackend
+from nanovllm.kernels.grouped_gemm import choose_tile_config, grouped_gemm
+from nanovllm.kernels.moe_routing import moe_routing
+from nanovllm.kernels.paged_attention import paged_attention
+from nanovllm.kernels.qk_norm_rope_store import qk_norm_rope_store
+from nanovllm.kernels.rms_norm import add_rms_norm, rms_norm
+from nanovllm.kernels.rotary_embedding import rotary_embedding
+from nanovllm.kernels.sampling import sampling
+from nanovllm.kernels.silu_and_mul import silu_and_mul
+from nanovllm.kernels.store_kvcache import store_kvcache
+from nanovllm.kernels.varlen_attention import varlen_attention
+from nanovllm.layers.ops import LayerOps
+from nanovllm.sampling_metadata import SamplingMetadata
+
+
+def moe(
+    x: Tensor, router_logits: Tensor, gate_up_proj: Tensor, down_proj: Tensor, top_k: int, norm_topk_prob: bool
+) -> Tensor:
+    tiles = choose_tile_config(len(x) * top_k, len(down_proj), x.element_size())
+    routing = moe_routing(router_logits, top_k, norm_topk_prob, tiles.rows)
+    return grouped_gemm(x, gate_up_proj, down_proj, routing, tiles=tiles)
+
+
+def sample_unfiltered(logits: Tensor, rows: SamplingMetadata) -> Tensor:
+    """One pass over all rows: filtered ones get their argmax, which costs less than to leave them out."""
+    is_greedy = rows.is_plain.logical_not()
+    return sampling(logits, rows.temperature, rows.seed_low, rows.seed_high, rows.position, is_greedy)
+
+
+TRITON_OPS = LayerOps(
+    attention=TritonAttentionBackend(varlen_attention, paged_attention),
+    rms_norm=rms_norm,
+    add_rms_norm=add_rms_norm,
+    rotary_embedding=rotary_embedding,
+    store_kvcache=store_kvcache,
+    qk_norm_rope_store=qk_norm_rope_store,
+    silu_and_mul=silu_and_mul,
+    moe=moe,
+    sample_unfiltered=sample_unfiltered,
+    waits_for_device=False,
+)
