@@ -9,7 +9,6 @@ import torch
 
 from nanovllm.layers import sampler as sampler_module
 from nanovllm.layers.sampler import Sampler, allowed_mask, argmax
-from nanovllm.sampling_metadata import SamplingMetadata
 from reference.sampling import sampling
 from tests.support.sampler_draws import rows_on_device
 

@@ -9,7 +9,6 @@ from hypothesis import event, example, given
 from hypothesis import strategies as st
 
 from nanovllm.layers.sampler import Sampler, allowed_mask
-from nanovllm.sampling_metadata import SamplingMetadata
 from reference.sampling import allowed_mask as reference_allowed_mask
 from reference.sampling import exponential_noise
 from tests.support.counts import count_comparisons
