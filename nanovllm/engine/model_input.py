@@ -1,9 +1,9 @@
-"""prepare_prefill, prepare_decode, prepare_decode_async: scheduled sequences -> ModelInput.
+"""prepare_prefill, prepare_decode, prepare_decode_async: sequences -> ModelInput, the integers of one forward pass.
 
-Pure functions of the sequences, called by every rank, so that the ranks cannot disagree. No torch.
+Pure functions of the sequences. Every rank calls them, so the ranks compute the same step. No torch.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from collections.abc import Sequence as Sequences
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -11,28 +11,11 @@ from itertools import chain
 import numpy as np
 
 from nanovllm.engine.sequence import Sequence
-from nanovllm.sampling_params import SamplingParams
+from nanovllm.sampling_metadata import SamplingMetadata, make_sampling_metadata
 
-LONG_CONTEXT = 512  # keys from which the prefill kernel for Hopper GPUs is taken
 PADDING_SLOT = -1  # in slot_mapping: compute the token, do not store its key and value
 PADDING_BLOCK = -1  # in block_tables, after a row's last block
-PLACEHOLDER_TOKEN = -1  # in input_ids, of a token that the step before is still computing
-
-
-@dataclass(frozen=True)
-class SamplingMetadata:
-    """How the sampled rows are drawn; one entry for each of num_samples sequences.
-
-    temperature [num_samples] float32; top_k int64, 0 for no limit; top_p, min_p float32; seed uint64;
-    position int64: the place that the sampled token takes in its sequence.
-    """
-
-    temperature: np.ndarray
-    top_k: np.ndarray
-    top_p: np.ndarray
-    min_p: np.ndarray
-    seed: np.ndarray
-    position: np.ndarray
+PLACEHOLDER_TOKEN = -1  # in input_ids: the previous step is still computing the token
 
 
 @dataclass(frozen=True)
@@ -43,14 +26,14 @@ class ModelInput:
     cu_seqlens_q, cu_seqlens_k: [num_seqs + 1] int32. Keys of a sequence end where its scheduled tokens end.
     max_seqlen_q, max_seqlen_k: the longest of each.
     context_lens: [num_seqs] int32, key lengths.
-    sequence_order: [num_seqs] int32, the sequences by falling key length: a kernel that starts the longest first does
-    not end waiting for it.
+    sequence_order: [num_seqs] int32, the order in which a kernel starts the sequences: the longest keys first, so that
+        the kernel does not end with a single long sequence.
     block_tables: [num_seqs, max_blocks] int32 padded with PADDING_BLOCK; None in a prefill without cached keys.
     sample_indices: [num_samples] int64, the packed tokens whose logits are sampled: the last token of each sequence
-        that has no token left to compute afterwards.
-    sampling: their SamplingMetadata.
-    input_ids_source: [num_tokens] int64, for each PLACEHOLDER_TOKEN of input_ids its row among those that the step
-        before samples, -1 for the others; None when all are known.
+        that has no token left to compute after this step.
+    sampling: the SamplingMetadata of these num_samples rows.
+    input_ids_source: [num_tokens] int64: for a PLACEHOLDER_TOKEN, its row among the tokens that the previous step
+        samples; -1 for a token that input_ids holds. None if input_ids holds all.
     """
 
     is_prefill: bool
@@ -65,12 +48,12 @@ class ModelInput:
     sequence_order: np.ndarray
     block_tables: np.ndarray | None
     sample_indices: np.ndarray
-    sampling: SamplingMetadata
+    sampling: SamplingMetadata[np.ndarray]
     input_ids_source: np.ndarray | None = None
 
 
 def prepare_prefill(sequences: Sequences[Sequence]) -> ModelInput:
-    """The scheduled tokens of each sequence; block tables only where some sequence has cached keys before them."""
+    """The scheduled tokens of each sequence; block tables only if some sequence has cached keys before them."""
     return _prepare_scheduled(sequences, is_prefill=True)
 
 
@@ -80,86 +63,39 @@ def prepare_decode(sequences: Sequences[Sequence]) -> ModelInput:
 
 
 def prepare_decode_async(sequences: Sequences[Sequence], sampled: Sequences[Sequence]) -> ModelInput:
-    """As prepare_decode will, when the scheduled step has been taken in: but its tokens, which `sampled` get in this
-    order, are unknown.
+    """The decode step after the scheduled one, whose tokens are not known yet.
+
+    Equals what prepare_decode returns once the scheduled step is postprocessed, but for the tokens that the scheduled
+    step samples, of the sequences `sampled` in this order: they are PLACEHOLDER_TOKEN.
     """
     row_of = {seq: row for row, seq in enumerate(sampled)}
     source = np.array([row_of.get(seq, -1) for seq in sequences], dtype=np.int64)
     model_input = _prepare(
         sequences,
         is_prefill=False,
-        starts=_numbers(sequences, "num_cached_tokens_after_step"),
+        starts=_column(sequences, "num_cached_tokens_after_step"),
         query_lens=np.ones(len(sequences), dtype=np.int64),
-        num_stored=_numbers(sequences, "num_tokens_with_kv"),
+        num_stored=_column(sequences, "num_tokens_with_kv"),
         token_ids=[PLACEHOLDER_TOKEN if seq in row_of else seq.last_token for seq in sequences],
         sampled=list(range(len(sequences))),
     )
     return replace(model_input, input_ids_source=source if (source >= 0).any() else None)
 
 
-def prepare_profile_run(
-    max_num_batched_tokens: int, max_model_len: int, max_num_seqs: int, block_size: int
-) -> ModelInput:
-    """The largest step that the limits allow: a prefill of the whole token budget that samples max_num_seqs rows.
-
-    Sequences of max_model_len tokens, and a shorter one for the rest. So large a prefill has fewer sequences than rows
-    are sampled: one pass bounds both the largest prefill and the sampler of the largest decode step. The sequences have
-    no blocks, so nothing is stored.
-    """
-    params = SamplingParams(top_k=1000, top_p=0.9, min_p=0.01)  # every filter on: the sampler's most expensive way
-    sequences = []
-    for length in warmup_lengths(max_num_batched_tokens, max_model_len, max_num_seqs):
-        seq = Sequence([0] * length, params, block_size=block_size)
-        seq.num_scheduled_tokens = length
-        sequences.append(seq)
-    model_input = prepare_prefill(sequences)
-    rows = np.arange(max_num_seqs)
-    return replace(
-        model_input,
-        sample_indices=rows % len(model_input.input_ids),
-        sampling=prepare_sample([sequences[row % len(sequences)] for row in rows], rows),
+def prepare_sample(sequences: Sequences[Sequence], positions: np.ndarray) -> SamplingMetadata[np.ndarray]:
+    """How this step samples a token for each of `sequences`, at its position in `positions`."""
+    params = [seq.sampling_params for seq in sequences]
+    return make_sampling_metadata(
+        temperature=np.array([p.temperature for p in params], dtype=np.float32),
+        top_k=np.array([p.top_k or 0 for p in params], dtype=np.int64),
+        top_p=np.array([p.top_p for p in params], dtype=np.float32),
+        min_p=np.array([p.min_p for p in params], dtype=np.float32),
+        seed=np.array([seq.seed for seq in sequences], dtype=np.uint64),
+        position=positions,
     )
 
 
-def warmup_lengths(max_num_batched_tokens: int, max_model_len: int, max_num_seqs: int) -> list[int]:
-    """At most max_num_seqs lengths of at most max_model_len that add up to as much of the token budget as they can."""
-    num_whole, rest = divmod(max_num_batched_tokens, max_model_len)
-    return ([max_model_len] * num_whole + [rest] * (rest > 0))[:max_num_seqs]
-
-
-def prefill_warmup_shapes(
-    max_num_batched_tokens: int, max_model_len: int, max_num_seqs: int, num_blocks: int, block_size: int
-) -> Iterator[ModelInput]:
-    """Prefills after which no other one compiles anything, as far as the limits and the cache have room for them.
-
-    ..., 4, 2, 1 tokens (the largest first: its memory serves the smaller ones), each number without and with cached
-    keys; and one token after LONG_CONTEXT cached ones. Kernels are chosen and compiled by such differences, and what is
-    chosen by the number of tokens is chosen for ranges in each of which there is a power of two. Nothing is stored.
-    What is read of the cache may be anything: the outputs are not used.
-    """
-    for power in reversed(range(max_num_batched_tokens.bit_length())):
-        for num_cached in (0, 1):
-            lengths = warmup_lengths(2**power, max_model_len - num_cached, max_num_seqs)
-            if sum(lengths) == 2**power:
-                yield from dummy_prefill(lengths, num_cached, num_blocks, block_size)
-    if max_model_len > LONG_CONTEXT:
-        yield from dummy_prefill([1], LONG_CONTEXT, num_blocks, block_size)
-
-
-def dummy_prefill(lengths: list[int], num_cached: int, num_blocks: int, block_size: int) -> Iterator[ModelInput]:
-    """lengths tokens after num_cached, of sequences that share their blocks; nothing if the cache has too few."""
-    sequences = []
-    for length in lengths:
-        seq = Sequence([0] * (num_cached + length), block_size=block_size)
-        seq.block_table = list(range(seq.num_blocks))
-        seq.num_cached_tokens, seq.num_scheduled_tokens = num_cached, length
-        seq.num_tokens_with_kv = num_cached + length
-        sequences.append(seq)
-    if max(seq.num_blocks for seq in sequences) <= num_blocks:
-        yield prepare_prefill(sequences)
-
-
-def _numbers(sequences: Sequences[Sequence], name: str) -> np.ndarray:
+def _column(sequences: Sequences[Sequence], name: str) -> np.ndarray:
     return np.fromiter((getattr(seq, name) for seq in sequences), np.int64, len(sequences))
 
 
@@ -167,9 +103,9 @@ def _prepare_scheduled(sequences: Sequences[Sequence], is_prefill: bool) -> Mode
     return _prepare(
         sequences,
         is_prefill,
-        starts=_numbers(sequences, "num_cached_tokens"),
-        query_lens=_numbers(sequences, "num_scheduled_tokens"),
-        num_stored=_numbers(sequences, "num_tokens_with_kv"),
+        starts=_column(sequences, "num_cached_tokens"),
+        query_lens=_column(sequences, "num_scheduled_tokens"),
+        num_stored=_column(sequences, "num_tokens_with_kv"),
         token_ids=chain.from_iterable(seq.scheduled_token_ids for seq in sequences),
         sampled=[index for index, seq in enumerate(sequences) if seq.is_sampled],
     )
@@ -185,9 +121,9 @@ def _prepare(
     token_ids: Iterable[int],
     sampled: list[int],
 ) -> ModelInput:
-    """query_lens tokens of each sequence from position starts on; those before num_stored are not stored again.
+    """query_lens tokens of each sequence from position starts on; tokens before num_stored are not stored again.
 
-    Array operations over all sequences: at some hundreds of them, a loop would cost more than the GPU's step.
+    Array operations over all sequences, because a Python loop over hundreds of them takes longer than the GPU's step.
     """
     context_lens = starts + query_lens
     query_ends = np.cumsum(query_lens)
@@ -195,7 +131,7 @@ def _prepare(
     row = np.repeat(np.arange(len(sequences)), query_lens)  # the sequence of each token
     positions = np.arange(num_tokens) + (context_lens - query_ends)[row]
     block_tables = _block_tables(sequences)
-    is_tabled = not is_prefill or bool(starts.any())  # some sequence has cached keys
+    needs_block_tables = not is_prefill or bool(starts.any())  # a prefill reads cached keys only if there are some
     return ModelInput(
         is_prefill=is_prefill,
         input_ids=np.fromiter(token_ids, np.int64, num_tokens),
@@ -207,7 +143,7 @@ def _prepare(
         max_seqlen_k=int(context_lens.max()),
         context_lens=context_lens.astype(np.int32),
         sequence_order=np.argsort(-context_lens, kind="stable").astype(np.int32),
-        block_tables=block_tables if is_tabled else None,
+        block_tables=block_tables if needs_block_tables else None,
         sample_indices=query_ends[sampled] - 1,
         sampling=prepare_sample([sequences[index] for index in sampled], context_lens[sampled]),
     )
@@ -216,27 +152,9 @@ def _prepare(
 def _slots(
     block_tables: np.ndarray, row: np.ndarray, positions: np.ndarray, num_stored: np.ndarray, block_size: int
 ) -> np.ndarray:
-    """[num_tokens] int64: block * block_size + position % block_size; PADDING_SLOT for what is stored already.
-
-    In warm-up, before there is a cache, sequences have no blocks, and nothing is stored.
-    """
-    if block_tables.shape[1] == 0:
-        return np.full(len(positions), PADDING_SLOT, dtype=np.int64)
+    """[num_tokens] int64: block * block_size + position % block_size; PADDING_SLOT for what is stored already."""
     blocks = block_tables[row, positions // block_size].astype(np.int64)
     return np.where(positions < num_stored[row], PADDING_SLOT, blocks * block_size + positions % block_size)
-
-
-def prepare_sample(sequences: Sequences[Sequence], positions: np.ndarray) -> SamplingMetadata:
-    """The SamplingMetadata of sequences that are sampled in this step, for the tokens that they get at `positions`."""
-    params = [seq.sampling_params for seq in sequences]
-    return SamplingMetadata(
-        temperature=np.array([p.temperature for p in params], dtype=np.float32),
-        top_k=np.array([p.top_k or 0 for p in params], dtype=np.int64),
-        top_p=np.array([p.top_p for p in params], dtype=np.float32),
-        min_p=np.array([p.min_p for p in params], dtype=np.float32),
-        seed=np.array([seq.seed for seq in sequences], dtype=np.uint64),
-        position=positions,
-    )
 
 
 def _running_sum(lengths: np.ndarray) -> np.ndarray:

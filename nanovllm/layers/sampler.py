@@ -11,14 +11,13 @@ scores differ in their last bits only.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import nn
 
 from nanovllm.layers.philox import exponential_from_words, token_words
+from nanovllm.sampling_metadata import SamplingMetadata
 
 # Rows are sampled in slices of at most this many logits (or one row), whatever the batch. A slice needs at most 64
 # bytes of temporaries a logit: 16 MiB on the CPU, five times as fast because they stay in its cache, and 256 MiB on a
@@ -26,84 +25,21 @@ from nanovllm.layers.philox import exponential_from_words, token_words
 MAX_LOGITS_PER_SLICE = {"cpu": 2**18, "cuda": 2**22}
 MAX_BYTES_PER_LOGIT = 64
 
-
-class SamplingRowsLike(Protocol):
-    """numpy arrays of shape [num_rows], as engine.model_input.SamplingMetadata documents them."""
-
-    @property
-    def temperature(self) -> np.ndarray: ...
-    @property
-    def top_k(self) -> np.ndarray: ...
-    @property
-    def top_p(self) -> np.ndarray: ...
-    @property
-    def min_p(self) -> np.ndarray: ...
-    @property
-    def seed(self) -> np.ndarray: ...
-    @property
-    def position(self) -> np.ndarray: ...
+_DTYPES = {np.dtype("int64"): torch.int64, np.dtype("float32"): torch.float32, np.dtype("bool"): torch.bool}
 
 
-@dataclass(frozen=True)
-class SamplingMetadata:
-    """SamplingMetadata on a device, and which rows need which work (decided on the host, so that no step waits for it).
+def to_device(metadata: SamplingMetadata[np.ndarray], device: torch.device | str) -> SamplingMetadata[torch.Tensor]:
+    """`metadata` as tensors on `device`, with one copy of all its bytes.
 
-    temperature, top_p, min_p: [num_rows] float32. top_k: [num_rows] int64, 0 for no limit.
-    seed_low, seed_high: [num_rows] int64, the halves of the 64-bit seed. position: [num_rows] int64.
-    greedy_rows, plain_rows, filtered_rows: int64 row numbers, which together are all rows: argmax; drawn from the
-        whole vocabulary; drawn after top_k, top_p or min_p.
-    is_plain: [num_rows] bool, whether the row is one of plain_rows.
+    A copy to a GPU starts in pinned memory, so the host does not wait for it. The tensors are parts of one buffer, so
+    their alignment depends on the number of rows.
     """
-
-    temperature: torch.Tensor
-    top_k: torch.Tensor
-    top_p: torch.Tensor
-    min_p: torch.Tensor
-    seed_low: torch.Tensor
-    seed_high: torch.Tensor
-    position: torch.Tensor
-    greedy_rows: torch.Tensor
-    plain_rows: torch.Tensor
-    filtered_rows: torch.Tensor
-    is_plain: torch.Tensor
-
-    @classmethod
-    def from_rows(cls, rows: SamplingRowsLike, device: torch.device | str) -> "SamplingMetadata":
-        """Move rows to device, in two copies. top_k of 1 is greedy; top_k 0, top_p 1 and min_p 0 filter nothing."""
-        is_greedy = rows.top_k == 1
-        is_filtered = ~is_greedy & ((rows.top_k > 0) | (rows.top_p < 1) | (rows.min_p > 0))
-        is_plain = ~is_greedy & ~is_filtered
-        row_ids = np.concatenate([np.flatnonzero(mask) for mask in (is_greedy, is_plain, is_filtered)])
-        seed_low, seed_high = rows.seed & np.uint64(0xFFFFFFFF), rows.seed >> np.uint64(32)
-        integers = _to_device(
-            np.stack(
-                [rows.top_k, seed_low.astype(np.int64), seed_high.astype(np.int64), rows.position, row_ids, is_plain]
-            ),
-            device,
-        )
-        floats = _to_device(np.stack([rows.temperature, rows.top_p, rows.min_p]).astype(np.float32, copy=False), device)
-        num_greedy, num_plain = int(is_greedy.sum()), int(is_plain.sum())
-        greedy_rows, plain_rows, filtered_rows = integers[4].tensor_split((num_greedy, num_greedy + num_plain))
-        return cls(
-            temperature=floats[0],
-            top_k=integers[0],
-            top_p=floats[1],
-            min_p=floats[2],
-            seed_low=integers[1],
-            seed_high=integers[2],
-            position=integers[3],
-            greedy_rows=greedy_rows,
-            plain_rows=plain_rows,
-            filtered_rows=filtered_rows,
-            is_plain=integers[5] != 0,
-        )
-
-
-def _to_device(array: np.ndarray, device: torch.device | str) -> torch.Tensor:
-    """A copy on `device`. To a GPU it goes from pinned memory, so that the host does not wait for it."""
-    tensor = torch.from_numpy(array)
-    is_gpu = torch.device(device).type == "cuda"
-    return tensor.pin_memory().to(device, non_blocking=True) if is_gpu else tensor.to(device)
+    arrays = list(vars(metadata).values())
+    sizes = [array.nbytes for array in arrays]
+    packed = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=torch.device(device).type == "cuda")
+    np.concatenate([array.view(np.uint8) for array in arrays], out=packed.numpy())
+    parts = packed.to(device, non_blocking=True).split(sizes)
+    return SamplingMetadata(*(part.view(_DTYPES[array.dtype]) for part, array in zip(parts, arrays, strict=True)))
 
 
 class Sampler(nn.Module):
@@ -118,7 +54,7 @@ class Sampler(nn.Module):
         super().__init__()
         self.sample_unfiltered = sample_unfiltered or sample_unfiltered_in_torch
 
-    def forward(self, logits: torch.Tensor, rows: SamplingMetadata) -> torch.Tensor:
+    def forward(self, logits: torch.Tensor, rows: SamplingMetadata[torch.Tensor]) -> torch.Tensor:
         """[num_rows] int64 token ids of logits [num_rows, vocab_size], any float dtype, which are not changed."""
         token_ids = self.sample_unfiltered(logits, rows)
         for row_ids in _slices(rows.filtered_rows, logits):
@@ -128,7 +64,7 @@ class Sampler(nn.Module):
         return token_ids
 
 
-def sample_unfiltered_in_torch(logits: torch.Tensor, rows: SamplingMetadata) -> torch.Tensor:
+def sample_unfiltered_in_torch(logits: torch.Tensor, rows: SamplingMetadata[torch.Tensor]) -> torch.Tensor:
     """LayerOps.sample_unfiltered: the tokens of greedy_rows and plain_rows; those of filtered_rows are undefined."""
     token_ids = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
     for row_ids in _slices(rows.greedy_rows, logits):
@@ -180,11 +116,11 @@ def _replace_non_finite(scores: torch.Tensor) -> torch.Tensor:
     return scores.nan_to_num(nan=-torch.inf, neginf=-torch.inf)
 
 
-def _scaled(logits: torch.Tensor, rows: SamplingMetadata, row_ids: torch.Tensor) -> torch.Tensor:
+def _scaled(logits: torch.Tensor, rows: SamplingMetadata[torch.Tensor], row_ids: torch.Tensor) -> torch.Tensor:
     return _replace_non_finite(logits[row_ids].to(torch.float32) / rows.temperature[row_ids, None])
 
 
-def _gumbel_argmax(scaled: torch.Tensor, rows: SamplingMetadata, row_ids: torch.Tensor) -> torch.Tensor:
+def _gumbel_argmax(scaled: torch.Tensor, rows: SamplingMetadata[torch.Tensor], row_ids: torch.Tensor) -> torch.Tensor:
     seed_low, seed_high, position = rows.seed_low[row_ids], rows.seed_high[row_ids], rows.position[row_ids]
     noise = exponential_from_words(token_words(seed_low, seed_high, position, scaled.shape[1]))
     return argmax(noise.log_().neg_().add_(scaled))

@@ -1,12 +1,12 @@
-"""How many threads compute a step on the CPU: as many as there are free cores, and one for a small model.
+"""The number of threads that compute a step on the CPU: one per available core, fewer for a small model.
 
-The numbers come from tools/measure_cpu_threads.py.
+tools/measure_cpu_threads.py measures what the choice rests on.
 """
 
 import logging
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,39 +15,31 @@ import torch
 
 from nanovllm.model_config import ModelConfig
 
-# Of a layer's matrices, for each thread. A matrix of a layer with fewer is multiplied in less time than threads take to
-# start and to wait for each other: on two cores the bundled model (0.2 million) gains nothing from the second one.
+# Parameters of a layer's matrices for each thread. With fewer, threads take longer to start and to wait for each other
+# than the multiplication takes: on two cores the bundled model (0.2 million) gains nothing from a second thread.
 PARAMETERS_PER_THREAD = 1_000_000
 
 logger = logging.getLogger("nanovllm")
 
 
 def choose_num_threads(model: ModelConfig, num_ranks: int = 1) -> int | None:
-    """Threads for each of num_ranks ranks that share this machine's cores; logs the choice.
+    """The number of threads for each of num_ranks ranks that share this host's cores; logs the choice.
 
-    None: leave torch's own number, since the user has set OMP_NUM_THREADS or MKL_NUM_THREADS.
+    None if the user has set OMP_NUM_THREADS or MKL_NUM_THREADS, which torch reads itself.
     """
-    if user_has_chosen(os.environ):
+    if any(os.environ.get(name, "").strip() for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")):
         return None
     cores = available_cores()
-    number = num_threads_for(cores, mean_layer_parameters(model), num_ranks)
-    few = max(1, cores // num_ranks)
-    reason = "small model" if number < few else f"{num_ranks} ranks" if num_ranks > 1 else "all that are available"
+    cores_per_rank = max(1, cores // num_ranks)
+    number = max(1, min(cores_per_rank, int(mean_layer_parameters(model) / num_ranks / PARAMETERS_PER_THREAD)))
+    all_used = f"{num_ranks} ranks" if num_ranks > 1 else "all that are available"
+    reason = "small model" if number < cores_per_rank else all_used
     logger.info("CPU threads: %d of %d cores (%s)", number, cores, reason)
     return number
 
 
-def user_has_chosen(environment: Mapping[str, str]) -> bool:
-    return any(environment.get(name, "").strip() for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"))
-
-
-def num_threads_for(cores: int, layer_parameters: float, num_ranks: int) -> int:
-    """At least 1. layer_parameters: of the whole model's mean layer, which the ranks divide."""
-    return max(1, min(cores // num_ranks, int(layer_parameters / num_ranks / PARAMETERS_PER_THREAD)))
-
-
 def mean_layer_parameters(model: ModelConfig) -> float:
-    """Of the matrices that one token is multiplied with, the mean over all layers and the output layer."""
+    """The mean number of parameters that one token is multiplied with, over all layers and the output layer."""
     attention = 2 * model.hidden_size * model.head_dim * (model.num_attention_heads + model.num_key_value_heads)
     mlp = 3 * model.hidden_size * model.intermediate_size
     num_moe = 0 if model.moe is None else len(model.moe.layers)
@@ -62,7 +54,7 @@ def mean_layer_parameters(model: ModelConfig) -> float:
 
 
 def available_cores() -> int:
-    """Physical cores that this process may use: those of its affinity, within the container's CPU quota."""
+    """The number of physical cores that this process may use: those of its affinity, within the container's quota."""
     if hasattr(os, "sched_getaffinity"):
         cpus = os.sched_getaffinity(0)
         cores = physical_cores(cpus)
@@ -73,12 +65,12 @@ def available_cores() -> int:
 
 
 def physical_cores(cpus: Iterable[int], root: Path = Path("/")) -> int:
-    """Cores among the logical CPUs `cpus`: hyper-threads of one core count once. All of them if Linux does not say."""
+    """The number of cores of the logical CPUs `cpus`; a CPU whose siblings Linux does not list counts as a core."""
     return len({_siblings(root, cpu) for cpu in cpus})
 
 
 def _siblings(root: Path, cpu: int) -> str:
-    """The logical CPUs of its core, as Linux writes them."""
+    """The logical CPUs of the same core, such as "0,4"."""
     try:
         return (root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text().strip()
     except OSError:
@@ -86,10 +78,10 @@ def _siblings(root: Path, cpu: int) -> str:
 
 
 def cpu_quota(root: Path = Path("/")) -> float | None:
-    """CPUs that the cgroups of this process may use at once, the least of all that contain it; None without a limit.
+    """The smallest CPU quota of the cgroups that contain this process, in CPUs; None without a limit.
 
-    root: where /proc and /sys/fs/cgroup lie. Reads cgroup v2's cpu.max and v1's cpu.cfs_quota_us. In a container the
-    path in /proc/self/cgroup may be the host's, while the files lie at the mount itself: that is looked at too.
+    root: the folder of /proc and /sys/fs/cgroup. Reads cgroup v2's cpu.max and v1's cpu.cfs_quota_us. In a container
+    /proc/self/cgroup may hold the host's path, while the files are at the mount itself; so every parent is read too.
     """
     quotas = [quota for folder in _cgroup_folders(root) if (quota := _quota_of(folder)) is not None]
     return min(quotas, default=None)
@@ -131,10 +123,10 @@ _number_outside = 1
 
 @contextmanager
 def torch_threads(number: int | None) -> Iterator[None]:
-    """Within it torch computes with `number` threads; None changes nothing. It takes a microsecond.
+    """torch computes with `number` threads in the `with` block; None changes nothing. Takes a microsecond.
 
-    torch's number belongs to the process, and a thread that uses torch for the first time takes what it finds. So the
-    number to return to is the one before the first of several threads came in.
+    torch's number of threads belongs to the process. So if the blocks of several threads overlap, each of them restores
+    the number that was set before the first one began.
     """
     global _num_inside, _number_outside
     if number is None:

@@ -1,16 +1,18 @@
-"""Decode in CUDA graphs: one recorded forward pass a batch size, replayed with new integers.
+"""CUDAGraphRunner: decode as CUDA graphs, one captured forward pass per batch size.
 
-A decode step is many small kernels, and launching them from Python takes longer than running them. A graph records the
-launches once and replays them with one call. What a replay computes may depend on the contents of its buffers only,
-never on their shape: so there is one graph a batch size, and a batch runs in the next larger one, padded with rows that
-store nothing (slot PADDING_SLOT) and attend to nothing (context length 0).
+A decode step is many small kernels, and launching them from Python takes longer than running them. A graph captures
+the launches once and replays them with one call. A replay reads its inputs from fixed buffers of a fixed shape, so a
+batch runs in the graph of the next larger batch size. The rows that pad the batch store nothing (slot PADDING_SLOT) and
+attend to nothing (context length 0).
 """
 
 import functools
 from bisect import bisect_left
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
+import numpy as np
 import torch
 
 from nanovllm.context import Context
@@ -18,34 +20,66 @@ from nanovllm.engine.model_input import PADDING_SLOT, ModelInput
 from nanovllm.progress import Progress
 from nanovllm.worker.torch_state import gpu_lock
 
-MAX_GRAPH_BATCH_SIZE = 512  # larger batches keep the GPU busy longer than launching takes: they run eagerly
+MAX_GRAPH_BATCH_SIZE = 512  # larger batches run eagerly: their kernels take longer than the launches
 
+Array = TypeVar("Array")  # np.ndarray on the host, torch.Tensor on the device
 Forward = Callable[[torch.Tensor, torch.Tensor, Context], torch.Tensor | None]
 
 
 @functools.cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream on which all graphs of a device are recorded. cuBLAS keeps memory for each stream that it has seen, as
-    long as the process lives: 32 MiB on an H100, 224 MiB when each of five graphs had its own.
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One stream for all graphs of a device, since cuBLAS keeps a workspace per stream until the process ends.
+
+    On an H100 this one takes 32 MiB; one stream for each of five graphs took 224 MiB.
     """
     return torch.cuda.Stream(device)
 
 
 def graph_batch_sizes(max_num_seqs: int) -> list[int]:
-    """The sizes that get a graph, ascending: 1, 2, 4, 8, multiples of 16, and max_num_seqs itself, as far as the
-    limit.
-    """
+    """Ascending: 1, 2, 4, 8, the multiples of 16, and the largest: max_num_seqs, at most MAX_GRAPH_BATCH_SIZE."""
     largest = min(max_num_seqs, MAX_GRAPH_BATCH_SIZE)
     return sorted({size for size in (1, 2, 4, 8, *range(16, largest, 16)) if size < largest} | {largest})
 
 
-class CUDAGraphRunner:
-    """Graphs of `forward` for each of `batch_sizes`, which share one memory pool and one set of buffers.
+@dataclass(frozen=True)
+class DecodeBuffers(Generic[Array]):
+    """The integers of a decode step, as views of one buffer of bytes in this order, so that one copy moves them all.
 
-    forward: (input_ids [B], positions [B], Context) -> logits [B, V] (None on ranks without); must not wait for the
-    device, and its memory and launches must depend on B alone. max_blocks_per_seq: width of the block tables,
-    max_model_len / block size rounded up. max_model_len: max_seqlen_k of the recorded Context, whatever the lengths at
-    replay. Captures at construction.
+    input_ids, positions, slot_mapping: [max_batch_size] int64.
+    context_lens, sequence_order: [max_batch_size] int32.
+    block_tables: [max_batch_size, max_blocks_per_seq] int32; last, since a smaller batch needs its first rows only.
+    """
+
+    input_ids: Array
+    positions: Array
+    slot_mapping: Array
+    context_lens: Array
+    sequence_order: Array
+    block_tables: Array
+
+
+def _views(packed: torch.Tensor, max_batch_size: int) -> DecodeBuffers[torch.Tensor]:
+    """The DecodeBuffers in `packed`, a uint8 tensor."""
+    int64s, int32s = packed.tensor_split((max_batch_size * 3 * 8,))
+    lens_and_order, block_tables = int32s.view(torch.int32).tensor_split((max_batch_size * 2,))
+    input_ids, positions, slot_mapping = int64s.view(torch.int64).view(3, max_batch_size)
+    context_lens, sequence_order = lens_and_order.view(2, max_batch_size)
+    block_tables = block_tables.view(max_batch_size, -1)
+    return DecodeBuffers(input_ids, positions, slot_mapping, context_lens, sequence_order, block_tables)
+
+
+def _fill(rows: np.ndarray, values: np.ndarray, padding: int | np.ndarray) -> None:
+    rows[: len(values)] = values
+    rows[len(values) :] = padding
+
+
+class CUDAGraphRunner:
+    """Captures a graph of `forward` for each of `batch_sizes`; they share one memory pool and one set of buffers.
+
+    forward: (input_ids [B], positions [B], Context) -> logits [B, V] (None on ranks but 0). It must not wait for the
+    device, and its memory and launches must depend on B alone.
+    batch_sizes: ascending. max_blocks_per_seq: max_model_len / block size, rounded up.
+    max_model_len: max_seqlen_k of the captured Context, whatever the lengths at a replay.
     """
 
     def __init__(
@@ -59,28 +93,30 @@ class CUDAGraphRunner:
     ) -> None:
         self.batch_sizes = batch_sizes
         self._max_model_len = max_model_len
-        num_rows = batch_sizes[-1]
-        # Host copies are pinned and filled in place, when the copy to the device that was made last is done.
-        self._is_copied = torch.cuda.Event()
-        self._host_rows = torch.zeros((3, num_rows), dtype=torch.int64, pin_memory=True)
-        self._host_tables = torch.zeros((2 + max_blocks_per_seq, num_rows), dtype=torch.int32, pin_memory=True)
-        self._host_rows[2] = PADDING_SLOT
-        self._host_tables[1] = torch.arange(num_rows)
-        self._rows = self._host_rows.to(device)  # input_ids, positions, slot_mapping
-        self._tables = self._host_tables.to(device)  # context_lens, sequence_order, then num_rows rows of block tables
-        self._cu_seqlens = torch.arange(num_rows + 1, dtype=torch.int32, device=device)
+        max_batch_size = batch_sizes[-1]
+        num_bytes = max_batch_size * (3 * 8 + 2 * 4 + max_blocks_per_seq * 4)
+        self._packed_on_host = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=True)
+        views = _views(self._packed_on_host, max_batch_size)
+        self._host = DecodeBuffers(*(view.numpy() for view in vars(views).values()))
+        self._host.slot_mapping[:] = PADDING_SLOT
+        self._host.sequence_order[:] = np.arange(max_batch_size)
+        self._copy_done = torch.cuda.Event()  # the host buffers may be filled again
+        self._packed = self._packed_on_host.to(device)
+        self._buffers = _views(self._packed, max_batch_size)
+        self._cu_seqlens = torch.arange(max_batch_size + 1, dtype=torch.int32, device=device)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._logits: dict[int, torch.Tensor | None] = {}
+        self._capture(forward, _capture_stream(device), use_tqdm)
+
+    def _capture(self, forward: Forward, stream: torch.cuda.Stream, use_tqdm: bool) -> None:
         pool: Any = None
-        stream = _side_stream(device)
-        # The largest first: its memory serves the smaller ones.
-        with Progress("Capturing CUDA graphs", len(batch_sizes), is_shown=use_tqdm) as progress:
-            for size in batch_sizes[::-1]:
+        with Progress("Capturing CUDA graphs", len(self.batch_sizes), is_shown=use_tqdm) as progress:
+            for size in self.batch_sizes[::-1]:  # the largest first: the smaller graphs reuse its memory
                 graph = torch.cuda.CUDAGraph()
                 inputs = self._inputs(size)
                 with gpu_lock:
                     self._warm_up(forward, inputs, stream)
-                    # thread_local: what the program's other threads do on the GPU does not end the capture.
+                    # thread_local: GPU calls of the program's other threads do not invalidate the capture.
                     with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                         logits = forward(*inputs)
                 pool = pool or graph.pool()
@@ -91,62 +127,58 @@ class CUDAGraphRunner:
     def _warm_up(
         forward: Forward, inputs: tuple[torch.Tensor, torch.Tensor, Context], stream: torch.cuda.Stream
     ) -> None:
-        """Compile kernels and create library handles, on another stream as torch's capture asks for."""
+        """Compile kernels and create library handles before the capture, which forbids both."""
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             forward(*inputs)
         torch.cuda.current_stream().wait_stream(stream)
 
     def _inputs(self, size: int) -> tuple[torch.Tensor, torch.Tensor, Context]:
-        input_ids, positions, slot_mapping = self._rows[:, :size]
+        buffers = self._buffers
         context = Context(
             is_prefill=False,
-            slot_mapping=slot_mapping,
+            slot_mapping=buffers.slot_mapping[:size],
             cu_seqlens_q=self._cu_seqlens[: size + 1],
             cu_seqlens_k=self._cu_seqlens[: size + 1],  # not read in decode
             max_seqlen_q=1,
             max_seqlen_k=self._max_model_len,
-            context_lens=self._tables[0, :size],
-            block_tables=self._tables[2:].view(self._tables.shape[1], -1)[:size],
-            sequence_order=self._tables[1, :size],
+            context_lens=buffers.context_lens[:size],
+            block_tables=buffers.block_tables[:size],
+            sequence_order=buffers.sequence_order[:size],
         )
-        return input_ids, positions, context
+        return buffers.input_ids[:size], buffers.positions[:size], context
 
     def can_replay(self, model_input: ModelInput) -> bool:
-        """Whether there is a graph for so many sequences."""
+        """Whether model_input is a decode step of a batch size that a graph holds."""
         return not model_input.is_prefill and len(model_input.input_ids) <= self.batch_sizes[-1]
 
     def replay(self, model_input: ModelInput, input_ids: torch.Tensor | None = None) -> torch.Tensor | None:
         """What forward returned, for a decode step: logits [num_seqs, V]. The next replay overwrites them.
 
-        input_ids: [num_seqs] int64 on the device, instead of model_input's.
+        input_ids: [num_seqs] int64 on the device, in place of model_input.input_ids.
         """
         num_seqs = len(model_input.input_ids)
         size = self.batch_sizes[bisect_left(self.batch_sizes, num_seqs)]
-        tables = model_input.block_tables
-        assert tables is not None
-        self._is_copied.synchronize()
-        rows, host_tables = self._host_rows.numpy(), self._host_tables.numpy()
-        rows[:, :num_seqs] = model_input.input_ids, model_input.positions, model_input.slot_mapping
-        rows[:2, num_seqs:] = 0
-        rows[2, num_seqs:] = PADDING_SLOT
-        host_tables[:2, :num_seqs] = model_input.context_lens, model_input.sequence_order
-        host_tables[0, num_seqs:] = 0
-        host_tables[1, num_seqs:] = range(num_seqs, host_tables.shape[1])
-        block_tables = host_tables[2:].reshape(host_tables.shape[1], -1)
-        block_tables[:num_seqs, : tables.shape[1]] = tables
-        used = 2 * host_tables.shape[1] + size * block_tables.shape[1]
-        self._rows.copy_(self._host_rows, non_blocking=True)
-        self._tables.view(-1)[:used].copy_(self._host_tables.view(-1)[:used], non_blocking=True)
-        self._is_copied.record()
+        self._copy_done.synchronize()
+        host, block_tables = self._host, model_input.block_tables
+        assert block_tables is not None
+        _fill(host.input_ids, model_input.input_ids, padding=0)
+        _fill(host.positions, model_input.positions, padding=0)
+        _fill(host.slot_mapping, model_input.slot_mapping, padding=PADDING_SLOT)
+        _fill(host.context_lens, model_input.context_lens, padding=0)
+        _fill(host.sequence_order, model_input.sequence_order, padding=np.arange(num_seqs, len(host.sequence_order)))
+        host.block_tables[:num_seqs, : block_tables.shape[1]] = block_tables
+        num_bytes = self._packed.nbytes - host.block_tables[size:].nbytes
+        self._packed[:num_bytes].copy_(self._packed_on_host[:num_bytes], non_blocking=True)
+        self._copy_done.record()
         if input_ids is not None:
-            self._rows[0, :num_seqs].copy_(input_ids)
+            self._buffers.input_ids[:num_seqs].copy_(input_ids)
         self._graphs[size].replay()
         logits = self._logits[size]
         return None if logits is None else logits[:num_seqs]
 
     def close(self) -> None:
-        """Free the graphs and their memory; needed before a process group that they use is destroyed."""
+        """Free the graphs and their memory; required before a process group that they use is destroyed."""
         for graph in self._graphs.values():
             graph.reset()
         self._graphs.clear()

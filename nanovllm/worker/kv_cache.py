@@ -1,6 +1,11 @@
-"""How many KV blocks fit in memory: pure arithmetic on bytes."""
+"""The size of the KV cache: arithmetic on bytes, and the allocation."""
 
-CPU_KV_CACHE_SHARE = 0.25  # of the memory that is available when the engine starts, unless num_kv_cache_blocks is set
+import math
+
+import psutil
+import torch
+
+CPU_KV_CACHE_SHARE = 0.25  # of the memory that is available when the engine starts
 
 
 def block_bytes(num_layers: int, block_size: int, num_kv_heads: int, head_dim: int, itemsize: int) -> int:
@@ -11,11 +16,11 @@ def block_bytes(num_layers: int, block_size: int, num_kv_heads: int, head_dim: i
 def num_blocks_that_fit(
     total: int, utilization: float, used: int, peak: int, current: int, bytes_per_block: int
 ) -> int:
-    """Blocks that fit on a GPU; all sizes in bytes.
+    """The number of blocks that fit on a GPU. All sizes are in bytes.
 
-    total: the GPU's memory; used: what is taken now, by other processes too; current: what this process's tensors
-    take now; peak: what they took at most in warm-up. So peak - current is what a step needs on top.
-    Raises ValueError when not even one fits.
+    total: the GPU's memory. used: memory in use now, other processes included. current: memory of this process's
+    tensors now. peak: the largest value of `current` in the profiled step, so a step needs peak - current more.
+    Raises ValueError if not even one block fits.
     """
     num_free_bytes = int(total * utilization) - used - (peak - current)
     num_blocks = num_free_bytes // bytes_per_block
@@ -33,9 +38,9 @@ def num_blocks_that_fit(
 
 
 def num_blocks_on_cpu(available: int, bytes_per_block: int, max_num_seqs: int, max_blocks_per_seq: int) -> int:
-    """Blocks that fit in CPU_KV_CACHE_SHARE of `available` bytes, but no more than all sequences can use.
+    """The number of blocks that fit in CPU_KV_CACHE_SHARE of `available` bytes; at most what all sequences can use.
 
-    Raises ValueError when not even one fits.
+    Raises ValueError if not even one block fits.
     """
     num_blocks = min(int(available * CPU_KV_CACHE_SHARE) // bytes_per_block, max_num_seqs * max_blocks_per_seq)
     if num_blocks < 1:
@@ -46,10 +51,19 @@ def num_blocks_on_cpu(available: int, bytes_per_block: int, max_num_seqs: int, m
     return num_blocks
 
 
-def cache_too_large(num_blocks: int, num_bytes: int, device: str, is_given: bool) -> ValueError:
-    """The error for a cache of num_blocks blocks that the device's memory cannot hold. is_given: by the user."""
-    remedy = "lower it, or leave it out to size the cache from free memory" if is_given else "set it to fewer"
-    return ValueError(
-        f"num_kv_cache_blocks must fit in the memory of {device}, got {num_blocks}, which take "
-        f"{num_bytes / 2**30:.4g} GiB; {remedy}"
-    )
+def empty_cache(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, is_given: bool) -> torch.Tensor:
+    """An uninitialised cache of `shape`, as ModelRunner.kv_cache.
+
+    is_given: whether the user has set the number of blocks. Raises ValueError if the device's memory cannot hold it.
+    """
+    num_bytes = math.prod(shape) * dtype.itemsize
+    try:
+        if device.type == "cpu" and num_bytes > psutil.virtual_memory().total:
+            raise MemoryError  # Linux would overcommit, and kill the process when it writes to the memory
+        return torch.empty(shape, dtype=dtype, device=device)
+    except (RuntimeError, MemoryError) as error:  # torch's out of memory is a RuntimeError
+        remedy = "lower it, or leave it out to size the cache from free memory" if is_given else "set it to fewer"
+        raise ValueError(
+            f"num_kv_cache_blocks must fit in the memory of {device}, got {shape[2]}, which take "
+            f"{num_bytes / 2**30:.4g} GiB; {remedy}"
+        ) from error

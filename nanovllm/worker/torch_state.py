@@ -1,4 +1,4 @@
-"""What torch's per-thread settings of the calling program are not to change in the engine's computing."""
+"""plain_torch_state: steps are computed in torch's initial state, whatever the calling program has set."""
 
 import threading
 from collections.abc import Iterator
@@ -6,19 +6,19 @@ from contextlib import contextmanager
 
 import torch
 
-# A graph capture and what another thread does on a GPU meanwhile (allocate, synchronise the device) break each other:
-# an engine that captures, launches or synchronises the device holds this, since it may not be the only one.
+# A graph capture and another thread that allocates memory or synchronises the device meanwhile make each other fail. So
+# every engine of the process holds this lock while it captures, launches or synchronises.
 gpu_lock = threading.RLock()
 
 
 @contextmanager
 def plain_torch_state(device: torch.device, is_inference: bool) -> Iterator[None]:
-    """Compute on `device` in torch's initial state, whatever surrounds the call; restored afterwards.
+    """torch's initial state in the `with` block, for computing on `device`; the caller's state is restored afterwards.
 
-    Covered, all of this thread alone: autocast, torch.inference_mode and grad mode (is_inference says which), the
-    default device and other TorchFunctionModes, the current GPU and stream. The engine always uses a GPU's default
-    stream, so that steps of several threads are in order. torch's default dtype is one for all threads: it is left
-    alone, and each tensor's dtype is stated where it is made.
+    Sets, for this thread alone: autocast, inference mode and grad mode (is_inference), the default device and other
+    TorchFunctionModes, the current GPU and stream. The engine uses the GPU's default stream, which puts the steps of
+    several threads in order. torch's default dtype belongs to all threads, so it is not set; the engine states the
+    dtype of each tensor instead.
     """
     modes = _pop_function_modes()
     try:
@@ -34,8 +34,9 @@ def plain_torch_state(device: torch.device, is_inference: bool) -> Iterator[None
 
 
 def _pop_function_modes() -> list[object]:
-    """The TorchFunctionModes of this thread, the outermost first; there are none afterwards. torch.set_default_device
-    and `with torch.device(...)` are such modes.
+    """Remove this thread's TorchFunctionModes and return them, the outermost first.
+
+    torch.set_default_device and `with torch.device(...)` are such modes.
     """
     num_modes = torch._C._len_torch_function_stack()
     return [torch._C._pop_torch_function_stack() for _ in range(num_modes)][::-1]

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from nanovllm.layers.sampler import Sampler
-from nanovllm.sampling_metadata import SamplingMetadata
+from nanovllm.layers.sampler import Sampler, to_device
+from nanovllm.sampling_metadata import SamplingMetadata, make_sampling_metadata
 from reference.sampling import allowed_mask
 from tests.support.statistics import check_counts, check_temperature, fresh_seed
 
@@ -18,11 +18,11 @@ RARE = 1e-4
 DTYPES = {"top_k": np.int64, "seed": np.uint64, "position": np.int64}
 NO_FILTER: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 
-Draw = Callable[[torch.Tensor, Any], torch.Tensor]  # the signature of Sampler.forward
+Draw = Callable[[torch.Tensor, SamplingMetadata[torch.Tensor]], torch.Tensor]  # the signature of Sampler.forward
 
 
 def make_rows(num_rows: int, **fields: Any) -> SimpleNamespace:
-    """SamplingMetadata of num_rows; a field is one value for all rows or one a row."""
+    """The arguments of make_sampling_metadata for num_rows rows; a field is one value for all rows or one a row."""
     values = {**NO_FILTER, "seed": 0, "position": 0, **fields}
     return SimpleNamespace(
         **{
@@ -32,8 +32,8 @@ def make_rows(num_rows: int, **fields: Any) -> SimpleNamespace:
     )
 
 
-def rows_on_device(rows: SimpleNamespace, device: torch.device | str) -> SamplingMetadata:
-    return rows_on_device(rows, device)
+def rows_on_device(rows: SimpleNamespace, device: torch.device | str) -> SamplingMetadata[torch.Tensor]:
+    return to_device(make_sampling_metadata(**vars(rows)), device)
 
 
 def make_sampler(device: torch.device | str) -> Sampler:

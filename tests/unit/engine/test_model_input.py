@@ -1,18 +1,14 @@
 """prepare_prefill and prepare_decode: by hand, against reference/, and against the definition for drawn sequences."""
 
-import dataclasses
-import pickle
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from nanovllm.engine.model_input import ModelInput, prepare_decode, prepare_prefill, prepare_sample
 from nanovllm.engine.sequence import Sequence
-from nanovllm.sampling_metadata import SamplingMetadata
 from reference.packing import packing
 from reference.slot_mapping import slot_mapping
 from tests.support.counts import count_comparisons
@@ -57,38 +53,14 @@ def test_prefill_of_whole_prompts_by_hand() -> None:
     assert model_input.sampling.position.tolist() == [3, 5]
 
 
-def test_the_longest_come_first_and_equal_ones_in_their_order() -> None:
+def test_sequences_of_equal_length_keep_their_order() -> None:
     lengths = [3] * 20 + [5] + [3] * 20
     model_input = prepare_prefill([scheduled(length, 0, length, [0, 1]) for length in lengths])
     assert model_input.sequence_order.tolist() == [20, *range(20), *range(21, 41)]
 
 
-def test_keys_of_a_chunk_end_where_the_chunk_ends() -> None:
-    """D07: 7 tokens, 2 computed before, 3 now: 5 keys, and nothing is sampled."""
-    model_input = prepare_prefill([scheduled(7, 2, 3, [3, 1])])
-    assert model_input.positions.tolist() == [2, 3, 4]
-    assert model_input.context_lens.tolist() == [5]
-    assert model_input.cu_seqlens_k.tolist() == [0, 5]
-    assert model_input.block_tables is not None
-    assert model_input.block_tables.tolist() == [[3, 1]]
-    assert model_input.sample_indices.tolist() == []
-    assert len(model_input.sampling.seed) == 0
-
-
-def test_only_sequences_that_end_in_this_step_are_sampled() -> None:
-    sequences = [scheduled(4, 2, 2, [0]), scheduled(9, 0, 3, [1, 2, 3]), scheduled(2, 0, 2, [4])]
-    for seed, seq in enumerate(sequences):
-        seq.seed = seed
-    model_input = prepare_prefill(sequences)
-    assert model_input.sample_indices.tolist() == [1, 6]
-    assert model_input.sampling.position.tolist() == [4, 2]
-    assert model_input.sampling.seed.tolist() == [0, 2]
-    assert model_input.block_tables is not None
-    assert model_input.block_tables.tolist() == [[0, -1, -1], [1, 2, 3], [4, -1, -1]]
-
-
 def test_a_fully_cached_prompt_computes_its_last_token_and_stores_nothing() -> None:
-    """D05: the slot is PADDING_SLOT, since the block may be another sequence's too."""
+    """D05: the slot is PADDING_SLOT, since another sequence may own the block too."""
     model_input = prepare_prefill([scheduled(8, 7, 1, [6, 2], stored=8)])
     assert model_input.input_ids.tolist() == [107]
     assert model_input.slot_mapping.tolist() == [-1]
@@ -96,66 +68,43 @@ def test_a_fully_cached_prompt_computes_its_last_token_and_stores_nothing() -> N
     assert model_input.sample_indices.tolist() == [0]
 
 
-@pytest.mark.parametrize(
-    ("num_tokens", "block_size", "slot"), [(1, 4, 28), (4, 4, 31), (5, 4, 12), (8, 4, 15), (1, 1, 7), (2, 1, 3)]
-)
-def test_decode_computes_the_last_position_in_its_slot(num_tokens: int, block_size: int, slot: int) -> None:
-    """D01: position len-1; slot block * block_size + (len-1) % block_size, in blocks 7 and 3."""
-    blocks = [7, 3][: -(-num_tokens // block_size)]
-    model_input = prepare_decode([scheduled(num_tokens, num_tokens - 1, 1, blocks, block_size)])
-    assert model_input.input_ids.tolist() == [100 + num_tokens - 1]
-    assert model_input.positions.tolist() == [num_tokens - 1]
-    assert model_input.slot_mapping.tolist() == [slot]
-    assert model_input.context_lens.tolist() == [num_tokens]
-    assert model_input.block_tables is not None
-    assert model_input.is_prefill is False
-    assert model_input.sampling.position.tolist() == [num_tokens]
+def test_a_first_decode_has_block_tables_too() -> None:
+    assert prepare_decode([scheduled(1, 0, 1, [3])]).block_tables is not None
 
 
 def test_slots_beyond_2_31() -> None:
-    """D52: a small model's pool on a large GPU."""
+    """D52: a small model's cache on a large GPU."""
     block = 2**23 + 5
     assert prepare_decode([scheduled(3, 2, 1, [block], block_size=256)]).slot_mapping.tolist() == [block * 256 + 2]
 
 
-def test_a_first_decode_has_block_tables_too() -> None:
-    model_input = prepare_decode([scheduled(1, 0, 1, [3])])
-    assert model_input.block_tables is not None
-
-
-def test_a_sequence_without_blocks_stores_nothing() -> None:
-    """Warm-up runs before there is a cache."""
-    assert prepare_prefill([scheduled(3, 0, 3, [])]).slot_mapping.tolist() == [-1, -1, -1]
-
-
-def test_sampling_rows_hold_each_sequences_parameters() -> None:
-    """D57."""
-    rows = prepare_sample(
+def test_each_sampled_row_has_its_own_parameters() -> None:
+    """D57. A seed has 64 bits."""
+    metadata = prepare_sample(
         [
             make_sequence([1, 2], temperature=0.5, top_k=7, top_p=0.9, min_p=0.1, seed=2**64 - 1),
             make_sequence([1], temperature=2.0, seed=3),
         ],
         positions=np.array([2, 1]),
     )
-    assert rows.temperature.tolist() == [0.5, 2.0]
-    assert rows.top_k.tolist() == [7, 0]
-    assert rows.top_p.tolist() == [np.float32(0.9), 1.0]
-    assert rows.min_p.tolist() == [np.float32(0.1), 0.0]
-    assert rows.seed.tolist() == [2**64 - 1, 3]
-    assert rows.position.tolist() == [2, 1]
+    assert metadata.temperature.tolist() == [0.5, 2.0]
+    assert metadata.top_k.tolist() == [7, 0]
+    assert metadata.top_p.tolist() == [np.float32(0.9), 1.0]
+    assert metadata.min_p.tolist() == [np.float32(0.1), 0.0]
+    assert metadata.seed_low.tolist() == [2**32 - 1, 3]
+    assert metadata.seed_high.tolist() == [2**32 - 1, 0]
+    assert metadata.position.tolist() == [2, 1]
 
 
 def test_dtypes_are_those_that_are_documented() -> None:
+    int64 = ["input_ids", "positions", "slot_mapping", "sample_indices"]
+    int32 = ["context_lens", "sequence_order", "block_tables", "cu_seqlens_q", "cu_seqlens_k"]
     model_input = prepare_prefill([scheduled(5, 2, 2, [0, 1]), scheduled(3, 0, 3, [2])])
-    int64, int32 = (
-        ["input_ids", "positions", "slot_mapping", "sample_indices"],
-        ["context_lens", "sequence_order", "block_tables"],
-    )
-    assert {getattr(model_input, name).dtype for name in int64} == {np.dtype("int64")}
-    assert {getattr(model_input, n).dtype for n in [*int32, "cu_seqlens_q", "cu_seqlens_k"]} == {np.dtype("int32")}
-    for empty in (model_input.sampling, prepare_prefill([scheduled(5, 0, 2, [0, 1])]).sampling):
-        dtypes = [getattr(empty, field.name).dtype.name for field in dataclasses.fields(SamplingMetadata)]
-        assert dtypes == ["float32", "int64", "float32", "float32", "uint64", "int64"]
+    assert {getattr(model_input, name).dtype.name for name in int64} == {"int64"}
+    assert {getattr(model_input, name).dtype.name for name in int32} == {"int32"}
+    without_samples = prepare_prefill([scheduled(5, 0, 2, [0, 1])])
+    for sampling in (model_input.sampling, without_samples.sampling):
+        assert [array.dtype.name for array in vars(sampling).values()] == ["int64"] * 7 + ["float32"] * 3 + ["bool"]
 
 
 @st.composite
@@ -198,6 +147,7 @@ def check_definition(model_input: ModelInput, sequences: list[Sequence]) -> None
     assert model_input.sample_indices.tolist() == [model_input.cu_seqlens_q[row + 1] - 1 for row in ends]
     assert model_input.sampling.position.tolist() == [len(sequences[row]) for row in ends]
     if model_input.block_tables is None:
+        assert model_input.is_prefill
         assert not any(seq.num_cached_tokens for seq in sequences)
     else:
         tables = [[int(block) for block in row if block != -1] for row in model_input.block_tables]
@@ -206,21 +156,13 @@ def check_definition(model_input: ModelInput, sequences: list[Sequence]) -> None
 
 @given(sequences=scheduled_sequences(is_decode=False))
 def test_prefill_is_the_definition(sequences: list[Sequence]) -> None:
+    """D07: the keys of a chunk end where the chunk ends."""
     check_definition(prepare_prefill(sequences), sequences)
 
 
 @given(sequences=scheduled_sequences(is_decode=True))
 def test_decode_is_the_definition(sequences: list[Sequence]) -> None:
-    """D01."""
-    check_definition(prepare_decode(sequences), sequences)
-
-
-@given(sequences=scheduled_sequences(is_decode=False))
-def test_pickled_copies_give_the_same_input(sequences: list[Sequence]) -> None:
-    """D03, D04: every rank computes the same, whether it holds the sequences or was sent them."""
-    for prepare in (prepare_prefill, prepare_decode):
-        here, there = prepare(sequences), prepare(pickle.loads(pickle.dumps(sequences)))
-        assert as_lists(here) == as_lists(there)
-        count_comparisons("model input: tokens of pickled sequences against those of the sender", len(here.input_ids))
-        for field in dataclasses.fields(SamplingMetadata):
-            assert getattr(here.sampling, field.name).tolist() == getattr(there.sampling, field.name).tolist()
+    """D01: position len-1, slot block * block_size + (len-1) % block_size."""
+    model_input = prepare_decode(sequences)
+    assert not model_input.is_prefill
+    check_definition(model_input, sequences)

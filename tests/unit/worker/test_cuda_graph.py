@@ -1,22 +1,35 @@
-"""Which batch sizes get a graph."""
+"""CUDAGraphRunner without a GPU: which batch sizes get a graph, and what its buffers hold when a graph is replayed.
+
+A fake graph repeats the captured function on the buffers of the capture. tests/e2e/test_gpu_graphs.py shows that real
+graphs do the same.
+"""
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
+import torch
 
-from nanovllm.worker.cuda_graph import MAX_GRAPH_BATCH_SIZE, graph_batch_sizes
+from nanovllm.context import Context
+from nanovllm.engine.model_input import PADDING_SLOT, prepare_decode, prepare_decode_async
+from nanovllm.engine.sequence import Sequence
+from nanovllm.worker import cuda_graph
+from nanovllm.worker.cuda_graph import MAX_GRAPH_BATCH_SIZE, CUDAGraphRunner, graph_batch_sizes
+from tests.support.counts import count_comparisons
+from tests.support.scheduling import make_sequence
+
+BATCH_SIZES = [1, 2, 4, 7]
+BLOCK_SIZE = 4
+MAX_BLOCKS = 5
 
 
 @pytest.mark.parametrize(
     ("max_num_seqs", "sizes"),
-    [
-        (1, [1]),
-        (3, [1, 2, 3]),
-        (8, [1, 2, 4, 8]),
-        (9, [1, 2, 4, 8, 9]),
-        (17, [1, 2, 4, 8, 16, 17]),
-        (33, [1, 2, 4, 8, 16, 32, 33]),
-    ],
+    [(1, [1]), (3, [1, 2, 3]), (9, [1, 2, 4, 8, 9]), (17, [1, 2, 4, 8, 16, 17]), (32, [1, 2, 4, 8, 16, 32])],
 )
 def test_sizes_by_hand(max_num_seqs: int, sizes: list[int]) -> None:
     assert graph_batch_sizes(max_num_seqs) == sizes
@@ -29,3 +42,116 @@ def test_every_batch_size_has_a_graph_or_is_above_the_limit(max_num_seqs: int) -
     assert sizes == sorted(set(sizes))
     assert sizes[-1] == min(max_num_seqs, MAX_GRAPH_BATCH_SIZE)
     assert all(larger - smaller <= 16 for smaller, larger in itertools.pairwise(sizes))
+
+
+Captures = list[tuple[Mock, Any]]  # each graph, with the memory pool that it was captured into
+
+
+@pytest.fixture
+def captures(monkeypatch: pytest.MonkeyPatch) -> Captures:
+    captures: Captures = []
+
+    @contextmanager
+    def capture(graph: Mock, pool: Any, stream: Any, capture_error_mode: str) -> Iterator[None]:
+        assert (stream, capture_error_mode) == ("the capture stream of cpu", "thread_local")
+        captures.append((graph, pool))
+        yield
+
+    zeros, to = torch.zeros, torch.Tensor.to
+    monkeypatch.setattr(torch, "zeros", lambda *shape, pin_memory=False, **kwargs: zeros(*shape, **kwargs))
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *args: to(self, *args).clone())  # a device's own memory
+    monkeypatch.setattr(torch.cuda, "Event", Mock)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Mock(**{"pool.return_value": "the pool of the largest"}))
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(CUDAGraphRunner, "_warm_up", staticmethod(lambda forward, inputs, stream: None))
+    monkeypatch.setattr(cuda_graph, "_capture_stream", "the capture stream of {}".format)
+    return captures
+
+
+@pytest.fixture
+def runner(captures: Captures) -> CUDAGraphRunner:
+    """Its forward pass doubles the token ids."""
+
+    def forward(input_ids: torch.Tensor, positions: torch.Tensor, context: Context) -> torch.Tensor:
+        logits = 2 * input_ids[:, None]
+        graph, _ = captures[-1]
+        graph.inputs = (input_ids, positions, context)
+        graph.replay.side_effect = lambda: logits.copy_(2 * input_ids[:, None])
+        return logits
+
+    return CUDAGraphRunner(forward, BATCH_SIZES, MAX_BLOCKS, MAX_BLOCKS * BLOCK_SIZE, torch.device("cpu"), False)
+
+
+def replayed_inputs(captures: Captures) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    """(input_ids, positions, context) of the graph that was replayed since the last call."""
+    [graph] = [graph for graph, _ in captures if graph.replay.called]
+    graph.replay.reset_mock()
+    return graph.inputs
+
+
+def decoding(num_seqs: int, offset: int = 0) -> list[Sequence]:
+    """Sequences of different lengths, in no order, with blocks of their own; block 0 among them."""
+    sequences = []
+    for index in range(num_seqs):
+        length = 1 + (7 * (index + offset)) % (MAX_BLOCKS * BLOCK_SIZE)
+        seq = make_sequence([100 * index + position + offset for position in range(length)], BLOCK_SIZE)
+        seq.block_table = [MAX_BLOCKS * index + block for block in range(seq.num_blocks)]
+        seq.num_cached_tokens = seq.num_tokens_with_kv = length - 1
+        seq.num_scheduled_tokens = 1
+        sequences.append(seq)
+    return sequences
+
+
+def test_each_batch_sees_its_own_integers_and_neutral_padding(captures: Captures, runner: CUDAGraphRunner) -> None:
+    """D40, D41, D57: wide, narrow, wide again; batch sizes with a graph, and those between."""
+    for step, num_seqs in enumerate([*range(7, 0, -1), *range(1, 8), 1, 6, 2, 5]):
+        sequences = decoding(num_seqs, offset=step)
+        model_input = prepare_decode(sequences)
+        assert runner.can_replay(model_input)
+        logits = runner.replay(model_input)
+        assert logits is not None
+        assert logits.tolist() == [[2 * token_id] for token_id in model_input.input_ids]
+
+        input_ids, positions, context = replayed_inputs(captures)
+        size = next(each for each in BATCH_SIZES if each >= num_seqs)
+        num_padding = size - num_seqs
+        assert input_ids.tolist() == [*model_input.input_ids, *[0] * num_padding], "the smallest graph that holds it"
+        assert positions.tolist() == [*model_input.positions, *[0] * num_padding]
+        assert context.slot_mapping.tolist() == [*model_input.slot_mapping, *[PADDING_SLOT] * num_padding]
+        assert context.context_lens.tolist() == [*model_input.context_lens, *[0] * num_padding]
+        assert context.sequence_order.tolist() == [*model_input.sequence_order, *range(num_seqs, size)]
+        assert context.cu_seqlens_q.tolist() == list(range(size + 1))
+        assert (context.is_prefill, context.max_seqlen_q, context.max_seqlen_k) == (False, 1, MAX_BLOCKS * BLOCK_SIZE)
+        assert context.block_tables.shape == (size, MAX_BLOCKS)
+        for seq, table in zip(sequences, context.block_tables.tolist(), strict=False):
+            assert table[: len(seq.block_table)] == seq.block_table
+        count_comparisons("graph buffers against the batch's integers", 5 * size + len(context.block_tables))
+
+
+def test_tokens_that_the_host_does_not_know_come_from_the_device(captures: Captures, runner: CUDAGraphRunner) -> None:
+    sequences = decoding(3)
+    for seq in sequences:
+        seq.block_table.append(50)  # for the next token, if it is the first of a block
+    logits = runner.replay(prepare_decode_async(sequences, sequences), torch.tensor([7, 8, 9]))
+    assert logits is not None
+    assert logits.tolist() == [[14], [16], [18]]
+    assert replayed_inputs(captures)[1].tolist() == [len(seq) for seq in sequences] + [0]
+
+
+@pytest.mark.usefixtures("runner")
+def test_the_largest_is_captured_first_and_all_share_its_memory(captures: Captures) -> None:
+    """D42."""
+    assert [len(graph.inputs[0]) for graph, _ in captures] == BATCH_SIZES[::-1]
+    assert [pool for _, pool in captures] == [None, *["the pool of the largest"] * 3]
+
+
+def test_prefills_and_larger_batches_have_no_graph(runner: CUDAGraphRunner) -> None:
+    assert not runner.can_replay(prepare_decode(decoding(8)))
+    assert not runner.can_replay(replace(prepare_decode(decoding(2)), is_prefill=True))
+
+
+def test_close_frees_all_graphs(captures: Captures, runner: CUDAGraphRunner) -> None:
+    """D35."""
+    runner.close()
+    for graph, _ in captures:
+        graph.reset.assert_called_once()

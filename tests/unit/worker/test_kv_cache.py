@@ -1,51 +1,49 @@
-"""kv_cache: the sizes by hand, and the errors when not even one block fits."""
+"""kv_cache: the number of blocks by hand, its errors, and where a ModelRunner reads the memory of a GPU."""
+
+import ast
+import re
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+from nanovllm import Config
 from nanovllm.worker.kv_cache import block_bytes, num_blocks_on_cpu, num_blocks_that_fit
+from nanovllm.worker.model_runner import ModelRunner
+from tests.support.source_tree import ROOT, imported_packages, parse, python_files
 
 GIB = 2**30
-
-
-def test_a_block_of_qwen3_0_6b_takes_28_mib() -> None:
-    """Keys and values, 28 layers, 256 tokens, 8 heads of 128, 2 bytes each."""
-    assert block_bytes(num_layers=28, block_size=256, num_kv_heads=8, head_dim=128, itemsize=2) == 28 * 2**20
 
 
 def test_a_block_by_hand() -> None:
     assert block_bytes(num_layers=3, block_size=5, num_kv_heads=7, head_dim=11, itemsize=4) == 2 * 3 * 5 * 7 * 11 * 4
 
 
-def test_what_fits_is_the_share_less_what_is_used_less_what_a_step_needs_on_top() -> None:
-    """(1000 * 0.9 - 300 - (250 - 200)) / 10 = 55, and 559 bytes hold no more blocks than 550."""
-    sizes = {"total": 1000, "utilization": 0.9, "peak": 250, "current": 200, "bytes_per_block": 10}
-    assert num_blocks_that_fit(used=300, **sizes) == 55
-    assert num_blocks_that_fit(used=291, **sizes) == 55
-    assert num_blocks_that_fit(used=290, **sizes) == 56
-
-
-def test_one_block_may_be_all_that_fits() -> None:
-    sizes = {"total": 100, "utilization": 1.0, "peak": 0, "current": 0, "bytes_per_block": 10}
-    assert num_blocks_that_fit(used=90, **sizes) == 1
-    with pytest.raises(ValueError, match="gpu_memory_utilization"):
-        num_blocks_that_fit(used=91, **sizes)
+@pytest.mark.parametrize(("used", "num_blocks"), [(300, 55), (291, 55), (290, 56), (840, 1)])
+def test_blocks_fill_what_the_share_leaves_beside_a_step(used: int, num_blocks: int) -> None:
+    """used 300: (1000 * 0.9 - 300 - (250 - 200)) / 10 = 55; 559 bytes hold no more blocks than 550."""
+    assert num_blocks_that_fit(1000, 0.9, used, peak=250, current=200, bytes_per_block=10) == num_blocks
 
 
 def test_memory_of_another_process_is_an_error_with_the_figures() -> None:
     """D43: 80 GiB at 0.9 with 75 GiB taken is less than nothing."""
-    with pytest.raises(
-        ValueError, match=r"^gpu_memory_utilization must leave room for at least one KV block"
-    ) as caught:
+    message = (
+        "gpu_memory_utilization must leave room for at least one KV block of 0.500 GiB, got 0.9 of 80.00 GiB: "
+        "75.00 GiB are in use (other processes included) and a step needs 2.00 GiB more; set it to at least 0.969, "
+        "free the GPU, or lower max_num_batched_tokens"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         num_blocks_that_fit(80 * GIB, 0.9, used=75 * GIB, peak=6 * GIB, current=4 * GIB, bytes_per_block=GIB // 2)
-    message = str(caught.value)
-    for figure in ("0.500 GiB", "got 0.9 of 80.00 GiB", "75.00 GiB are in use (other processes", "needs 2.00 GiB more"):
-        assert figure in message
-    assert "GiB more; set it to at least 0.969, free the GPU, or lower max_num_batched_tokens" in message
+
+
+def test_a_byte_less_than_one_block_is_an_error() -> None:
+    with pytest.raises(ValueError, match="gpu_memory_utilization"):
+        num_blocks_that_fit(1000, 0.9, used=841, peak=250, current=200, bytes_per_block=10)
 
 
 @pytest.mark.parametrize(
     ("available", "max_num_seqs", "max_blocks_per_seq", "num_blocks"),
-    [(4000, 512, 16, 100), (4039, 512, 16, 100), (4040, 512, 16, 101), (4000, 3, 4, 12), (40, 512, 16, 1)],
+    [(4039, 512, 16, 100), (4040, 512, 16, 101), (4000, 3, 4, 12), (40, 512, 16, 1)],
 )
 def test_a_quarter_of_memory_but_no_more_than_all_sequences_can_use(
     available: int, max_num_seqs: int, max_blocks_per_seq: int, num_blocks: int
@@ -57,3 +55,33 @@ def test_too_little_memory_on_the_cpu_is_an_error_with_the_figures() -> None:
     """D43."""
     with pytest.raises(ValueError, match=r"a KV block of 10 bytes must fit in 25% of .* got 39 bytes; free memory"):
         num_blocks_on_cpu(39, 10, 4, 4)
+
+
+@pytest.mark.parametrize(("num_ranks_per_device", "graph_bytes"), [(1, 0), (1, GIB // 2), (2, GIB // 4)])
+def test_memory_is_asked_of_the_runners_own_device(
+    monkeypatch: pytest.MonkeyPatch, num_ranks_per_device: int, graph_bytes: int
+) -> None:
+    """D45: by torch's number, which CUDA_VISIBLE_DEVICES has translated already; not the machine's first GPU.
+
+    Each of the ranks that share it needs blocks, graphs and room for a step.
+    """
+    device = torch.device("cuda", 3)
+    free_and_total = {device: (14 * GIB, 16 * GIB)}
+    peak_and_current = {device: {"allocated_bytes.all.peak": 2 * GIB, "allocated_bytes.all.current": 1 * GIB}}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", free_and_total.__getitem__)
+    monkeypatch.setattr(torch.cuda, "memory_stats", peak_and_current.__getitem__)
+    runner = object.__new__(ModelRunner)  # its constructor needs the GPU
+    runner.device, runner.dtype, runner.config = device, torch.bfloat16, Config("any", gpu_memory_utilization=0.5)
+    runner.model_config = SimpleNamespace(num_hidden_layers=1, head_dim=1024)  # type: ignore
+    runner.num_kv_heads, runner.num_ranks_per_device = 1, num_ranks_per_device
+    bytes_per_block = num_ranks_per_device * 2 * 256 * 1024 * 2
+    free_bytes = 8 * GIB - 2 * GIB - num_ranks_per_device * (graph_bytes + 1 * GIB)  # of the share; less what is used
+    assert runner._num_blocks_that_fit(graph_bytes) == free_bytes // bytes_per_block
+
+
+def test_nothing_reads_cuda_visible_devices_or_asks_the_driver_itself() -> None:
+    """D45: the variable may hold UUIDs or anything else; only torch interprets it."""
+    for path in python_files("nanovllm"):
+        values = [node.value for node in ast.walk(parse(path)) if isinstance(node, ast.Constant)]
+        assert "CUDA_VISIBLE_DEVICES" not in values, path.relative_to(ROOT)
+        assert "pynvml" not in imported_packages(path), path.relative_to(ROOT)

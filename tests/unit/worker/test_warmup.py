@@ -1,35 +1,24 @@
-"""prepare_profile_run: the largest prefill and the most sampled rows that the limits allow, in one pass, nothing stored."""
+"""Warm-up: the profiled step is the largest, and the prefills are those that the limits and the cache allow."""
+
+import itertools
+from unittest.mock import Mock
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from nanovllm.engine.model_input import PADDING_SLOT
-from nanovllm.worker.warmup import LONG_CONTEXT, prefill_warmup_shapes, prepare_profile_run, warmup_lengths
-
-
-@pytest.mark.parametrize(
-    ("budget", "max_model_len", "max_num_seqs", "lengths"),
-    [
-        (16384, 4096, 512, [4096] * 4),
-        (100, 30, 8, [30, 30, 30, 10]),
-        (100, 30, 4, [30, 30, 30, 10]),
-        (100, 30, 2, [30, 30]),
-        (20, 30, 8, [20]),
-        (8, 8, 8, [8]),
-        (1, 2, 1, [1]),
-    ],
-)
-def test_lengths_fill_the_budget_also_when_max_model_len_does_not_divide_it(
-    budget: int, max_model_len: int, max_num_seqs: int, lengths: list[int]
-) -> None:
-    """D42."""
-    assert warmup_lengths(budget, max_model_len, max_num_seqs) == lengths
+from nanovllm.worker.warmup import LONG_CONTEXT, dummy_prefill, prefill_warmup_shapes, prepare_profile_run
+from tests.support.model_probe import make_runner
+from tests.support.tiny_models import tiny_model
 
 
 @given(max_num_seqs=st.integers(1, 40), spare=st.integers(0, 60), max_model_len=st.integers(2, 50))
-def test_no_step_within_the_limits_is_larger(max_num_seqs: int, spare: int, max_model_len: int) -> None:
-    """D42: tokens, and rows for the sampler, each at its maximum."""
+def test_no_step_within_the_limits_is_larger_than_the_profiled_one(
+    max_num_seqs: int, spare: int, max_model_len: int
+) -> None:
+    """D42: also if max_model_len does not divide the budget."""
     budget = max_num_seqs + spare
     model_input = prepare_profile_run(budget, max_model_len, max_num_seqs, block_size=16)
     num_tokens = min(budget, max_num_seqs * max_model_len)
@@ -37,25 +26,13 @@ def test_no_step_within_the_limits_is_larger(max_num_seqs: int, spare: int, max_
     assert len(model_input.input_ids) == model_input.cu_seqlens_q[-1] == num_tokens
     assert len(model_input.context_lens) <= max_num_seqs
     assert model_input.max_seqlen_q == min(budget, max_model_len)
-    assert len(model_input.sample_indices) == max_num_seqs
+    assert len(model_input.sample_indices) == len(model_input.sampling.top_k) == max_num_seqs
     assert set(model_input.sample_indices) <= set(range(num_tokens))
-    for row in vars(model_input.sampling).values():
-        assert len(row) == max_num_seqs
-
-
-def test_nothing_is_stored_and_no_block_is_read() -> None:
-    """There is no cache yet."""
-    model_input = prepare_profile_run(100, 30, 8, block_size=16)
-    assert set(model_input.slot_mapping.tolist()) == {PADDING_SLOT}
+    assert (model_input.sampling.top_k > 1).all()
+    assert (model_input.sampling.top_p < 1).all()
+    assert (model_input.sampling.min_p > 0).all()
+    assert set(model_input.slot_mapping.tolist()) == {PADDING_SLOT}, "there is no cache yet"
     assert model_input.block_tables is None
-
-
-def test_every_filter_of_the_sampler_is_on() -> None:
-    """D42: sampling with filters takes the most memory."""
-    sampling = prepare_profile_run(100, 30, 8, block_size=16).sampling
-    assert (sampling.top_k > 1).all()
-    assert (sampling.top_p < 1).all()
-    assert (sampling.min_p > 0).all()
 
 
 @given(
@@ -65,47 +42,71 @@ def test_every_filter_of_the_sampler_is_on() -> None:
     num_blocks=st.integers(1, 9),
     block_size=st.sampled_from([16, 256, 1024]),
 )
-def test_the_other_kinds_of_prefill(
+def test_prefill_shapes_keep_the_limits_and_each_allowed_kind_is_among_them(
     budget: int, max_num_seqs: int, max_model_len: int, num_blocks: int, block_size: int
 ) -> None:
-    """Nothing is stored, every block is one of the cache, and the limits hold; each kind that they allow is there."""
-    kinds = list(prefill_warmup_shapes(budget, max_model_len, max_num_seqs, num_blocks, block_size))
-    for kind in kinds:
-        assert kind.is_prefill
-        assert (kind.slot_mapping == PADDING_SLOT).all()
-        assert kind.block_tables is None or kind.block_tables.max() < num_blocks
-        assert len(kind.input_ids) == len(kind.positions) <= budget
-        assert kind.max_seqlen_k <= min(max_model_len, num_blocks * block_size)
-        assert len(kind.sample_indices) == len(kind.context_lens) <= max_num_seqs
-        assert (kind.sampling.top_k == 0).all()
-    met = {(len(kind.input_ids), int(kind.context_lens[0] - kind.cu_seqlens_q[1])) for kind in kinds}
-    assert len(met) == len(kinds)
-    most = min(max_model_len, num_blocks * block_size)
-    for cached in (0, 1):
+    shapes = list(prefill_warmup_shapes(budget, max_model_len, max_num_seqs, num_blocks, block_size))
+    max_context_len = min(max_model_len, num_blocks * block_size)
+    for query_lens, num_cached_tokens in shapes:
+        model_input = dummy_prefill(query_lens, num_cached_tokens, block_size)
+        assert model_input.is_prefill
+        assert (model_input.slot_mapping == PADDING_SLOT).all()
+        assert model_input.block_tables is None or model_input.block_tables.max() < num_blocks
+        assert len(model_input.input_ids) == sum(query_lens) <= budget
+        assert model_input.positions[0] == num_cached_tokens
+        assert model_input.max_seqlen_k <= max_context_len
+        assert len(model_input.sample_indices) == len(query_lens) <= max_num_seqs
+        assert (model_input.sampling.top_k == 0).all()
+    kinds = {(sum(query_lens), num_cached_tokens) for query_lens, num_cached_tokens in shapes}
+    assert len(kinds) == len(shapes)
+    for num_cached_tokens in (0, 1):
         for num_tokens in (2**power for power in range(13)):
-            fits = num_tokens <= min(budget, most - cached)  # in one sequence
-            assert ((num_tokens, cached) in met) or not fits
-    assert ((1, LONG_CONTEXT) in met) == (most > LONG_CONTEXT)
+            fits_in_one_sequence = num_tokens <= min(budget, max_context_len - num_cached_tokens)
+            assert ((num_tokens, num_cached_tokens) in kinds) or not fits_in_one_sequence
+    assert ((1, LONG_CONTEXT) in kinds) == (max_context_len > LONG_CONTEXT)
 
 
-def test_many_tokens_are_those_of_several_sequences() -> None:
-    """As the real ones are: 16384 tokens of a model that takes 4096 at most. They come first."""
+def test_a_large_prefill_has_several_sequences_and_comes_first() -> None:
     fresh, cached, *_, long = prefill_warmup_shapes(20000, 4096, 256, 100, 256)
-    assert fresh.cu_seqlens_q.tolist() == fresh.cu_seqlens_k.tolist() == [0, 4096, 8192, 12288, 16384]
-    assert fresh.block_tables is None
-    assert cached.cu_seqlens_q.tolist() == [0, 4095, 8190, 12285, 16380, 16384]
-    assert cached.context_lens.tolist() == [4096] * 4 + [5]
-    assert (long.max_seqlen_q, long.max_seqlen_k) == (1, LONG_CONTEXT + 1)
+    assert fresh == ([4096] * 4, 0)
+    assert cached == ([4095] * 4 + [4], 1)
+    assert long == ([1], LONG_CONTEXT)
+
+
+def test_shapes_are_those_for_which_the_cache_has_room() -> None:
+    """One block of 4 tokens: 8 tokens would be sequences of 5 and 3, and 5 do not fit."""
+    shapes = list(prefill_warmup_shapes(700, 5, 40, num_blocks=1, block_size=4))
+    assert shapes == [([4], 0), ([2], 0), ([2], 1), ([1], 0), ([1], 1)]
 
 
 @pytest.mark.parametrize(("max_model_len", "num_blocks", "is_met"), [(512, 3, False), (513, 3, True), (513, 2, False)])
 def test_a_long_context_needs_room_for_one_token_more(max_model_len: int, num_blocks: int, is_met: bool) -> None:
     *_, last = prefill_warmup_shapes(8, max_model_len, 4, num_blocks, block_size=256)
-    assert (last.max_seqlen_k == LONG_CONTEXT + 1) is is_met
+    assert (last == ([1], LONG_CONTEXT)) is is_met
 
 
-def test_a_long_context_is_what_the_kernel_takes_for_one() -> None:
+def test_a_long_context_is_the_one_from_which_the_hopper_kernel_is_launched() -> None:
     pytest.importorskip("triton")
     from nanovllm.kernels.varlen_attention import MIN_HOPPER_KEYS
 
     assert LONG_CONTEXT == MIN_HOPPER_KEYS
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "qwen3_moe"])
+def test_warm_up_runs_every_shape_and_leaves_the_cache_alone(
+    architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the CPU, over a cache of NaN."""
+    limits = {"max_num_batched_tokens": 700, "max_model_len": 600, "max_num_seqs": 3}
+    cache = {"num_kv_cache_blocks": 40, "kv_cache_block_size": 16}
+    model_dir = tiny_model(architecture, max_position_embeddings=600)
+    runner = make_runner(model_dir, device="cpu", attention_backend="torch", **limits, **cache)
+    runner.kv_cache.fill_(torch.nan)
+    execute = Mock(wraps=runner._execute)
+    monkeypatch.setattr(runner, "_execute", execute)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    runner.warmup_model()
+    assert runner.kv_cache.isnan().all()
+    shapes = prefill_warmup_shapes(*limits.values(), *cache.values())
+    executed = [call.args[0].cu_seqlens_q.tolist() for call in execute.call_args_list]
+    assert executed == [[0, *itertools.accumulate(query_lens)] for query_lens, _ in shapes]

@@ -1,0 +1,72 @@
+"""Dummy steps that a GPU runs before the first request: for the memory profile, and to compile every kernel."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+
+from nanovllm.engine.model_input import ModelInput, prepare_prefill, prepare_sample
+from nanovllm.engine.sequence import Sequence
+from nanovllm.sampling_params import SamplingParams
+
+LONG_CONTEXT = 512  # keys from which the varlen attention kernel for Hopper GPUs is launched
+
+
+def prepare_profile_run(
+    max_num_batched_tokens: int, max_model_len: int, max_num_seqs: int, block_size: int
+) -> ModelInput:
+    """The largest step that the limits allow: a prefill of the whole token budget that samples max_num_seqs rows.
+
+    So one forward pass bounds the memory both of the largest prefill, which has fewer sequences, and of the sampler in
+    the largest decode step. It runs before there is a cache: no key is stored, none is read.
+    """
+    params = SamplingParams(top_k=1000, top_p=0.9, min_p=0.01)  # with every filter, sampling takes the most memory
+    model_input = dummy_prefill(warmup_lengths(max_num_batched_tokens, max_model_len, max_num_seqs), 0, block_size)
+    rows = np.arange(max_num_seqs)
+    return replace(
+        model_input,
+        sample_indices=np.zeros_like(rows),
+        sampling=prepare_sample([Sequence([0], params)] * max_num_seqs, rows),
+    )
+
+
+def prefill_warmup_shapes(
+    max_num_batched_tokens: int, max_model_len: int, max_num_seqs: int, num_blocks: int, block_size: int
+) -> Iterator[tuple[list[int], int]]:
+    """(query_lens, num_cached_tokens) of prefills after which no other prefill compiles a kernel.
+
+    Kernels are specialised on ranges of the number of tokens, each of which contains a power of two, on whether there
+    are cached keys, and on LONG_CONTEXT. So: ..., 4, 2, 1 tokens, each without and with one cached token, and one token
+    after LONG_CONTEXT cached ones; less those that exceed the limits or the cache of num_blocks blocks. The largest
+    comes first, because the allocator serves the smaller ones from its memory.
+    """
+
+    num_slots = num_blocks * block_size
+    for power in reversed(range(max_num_batched_tokens.bit_length())):
+        for num_cached_tokens in (0, 1):
+            query_lens = warmup_lengths(2**power, max_model_len - num_cached_tokens, max_num_seqs)
+            if sum(query_lens) == 2**power and max(query_lens) + num_cached_tokens <= num_slots:
+                yield query_lens, num_cached_tokens
+    if min(max_model_len, num_slots) > LONG_CONTEXT:
+        yield [1], LONG_CONTEXT
+
+
+def warmup_lengths(num_tokens: int, max_model_len: int, max_num_seqs: int) -> list[int]:
+    """At most max_num_seqs lengths of at most max_model_len; their sum is num_tokens, or less if that is too much."""
+    num_full, remainder = divmod(num_tokens, max_model_len)
+    return ([max_model_len] * num_full + [remainder] * (remainder > 0))[:max_num_seqs]
+
+
+def dummy_prefill(query_lens: list[int], num_cached_tokens: int, block_size: int) -> ModelInput:
+    """A prefill that stores nothing, of sequences that share their blocks.
+
+    It reads num_cached_tokens keys, which may hold anything: its outputs are not used.
+    """
+    sequences = []
+    for query_len in query_lens:
+        seq = Sequence([0] * (num_cached_tokens + query_len), block_size=block_size)
+        seq.block_table = list(range(seq.num_blocks))
+        seq.num_cached_tokens, seq.num_scheduled_tokens = num_cached_tokens, query_len
+        seq.num_tokens_with_kv = len(seq)
+        sequences.append(seq)
+    return prepare_prefill(sequences)
