@@ -1,4 +1,4 @@
-"""Checks on what the user gave. Each failure is a ValueError (or TypeError): name, rule, value, remedy."""
+"""Checks of a caller's values. Each failure is a ValueError (or TypeError) with name, rule, value and remedy."""
 
 import dataclasses
 import difflib
@@ -12,7 +12,7 @@ _Class = TypeVar("_Class", bound=type)
 
 
 def reject_unknown_options(cls: _Class) -> _Class:
-    """Class decorator for dataclasses: an unknown keyword is a TypeError that offers the nearest field."""
+    """Class decorator for dataclasses: an unknown keyword raises a TypeError that names the nearest field."""
     original = cls.__init__
 
     @functools.wraps(original)
@@ -41,7 +41,7 @@ def is_int(value: Any) -> bool:
 
 
 def convert_numpy_integers(instance: Any) -> None:
-    """Turn numpy integers in the fields of a frozen dataclass into ints: arithmetic on small ones overflows."""
+    """Replace numpy integers in the fields of a frozen dataclass by ints: arithmetic on small numpy types overflows."""
     for field in dataclasses.fields(instance):
         value = getattr(instance, field.name)
         if is_int(value):
@@ -63,7 +63,7 @@ def require_bool(name: str, value: Any) -> None:
 
 
 def require_number(name: str, value: Any, rule: str, is_allowed: Callable[[float], bool], remedy: str = "") -> None:
-    """Raise ValueError unless `value` is a finite number for which `is_allowed` holds; `rule` says so in words."""
+    """Raise ValueError unless `value` is a finite number for which `is_allowed` holds; `rule` is that in words."""
     if not _is_finite(value) or not is_allowed(value):
         raise ValueError(f"{name} must be {rule}, got {value!r}{'; ' + remedy if remedy else ''}")
 
@@ -77,7 +77,7 @@ def require_choice(name: str, value: Any, choices: Iterable[str], remedy: str = 
 
 
 def require_unicode(name: str, text: str) -> None:
-    """Raise ValueError for a lone surrogate: half a character, as undecodable bytes leave it. No tokenizer takes it."""
+    """Raise ValueError if `text` has a lone surrogate (half a character), which no tokenizer accepts."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -93,5 +93,5 @@ def _is_finite(value: Any) -> bool:
         return False
     try:
         return math.isfinite(value)
-    except OverflowError:  # an int beyond the floats
+    except OverflowError:  # an int that is too large for a float
         return False

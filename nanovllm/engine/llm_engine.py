@@ -12,7 +12,7 @@ from contextlib import closing, nullcontext
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from nanovllm.config import Config
+from nanovllm.config import Config, accept_nano_vllm_names
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.chat import TWO_BOS_WARNING, begins_with_two_bos, chat_prompts
 from nanovllm.engine.fair_lock import FairLock
@@ -56,7 +56,7 @@ class LLMEngine:
         self._pid = os.getpid()
         self._lock = FairLock()  # held while a step is computed, and while anything below changes; never across a yield
         self._tokenizer_lock = threading.Lock()
-        config = Config(model, **options)
+        config = Config(model, **accept_nano_vllm_names(options))
         model_dir = local_model_dir(config.model)
         model_config = load_model_config(model_dir)
         model_config.check_tensor_parallel_size(config.tensor_parallel_size)  # before anything is started
