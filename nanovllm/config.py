@@ -1,7 +1,8 @@
-"""Config: what the user chose for an engine. What is learned later (model, memory, device) lives elsewhere."""
+"""Config: the options of an engine. What the engine finds out later (model, memory, device) is not part of it."""
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 from nanovllm.validation import (
     convert_numpy_integers,
@@ -19,30 +20,33 @@ FLASH_ATTENTION_BLOCK_SIZE = 256  # flash_attn's paged cache takes multiples of 
 MIN_TRITON_BLOCK_SIZE = 16
 MAX_TENSOR_PARALLEL_SIZE = 8
 MAX_KV_CACHE_BLOCKS = 2**31 - 1  # block tables are int32
+NANO_VLLM_NAMES = {"kvcache_block_size": "kv_cache_block_size", "num_kvcache_blocks": "num_kv_cache_blocks"}
 
 
 @reject_unknown_options
 @dataclass(frozen=True)
 class Config:
-    """Frozen and validated; every violation is a ValueError, an unknown name a TypeError that offers the nearest.
+    """Frozen and validated; a wrong value raises a ValueError, an unknown name a TypeError that names the nearest.
 
     model: a local directory, or a model id of the Hugging Face hub.
-    max_num_batched_tokens: the most tokens one step computes; longer prompts are prefilled in chunks.
+    max_num_batched_tokens: the most tokens that one step computes; longer prompts are prefilled in chunks.
     max_num_seqs: the most sequences that hold KV cache at a time.
     max_model_len: the longest sequence, prompt and output together; lowered to what the model supports.
-    gpu_memory_utilization: share of the GPU's memory that weights, activations and KV cache may take, in (0, 1].
-    tensor_parallel_size: number of GPUs (or CPU processes) that share the model, 1 to 8.
+    gpu_memory_utilization: part of the GPU's memory for weights, activations and KV cache, in (0, 1].
+    tensor_parallel_size: number of GPUs (or CPU processes) over which the model is divided, 1 to 8.
     enforce_eager: True never captures CUDA graphs.
     async_scheduling: True begins a decode step while the one before is still being computed, so that the GPU does not
         wait for the host. None does so where it gains time: on a GPU, with several ranks where each has its own.
-    kv_cache_block_size: tokens a KV block. A multiple of 256 for "auto" and "flash_attn"; "triton" also takes powers
-        of two from 16, "torch" powers of two from 1.
-    num_kv_cache_blocks: None sizes the cache from free memory.
-    attention_backend: "auto" takes the fastest that is installed and fits. "flash_attn" by name also computes norm,
-        rotation and store of queries and keys in a kernel each, as nano-vllm does; else one fused kernel does all.
-    dtype: of weights, activations and KV cache; "auto" is what the checkpoint says.
-    seed: of the requests that bring none, 0 .. 2**64-1.
-    device: "auto" is cuda if there is one, else cpu.
+    kv_cache_block_size: number of tokens in a KV block. A multiple of 256 for "auto" and "flash_attn"; "triton" also
+        takes powers of two from 16, "torch" powers of two from 1. LLM accepts nano-vllm's name kvcache_block_size too.
+    num_kv_cache_blocks: number of KV blocks; None sizes the cache from free memory. LLM accepts nano-vllm's name
+        num_kvcache_blocks too, and -1 for None under that name.
+    attention_backend: "auto" is the fastest one that is installed and supports the device, dtype and sizes. "flash_attn"
+        by name also computes norm, rotation and store of queries and keys in one kernel each, as nano-vllm does; the
+        others compute all three in one fused kernel.
+    dtype: of weights, activations and KV cache; "auto" is the checkpoint's.
+    seed: 0 .. 2**64-1, from which requests without a seed get theirs.
+    device: "auto" is cuda if a GPU is available, else cpu.
     """
 
     model: str
@@ -92,6 +96,20 @@ class Config:
             require_int("num_kv_cache_blocks", self.num_kv_cache_blocks, 1, MAX_KV_CACHE_BLOCKS, remedy)
         _check_block_size(self.kv_cache_block_size, self.attention_backend)
         convert_numpy_integers(self)
+
+
+def accept_nano_vllm_names(options: dict[str, Any]) -> dict[str, Any]:
+    """`options` with nano-vllm's names replaced by ours, and None for num_kvcache_blocks=-1, nano-vllm's default.
+
+    A positive num_kvcache_blocks is used, although nano-vllm itself replaces it by what it measures. Raises TypeError
+    for an option that is given under both names.
+    """
+    for name, our_name in NANO_VLLM_NAMES.items():
+        if name in options and our_name in options:
+            raise TypeError(f"{name} and {our_name} are one option under two names; give one of them")
+    if options.get("num_kvcache_blocks") == -1:
+        options = options | {"num_kvcache_blocks": None}
+    return {NANO_VLLM_NAMES.get(name, name): value for name, value in options.items()}
 
 
 def _check_block_size(block_size: int, backend: str) -> None:

@@ -1,4 +1,4 @@
-"""Reads the JSON files of a checkpoint, and their keys with checks. Every error names the key and its value."""
+"""Reads and checks the keys of a checkpoint's JSON files. Every error names the key and its value."""
 
 import json
 from pathlib import Path
@@ -6,8 +6,10 @@ from typing import Any
 
 from nanovllm.validation import require_bool, require_int, require_number
 
+RawConfig = dict[str, Any]  # a JSON object as it was read
 
-def read_json(path: Path) -> dict[str, Any]:
+
+def read_json(path: Path) -> RawConfig:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -17,8 +19,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def get_int(raw: dict[str, Any], key: str, default: int | None = None, minimum: int = 1) -> int:
-    """raw[key]; `default` stands in when the key is missing or null, and without one that is an error."""
+def get_int(raw: RawConfig, key: str, default: int | None = None, minimum: int = 1) -> int:
+    """raw[key], or `default` if the key is missing or null. Raises ValueError if it is, and there is no default."""
     value = raw.get(key)
     value = default if value is None else value
     if value is None:
@@ -29,7 +31,7 @@ def get_int(raw: dict[str, Any], key: str, default: int | None = None, minimum: 
     return int(value)
 
 
-def get_number(raw: dict[str, Any], key: str, default: float | None = None) -> float:
+def get_number(raw: RawConfig, key: str, default: float | None = None) -> float:
     """raw[key], a positive number; `default` as in get_int."""
     value = raw.get(key)
     value = default if value is None else value
@@ -39,16 +41,16 @@ def get_number(raw: dict[str, Any], key: str, default: float | None = None) -> f
     return float(value)
 
 
-def get_bool(raw: dict[str, Any], key: str, default: bool = False) -> bool:
-    """raw[key]; `default` stands in when the key is missing or null."""
+def get_bool(raw: RawConfig, key: str, default: bool = False) -> bool:
+    """raw[key], or `default` if the key is missing or null."""
     value = raw.get(key)
     value = default if value is None else value
     require_bool(key, value)
     return value
 
 
-def get_list(raw: dict[str, Any], key: str) -> list[Any]:
-    """raw[key]; an empty list when the key is missing or null."""
+def get_list(raw: RawConfig, key: str) -> list[Any]:
+    """raw[key], or an empty list if the key is missing or null."""
     value = raw.get(key)
     if not isinstance(value, (list, type(None))):
         raise ValueError(f"{key} must be a list, got {value!r}")

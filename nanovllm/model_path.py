@@ -1,4 +1,4 @@
-"""Where a model's files are: a local directory, or a download from the Hugging Face hub."""
+"""Finds a model's directory: a local one, or a download from the Hugging Face hub."""
 
 import errno
 import os
@@ -6,15 +6,15 @@ import re
 from pathlib import Path
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-# Only these are fetched: weights in safetensors, configuration, tokenizer. No pickles, no code.
+# Only these are downloaded: weights in safetensors, configuration, tokenizer; neither pickles nor code.
 _HUB_FILES = ["*.safetensors", "*.json", "tokenizer.model", "merges.txt", "vocab.txt", "*.jinja"]
 _MAX_REASON_CHARS = 500
 
 
 def local_model_dir(model: str) -> Path:
-    """The directory of `model`, a path or a hub id; the latter is downloaded, or taken from the hub's cache.
+    """The directory of `model`, a path or a hub id. A model of the hub is downloaded unless it is in the hub's cache.
 
-    Raises ValueError when `model` is neither a directory nor a hub id that can be had.
+    Raises ValueError if `model` is neither a directory nor a hub id that can be downloaded.
     """
     path = Path(model).expanduser()
     if path.is_dir():
@@ -33,18 +33,19 @@ def _download(model_id: str) -> Path:
         from huggingface_hub import snapshot_download
 
         return Path(snapshot_download(model_id, allow_patterns=_HUB_FILES))
-    except Exception as error:  # of the hub's client, its HTTP library, the network or the disk
+    except Exception as error:  # from the hub's client, its HTTP library, the network or the disk
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-        if len(reason) > _MAX_REASON_CHARS:  # some servers answer with a page of HTML
+        if len(reason) > _MAX_REASON_CHARS:  # some servers reply with a page of HTML
             reason = reason[:_MAX_REASON_CHARS] + " ..."
         raise ValueError(
             f"model must be an existing directory or a hub id that can be downloaded, got {model_id!r}: there is no "
-            f"such directory, and the hub said: {reason}; {_remedy(model_id, error)}"
+            f"such directory, and the download failed: {reason}; {_remedy(model_id, error)}"
         ) from error
 
 
 def _remedy(model_id: str, error: Exception) -> str:
-    kinds = {kind.__name__ for kind in type(error).__mro__}  # names, since hub and HTTP library move their classes
+    # Names, since the hub's client and its HTTP library move their classes between modules
+    kinds = {kind.__name__ for kind in type(error).__mro__}
     page = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co')}/{model_id}"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "free disk space, or set HF_HOME to a directory on another disk"

@@ -1,11 +1,10 @@
-"""RopeConfig: the rotary embedding of a checkpoint, read for ModelConfig from either layout of config.json."""
+"""RopeConfig: the rotary embedding of a checkpoint, read from either layout of config.json."""
 
 import logging
 import math
 from dataclasses import dataclass
-from typing import Any
 
-from nanovllm.config_json import get_bool, get_int, get_number
+from nanovllm.config_json import RawConfig, get_bool, get_int, get_number
 from nanovllm.validation import require_choice, require_number
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -17,9 +16,9 @@ _ROPE_KEYS = {
     *("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
 }
 
-# Keys of other implementations that transformers passes over, as we do with a warning, and what they mean there.
-# Any other unknown key is refused: it may change what the model computes.
-_PASSED_OVER = {
+# Keys that transformers ignores, as we do with a warning -> their meaning in other implementations.
+# Any other unknown key is refused, since it may change what the model computes.
+_IGNORED = {
     "attn_factor": "YaRN's code and vLLM multiply the attention factor by it; attention_factor states the product",
     "extrapolation_factor": "YaRN's code and vLLM multiply the weight of the unscaled frequencies by it",
     "finetuned": "it says whether the weights were trained with this scaling, and changes no computation",
@@ -30,12 +29,12 @@ logger = logging.getLogger("nanovllm")
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary embedding. rope_type says which of the fields count; the others hold values that change nothing.
+    """The rotary embedding. Fields that rope_type does not use have values without effect.
 
-    theta: base of the frequencies. factor: by how much linear, llama3 and yarn lengthen the context.
-    original_max_position_embeddings: length the model was trained on (llama3, yarn).
+    theta: base of the frequencies. factor: ratio of the supported to the trained context length (linear, llama3, yarn).
+    original_max_position_embeddings: context length of the training (llama3, yarn).
     low_freq_factor, high_freq_factor: llama3. beta_fast, beta_slow, truncate: yarn.
-    attention_factor: multiplies cos and sin; 1.0 but for yarn.
+    attention_factor: multiplies cos and sin; 1.0 except for yarn.
     """
 
     rope_type: str = "default"
@@ -50,22 +49,21 @@ class RopeConfig:
     attention_factor: float = 1.0
 
 
-def read_rope(raw: dict[str, Any], max_position_embeddings: int) -> RopeConfig:
+def read_rope(raw: RawConfig, max_position_embeddings: int) -> RopeConfig:
     parameters = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if not isinstance(parameters, dict):
         raise ValueError(f"rope_parameters must be an object, got {parameters!r}")
     nested = [key for key, value in parameters.items() if isinstance(value, dict)]
     if nested:
         raise ValueError(f"per-layer rope parameters are not supported, got some for {', '.join(nested)}")
-    passed_over = sorted(set(parameters) & _PASSED_OVER.keys())
-    for key in passed_over:
+    for key in sorted(set(parameters) & _IGNORED.keys()):
         logger.warning(
             "config.json: rope parameter %s=%r is not applied, as in transformers: %s",
             key,
             parameters[key],
-            _PASSED_OVER[key],
+            _IGNORED[key],
         )
-    unknown = sorted(set(parameters) - _ROPE_KEYS - _PASSED_OVER.keys())
+    unknown = sorted(set(parameters) - _ROPE_KEYS - _IGNORED.keys())
     if unknown:
         raise ValueError(f"rope parameters must be among {', '.join(sorted(_ROPE_KEYS))}; got {', '.join(unknown)}")
     for source in (raw, parameters):
@@ -80,7 +78,7 @@ def read_rope(raw: dict[str, Any], max_position_embeddings: int) -> RopeConfig:
     factor = float(parameters["factor"])
     if rope_type == "linear":
         return RopeConfig(rope_type=rope_type, theta=theta, factor=factor)
-    # transformers gives a key beside rope_parameters precedence over the one inside
+    # As in transformers, the key of config.json has precedence over that of rope_parameters
     trained_len = get_int(parameters, "original_max_position_embeddings", max_position_embeddings)
     trained_len = get_int(raw, "original_max_position_embeddings", trained_len)
     if rope_type == "llama3":
@@ -100,8 +98,8 @@ def read_rope(raw: dict[str, Any], max_position_embeddings: int) -> RopeConfig:
     )
 
 
-def _yarn_attention_factor(parameters: dict[str, Any], factor: float) -> float:
-    """As stated; else 0.1 ln(factor) + 1 (arXiv 2309.00071, equation 22), or a ratio of two such with mscale."""
+def _yarn_attention_factor(parameters: RawConfig, factor: float) -> float:
+    """attention_factor if given; else 0.1 ln(factor) + 1 (arXiv 2309.00071, equation 22), or a ratio with mscale."""
     if parameters.get("attention_factor") is not None:
         return get_number(parameters, "attention_factor")
     growth = 0.1 * math.log(factor)

@@ -12,7 +12,7 @@ _Class = TypeVar("_Class", bound=type)
 
 
 def reject_unknown_options(cls: _Class) -> _Class:
-    """Class decorator for dataclasses: an unknown keyword is a TypeError that offers the nearest field."""
+    """Class decorator for dataclasses: an unknown keyword raises a TypeError that names the nearest field."""
     original = cls.__init__
 
     @functools.wraps(original)

@@ -6,7 +6,7 @@ from contextlib import closing
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from nanovllm.config import Config
+from nanovllm.config import Config, accept_nano_vllm_names
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.engine_core import EngineCore
 from nanovllm.engine.fair_lock import FairLock
@@ -49,7 +49,7 @@ class LLMEngine:
     def __init__(self, model: str, **options: Any) -> None:
         self._pid = os.getpid()
         self._lock = FairLock()  # held during a step, and while anything below changes; never across a yield
-        config = Config(model, **options)
+        config = Config(model, **accept_nano_vllm_names(options))
         model_dir = local_model_dir(config.model)
         model_config = load_model_config(model_dir)
         model_config.check_tensor_parallel_size(config.tensor_parallel_size)  # before any process is started

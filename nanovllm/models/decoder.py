@@ -1,4 +1,4 @@
-"""The decoder that all supported models share; a model's own file says only what differs.
+"""The decoder of all supported models, built from a ModelConfig.
 
 Letters: T packed tokens, E hidden size, H query heads, K key/value heads, D head_dim, V vocabulary.
 """
@@ -14,7 +14,9 @@ from nanovllm.layers.attention import Attention
 from nanovllm.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from nanovllm.layers.moe import SparseMoeBlock
 from nanovllm.layers.ops import LayerOps
+from nanovllm.layers.parameter import parameter_dtype
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
 from nanovllm.model_config import ModelConfig
 
@@ -35,17 +37,18 @@ class SelfAttention(nn.Module):
         self.o_proj = RowParallelLinear(
             config.num_attention_heads * config.head_dim, config.hidden_size, bias=config.o_bias, tp=tp
         )
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, ops)
+            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, ops)
+        self.has_qk_norm = config.qk_norm
         self.attn = Attention(
             self.qkv_proj.num_heads, config.head_dim, config.head_dim**-0.5, self.qkv_proj.num_kv_heads, ops
         )
 
-    def head_norms(self) -> tuple[RMSNorm, RMSNorm] | None:
-        """What normalises query [T, H, D] and key [T, K, D] before the rotation: nothing, unless a model says so."""
-        return None
-
     def forward(self, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         qkv = self.qkv_proj(hidden_states)  # [T, (H + 2 K) * D]
-        return self.o_proj(self.attn(qkv, cos, sin, self.head_norms()).flatten(1))
+        head_norms = (self.q_norm, self.k_norm) if self.has_qk_norm else None
+        return self.o_proj(self.attn(qkv, cos, sin, head_norms).flatten(1))
 
 
 class MLP(nn.Module):
@@ -105,9 +108,9 @@ class Decoder(nn.Module):
 
 
 class DecoderForCausalLM(nn.Module):
-    """Base of all models. Parameters have torch's default dtype and device and must be loaded before use.
+    """A whole model. Its parameters have torch's default dtype and device and must be loaded before use.
 
-    packed_modules_mapping: module of the checkpoint -> (module that holds it here, shard_id), for all that are packed.
+    packed_modules_mapping: module of the checkpoint -> (packed module of this model that holds it, shard_id).
     """
 
     packed_modules_mapping: ClassVar[dict[str, tuple[str, str | int]]] = {
@@ -122,7 +125,7 @@ class DecoderForCausalLM(nn.Module):
         super().__init__()
         self.config = config
         layers = [
-            DecoderLayer(config, self.build_self_attn(config, ops, tp), self.build_mlp(config, index, ops, tp), ops)
+            DecoderLayer(config, SelfAttention(config, ops, tp), _build_mlp(config, index, ops, tp), ops)
             for index in range(config.num_hidden_layers)
         ]
         self.model = Decoder(config, layers, ops, tp)
@@ -131,21 +134,29 @@ class DecoderForCausalLM(nn.Module):
 
     @property
     def is_tied(self) -> bool:
-        """Whether lm_head and the embedding are one Parameter: config says so, unless the loader found two weights."""
+        """Whether lm_head and the embedding are one Parameter: as in config.json, unless the files hold two weights."""
         return self.lm_head.weight is self.model.embed_tokens.weight
-
-    def build_self_attn(self, config: ModelConfig, ops: LayerOps, tp: TensorParallel) -> SelfAttention:
-        """The attention block of every layer."""
-        return SelfAttention(config, ops, tp)
-
-    def build_mlp(self, config: ModelConfig, layer_index: int, ops: LayerOps, tp: TensorParallel) -> nn.Module:
-        """The feed-forward block of layer `layer_index`."""
-        return MLP(config, ops, tp)
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """input_ids [T], positions [T] -> hidden states [T, E], under a Context."""
         return self.model(input_ids, positions)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        """[T, E] -> [T, V] on rank 0; None on the other ranks, which only contribute."""
+        """[T, E] -> [T, V] on rank 0; None on the other ranks."""
         return self.lm_head(hidden_states)
+
+
+def _build_mlp(config: ModelConfig, layer_index: int, ops: LayerOps, tp: TensorParallel) -> nn.Module:
+    if config.moe is not None and layer_index in config.moe.layers:
+        return SparseMoeBlock(config.hidden_size, config.moe, ops, tp)
+    return MLP(config, ops, tp)
+
+
+def build_model(config: ModelConfig, ops: LayerOps, tp: TensorParallel = SINGLE_RANK) -> DecoderForCausalLM:
+    """The model with uninitialised parameters of config.dtype on torch's default device (`with torch.device(...)`).
+
+    Raises ValueError if the model cannot be divided evenly over the ranks.
+    """
+    config.check_tensor_parallel_size(tp.size)
+    with parameter_dtype(getattr(torch, config.dtype)):
+        return DecoderForCausalLM(config, ops, tp)

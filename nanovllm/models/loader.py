@@ -1,7 +1,8 @@
-"""Loads a checkpoint's safetensors files into a model: every tensor in its place exactly once, or an error with names.
+"""Loads a checkpoint's safetensors files into a model.
 
-A tensor without a place is an error too, unless it is one of _UNUSED_BUFFERS or an equal copy of a tied weight.
-Nothing but safetensors is read, so no code from a checkpoint can run, and an index cannot name files elsewhere.
+The tensors of the files and the weights of the model must match one to one, or an error names those that do not.
+Exceptions are _UNUSED_BUFFERS and an equal copy of a tied weight. Only safetensors files in the checkpoint's directory
+are read, so a checkpoint cannot run code or name files elsewhere.
 """
 
 import json
@@ -20,12 +21,12 @@ from nanovllm.progress import Progress
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-EXPERTS = "experts"  # the module whose children are numbered in most checkpoints and packed here
-BASE_PREFIX = "model."  # the names of all weights but lm_head's begin with it, unless a base model was saved
+EXPERTS = "experts"  # the module whose children are numbered in most checkpoints and packed in our models
+BASE_PREFIX = "model."  # begins the names of all weights but lm_head's, unless a base model was saved
 EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _UNSAFE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
-# What older versions of transformers stored beside the weights: functions of config.json, and the mask's constant.
+# Older versions of transformers stored these beside the weights: functions of config.json, and a constant of the mask.
 _UNUSED_BUFFERS = (
     *("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached"),
     "self_attn.masked_bias",
@@ -47,12 +48,12 @@ def load_model(
     use_tqdm: bool = True,
     on_tensor_loaded: Callable[[], None] | None = None,
 ) -> None:
-    """Fill all parameters of `model` from model_dir, each rank with its share, cast to the parameters' dtype.
+    """Load this rank's shard of every weight from model_dir into `model`, cast to the parameters' dtype.
 
-    use_tqdm: show progress, see nanovllm/progress.py. on_tensor_loaded is called after each tensor.
-    Where the files and config.json disagree, the files count, as in transformers, and rank 0 logs a warning: tied
-    weights of which the files hold two that differ are not tied, and a bias that no layer has is zero.
-    Raises ValueError, listing names, when files or tensors are missing, unexpected, duplicate, misshapen, quantised or
+    use_tqdm: show progress, see nanovllm/progress.py. on_tensor_loaded: called after each tensor; may raise.
+    If the files contradict config.json, the files are followed, as in transformers, and rank 0 logs a warning: weights
+    that config.json ties and that differ in the files are not tied, and a bias that no layer has is zero.
+    Raises ValueError, listing names, if files or tensors are missing, unexpected, duplicate, misshapen, quantised or
     not floating point.
     """
     files = checkpoint_files(Path(model_dir))
@@ -84,14 +85,14 @@ def load_model(
 
 
 def _is_base_model(names: Collection[str]) -> bool:
-    """Whether the checkpoint was saved from a base model (Qwen3Model, say), which has no `model.` before its names."""
+    """Whether the checkpoint was saved from a base model (such as Qwen3Model), whose names lack `model.`"""
     return any(name.startswith("layers.") for name in names) and not any(name.startswith(BASE_PREFIX) for name in names)
 
 
 def _untie_or_drop_copy(
     model: DecoderForCausalLM, names: set[str], sources: dict[str, Path], embedding_name: str
 ) -> None:
-    """Compare the whole tensors, in the model's dtype: every rank decides alike, whatever share it holds."""
+    """Compare the whole tensors in the model's dtype, so that every rank decides alike, whichever shard it holds."""
     if embedding_name not in names:
         return
     weight = model.lm_head.weight
@@ -108,14 +109,14 @@ def _untie_or_drop_copy(
 
 
 def _zero_absent_biases(model: DecoderForCausalLM, targets: dict[str, Target], names: set[str]) -> None:
-    """If the files lack nothing but biases that no layer has: fill these with zeros and take them out of targets."""
+    """If only biases are missing, and each in all layers, fill them with zeros and remove them from targets."""
     missing = targets.keys() - names
     kinds = {_module_and_leaf(name) for name in missing}
     if not missing or kinds & {_module_and_leaf(name) for name in names} or not all(k.endswith(".bias") for k in kinds):
         return
     for name in missing:
         param, _ = targets.pop(name)
-        param.zero_()  # before anything is loaded: a packed parameter may have other parts, which are stored
+        param.zero_()  # before any tensor is loaded: other parts of a packed parameter may be in the files
     listed = ", ".join(sorted(kinds))
     _warn(model, f"config.json implies {listed}, but no layer of the checkpoint has it: zero, as in transformers")
 
@@ -126,21 +127,20 @@ def _module_and_leaf(name: str) -> str:
 
 
 def _warn(model: DecoderForCausalLM, message: str) -> None:
-    if model.lm_head.tp.rank == 0:  # the other ranks would say the same
+    if model.lm_head.tp.rank == 0:  # the other ranks would log the same
         logger.warning(message)
 
 
 def expected_weights(model: DecoderForCausalLM, names: Collection[str] = ()) -> dict[str, Target]:
-    """Every tensor name that a complete checkpoint of `model` has, and where it goes.
+    """Tensor name -> target, for every tensor of a complete checkpoint of `model`.
 
-    names: those of the checkpoint at hand. They decide between the ways in which the same weights can be stored: all
-    experts of a layer in one tensor or one by one, with or without the prefix `model.`, and tied weights by the name of
-    either. Names are compared as a whole, and packed modules found as whole components of a name: gate_up_proj is not
-    up_proj.
+    names: the names in the checkpoint, which decide how the weights are stored: all experts of a layer in one tensor or
+    one by one, with or without the prefix `model.`, and a tied weight under either of its names. Names are compared as
+    a whole, and packed modules are found as whole components of a name: gate_up_proj is not up_proj.
     """
     originals: dict[tuple[str, Hashable], str] = {target: name for name, target in model.packed_modules_mapping.items()}
     targets: dict[str, Target] = {}
-    prefix = BASE_PREFIX if _is_base_model(names) else ""  # what the names here have and those in the files lack
+    prefix = BASE_PREFIX if _is_base_model(names) else ""  # in our names, and not in those of the files
     for param_name, param in model.named_parameters():  # a tied parameter appears once
         stored_name = param_name.removeprefix(prefix)
         fused_name = stored_name.removesuffix(".weight")
@@ -185,8 +185,8 @@ def _load(target: Target, loaded_weight: torch.Tensor) -> None:
 def checkpoint_files(model_dir: Path) -> list[Path]:
     """The safetensors files of a checkpoint: model.safetensors, or the shards that its index names.
 
-    Raises ValueError when there are none, when a shard is missing, and for an index that names anything but files
-    beside it. Names are judged as text, since the hub's cache consists of symbolic links.
+    Raises ValueError if there are none, if a shard is missing, and if the index names a path outside the directory. The
+    name itself is checked and symbolic links are followed, since the hub's cache consists of symbolic links.
     """
     if (model_dir / SINGLE_FILE).is_file():
         return [model_dir / SINGLE_FILE]
@@ -219,7 +219,7 @@ def _is_plain_name(name: str) -> bool:
 
 
 def _tensor_files(files: list[Path]) -> dict[str, Path]:
-    """Which file holds which tensor. Raises ValueError when one cannot be read, or two hold the same."""
+    """Tensor name -> its file. Raises ValueError if a file cannot be read or if two files hold the same tensor."""
     sources: dict[str, Path] = {}
     duplicate = []
     for file in files:
@@ -246,7 +246,7 @@ def _is_unused_buffer(name: str) -> bool:
 
 
 def _refuse(reason: str, names: Iterable[str]) -> None:
-    """Raise ValueError that gives the reason and lists names, if there are any."""
+    """Raise ValueError with the reason and the list of names, unless names is empty."""
     listed = sorted(names)
     if listed:
         more = f" and {len(listed) - _MAX_LISTED} more" if len(listed) > _MAX_LISTED else ""

@@ -1,22 +1,20 @@
-"""Qwen3 (arXiv 2505.09388): queries and keys are normalised head by head before they are rotated."""
+"""Qwen3 (arXiv 2505.09388): each head's query and key are normalised before they are rotated."""
 
-from nanovllm.distributed.tensor_parallel import TensorParallel
-from nanovllm.layers.layernorm import RMSNorm
-from nanovllm.layers.ops import LayerOps
-from nanovllm.model_config import ModelConfig
-from nanovllm.models.decoder import DecoderForCausalLM, SelfAttention
+from nanovllm.config_json import RawConfig, get_bool
+from nanovllm.model_config import Architecture, LayerOptions
+from nanovllm.models.qwen2 import sliding_window
 
 
-class Qwen3SelfAttention(SelfAttention):
-    def __init__(self, config: ModelConfig, ops: LayerOps, tp: TensorParallel) -> None:
-        super().__init__(config, ops, tp)
-        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, ops)
-        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, ops)
-
-    def head_norms(self) -> tuple[RMSNorm, RMSNorm]:
-        return self.q_norm, self.k_norm
+def read_layer_options(raw: RawConfig) -> LayerOptions:
+    attention_bias = get_bool(raw, "attention_bias")
+    return LayerOptions(qkv_bias=attention_bias, o_bias=attention_bias, qk_norm=True)
 
 
-class Qwen3ForCausalLM(DecoderForCausalLM):
-    def build_self_attn(self, config: ModelConfig, ops: LayerOps, tp: TensorParallel) -> SelfAttention:
-        return Qwen3SelfAttention(config, ops, tp)
+ARCHITECTURE = Architecture(
+    model_type="qwen3",
+    class_name="Qwen3ForCausalLM",
+    default_max_position_embeddings=32768,
+    default_head_dim=128,
+    read_layer_options=read_layer_options,
+    sliding_window=sliding_window,
+)

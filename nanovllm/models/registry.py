@@ -1,32 +1,29 @@
-"""Which class serves which model_type."""
+"""The supported architectures: each file of this package that is not one of the shared files states one.
 
-import torch
+Neither this module nor the files of the architectures import torch, since LLMEngine reads a model's configuration
+before torch is imported.
+"""
 
-from nanovllm.distributed.tensor_parallel import SINGLE_RANK, TensorParallel
-from nanovllm.layers.ops import LayerOps
-from nanovllm.layers.parameter import parameter_dtype
-from nanovllm.model_config import ModelConfig
-from nanovllm.models.decoder import DecoderForCausalLM
-from nanovllm.models.llama import LlamaForCausalLM
-from nanovllm.models.qwen2 import Qwen2ForCausalLM
-from nanovllm.models.qwen3 import Qwen3ForCausalLM
-from nanovllm.models.qwen3_moe import Qwen3MoeForCausalLM
+import functools
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from pathlib import Path
 
-model_dict: dict[str, type[DecoderForCausalLM]] = {
-    "llama": LlamaForCausalLM,
-    "qwen2": Qwen2ForCausalLM,
-    "qwen3": Qwen3ForCausalLM,
-    "qwen3_moe": Qwen3MoeForCausalLM,
-}
+from nanovllm import models
+from nanovllm.model_config import Architecture, ModelConfig, read_model_config
+
+SHARED_FILES = {"decoder", "loader", "registry"}
 
 
-def build_model(config: ModelConfig, ops: LayerOps, tp: TensorParallel = SINGLE_RANK) -> DecoderForCausalLM:
-    """The model, its parameters uninitialised, of config.dtype, on torch's default device (`with torch.device(...)`).
+@functools.cache
+def architectures() -> Mapping[str, Architecture]:
+    """model_type -> the ARCHITECTURE of a file in this package, for all such files, in the order of their names."""
+    names = [module.name for module in pkgutil.iter_modules(models.__path__) if module.name not in SHARED_FILES]
+    found = [importlib.import_module(f"{models.__name__}.{name}").ARCHITECTURE for name in sorted(names)]
+    return {architecture.model_type: architecture for architecture in found}
 
-    Raises ValueError for a model_type that is not in model_dict, and when the ranks cannot share the model evenly.
-    """
-    if config.model_type not in model_dict:
-        raise ValueError(f"model_type must be one of {', '.join(model_dict)}, got {config.model_type!r}")
-    config.check_tensor_parallel_size(tp.size)
-    with parameter_dtype(getattr(torch, config.dtype)):
-        return model_dict[config.model_type](config, ops, tp)
+
+def load_model_config(model_dir: str | Path) -> ModelConfig:
+    """The configuration of the checkpoint in model_dir. Raises ValueError: see read_model_config."""
+    return read_model_config(model_dir, architectures())

@@ -32,6 +32,7 @@ def small_config(model_type: str = "qwen3", **changes: Any) -> ModelConfig:
         "qkv_bias": True,
         "o_bias": False,
         "mlp_bias": False,
+        "qk_norm": model_type in ("qwen3", "qwen3_moe"),
         "moe": SMALL_MOE if model_type == "qwen3_moe" else None,
     }
     return ModelConfig(**(values | changes))
@@ -39,45 +40,35 @@ def small_config(model_type: str = "qwen3", **changes: Any) -> ModelConfig:
 
 def checkpoint_tensors(config: ModelConfig, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     """Name -> random tensor, for every weight of a complete untied checkpoint."""
-    hidden = config.hidden_size
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (config.vocab_size, hidden),
-        "model.norm.weight": (hidden,),
-        "lm_head.weight": (config.vocab_size, hidden),
-    }
+    hidden, head_dim = config.hidden_size, config.head_dim
+    queries, keys = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+    shapes: dict[str, tuple[int, ...]] = {"model.norm.weight": (hidden,)}
+    shapes |= dict.fromkeys(("model.embed_tokens.weight", "lm_head.weight"), (config.vocab_size, hidden))
+
+    def add_linear(name: str, rows: int, columns: int, has_bias: bool) -> None:
+        shapes[f"{name}.weight"] = (rows, columns)
+        if has_bias:
+            shapes[f"{name}.bias"] = (rows,)
+
+    def add_mlp(name: str, size: int, has_bias: bool) -> None:
+        add_linear(f"{name}.gate_proj", size, hidden, has_bias)
+        add_linear(f"{name}.up_proj", size, hidden, has_bias)
+        add_linear(f"{name}.down_proj", hidden, size, has_bias)
+
     for index in range(config.num_hidden_layers):
         layer = f"model.layers.{index}"
-        shapes[f"{layer}.input_layernorm.weight"] = (hidden,)
-        shapes[f"{layer}.post_attention_layernorm.weight"] = (hidden,)
-        shapes |= _attention_shapes(config, f"{layer}.self_attn")
-        if config.moe is not None and index in config.moe.layers:
-            shapes[f"{layer}.mlp.gate.weight"] = (config.moe.num_experts, hidden)
-            for expert in range(config.moe.num_experts):
-                size = config.moe.moe_intermediate_size
-                shapes |= _mlp_shapes(f"{layer}.mlp.experts.{expert}", hidden, size, has_bias=False)
-        else:
-            shapes |= _mlp_shapes(f"{layer}.mlp", hidden, config.intermediate_size, config.mlp_bias)
+        attention = f"{layer}.self_attn"
+        shapes[f"{layer}.input_layernorm.weight"] = shapes[f"{layer}.post_attention_layernorm.weight"] = (hidden,)
+        add_linear(f"{attention}.q_proj", queries, hidden, config.qkv_bias)
+        add_linear(f"{attention}.k_proj", keys, hidden, config.qkv_bias)
+        add_linear(f"{attention}.v_proj", keys, hidden, config.qkv_bias)
+        add_linear(f"{attention}.o_proj", hidden, queries, config.o_bias)
+        if config.qk_norm:
+            shapes[f"{attention}.q_norm.weight"] = shapes[f"{attention}.k_norm.weight"] = (head_dim,)
+        if config.moe is None or index not in config.moe.layers:
+            add_mlp(f"{layer}.mlp", config.intermediate_size, config.mlp_bias)
+            continue
+        add_linear(f"{layer}.mlp.gate", config.moe.num_experts, hidden, has_bias=False)
+        for expert in range(config.moe.num_experts):
+            add_mlp(f"{layer}.mlp.experts.{expert}", config.moe.moe_intermediate_size, has_bias=False)
     return {name: torch.randn(shape, dtype=dtype) for name, shape in shapes.items()}
-
-
-def _attention_shapes(config: ModelConfig, prefix: str) -> dict[str, tuple[int, ...]]:
-    query, key = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
-    shapes: dict[str, tuple[int, ...]] = {f"{prefix}.o_proj.weight": (config.hidden_size, query)}
-    for name, rows in (("q_proj", query), ("k_proj", key), ("v_proj", key)):
-        shapes[f"{prefix}.{name}.weight"] = (rows, config.hidden_size)
-        if config.qkv_bias:
-            shapes[f"{prefix}.{name}.bias"] = (rows,)
-    if config.o_bias:
-        shapes[f"{prefix}.o_proj.bias"] = (config.hidden_size,)
-    if config.model_type in ("qwen3", "qwen3_moe"):
-        shapes[f"{prefix}.q_norm.weight"] = shapes[f"{prefix}.k_norm.weight"] = (config.head_dim,)
-    return shapes
-
-
-def _mlp_shapes(prefix: str, hidden: int, size: int, has_bias: bool) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, rows, columns in (("gate_proj", size, hidden), ("up_proj", size, hidden), ("down_proj", hidden, size)):
-        shapes[f"{prefix}.{name}.weight"] = (rows, columns)
-        if has_bias:
-            shapes[f"{prefix}.{name}.bias"] = (rows,)
-    return shapes

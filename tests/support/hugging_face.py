@@ -65,11 +65,14 @@ def first_module_that_differs(
     """
     with _outputs(decoder) as ours:
         run_ours()
-    exact, rounded = (_hugging_face_outputs(model_dir, token_ids, dtype) for dtype in (torch.float64, torch.float32))
-    for name in exact:
-        expected = torch.cat(exact[name])
+    exact, rounded = {}, {}
+    for dtype, outputs in ((torch.float64, exact), (torch.float32, rounded)):
+        with _outputs(load_hugging_face(model_dir, dtype).model) as found:
+            hugging_face_logits(model_dir, token_ids, dtype)
+        outputs |= {name: torch.cat(tensors) for name, tensors in found.items()}
+    for name, expected in exact.items():
         error = (torch.cat(ours[name]) - expected).abs()
-        allowed = ratio * float((torch.cat(rounded[name]) - expected).abs().max())
+        allowed = ratio * float((rounded[name] - expected).abs().max())
         if not float(error.max()) <= allowed:
             position = int(error.amax(dim=1).argmax())
             return (
@@ -77,12 +80,6 @@ def first_module_that_differs(
                 f"{float(error.max()):.3g}, allowed {allowed:.3g}"
             )
     return "no module's output differs: look at lm_head"
-
-
-def _hugging_face_outputs(model_dir: Path, token_ids: list[int], dtype: torch.dtype) -> dict[str, list[torch.Tensor]]:
-    with _outputs(load_hugging_face(model_dir, dtype).model) as outputs:
-        hugging_face_logits(model_dir, token_ids, dtype)
-    return outputs
 
 
 @contextmanager

@@ -1,13 +1,11 @@
 """Tiny random checkpoints of every supported architecture, written by transformers and cached for the process.
 
-They have hidden size 64, a vocabulary of 320 and a byte-level tokenizer, so that an LLM can be built on them. Weights
-are large enough (biases and norm weights random too) that attention is sharp, logits spread, and nothing can be left
-out unnoticed.
+They have a byte-level tokenizer, so that an LLM can be built on them. Weights (biases and norm weights too) are random
+and so large that attention is sharp, logits spread, and nothing can be left out unnoticed.
 """
 
 import atexit
 import functools
-import itertools
 import json
 import shutil
 import tempfile
@@ -18,7 +16,6 @@ import torch
 
 VOCAB_SIZE = 320
 EOS_TOKEN_ID = 256  # the tokenizer has the 256 bytes and this; the other ids of the model are never in a prompt
-MAX_POSITION_EMBEDDINGS = 512
 TRAINED_LEN = 64  # original_max_position_embeddings: short, so that tests reach beyond it
 ROPE: dict[str, dict[str, Any]] = {
     "default": {"rope_type": "default"},
@@ -32,11 +29,22 @@ ROPE: dict[str, dict[str, Any]] = {
     },
     "yarn": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": TRAINED_LEN},
 }
-ARCHITECTURES = {
-    "llama": "LlamaConfig",
-    "qwen2": "Qwen2Config",
-    "qwen3": "Qwen3Config",
-    "qwen3_moe": "Qwen3MoeConfig",
+COMMON: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "eos_token_id": EOS_TOKEN_ID,
+    "bos_token_id": None,
+    "pad_token_id": None,
+}
+ARCHITECTURES: dict[str, dict[str, Any]] = {  # model_type -> keys that the others do not have
+    "llama": {},
+    "mistral": {"sliding_window": None},
+    "qwen2": {},
+    "qwen3": {},
+    "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True},
 }
 
 
@@ -50,16 +58,15 @@ def recipe_of(directory: Path) -> tuple[str, dict[str, Any]] | None:
     return _recipes.get(directory)
 
 
+_recipes: dict[Path, tuple[str, dict[str, Any]]] = {}
+
+
 @functools.cache
 def _cached(architecture: str, variant: tuple[tuple[str, Any], ...]) -> Path:
-    directory = _root() / f"{architecture}-{next(_counter)}"
+    directory = _root() / f"{architecture}-{len(_recipes)}"
     _build(directory, architecture, **dict(variant))
     _recipes[directory] = (architecture, dict(variant))
     return directory
-
-
-_counter = itertools.count()
-_recipes: dict[Path, tuple[str, dict[str, Any]]] = {}
 
 
 @functools.cache
@@ -76,56 +83,28 @@ def _build(
     num_layers: int = 2,
     num_heads: int = 4,
     num_kv_heads: int = 2,
-    head_dim: int = 16,
     tied: bool = False,
     rope: str = "default",
     rope_theta: float = 10000.0,
-    attention_bias: bool = False,  # llama, qwen3, qwen3_moe; qwen2 always has it
-    mlp_bias: bool = False,  # llama
-    norm_topk_prob: bool = True,  # this and the next two: qwen3_moe
-    mlp_only_layers: tuple[int, ...] = (),
-    decoder_sparse_step: int = 1,
     sharded: bool = False,
     old_layout: bool = False,  # config.json as transformers 4.5x wrote it
     dtype: str = "float32",
     initializer_range: float = 0.2,
-    max_position_embeddings: int = MAX_POSITION_EMBEDDINGS,
     seed: int = 0,
+    **options: Any,  # other keys of config.json; a tuple stands for a list
 ) -> None:
-    import transformers
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    options: dict[str, Any] = {
-        "vocab_size": VOCAB_SIZE,
-        "hidden_size": 64,
-        "intermediate_size": 128,
+    named = {
         "num_hidden_layers": num_layers,
         "num_attention_heads": num_heads,
         "num_key_value_heads": num_kv_heads,
-        "head_dim": head_dim,
-        "max_position_embeddings": max_position_embeddings,
-        "rope_parameters": {**ROPE[rope], "rope_theta": rope_theta},
         "tie_word_embeddings": tied,
-        "eos_token_id": EOS_TOKEN_ID,
-        "bos_token_id": None,
-        "pad_token_id": None,
-        "attention_bias": attention_bias,
-        "mlp_bias": mlp_bias,
+        "rope_parameters": {**ROPE[rope], "rope_theta": rope_theta},
     }
-    if architecture == "qwen2":
-        del options["attention_bias"]
-    if architecture != "llama":
-        del options["mlp_bias"]
-    if architecture == "qwen3_moe":
-        options |= {
-            "num_experts": 8,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 32,
-            "norm_topk_prob": norm_topk_prob,
-            "mlp_only_layers": list(mlp_only_layers),
-            "decoder_sparse_step": decoder_sparse_step,
-        }
-    config = getattr(transformers, ARCHITECTURES[architecture])(**options)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    options = {key: list(value) if isinstance(value, tuple) else value for key, value in options.items()}
+    config = AutoConfig.for_model(architecture, **(COMMON | ARCHITECTURES[architecture] | named | options))
+    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -147,8 +126,7 @@ def _rewrite_config_in_old_layout(path: Path) -> None:
     config.pop("layer_types", None)
     if "num_local_experts" in config:
         config["num_experts"] = config.pop("num_local_experts")
-    config["transformers_version"] = "4.51.0"
-    path.write_text(json.dumps(config, indent=2))
+    path.write_text(json.dumps(config | {"transformers_version": "4.51.0"}))
 
 
 def _write_tokenizer(directory: Path) -> None:
@@ -166,16 +144,19 @@ def _write_tokenizer(directory: Path) -> None:
 
 
 def _variants() -> list[tuple[str, dict[str, Any]]]:
-    variants: list[dict[str, Any]] = []
-    for architecture in ARCHITECTURES:
-        variants += [{"architecture": architecture, "tied": tied} for tied in (False, True)]
-        variants += [{"architecture": architecture, "rope": rope} for rope in ROPE if rope != "default"]
-        variants += [{"architecture": architecture, "num_kv_heads": num_kv_heads} for num_kv_heads in (4, 1)]
-        variants += [{"architecture": architecture, "head_dim": 32, "sharded": True}]
-        variants += [{"architecture": architecture, "rope": rope, "old_layout": True} for rope in ("default", "yarn")]
+    of_each: list[dict[str, Any]] = [
+        {},
+        {"tied": True, "num_kv_heads": 1},
+        {"rope": "linear", "num_kv_heads": 4},
+        {"rope": "llama3", "head_dim": 32, "sharded": True},
+        {"rope": "yarn"},
+        {"old_layout": True},
+        {"rope": "yarn", "old_layout": True, "tied": True},
+    ]
+    variants = [{"architecture": architecture, **variant} for architecture in ARCHITECTURES for variant in of_each]
     variants += [
         {"architecture": "llama", "attention_bias": True, "mlp_bias": True, "num_layers": 3},
-        {"architecture": "llama", "rope": "linear", "old_layout": True, "tied": True},
+        {"architecture": "llama", "rope": "linear", "old_layout": True},
         {"architecture": "llama", "rope": "llama3", "old_layout": True},
         {"architecture": "qwen2", "num_layers": 3, "rope_theta": 1e6},
         {"architecture": "qwen3", "attention_bias": True, "num_layers": 3},
@@ -185,16 +166,7 @@ def _variants() -> list[tuple[str, dict[str, Any]]]:
         {"architecture": "qwen3_moe", "mlp_only_layers": (1,), "num_layers": 3},
         {"architecture": "qwen3_moe", "decoder_sparse_step": 2, "num_layers": 3},
     ]
-    return [(_variant_id(variant), variant) for variant in variants]
-
-
-def _variant_id(variant: dict[str, Any]) -> str:
-    def word(name: str, value: Any) -> str:
-        if name == "architecture" or name == "rope":
-            return str(value)
-        return name if value is True else f"{name}={value}".replace(" ", "")
-
-    return "-".join(word(name, value) for name, value in variant.items())
+    return [("-".join(f"{name}={value}" for name, value in variant.items()), variant) for variant in variants]
 
 
 # (id, keywords of tiny_model): each architecture tied and untied, with every rope type, GQA ratios 1, 2 and 4, head_dim
