@@ -19,7 +19,7 @@ DECISIONS: pytest.StashKey[list[regression.Decision]] = pytest.StashKey()
 
 
 def gpu_name() -> str | None:
-    """Of the GPU that is measured; None if there is none."""
+    """The name of the GPU that is measured; None if there is none."""
     import torch  # late: plain test runs load this file too, and need no torch for it
 
     return torch.cuda.get_device_name() if torch.cuda.is_available() else None
@@ -86,7 +86,7 @@ def host(request: pytest.FixtureRequest, benchmark: Any) -> HostMeasurement:
 
 @pytest.fixture(autouse=True)
 def _free_gpu_memory() -> Any:
-    """What one benchmark allocated is there for the next."""
+    """Free what one benchmark allocated for the next one."""
     yield
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
@@ -97,7 +97,7 @@ def _free_gpu_memory() -> Any:
 
 
 def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, Any]:
-    """Names and versions on which figures depend, and nothing that tells one machine from its twin."""
+    """Names and versions on which figures depend, and nothing that differs between two machines of one kind."""
     return report.machine_info(gpu_name())
 
 

@@ -17,7 +17,7 @@ SLOWER = 1.5  # a ratio that grew by this factor fails; one that doubled does so
 
 
 def yardstick() -> int:
-    """What the host side does, without it: integers, a list, a dictionary. About 0.1 ms."""
+    """A fixed workload like the host side's: integers, a list, a dictionary. It takes about 0.1 ms."""
     total, table, numbers = 0, {}, []
     for number in range(700):
         total += number * number % 7

@@ -5,8 +5,8 @@
 The interval is a percentile bootstrap (Efron 1979): both runs' samples are drawn anew, with replacement, RESAMPLES
 times. Its level is shared among the benchmarks that are compared (Bonferroni), so that the more there are, the less
 one of them fails by chance. Samples are taken in turns with the peers', so that what drifts in a session widens the
-interval. What differs between two sessions on one GPU without any change of code (clocks, temperature, memory layout)
-no interval of one session knows: the practical threshold is there for that.
+interval. Two sessions on one GPU differ without any change of code (clocks, temperature, memory layout), which the
+interval of one session does not show: the practical threshold allows for that.
 
     the host side: the ratio to a fixed workload of plain Python grew by more than SLOWER, measured RETRIES times more
 
@@ -21,9 +21,9 @@ import numpy as np
 from benchmarks.hosting import RETRIES, SLOWER
 
 PRACTICAL_THRESHOLD = 0.05
-CONFIDENCE = 0.99  # that no benchmark of a session fails by chance
+CONFIDENCE = 0.99  # the probability that no benchmark of a session fails by chance
 RESAMPLES = 4000
-MIN_SAMPLES = 8  # fewer have no quantiles worth the name
+MIN_SAMPLES = 8  # fewer do not give meaningful quantiles
 
 
 class Decision(NamedTuple):

@@ -1,7 +1,7 @@
 """Times of work on the GPU: replays of a CUDA graph between two events, with nothing of it in the L2 cache.
 
 A graph holds many calls, each on buffers of its own, and outputs are kept apart. Before each replay a buffer larger
-than the L2 is read, so even what is small begins cold. What the host takes to launch does not show in a replay.
+than the L2 is read, so that small inputs begin cold too. The host's time for launches is not part of a replay.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ _seconds_on_device = 0.0
 
 
 def device_clock() -> float:
-    """pytest-benchmark's timer: goes on by what Replay measured, a call's worth each, and stands still otherwise."""
+    """pytest-benchmark's timer: it advances only by the time of one call that a Replay measured."""
     return _seconds_on_device
 
 
@@ -40,7 +40,7 @@ class Replay:
         self._end = torch.cuda.Event(enable_timing=True)
 
     def seconds(self) -> float:
-        """Of one call, the mean over the graph's."""
+        """Seconds of one call: the mean over the calls of the graph."""
         read_beyond_l2()
         self._start.record()
         self._graph.replay()
@@ -49,7 +49,7 @@ class Replay:
         return self._start.elapsed_time(self._end) * 1e-3 / self._num_calls
 
     def tick(self) -> None:
-        """Replay, and advance device_clock by what a call took."""
+        """Replay, and advance device_clock by the time of one call."""
         global _seconds_on_device
         _seconds_on_device += self.seconds()
 
@@ -69,7 +69,7 @@ def _filler() -> torch.Tensor:
 
 
 def rough_seconds(call: Callable[[], Any]) -> float:
-    """Of one call, launches included; good enough to choose how many calls a graph gets."""
+    """Seconds of one call, launches included; good enough to choose how many calls a graph gets."""
     times = []
     for _ in range(4):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

@@ -1,6 +1,6 @@
 """The ideas of an inference engine, each as one short file of plain PyTorch that can be read, run and checked by hand.
 
-Read them in the order of READING_ORDER. Each begins with the idea in a sentence, its formula and the reason why it is
+Read them in the order of reading_order(). Each begins with the idea in a sentence, its formula and the reason why it is
 true; the function that follows says the same in code, slowly and without tricks, and its examples are tests. The engine
 computes the same things fast, and its tests hold it against these files. Nothing in the engine imports them.
 
@@ -10,6 +10,9 @@ Integers (slots, hashes, decisions, random words) must agree exactly, floats up 
 DIMENSION_LETTERS says what the letters in a shape like Float[Tensor, "T H D"] stand for.
 """
 
+from pathlib import Path
+
+# The path through the ideas of the engine, and what each file is about.
 READING_ORDER = (
     ("attention", "each token reads the values of the tokens before it"),
     ("packing", "sequences of different lengths lie end to end in one tensor"),
@@ -45,3 +48,10 @@ DIMENSION_LETTERS = {
     "L": "layers",
     "S": "slots of the KV cache, num_blocks * block_size",
 }
+
+
+def reading_order() -> list[str]:
+    """Every file: those of READING_ORDER, then all others by name."""
+    names = [name for name, _ in READING_ORDER]
+    files = {path.stem for path in Path(__file__).parent.glob("*.py")} - {"__init__"}
+    return [*names, *sorted(files - set(names))]

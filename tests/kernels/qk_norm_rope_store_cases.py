@@ -1,104 +1,93 @@
 """Cases of qk_norm_rope_store against the references of what it fuses. D52"""
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 from hypothesis import strategies as st
-from torch.nn import functional
 
-from benchmarks.arithmetic import Work
-from benchmarks.kernels.inputs import randn
-from benchmarks.measuring import Measured
-from benchmarks.shapes import Shape
+from benchmarks.kernels.qk_norm_rope_store import measured
 from nanovllm.layers.torch_ops import apply_rotary_embedding
 from reference.rms_norm import rms_norm
 from reference.store_kvcache import store_kvcache
-from tests.kernels.rotary_embedding_cases import angles, tables, turn
-from tests.support.kernels.accuracy import (
-    assert_rounded_alike,
-    assert_same_bits,
-    assert_within_twice_the_error_of_plain_torch,
-)
+from tests.kernels.rotary_embedding_cases import tables
+from tests.support.kernels import accuracy
 from tests.support.kernels.guards import Guards
-from tests.support.kernels.registry import Compilation, Kernel, Limits, Refusals, Steps, lazy, meta
+from tests.support.kernels.registry import DTYPES, Compilation, Kernel, Limits, Refused, Steps, case, each, lazy, meta
 
 qk_norm_rope_store = lazy("qk_norm_rope_store.qk_norm_rope_store")
 rms_norm_kernel = lazy("rms_norm.rms_norm")
 rotary_embedding_kernel = lazy("rotary_embedding.rotary_embedding")
-store_kvcache_kernel = lazy("store_kvcache.store_kvcache")
 HEAD_AXES = ("token", "head", "dimension")
 CACHE_AXES = ("block", "slot", "head", "dimension")
 
 EPS = 1e-5
 
 
-@dataclass(frozen=True)
-class Case:
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    slots: tuple[int, ...] = (7, -1, 0, 39, 16, -1, 15)
-    dtype: torch.dtype = torch.float32
-    slot_dtype: torch.dtype = torch.int64
-    has_norm: bool = True
-    has_cache: bool = True
-    returns_key: bool = True
-
-
-def head_of(case: Case, x: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def head_of(x: torch.Tensor, weight: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """The reference of what is done to query and key, in x's dtype."""
-    normed = rms_norm(x, weight.to(x.dtype), EPS) if case.has_norm else x
+    normed = x if weight is None else rms_norm(x, weight, EPS)
     assert isinstance(normed, torch.Tensor)
-    return apply_rotary_embedding(normed, cos.to(torch.promote_types(x.dtype, torch.float32)), sin)
+    return apply_rotary_embedding(normed, cos, sin)
 
 
-def check_case(case: Case, device: str) -> None:
+@case
+def check(
+    device: str,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    slots: Sequence[int] = (7, -1, 0, 39, 16, -1, 15),
+    dtype: torch.dtype = torch.float32,
+    slot_dtype: torch.dtype = torch.int64,
+    has_norm: bool = True,
+    has_cache: bool = True,
+    returns_key: bool = True,
+) -> None:
     """Query, key and keys in the cache within the bound; values in the cache and all other slots to the bit."""
-    guards, generator = Guards(device), torch.Generator().manual_seed(0)
-    num_tokens, heads, dim = len(case.slots), case.num_kv_heads, case.head_dim
-    width = (case.num_heads + 2 * heads) * dim
-    qkv = guards.read(torch.randn(num_tokens, width + 8, generator=generator).to(case.dtype))[:, :width]
-    query, key, value = qkv.unflatten(1, (-1, dim)).split([case.num_heads, heads, heads], dim=1)
-    q_weight, k_weight = (guards.read((1 + 0.3 * torch.randn(dim, generator=generator)).to(case.dtype)) for _ in "qk")
-    cos, sin = (guards.read(table) for table in tables(num_tokens, dim))
-    slot_mapping = guards.read(torch.tensor(case.slots, dtype=case.slot_dtype))
-    k_cache, v_cache = (guards.unwritten(3, 16, heads, dim, dtype=case.dtype) for _ in "kv")
-    store = (k_cache, v_cache, slot_mapping) if case.has_cache else (None, None, None)
-    plain_key, exact_key = (head_of(case, key.to(dtype), k_weight, cos, sin) for dtype in (case.dtype, torch.float64))
-    exact_k_cache, expected_v_cache = store_kvcache(exact_key, value, k_cache.double(), v_cache, slot_mapping)
-    plain_k_cache, _ = store_kvcache(plain_key, value, k_cache, v_cache, slot_mapping)
+    guards, heads = Guards(device), [num_heads, num_kv_heads, num_kv_heads]
+    width = sum(heads) * head_dim
+    qkv = guards.randn(len(slots), width + 8, dtype=dtype)[:, :width]
+    query, key, value = qkv.unflatten(1, (-1, head_dim)).split(heads, dim=1)
+    weights = [guards.randn(head_dim, mean=1, std=0.3, dtype=dtype) if has_norm else None for _ in "qk"]
+    cos, sin = (guards.read(table) for table in tables(len(slots), head_dim))
+    slot_mapping = guards.read(torch.tensor(slots, dtype=slot_dtype))
+    caches = [guards.unwritten(3, 16, num_kv_heads, head_dim, dtype=dtype) for _ in "kv"]
+    empty = [cache.clone() for cache in caches]
+    _, expected_v_cache = store_kvcache(key, value, *empty, slot_mapping)
     with guards:
         rotated_query, rotated_key = qk_norm_rope_store(
             qkv,
             cos,
             sin,
-            q_weight if case.has_norm else None,
-            k_weight if case.has_norm else None,
+            *weights,
             EPS,
-            case.num_heads,
-            *store,
-            num_kv_heads=heads,
-            returns_key=case.returns_key,
+            num_heads,
+            *(caches if has_cache else (None, None)),
+            slot_mapping if has_cache else None,
+            num_kv_heads=num_kv_heads,
+            returns_key=returns_key,
         )
-    guards.assert_intact()
 
-    def assert_close(actual: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor, axes: tuple[str, ...]) -> None:
-        assert_within_twice_the_error_of_plain_torch("qk_norm_rope_store", actual, plain, exact, axes)
+    def assert_like(actual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None, reference, axes) -> None:
+        accuracy.assert_like_reference("qk_norm_rope_store", actual, reference, (x, weight, cos, sin), axes)
 
-    plain, exact = (head_of(case, query.to(dtype), q_weight, cos, sin) for dtype in (case.dtype, torch.float64))
-    assert_close(rotated_query, plain, exact, HEAD_AXES)
-    assert (rotated_key is not None) == case.returns_key
+    def keys_of_cache(x: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        """The key cache as the reference stores it, 0 where nothing is stored."""
+        turned = head_of(x, *others)
+        return store_kvcache(turned, turned, *(torch.zeros_like(empty[0], dtype=x.dtype),) * 2, slot_mapping)[0]
+
+    assert_like(rotated_query, query, weights[0], head_of, HEAD_AXES)
+    assert (rotated_key is not None) == returns_key
     if rotated_key is not None:
-        assert_close(rotated_key, plain_key, exact_key, HEAD_AXES)
-    if not case.has_cache:
-        assert k_cache.isnan().all()
-        assert v_cache.isnan().all()
+        assert_like(rotated_key, key, weights[1], head_of, HEAD_AXES)
+    if not has_cache:
+        assert all(cache.isnan().all() for cache in caches)
         return
-    assert_same_bits("qk_norm_rope_store", v_cache, expected_v_cache, CACHE_AXES)
-    is_empty = plain_k_cache.isnan()
-    assert torch.equal(k_cache.isnan(), is_empty), "a slot that no token has was written, or one was left out"
-    assert_close(*(cache.masked_fill(is_empty, 0) for cache in (k_cache, plain_k_cache, exact_k_cache)), CACHE_AXES)
+    accuracy.assert_same_bits("qk_norm_rope_store", caches[1], expected_v_cache, CACHE_AXES)
+    is_empty = expected_v_cache.isnan()
+    assert torch.equal(caches[0].isnan(), is_empty), "a slot that no token has was written, or one was left out"
+    assert_like(caches[0].masked_fill(is_empty, 0), key, weights[1], keys_of_cache, CACHE_AXES)
 
 
 def check_rounding(device: str) -> None:
@@ -113,7 +102,7 @@ def check_rounding(device: str) -> None:
     )
     query, key = rms_norm_kernel(qkv[:, :4], q_weight, EPS), rms_norm_kernel(qkv[:, 4:6], k_weight, EPS)
     for actual, expected in zip(fused, rotary_embedding_kernel(query, key, cos, sin), strict=True):
-        assert_rounded_alike(actual, expected)
+        accuracy.assert_rounded_alike(actual, expected)
 
 
 def check_far_slot(device: str) -> None:
@@ -130,41 +119,43 @@ def check_far_slot(device: str) -> None:
     assert (rows[-1] == 7).all()
 
 
-SMALL = Case(4, 2, 16)
+small = partial(check, 4, 2, 16)
 CASES = {
-    "4 / 2 heads of 16": SMALL,
-    "heads that are no power of two": Case(6, 3, 24),
-    "14 / 2 heads of 64, as qwen2.5": Case(14, 2, 64, slots=(3, -1, 4), has_norm=False),
-    "one head of 2": Case(1, 1, 2),
-    "odd half": Case(3, 1, 18),
-    "float16": replace(SMALL, dtype=torch.float16),
-    "float16, no norm": replace(SMALL, dtype=torch.float16, has_norm=False),
-    "int32 slots": replace(SMALL, slot_dtype=torch.int32),
-    "no key": replace(SMALL, returns_key=False),
-    "no cache": replace(SMALL, has_cache=False),
-    "nothing to store": replace(SMALL, slots=(-1, -1)),
-    "no tokens": replace(SMALL, slots=()),
-    "every slot": replace(SMALL, slots=tuple(reversed(range(48)))),
+    "4 / 2 heads of 16": small(),
+    "heads that are no power of two": check(6, 3, 24),
+    "14 / 2 heads of 64, as qwen2.5": check(14, 2, 64, slots=(3, -1, 4), has_norm=False),
+    "one head of 2": check(1, 1, 2),
+    "odd half": check(3, 1, 18),
+    "float16": small(dtype=torch.float16),
+    "float16, no norm": small(dtype=torch.float16, has_norm=False),
+    "int32 slots": small(slot_dtype=torch.int32),
+    "no key": small(returns_key=False),
+    "no cache": small(has_cache=False),
+    "nothing to store": small(slots=(-1, -1)),
+    "no tokens": small(slots=()),
+    "every slot": small(slots=tuple(reversed(range(48)))),
+    "rounding": check_rounding,
+    "far slot": check_far_slot,
 }
-REAL = {
-    "qwen3-0.6b": Case(16, 8, 128),
-    "llama-3-8b": Case(32, 8, 128, has_norm=False),
-    "qwen2.5-0.5b": Case(14, 2, 64, has_norm=False),
-    "qwen3-30b-a3b": Case(32, 4, 128),
-    "head size 256": Case(16, 8, 256),
-    "head size 80": Case(8, 8, 80),
+REAL = {  # heads, kv heads, head_dim, has_norm
+    "qwen3-0.6b": (16, 8, 128, True),
+    "llama-3-8b": (32, 8, 128, False),
+    "qwen2.5-0.5b": (14, 2, 64, False),
+    "qwen3-30b-a3b": (32, 4, 128, True),
+    "head size 256": (16, 8, 256, True),
+    "head size 80": (8, 8, 80, True),
 }
 MIXED_SLOTS = tuple(slot if slot % 5 else -1 for slot in torch.randperm(48, generator=torch.Generator()).tolist())
 
 
-def launch(case: Case, num_tokens: int, dtype: torch.dtype, returns_key: bool) -> None:
+def launch(model: tuple[int, int, int, bool], num_tokens: int, dtype: torch.dtype, returns_key: bool) -> None:
     """On meta tensors. With the key as in prefill, where nothing is cached yet; without it as in decode."""
-    dim, heads = case.head_dim, case.num_kv_heads
+    num_heads, heads, dim, has_norm = model
     table = meta(num_tokens, dim // 2, dtype=torch.float32)
-    weights = (meta(dim, dtype=dtype), meta(dim, dtype=dtype)) if case.has_norm else (None, None)
+    weights = (meta(dim, dtype=dtype), meta(dim, dtype=dtype)) if has_norm else (None, None)
     cache, slots = meta(100, 256, heads, dim, dtype=dtype), meta(num_tokens, dtype=torch.int64)
-    inputs = (meta(num_tokens, (case.num_heads + 2 * heads) * dim, dtype=dtype), table, table, *weights, 1e-6)
-    qk_norm_rope_store(*inputs, case.num_heads, cache, cache, slots, num_kv_heads=heads, returns_key=returns_key)
+    inputs = (meta(num_tokens, (num_heads + 2 * heads) * dim, dtype=dtype), table, table, *weights, 1e-6)
+    qk_norm_rope_store(*inputs, num_heads, cache, cache, slots, num_kv_heads=heads, returns_key=returns_key)
 
 
 def valid_inputs() -> dict[str, object]:
@@ -175,88 +166,31 @@ def valid_inputs() -> dict[str, object]:
     return inputs | {"eps": 1e-6, "num_heads": 4, "num_kv_heads": 2}
 
 
-def measured(shape: Shape, num_tokens: int) -> Measured:
-    """Beside plain PyTorch, the three kernels that it fuses, one after the other."""
-    num_heads, num_kv_heads, head_dim = shape[:3]
-    block_size = 256
-    num_blocks = 1 + num_tokens // block_size
-    num_bytes = num_tokens * (num_heads + 2 * num_kv_heads) * head_dim * 2
-
-    def make(index: int) -> tuple[torch.Tensor | None, ...]:
-        weights = randn(index, 2, head_dim) if shape.has_head_norm else (None, None)
-        generator = torch.Generator().manual_seed(index)
-        slots = torch.randperm(num_blocks * block_size, generator=generator)[:num_tokens].cuda()
-        return (
-            randn(index, num_tokens, (num_heads + 2 * num_kv_heads) * head_dim),
-            *angles(index, num_tokens, head_dim),
-            *weights,
-            *randn(index, 2, num_blocks, block_size, num_kv_heads, head_dim),
-            slots,
-        )
-
-    def run(qkv, cos, sin, q_weight, k_weight, k_cache, v_cache, slots):
-        arguments = (qkv, cos, sin, q_weight, k_weight, EPS, num_heads, k_cache, v_cache, slots)
-        query, _ = qk_norm_rope_store(*arguments, num_kv_heads=num_kv_heads)
-        return query, k_cache, v_cache
-
-    def split(qkv):
-        return qkv.unflatten(1, (-1, head_dim)).split([num_heads, num_kv_heads, num_kv_heads], dim=1)
-
-    def apart(qkv, cos, sin, q_weight, k_weight, k_cache, v_cache, slots):
-        query, key, value = split(qkv)
-        if shape.has_head_norm:
-            query, key = rms_norm_kernel(query, q_weight, EPS), rms_norm_kernel(key, k_weight, EPS)
-        query, key = rotary_embedding_kernel(query, key, cos, sin)
-        store_kvcache_kernel(key, value, k_cache, v_cache, slots)
-        return query, k_cache, v_cache
-
-    def plain(qkv, cos, sin, q_weight, k_weight, k_cache, v_cache, slots, wide=torch.float32):
-        query, key, value = split(qkv)
-        query, key = query.to(wide), key.to(wide)
-        if shape.has_head_norm:
-            query = functional.rms_norm(query, (head_dim,), q_weight.to(wide), EPS)
-            key = functional.rms_norm(key, (head_dim,), k_weight.to(wide), EPS)
-        k_cache.flatten(0, 1)[slots] = turn(key, cos, sin).to(k_cache.dtype)
-        v_cache.flatten(0, 1)[slots] = value.to(v_cache.dtype)
-        return turn(query, cos, sin).to(k_cache.dtype), k_cache, v_cache
-
-    def expected(qkv, cos, sin, q_weight, k_weight, k_cache, v_cache, slots):
-        caches = k_cache.double(), v_cache.double()
-        return plain(qkv, cos, sin, q_weight, k_weight, *caches, slots, wide=torch.float64)
-
-    # queries, keys and values in; queries out, keys and values out to the cache; cosines and sines in
-    work = Work(num_bytes + num_tokens * head_dim * 4, num_bytes)
-    return Measured(make=make, run=run, expected=expected, work=work, peers={"torch": plain, "apart": apart})
-
-
 KERNEL = Kernel(
     name="qk_norm_rope_store",
     # ptxas may keep two values in memory so that another block fits on a multiprocessor.
     launched={"qk_norm_rope_store_kernel": Limits(max_registers=128, max_shared_bytes=8192, max_stack_bytes=16)},
-    cases={name: partial(check_case, case) for name, case in CASES.items()}
-    | {"rounding": check_rounding, "far slot": check_far_slot},
-    on_gpu={
-        f"{name} {str(dtype)[6:]}": partial(check_case, replace(case, dtype=dtype, slots=MIXED_SLOTS))
-        for name, case in REAL.items()
-        for dtype in (torch.bfloat16, torch.float16, torch.float32)
-    },
+    cases=CASES,
+    on_gpu=each(
+        lambda model, dtype: check(*model[:3], MIXED_SLOTS, dtype, has_norm=model[3]), model=REAL, dtype=DTYPES
+    ),
     drawn=st.builds(
-        lambda heads, dim, slots, dtype, has_norm, returns_key: partial(
-            check_case, Case(*heads, dim, tuple(slots), dtype, has_norm=has_norm, returns_key=returns_key)
-        ),
+        lambda heads, *others, **options: check(*heads, *others, **options),
         st.sampled_from([(1, 1), (3, 1), (14, 2), (6, 3)]),
         st.sampled_from([2, 32, 80]),
         st.lists(st.integers(0, 47), unique=True, max_size=48),
-        st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
-        st.booleans(),
-        st.booleans(),
+        st.sampled_from(DTYPES),
+        has_norm=st.booleans(),
+        returns_key=st.booleans(),
     ),
     compiled={
-        f"{name}, {n} tokens": Compilation(lambda dtype, _, case=case, n=n: launch(case, n, dtype, returns_key=n > 9))
-        for name, case in REAL.items()
+        f"{name}, {n} tokens": Compilation(
+            lambda dtype, _, model=model, n=n: launch(model, n, dtype, returns_key=n > 9)
+        )
+        for name, model in REAL.items()
         for n in (9, 9000)
     },
-    refused=Refusals(
+    refused=Refused(
         qk_norm_rope_store,
         valid_inputs,
         (

@@ -1,6 +1,7 @@
 """Cases of rms_norm and add_rms_norm against reference.rms_norm. D50, D52"""
 
 from functools import partial
+from itertools import product
 
 import torch
 from hypothesis import strategies as st
@@ -11,68 +12,43 @@ from benchmarks.kernels.inputs import randn
 from benchmarks.measuring import Measured
 from benchmarks.shapes import Shape
 from reference.rms_norm import rms_norm as reference_rms_norm
-from tests.support.kernels.accuracy import assert_rounded_alike, assert_within_twice_the_error_of_plain_torch
+from tests.support.kernels.accuracy import assert_like_reference, assert_rounded_alike
 from tests.support.kernels.guards import Guards
-from tests.support.kernels.registry import Compilation, Kernel, Limits, Refusals, Steps, lazy, meta
+from tests.support.kernels.registry import DTYPES, Compilation, Kernel, Limits, Refused, Steps, case, each, lazy, meta
 
 rms_norm, add_rms_norm = lazy("rms_norm.rms_norm"), lazy("rms_norm.add_rms_norm")
 EPS = 1e-5
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HIDDEN_SIZES = (896, 1024, 2048, 4096)  # qwen2.5-0.5b, qwen3-0.6b, qwen3-30b-a3b, llama-3-8b
 
 
-def assert_normed(actual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
-    plain, exact = reference_rms_norm(x, weight, EPS), reference_rms_norm(x.double(), weight.double(), EPS)
-    axes = ("token", "element") if x.ndim == 2 else ("token", "head", "element")
-    assert_within_twice_the_error_of_plain_torch("rms_norm", actual, plain, exact, axes)
+def make(guards: Guards, layout: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """layout: "dense"; "packed": heads of a packed qkv, so that rows stand further apart than they are long; "heads
+    apart": every other head of a wider tensor, without the first elements of each."""
+    if layout == "dense":
+        return guards.randn(*shape, std=3, dtype=dtype)
+    tokens, heads, size = shape
+    if layout == "packed":
+        return guards.randn(tokens, heads + 5, size, dtype=dtype)[:, 3:-2]
+    return guards.randn(tokens, 2 * heads, size + 6, dtype=dtype)[:, 1::2, 6:]
 
 
-def check_rms_norm(shape: tuple[int, ...], dtype: torch.dtype, device: str, **tiles: int) -> None:
-    guards, generator = Guards(device), torch.Generator().manual_seed(0)
-    x = guards.read((3 * torch.randn(shape, generator=generator)).to(dtype))
-    weight = guards.read((1 + 0.3 * torch.randn(shape[-1], generator=generator)).to(dtype))
+@case
+def check_norm(
+    device: str, shape: tuple[int, ...], dtype: torch.dtype, layouts: tuple[str, ...] = ("dense",), **tiles: int
+) -> None:
+    """layouts: of x, and of the residual if there is one. The sum is what torch gives, to the bit, and what is
+    normalised is that sum, rounded."""
+    guards = Guards(device)
+    inputs = [make(guards, layout, shape, dtype) for layout in layouts]
+    weight = guards.randn(shape[-1], mean=1, std=0.3, dtype=dtype)
     with guards:
-        normed = rms_norm(x, weight, EPS, **tiles)
-    guards.assert_intact()
-    assert_normed(normed, x, weight)
-
-
-def check_add_rms_norm(shape: tuple[int, ...], dtype: torch.dtype, device: str, **tiles: int) -> None:
-    """The sum is what torch gives, to the bit, and what is normalised is that sum, rounded."""
-    guards, generator = Guards(device), torch.Generator().manual_seed(0)
-    x, residual = (guards.read(torch.randn(shape, generator=generator).to(dtype)) for _ in range(2))
-    weight = guards.read((1 + 0.3 * torch.randn(shape[-1], generator=generator)).to(dtype))
-    with guards:
-        normed, total = add_rms_norm(x, residual, weight, EPS, **tiles)
-    guards.assert_intact()
-    assert torch.equal(total, x + residual)
-    assert_normed(normed, total, weight)
-
-
-def check_views(dtype: torch.dtype, device: str) -> None:
-    """x: the key heads of a packed qkv; residual: rows that stand further apart than they are long."""
-    guards, generator = Guards(device), torch.Generator().manual_seed(0)
-    _, key, _ = guards.read(torch.randn(5, 7, 24, generator=generator).to(dtype)).split([3, 2, 2], dim=1)
-    weight = guards.read(torch.randn(24, generator=generator).to(dtype))
-    wide = guards.read(torch.randn(5, 3, 30, generator=generator).to(dtype))
-    with guards:
-        normed = rms_norm(key, weight, EPS)
-        normed_sum, total = add_rms_norm(key, wide[:, 1:, 6:], weight, EPS)
-    guards.assert_intact()
-    assert_normed(normed, key, weight)
-    assert_normed(normed_sum, total, weight)
-    assert torch.equal(total, key + wide[:, 1:, 6:])
-
-
-def check_heads_apart(device: str) -> None:
-    """Every other head of a wider tensor."""
-    guards, generator = Guards(device), torch.Generator().manual_seed(0)
-    x = guards.read(torch.randn(3, 8, 16, generator=generator))[:, 1::2]
-    weight = guards.read(torch.randn(16, generator=generator))
-    with guards:
-        normed = rms_norm(x, weight, EPS)
-    guards.assert_intact()
-    assert_normed(normed, x, weight)
+        if len(inputs) == 1:
+            normed, total = rms_norm(*inputs, weight, EPS, **tiles), inputs[0]
+        else:
+            normed, total = add_rms_norm(*inputs, weight, EPS, **tiles)
+    assert torch.equal(total, sum(inputs))
+    axes = ("token", "element") if len(shape) == 2 else ("token", "head", "element")
+    assert_like_reference("rms_norm", normed, reference_rms_norm, (total, weight, EPS), axes)
 
 
 def check_rounding(device: str) -> None:
@@ -101,21 +77,9 @@ def check_far_row(device: str) -> None:
     assert total[:, 0].tolist() == [2, 4, 6]
 
 
-NORMS = {"rms_norm": check_rms_norm, "add_rms_norm": check_add_rms_norm}
+LAYOUTS = {"rms_norm": ("dense",), "add_rms_norm": ("dense", "dense")}
+VIEWS = {"packed": ("packed",), "packed and heads apart": ("packed", "heads apart"), "heads apart": ("heads apart",)}
 SHAPES = [(1, 1), (7, 48), (3, 64), (5, 3, 16), (2, 5, 33), (0, 16), (3, 0, 16), (3, 1024)]
-
-
-def named(shape: tuple[int, ...], dtype: torch.dtype) -> str:
-    return f"{' x '.join(map(str, shape))} {str(dtype).removeprefix('torch.')}"
-
-
-def cases_of(shapes: list[tuple[int, ...]], dtypes: tuple[torch.dtype, ...]) -> dict[str, partial]:
-    return {
-        f"{name} {named(shape, dtype)}": partial(check, shape, dtype)
-        for name, check in NORMS.items()
-        for shape in shapes
-        for dtype in dtypes
-    }
 
 
 def launch_both(x: torch.Tensor, residual: torch.Tensor) -> None:
@@ -154,19 +118,17 @@ def measured_with_residual(shape: Shape, num_tokens: int) -> Measured:
 KERNEL = Kernel(
     name="rms_norm",
     launched={"rms_norm_kernel": Limits(128, 1024)},  # a partial sum a warp and row is shared
-    cases=cases_of(SHAPES, (torch.float32, torch.float16))
-    | {f"several rows a program, {rows}": partial(check_rms_norm, (7, 48), torch.float32, rows=rows) for rows in (2, 8)}
-    | {f"views {str(dtype)[6:]}": partial(check_views, dtype) for dtype in (torch.float32, torch.float16)}
-    | {"heads apart": check_heads_apart, "rounding": check_rounding}
-    | {"large squares": check_large_squares, "far row": check_far_row},
-    on_gpu=cases_of([(num_tokens, size) for num_tokens in (1, 257, 16384) for size in HIDDEN_SIZES], DTYPES)
-    | {"views bfloat16": partial(check_views, torch.bfloat16)},
+    cases=each(check_norm, layouts=LAYOUTS, shape=SHAPES, dtype=(torch.float32, torch.float16))
+    | each(check_norm, layouts=VIEWS, shape=[(5, 2, 24)], dtype=(torch.float32, torch.float16))
+    | {f"several rows a program, {rows}": check_norm((7, 48), torch.float32, rows=rows) for rows in (2, 8)}
+    | {"rounding": check_rounding, "large squares": check_large_squares, "far row": check_far_row},
+    on_gpu=each(check_norm, layouts=LAYOUTS, shape=[*product((1, 257, 16384), HIDDEN_SIZES)], dtype=DTYPES)
+    | each(check_norm, layouts=VIEWS, shape=[(5, 2, 24)], dtype=(torch.bfloat16,)),
     drawn=st.builds(
-        lambda check, num_tokens, size, dtype: partial(check, (num_tokens, size), dtype),
-        st.sampled_from(list(NORMS.values())),
-        st.integers(1, 300),
-        st.sampled_from([1, 7, 64, 96, 128, 1000, 5000]),
+        check_norm,
+        st.tuples(st.integers(1, 300), st.sampled_from([1, 7, 64, 96, 128, 1000, 5000])),
         st.sampled_from(DTYPES),
+        st.sampled_from(list(LAYOUTS.values())),
     ),
     compiled={
         f"{num_tokens} x {size}": Compilation(
@@ -177,7 +139,7 @@ KERNEL = Kernel(
         for num_tokens in (100, 10000)
         for size in (128, *HIDDEN_SIZES)
     },
-    refused=Refusals(
+    refused=Refused(
         add_rms_norm,
         lambda: {"x": torch.empty(4, 8), "residual": torch.empty(4, 8), "weight": torch.empty(8)},
         (

@@ -3,63 +3,26 @@
 It is one file, so that all that is known of the kernel is declared in one place.
 """
 
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 from hypothesis import strategies as st
 
-from benchmarks.arithmetic import Work
-from benchmarks.kernels.inputs import randn
-from benchmarks.measuring import Measured
+from benchmarks.kernels.sampling import measured
 from nanovllm.layers.philox import exponential_from_words, token_words
 from nanovllm.layers.sampler import argmax
 from reference.philox import WORD, philox
 from reference.sampling import sampling as reference_sampling
 from tests.support.kernels.accuracy import counted
 from tests.support.kernels.guards import Guards
-from tests.support.kernels.registry import EVERY_TARGET, Compilation, Kernel, Limits, Refusals, Steps, lazy, meta
+from tests.support.kernels.registry import DTYPES, Compilation, Kernel, Limits, Refused, Steps, case, each, lazy, meta
 
 sampling = lazy("sampling.sampling")
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Qwen3, Llama 3, Qwen2.5 and Llama 2, and sizes that are no multiple of anything
 VOCAB_SIZES = (151_936, 128_256, 152_064, 32_000, 151_937, 97, 1)
 
 POSITIONS = (0, 1, 2**20, 2**31, 2**32 - 1)
 SEEDS = (0, 1, 2**32 - 1, 2**32, 0x0123456789ABCDEF, 2**63, 2**64 - 1)
-
-
-@dataclass(frozen=True)
-class Case:
-    """Rows of logits, scale * randn, of which every third is greedy. row_padding: columns between two rows."""
-
-    vocab_size: int
-    num_rows: int = 6
-    dtype: torch.dtype = torch.float32
-    scale: float = 3.0
-    temperature: float = 1.0
-    row_padding: int = 5
-    tile_size: int = 64
-    seed: int = 0
-
-
-CASES = {
-    "one token": Case(1),
-    "fewer tokens than a Philox call has words": Case(3),
-    "exactly a tile": Case(64),
-    "one more than a tile": Case(65, num_rows=3),
-    "four tiles, the last one ragged": Case(121, tile_size=32),
-    "one Philox call a tile": Case(11, num_rows=3, tile_size=4),
-    "one tile": Case(97, tile_size=128),
-    "even chances": Case(97, scale=0.0),
-    "cold": Case(97, temperature=0.1),
-    "hot": Case(97, temperature=30.0),
-    "one row": Case(97, num_rows=1),
-    "two rows": Case(40, num_rows=2),
-    "no rows": Case(97, num_rows=0),
-    "float16": Case(97, dtype=torch.float16),
-    "bfloat16": Case(97, dtype=torch.bfloat16),  # cast up when loaded, so right in the interpreter too
-}
 
 
 def make_rows(num_rows: int, temperature: float, seed: int) -> dict[str, torch.Tensor]:
@@ -94,27 +57,40 @@ def expected_tokens(logits: torch.Tensor, rows: dict[str, torch.Tensor]) -> list
 
 
 def sample(
-    guards: Guards, logits: torch.Tensor, rows: dict[str, torch.Tensor], *, row_padding: int = 0, **options: int
+    device: str, logits: torch.Tensor, rows: dict[str, torch.Tensor], *, row_padding: int = 0, **options: int
 ) -> list[int]:
     """The launcher's tokens of all columns but the last row_padding; nothing else may have been written."""
+    guards = Guards(device)
     guarded = {name: guards.read(tensor) for name, tensor in rows.items()}
     logits = guards.read(logits)[:, : logits.shape[1] - row_padding]
     with guards:
         token_ids = sampling(logits, **guarded, **options)
-    guards.assert_intact()
     return token_ids.tolist()
 
 
-def check(case: Case, device: str) -> None:
-    """Raise AssertionError unless every row has reference.sampling's token."""
-    rows = make_rows(case.num_rows, case.temperature, case.seed)
-    shape = (case.num_rows, case.vocab_size + case.row_padding)
-    wide = case.scale * torch.randn(shape, generator=torch.Generator().manual_seed(case.seed))
-    wide[:, case.vocab_size :] = 1e4  # a token that is read from beyond the vocabulary would win
-    wide = wide.to(case.dtype)
-    expected = expected_tokens(wide[:, : case.vocab_size], rows)
-    options = {"tile_size": case.tile_size, "row_padding": case.row_padding}
-    assert sample(Guards(device), wide, rows, **options) == expected
+@case
+def check(
+    device: str,
+    vocab_size: int,
+    num_rows: int = 6,
+    dtype: torch.dtype = torch.float32,
+    scale: float = 3.0,
+    temperature: float = 1.0,
+    row_padding: int = 5,
+    tile_size: int = 64,
+    seed: int = 0,
+) -> None:
+    """Rows of logits, scale * randn, of which every third is greedy, have reference.sampling's tokens.
+
+    row_padding: columns between two rows.
+    """
+    rows = make_rows(num_rows, temperature, seed)
+    shape = (num_rows, vocab_size + row_padding)
+    wide = scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    wide[:, vocab_size:] = 1e4  # a token that is read from beyond the vocabulary would win
+    wide = wide.to(dtype)
+    expected = expected_tokens(wide[:, :vocab_size], rows)
+    assert sample(device, wide, rows, tile_size=tile_size, row_padding=row_padding) == expected
     counted("sampling", wide[:, 0].to(device))  # a token a row, chosen from logits of this dtype
 
 
@@ -132,7 +108,7 @@ def check_degenerate_rows(device: str) -> None:
     for is_greedy in (True, False):
         rows = make_rows(len(rows_and_tokens), 1.0, seed=0) | {"is_greedy": torch.full((6,), is_greedy)}
         logits = torch.tensor([row for row, _ in rows_and_tokens])
-        assert sample(Guards(device), logits, rows, tile_size=4) == [token for _, token in rows_and_tokens]
+        assert sample(device, logits, rows, tile_size=4) == [token for _, token in rows_and_tokens]
 
 
 def check_ties(device: str) -> None:
@@ -142,7 +118,7 @@ def check_ties(device: str) -> None:
     logits[1, [17, 35]] = 2.0
     logits[2, 20], logits[2, 21], logits[2, 3] = 0.0, -0.0, -0.0
     rows = make_rows(3, 1.0, seed=0) | {"is_greedy": torch.ones(3, dtype=torch.bool)}
-    assert sample(Guards(device), logits, rows, tile_size=8) == [5, 17, 3]
+    assert sample(device, logits, rows, tile_size=8) == [5, 17, 3]
 
 
 def check_temperatures(device: str) -> None:
@@ -150,7 +126,7 @@ def check_temperatures(device: str) -> None:
     logits = torch.tensor([[20.0, -torch.inf, 21.0, -3.0]]).repeat(14, 1)
     rows = make_rows(14, 1.0, seed=0) | {"is_greedy": torch.zeros(14, dtype=torch.bool)}
     rows["temperature"] = torch.where(torch.arange(14) < 2, 1e-10, torch.inf)
-    tokens = sample(Guards(device), logits, rows, tile_size=4)
+    tokens = sample(device, logits, rows, tile_size=4)
     assert set(tokens[:2]) == {2}
     assert set(tokens[2:]) == {0, 2, 3}
 
@@ -173,33 +149,7 @@ def check_near_ties(device: str) -> None:
             logits[row, tokens[0]], logits[row, tokens[1]] = (second - first).float(), 0.0
         expected = expected_tokens(logits, rows)
         assert len(set(expected)) == 2, "both win now and then"
-        assert sample(Guards(device), logits, rows, tile_size=tile_size) == expected
-
-
-def check_rows_alone(device: str) -> None:
-    """D57, D58: a row's token is the same in every batch and for every tile size."""
-    rows = make_rows(6, 1.0, seed=3)
-    logits = torch.randn(6, 70, generator=torch.Generator().manual_seed(3))
-    expected = sample(Guards(device), logits, rows, tile_size=32)
-    assert sample(Guards(device), logits, rows, tile_size=128) == expected
-    backwards = {name: tensor.flip(0) for name, tensor in rows.items()}
-    assert sample(Guards(device), logits.flip(0), backwards, tile_size=32) == expected[::-1]
-    for row in (0, 5):
-        alone = {name: tensor[row : row + 1] for name, tensor in rows.items()}
-        assert sample(Guards(device), logits[row : row + 1], alone, tile_size=32) == expected[row : row + 1]
-
-
-def check_words(device: str) -> None:
-    """philox_words are, bit for bit, reference.philox's; a kernel of two programs stores them."""
-    from tests.kernels.sampling_probes import store_words
-
-    rows = make_rows(7, 1.0, seed=0)
-    actual = store_words(rows, num_tiles=2, tile_size=16, device=device)
-    for row in range(7):
-        key = int(rows["seed_low"][row]), int(rows["seed_high"][row])
-        for token in range(32):
-            counter = (token // 4, int(rows["position"][row]), 0, 0)
-            assert int(actual[row, token]) == int(philox(key, counter)[token % 4])
+        assert sample(device, logits, rows, tile_size=tile_size) == expected
 
 
 def check_noise(device: str) -> None:
@@ -226,7 +176,8 @@ def scores_of_torch(logits: torch.Tensor, rows: dict[str, torch.Tensor]) -> torc
     return logits.float() / rows["temperature"][:, None] - exponential_from_words(words).log()
 
 
-def check_whole_vocabulary(vocab_size: int, scale: float, dtype: torch.dtype, device: str) -> None:
+@case
+def check_whole_vocabulary(device: str, vocab_size: int, scale: float, dtype: torch.dtype) -> None:
     rows = {name: tensor.to(device) for name, tensor in make_rows(40, 1.0, seed=vocab_size).items()}
     logits = (scale * torch.randn(40, vocab_size + 1, device=device)).to(dtype)[:, :vocab_size]
     expected = torch.where(rows["is_greedy"], argmax(logits), argmax(scores_of_torch(logits, rows)))
@@ -281,25 +232,28 @@ def launch(num_rows: int, vocab_size: int = 151_936, dtype: torch.dtype = torch.
     sampling(meta(num_rows, vocab_size, dtype=dtype), temperature, *integers, meta(num_rows, dtype=torch.bool))
 
 
-def measured(num_rows: int, vocab_size: int, is_greedy: bool) -> Measured:
-    def make(index: int) -> tuple[torch.Tensor, ...]:
-        logits = 3 * randn(index, num_rows, vocab_size)
-        if is_greedy:
-            logits[:, vocab_size // 3] = 100.0  # one largest: torch.argmax promises nothing for ties
-        halves = torch.randint(0, 2**32, (2, num_rows), generator=torch.Generator().manual_seed(index)).cuda()
-        position = torch.arange(num_rows, device="cuda") + 100 * index
-        temperature = torch.linspace(0.5, 1.0, num_rows, device="cuda")
-        return logits, temperature, *halves, position, torch.full((num_rows,), is_greedy, device="cuda")
-
-    def plain(logits, temperature, seed_low, seed_high, position, greedy):
-        if is_greedy:
-            return logits.argmax(dim=1)
-        noise = exponential_from_words(token_words(seed_low, seed_high, position, vocab_size))
-        return (logits.float() / temperature[:, None] - noise.log()).argmax(dim=1)
-
-    work = Work(num_rows * vocab_size * 2, 8 * num_rows)  # the logits, once; a token id of 8 bytes a row
-    return Measured(make=make, run=sampling, expected=plain, work=work, peers={"torch": plain})
-
+CASES = {
+    "one token": check(1),
+    "fewer tokens than a Philox call has words": check(3),
+    "exactly a tile": check(64),
+    "one more than a tile": check(65, num_rows=3),
+    "four tiles, the last one ragged": check(121, tile_size=32),
+    "one Philox call a tile": check(11, num_rows=3, tile_size=4),
+    "one tile": check(97, tile_size=128),
+    "even chances": check(97, scale=0.0),
+    "cold": check(97, temperature=0.1),
+    "hot": check(97, temperature=30.0),
+    "one row": check(97, num_rows=1),
+    "two rows": check(40, num_rows=2),
+    "no rows": check(97, num_rows=0),
+    "float16": check(97, dtype=torch.float16),
+    "bfloat16": check(97, dtype=torch.bfloat16),  # cast up when loaded, so right in the interpreter too
+    "degenerate rows": check_degenerate_rows,
+    "ties": check_ties,
+    "temperatures": check_temperatures,
+    "near ties": check_near_ties,
+    "noise": check_noise,
+}
 
 KERNEL = Kernel(
     name="sampling",
@@ -307,50 +261,21 @@ KERNEL = Kernel(
         "sampling_tile_kernel": Limits(64, 16 * 1024),  # 64 of 65,536 registers: 8 blocks of 128 threads an SM
         "sampling_row_kernel": Limits(128, 16 * 1024),
     },
-    cases={
-        **{name: partial(check, case) for name, case in CASES.items()},
-        "degenerate rows": check_degenerate_rows,
-        "ties": check_ties,
-        "temperatures": check_temperatures,
-        "near ties": check_near_ties,
-        "rows alone": check_rows_alone,
-        "words": check_words,
-        "noise": check_noise,
-    },
-    on_gpu={
-        f"{vocab_size} tokens, {scale} x randn, {str(dtype)[6:]}": partial(
-            check_whole_vocabulary, vocab_size, scale, dtype
-        )
-        for vocab_size in VOCAB_SIZES
-        for scale in (0.0, 1.0, 5.0)
-        for dtype in DTYPES
-    }
+    cases=CASES,
+    on_gpu=each(check_whole_vocabulary, vocab_size=VOCAB_SIZES, scale=(0.0, 1.0, 5.0), dtype=DTYPES)
     | {"tile maxima": check_tile_maxima, "far row": check_far_row, "graph": check_graph},
     drawn=st.builds(
-        lambda vocab_size, num_rows, dtype, temperature, log2_size, seed: partial(
-            check,
-            Case(
-                vocab_size,
-                num_rows,
-                dtype,
-                temperature=temperature,
-                row_padding=seed % 9,
-                tile_size=2**log2_size,
-                seed=seed,
-            ),
-        ),
+        check,
         st.integers(1, 9000),
         st.integers(1, 20),
         st.sampled_from(DTYPES),
-        st.sampled_from([1e-3, 0.5, 1.0, 10.0]),
-        st.integers(7, 12),
-        st.integers(0, 2**16),
+        temperature=st.sampled_from([1e-3, 0.5, 1.0, 10.0]),
+        row_padding=st.integers(0, 8),
+        tile_size=st.sampled_from([128, 256, 512, 1024, 2048, 4096]),
+        seed=st.integers(0, 2**16),
     ),
-    compiled={
-        f"{size} tokens": Compilation(lambda dtype, _, size=size: launch(256, size, dtype), EVERY_TARGET)
-        for size in (151_936, 151_937, 1)
-    },
-    refused=Refusals(
+    compiled={f"{n} tokens": Compilation.everywhere(partial(launch, 256, n)) for n in (151_936, 151_937, 1)},
+    refused=Refused(
         sampling,
         lambda: {"logits": torch.zeros(3, 10), **make_rows(3, 1.0, 0)},
         (

@@ -9,19 +9,9 @@ tl = pytest.importorskip("triton.language")
 from nanovllm.kernels.sampling import (  # noqa: E402 (it needs triton)
     approx_log2_arrival_times,
     exact_gumbel,
-    load_counters,
-    philox_words,
     sampling_tile_kernel,
     scores_of,
 )
-
-
-def store_words(rows: dict[str, torch.Tensor], num_tiles: int, tile_size: int, device: str) -> torch.Tensor:
-    """[R, num_tiles * tile_size] int64: the words of each row's first tokens."""
-    seed_low, seed_high, position = (rows[name].to(device) for name in ("seed_low", "seed_high", "position"))
-    words = torch.empty(len(position), num_tiles * tile_size, dtype=torch.int64, device=device)
-    words_kernel[(len(position), num_tiles)](seed_low, seed_high, position, words, words.stride(0), TILE_SIZE=tile_size)
-    return words
 
 
 def store_noise(words: torch.Tensor, device: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -42,14 +32,6 @@ def tile_maxima(logits: torch.Tensor, rows: dict[str, torch.Tensor], tile_size: 
     largest = torch.finfo(logits.dtype).max
     sampling_tile_kernel[(maxima.numel(),)](logits, *arguments, LARGEST=largest, TILE_SIZE=tile_size)
     return maxima
-
-
-@triton.jit
-def words_kernel(seed_low_ptr, seed_high_ptr, position_ptr, words_ptr, row_stride, TILE_SIZE: tl.constexpr):
-    row, tile = tl.program_id(0), tl.program_id(1)
-    seed_low, seed_high, position = load_counters(seed_low_ptr, seed_high_ptr, position_ptr, row)
-    words = philox_words(seed_low, seed_high, position, tile * TILE_SIZE, TILE_SIZE)
-    tl.store(words_ptr + row * row_stride + tile * TILE_SIZE + tl.arange(0, TILE_SIZE), words.to(tl.int64))
 
 
 @triton.jit

@@ -1,6 +1,6 @@
 """Cases of silu_and_mul against reference.silu_and_mul. D50, D52"""
 
-from functools import partial
+from itertools import product
 
 import torch
 from hypothesis import strategies as st
@@ -11,24 +11,22 @@ from benchmarks.kernels.inputs import randn
 from benchmarks.measuring import Measured
 from benchmarks.shapes import Shape
 from reference.silu_and_mul import silu_and_mul as reference_silu_and_mul
-from tests.support.kernels.accuracy import assert_within_twice_the_error_of_plain_torch
+from tests.support.kernels.accuracy import assert_like_reference
 from tests.support.kernels.guards import Guards
-from tests.support.kernels.registry import Compilation, Kernel, Limits, Refusals, Steps, lazy, meta
+from tests.support.kernels.registry import DTYPES, Compilation, Kernel, Limits, Refused, Steps, case, each, lazy, meta
 
 silu_and_mul = lazy("silu_and_mul.silu_and_mul")
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SIZES = (768, 3072, 4864, 14336)  # qwen3-30b-a3b's experts, qwen3-0.6b, qwen2.5-0.5b, llama-3-8b
 
 
-def check_shape(num_tokens: int, size: int, dtype: torch.dtype, device: str, stride: int | None = None, **tiles: int):
-    """x: rows of 2 * size, `stride` apart."""
-    guards, generator = Guards(device), torch.Generator().manual_seed(0)
-    x = guards.read((4 * torch.randn(num_tokens, stride or 2 * size, generator=generator)).to(dtype))[:, : 2 * size]
+@case
+def check_shape(device: str, shape: tuple[int, int], dtype: torch.dtype, spare: int = 0, **tiles: int) -> None:
+    """shape: tokens and size of the output. x has `spare` elements between its rows."""
+    guards, (num_tokens, size) = Guards(device), shape
+    x = guards.randn(num_tokens, 2 * size + spare, std=4, dtype=dtype)[:, : 2 * size]
     with guards:
         y = silu_and_mul(x, **tiles)
-    guards.assert_intact()
-    plain, exact = reference_silu_and_mul(x), reference_silu_and_mul(x.double())
-    assert_within_twice_the_error_of_plain_torch("silu_and_mul", y, plain, exact, ("token", "element"))
+    assert_like_reference("silu_and_mul", y, reference_silu_and_mul, (x,), ("token", "element"))
 
 
 def check_large_gates(device: str) -> None:
@@ -42,14 +40,6 @@ def check_far_row(device: str) -> None:
     x = torch.empty(2**31 + 64, dtype=torch.float16, device=device).as_strided((3, 64), (2**30, 1))
     x.copy_(torch.arange(3)[:, None] + 32)  # silu(32) is 32 in float16
     assert silu_and_mul(x)[:, -1].tolist() == [32**2, 33**2, 34**2]
-
-
-def cases_of(shapes: list[tuple[int, int]], dtypes: tuple[torch.dtype, ...]) -> dict[str, partial]:
-    return {
-        f"{num_tokens} x {size} {str(dtype).removeprefix('torch.')}": partial(check_shape, num_tokens, size, dtype)
-        for num_tokens, size in shapes
-        for dtype in dtypes
-    }
 
 
 def launch_small_and_large(size: int, dtype: torch.dtype) -> None:
@@ -77,25 +67,24 @@ def measured(shape: Shape, num_tokens: int) -> Measured:
 KERNEL = Kernel(
     name="silu_and_mul",
     launched={"silu_and_mul_kernel": Limits(max_registers=128, max_shared_bytes=0)},  # no element meets another
-    cases=cases_of([(1, 1), (7, 24), (3, 33), (0, 16), (2, 1025)], (torch.float32, torch.float16))
+    cases=each(check_shape, shape=[(1, 1), (7, 24), (3, 33), (0, 16), (2, 1025)], dtype=(torch.float32, torch.float16))
     | {
-        "rows far apart": partial(check_shape, 5, 24, torch.float32, stride=61),
-        "row of several tiles": partial(check_shape, 5, 24, torch.float32, tile_size=16),
+        "rows far apart": check_shape((5, 24), torch.float32, spare=13),
+        "row of several tiles": check_shape((5, 24), torch.float32, tile_size=16),
         "large gates": check_large_gates,
         "far row": check_far_row,
     },
-    on_gpu=cases_of([(num_tokens, size) for num_tokens in (1, 257, 4096) for size in SIZES], DTYPES),
+    on_gpu=each(check_shape, shape=[*product((1, 257, 4096), SIZES)], dtype=DTYPES),
     drawn=st.builds(
-        lambda num_tokens, size, spare, dtype: partial(check_shape, num_tokens, size, dtype, stride=2 * size + spare),
-        st.integers(1, 300),
-        st.integers(1, 3000),
-        st.integers(0, 9),
+        check_shape,
+        st.tuples(st.integers(1, 300), st.integers(1, 3000)),
         st.sampled_from(DTYPES),
+        spare=st.integers(0, 9),
     ),
     compiled={
         f"{size}": Compilation(lambda dtype, _, size=size: launch_small_and_large(size, dtype)) for size in SIZES
     },
-    refused=Refusals(
+    refused=Refused(
         silu_and_mul,
         lambda: {"x": torch.empty(4, 8)},
         tuple(

@@ -1,86 +1,50 @@
 """Cases of store_kvcache against reference.store_kvcache, to the bit. D51, D52"""
 
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
 
 import torch
 from hypothesis import strategies as st
 
-from benchmarks.arithmetic import Work
-from benchmarks.kernels.inputs import randn
-from benchmarks.measuring import Measured
-from benchmarks.shapes import Shape
+from benchmarks.kernels.store_kvcache import measured
 from reference.store_kvcache import store_kvcache as reference_store_kvcache
 from tests.support.kernels.accuracy import assert_same_bits
 from tests.support.kernels.guards import Guards
-from tests.support.kernels.registry import Compilation, Kernel, Limits, Refusals, Steps, lazy, meta
+from tests.support.kernels.registry import DTYPES, Compilation, Kernel, Limits, Refused, Steps, case, lazy, meta
 
 store_kvcache = lazy("store_kvcache.store_kvcache")
 CACHE_AXES = ("block", "slot", "head", "dimension")
 
 
-@dataclass(frozen=True)
-class Case:
-    num_kv_heads: int
-    head_dim: int
-    slots: tuple[int, ...] = (7, -1, 0, 39, 16, -1, 15)
-    num_blocks: int = 3
-    block_size: int = 16
-    dtype: torch.dtype = torch.float32
-    slot_dtype: torch.dtype = torch.int64
-    tile_size: int = 1024
+@case
+def check_slots(
+    device: str,
+    num_kv_heads: int,
+    head_dim: int,
+    slots: Sequence[int] = (7, -1, 0, 39, 16, -1, 15),
+    num_blocks: int = 3,
+    block_size: int = 16,
+    dtype: torch.dtype = torch.float32,
+    slot_dtype: torch.dtype = torch.int64,
+    tile_size: int = 1024,
+    is_spread: bool = False,
+) -> None:
+    """The caches are, bit for bit, what reference.store_kvcache gives.
 
-
-CASES = {
-    "one element": Case(1, 1),
-    "power of two": Case(2, 32),
-    "3 x 64": Case(3, 64),  # D51: rows that are no power of two
-    "5 x 64": Case(5, 64),
-    "10 x 128": Case(10, 128),
-    "1 x 80, odd head size": Case(1, 80),
-    "row of several tiles": Case(3, 64, tile_size=64),
-    "last tile is partial": Case(5, 24, tile_size=32),
-    "several tokens a tile": Case(1, 16, tile_size=64),
-    "block size 1": Case(3, 16, num_blocks=48, block_size=1),
-    "block size 256": Case(2, 16, slots=(767, 0, 256, -1, 255), block_size=256),
-    "float16": Case(3, 64, dtype=torch.float16),
-    "bfloat16": Case(3, 64, dtype=torch.bfloat16),  # moved, not computed with, so right in the interpreter too
-    "int32 slots": Case(2, 32, slot_dtype=torch.int32),
-    "nothing to store": Case(2, 32, slots=(-1, -1)),
-    "no tokens": Case(2, 32, slots=()),
-    "every slot": Case(2, 8, slots=tuple(reversed(range(48)))),
-}
-
-
-def check_case(case: Case, device: str) -> None:
-    """The caches are, bit for bit, what reference.store_kvcache gives."""
+    Key and value are views of a packed qkv of 2 query heads, so that a token's stride exceeds its row. is_spread: every
+    other head of a wider tensor, so that heads stand further apart than head_dim.
+    """
     guards = Guards(device)
-    num_tokens, heads, dim = len(case.slots), case.num_kv_heads, case.head_dim
-    # Key and value are views of a packed qkv of 2 query heads, so that a token's stride exceeds its row.
-    qkv = torch.randn(num_tokens, 2 + 2 * heads, dim, generator=torch.Generator().manual_seed(0)).to(case.dtype)
-    _, key, value = guards.read(qkv).split([2, heads, heads], dim=1)
-    slot_mapping = guards.read(torch.tensor(case.slots, dtype=case.slot_dtype))
-    shape = (case.num_blocks, case.block_size, heads, dim)
-    caches = [guards.unwritten(*shape, dtype=case.dtype) for _ in range(2)]
+    if is_spread:
+        wide = guards.randn(len(slots), 2 * num_kv_heads, head_dim, dtype=dtype)
+        key, value = wide[:, ::2], wide[:, 1::2]
+    else:
+        qkv = guards.randn(len(slots), 2 + 2 * num_kv_heads, head_dim, dtype=dtype)
+        _, key, value = qkv.split([2, num_kv_heads, num_kv_heads], dim=1)
+    slot_mapping = guards.read(torch.tensor(slots, dtype=slot_dtype))
+    caches = [guards.unwritten(num_blocks, block_size, num_kv_heads, head_dim, dtype=dtype) for _ in "kv"]
     expected = reference_store_kvcache(key, value, *caches, slot_mapping)
     with guards:
-        store_kvcache(key, value, *caches, slot_mapping, tile_size=case.tile_size)
-    guards.assert_intact()
-    for cache, expected_cache in zip(caches, expected, strict=True):
-        assert_same_bits("store_kvcache", cache, expected_cache, CACHE_AXES)
-
-
-def check_strides(device: str) -> None:
-    """Heads stand further apart than head_dim: every other head of a wider tensor."""
-    guards = Guards(device)
-    wide = guards.read(torch.randn(3, 8, 16, generator=torch.Generator().manual_seed(0)))
-    key, value = wide[:, ::2], wide[:, 1::2]
-    slot_mapping = guards.read(torch.tensor([3, -1, 1]))
-    caches = [guards.unwritten(2, 2, 4, 16, dtype=torch.float32) for _ in range(2)]
-    expected = reference_store_kvcache(key, value, *caches, slot_mapping)
-    with guards:
-        store_kvcache(key, value, *caches, slot_mapping)
-    guards.assert_intact()
+        store_kvcache(key, value, *caches, slot_mapping, tile_size=tile_size)
     for cache, expected_cache in zip(caches, expected, strict=True):
         assert_same_bits("store_kvcache", cache, expected_cache, CACHE_AXES)
 
@@ -102,12 +66,31 @@ def check_far_slot(device: str) -> None:
     assert (rows[slot] == 7).all()
 
 
+CASES = {
+    "one element": check_slots(1, 1),
+    "power of two": check_slots(2, 32),
+    "3 x 64": check_slots(3, 64),  # D51: rows that are no power of two
+    "5 x 64": check_slots(5, 64),
+    "10 x 128": check_slots(10, 128),
+    "1 x 80, odd head size": check_slots(1, 80),
+    "row of several tiles": check_slots(3, 64, tile_size=64),
+    "last tile is partial": check_slots(5, 24, tile_size=32),
+    "several tokens a tile": check_slots(1, 16, tile_size=64),
+    "block size 1": check_slots(3, 16, num_blocks=48, block_size=1),
+    "block size 256": check_slots(2, 16, slots=(767, 0, 256, -1, 255), block_size=256),
+    "float16": check_slots(3, 64, dtype=torch.float16),
+    "bfloat16": check_slots(3, 64, dtype=torch.bfloat16),  # moved, not computed with, so right in the interpreter too
+    "int32 slots": check_slots(2, 32, slot_dtype=torch.int32),
+    "nothing to store": check_slots(2, 32, slots=(-1, -1)),
+    "no tokens": check_slots(2, 32, slots=()),
+    "every slot": check_slots(2, 8, slots=tuple(reversed(range(48)))),
+    "heads apart": check_slots(4, 16, is_spread=True),
+    "far slot": check_far_slot,
+}
+
+
 def launch(num_tokens: int, heads: int, dim: int, dtype: torch.dtype) -> None:
-    _, key, value = (
-        meta(num_tokens, 4 * heads * dim, dtype=dtype)
-        .view(num_tokens, 4 * heads, dim)
-        .split([2 * heads, heads, heads], dim=1)
-    )
+    _, key, value = meta(num_tokens, 4 * heads, dim, dtype=dtype).split([2 * heads, heads, heads], dim=1)
     cache = meta(100, 256, heads, dim, dtype=dtype)
     store_kvcache(key, value, cache, cache, meta(num_tokens, dtype=torch.int64))
 
@@ -117,63 +100,23 @@ def meta_inputs() -> dict[str, torch.Tensor]:
     return {name: meta(*shape) for name, shape in shapes.items()} | {"slot_mapping": meta(3, dtype=torch.int64)}
 
 
-def measured(shape: Shape, num_tokens: int) -> Measured:
-    num_heads, num_kv_heads, head_dim = shape[:3]
-    block_size = 256
-    num_blocks = 1 + num_tokens // block_size
-    num_bytes = 2 * num_tokens * num_kv_heads * head_dim * 2
-
-    def make(index: int) -> tuple[torch.Tensor, ...]:
-        qkv = randn(index, num_tokens, num_heads + 2 * num_kv_heads, head_dim)
-        _, key, value = qkv.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
-        k_cache, v_cache = randn(index, 2, num_blocks, block_size, num_kv_heads, head_dim)
-        generator = torch.Generator().manual_seed(index)
-        if num_tokens > 256:  # prefill: whole blocks, which lie anywhere
-            blocks = torch.randperm(num_blocks, generator=generator)[: num_tokens // block_size]
-            slots = (blocks[:, None] * block_size + torch.arange(block_size)).flatten()
-        else:  # decode: one slot here, one there
-            slots = torch.randperm(num_blocks * block_size, generator=generator)[:num_tokens]
-        return key, value, k_cache, v_cache, slots.cuda()
-
-    def run(key, value, k_cache, v_cache, slot_mapping):
-        store_kvcache(key, value, k_cache, v_cache, slot_mapping)
-        return k_cache, v_cache
-
-    def plain(key, value, k_cache, v_cache, slot_mapping):
-        k_cache.flatten(0, 1)[slot_mapping] = key
-        v_cache.flatten(0, 1)[slot_mapping] = value
-        return k_cache, v_cache
-
-    return Measured(
-        make=make,
-        run=run,
-        expected=lambda key, value, k, v, slots: plain(key, value, k.clone(), v.clone(), slots),
-        work=Work(num_bytes, num_bytes),  # keys and values, read and written
-        peers={"torch": plain},
-        tolerance=0.0,
-    )
-
-
 KERNEL = Kernel(
     name="store_kvcache",
     # each element is read and written by one thread
     launched={"store_kvcache_kernel": Limits(max_registers=64, max_shared_bytes=0)},
-    cases={name: partial(check_case, case) for name, case in CASES.items()}
-    | {"strides": check_strides, "far slot": check_far_slot},
+    cases=CASES,
     drawn=st.builds(
-        lambda *shape: partial(check_case, Case(*shape)),
+        check_slots,
         st.integers(1, 12),
         st.sampled_from([1, 24, 64, 80, 128, 256]),
-        st.lists(st.integers(0, 47), unique=True, max_size=48).map(tuple),
-        st.just(3),
-        st.just(16),
-        st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
+        st.lists(st.integers(0, 47), unique=True, max_size=48),
+        dtype=st.sampled_from(DTYPES),
     ),
     compiled={
         f"{heads} x {dim}": Compilation(lambda dtype, _, heads=heads, dim=dim: launch(9, heads, dim, dtype))
         for heads, dim in [(8, 128), (4, 128), (2, 64), (3, 80), (8, 256)]
     },
-    refused=Refusals(
+    refused=Refused(
         store_kvcache,
         meta_inputs,
         (

@@ -5,24 +5,24 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
 from tests.kernels import test_kernels
-from tests.kernels.varlen_attention_cases import Case, assert_right, make_inputs
+from tests.kernels.varlen_attention_cases import Case
+from tests.support.counts import counting
 from tests.support.kernels.accuracy import assert_same_bits
 from tests.support.kernels.compiling import assert_fits, compile_launches
 from tests.support.kernels.gluon_emulation import emulated
 from tests.support.kernels.interpreting import INTERPRETER
 from tests.support.kernels.registry import Limits
-from tests.support.kernels.versions import INTERPRETER_REASON, interprets
 from tests.support.source_tree import ROOT
 
-FAULTY = "tests.support.kernels.faulty_kernels"
-NEEDS_INTERPRETER = pytest.mark.skipif(not interprets(), reason=INTERPRETER_REASON)
+FAULTY: Any = SimpleNamespace(name="copy", module="tests.support.kernels.faulty_kernels")
 
 
-@NEEDS_INTERPRETER
+@test_kernels.NEEDS_INTERPRETER
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
@@ -32,49 +32,45 @@ NEEDS_INTERPRETER = pytest.mark.skipif(not interprets(), reason=INTERPRETER_REAS
         ("changes its input", r"an input of shape \[3, 13\] was changed"),
         ("depends on the order", "(?s)programs reversed.*in 23 of 39 elements"),
         ("kills the process", "the interpreting process died with exit code -11"),
+        ("hangs", "it ran for more than 8 s"),
     ],
 )
-def test_a_faulty_kernel_is_noticed(fault: str, message: str) -> None:
+def test_a_faulty_kernel_is_noticed_and_a_right_one_passes_after_it(fault: str, message: str) -> None:
     with pytest.raises(AssertionError, match=message):
-        assert not INTERPRETER.run(FAULTY, fault).failure, INTERPRETER.run(FAULTY, fault).failure
-
-
-@NEEDS_INTERPRETER
-def test_a_right_kernel_passes_after_one_that_killed_the_process() -> None:
-    assert INTERPRETER.run(FAULTY, "kills the process").failure
-    outcome = INTERPRETER.run(FAULTY, "none")
+        assert not (failure := INTERPRETER.run(FAULTY.module, fault, timeout=8).failure), failure
+    outcome = INTERPRETER.run(FAULTY.module, "none")
     assert not outcome.failure
     assert outcome.functions == {"copy_kernel"}
 
 
-@NEEDS_INTERPRETER
-def test_a_case_that_hangs_is_stopped() -> None:
-    assert "it ran for more than 8 s" in INTERPRETER.run(FAULTY, "hangs", timeout=8).failure
-
-
-@NEEDS_INTERPRETER
+@test_kernels.NEEDS_INTERPRETER
 def test_a_mismatch_is_told_with_everything_that_helps() -> None:
-    """Order, case, dtype, tile size, place and values, how many, the errors, and where the check is."""
-    told = INTERPRETER.run(FAULTY, "adds to one").failure
-    assert told.splitlines()[:-1] == [
-        "programs in order",
+    """Kernel, case, order, dtype, tile size, place and values, how many, the errors, and where the check is."""
+    with pytest.raises(pytest.fail.Exception) as raised:
+        test_kernels.test_interpreted(FAULTY, "adds to one")
+    assert str(raised.value).splitlines()[:-1] == [
+        "kernel copy, case 'adds to one': programs in order",
         "check_copy(adds to one, torch.float32, tile_size=16)",
         "copy differs from its reference in 1 of 39 elements (float32)",
         "the worst is at token 2, element 4: expected 31, got 31.5",
         "its error is 0.5, plain PyTorch's largest 0; allowed are 4.65e-06: twice plain PyTorch's and one unit in the "
         "last place, 4.65e-06",
     ]
-    assert "tests/support/kernels/faulty_kernels.py:" in told.splitlines()[-1]
+    assert "tests/support/kernels/faulty_kernels.py:" in str(raised.value).splitlines()[-1]
 
 
-@NEEDS_INTERPRETER
-def test_a_failing_test_names_kernel_and_case_and_the_command_that_repeats_it(request: pytest.FixtureRequest) -> None:
-    faulty: Any = SimpleNamespace(name="copy", module=FAULTY)
-    with pytest.raises(pytest.fail.Exception) as raised:
-        test_kernels.test_interpreted(faulty, "adds to one", request)
-    first, *_, last = str(raised.value).splitlines()
-    assert first == "kernel copy, case 'adds to one': programs in order"
-    assert last == f"repeat with: python -m pytest '{request.node.nodeid}'"
+@test_kernels.NEEDS_INTERPRETER
+def test_comparisons_of_the_interpreting_process_are_counted_for_the_test() -> None:
+    with counting() as counts:
+        INTERPRETER.run(FAULTY.module, "none")
+    assert counts.comparisons == {"kernel copy, float32, interpreted against the reference": 3 * 39}
+    assert counts.errors.keys() == {"kernel copy, float32"}
+
+
+def test_draws_that_depend_on_more_than_the_seed_are_noticed() -> None:
+    impure: Any = SimpleNamespace(drawn=st.builds(lambda n: n + torch.rand(1).item(), st.integers()))
+    with pytest.raises(AssertionError):
+        test_kernels.test_draws_depend_on_the_seed_alone(impure)
 
 
 def test_bits_that_differ_are_told_with_their_place() -> None:
@@ -107,41 +103,45 @@ def assert_hopper_kernel_right(old: str = "", new: str = "") -> None:
         exec(compile(source.replace(old, new), str(HOPPER), "exec"), module.__dict__)
     for block_size in (0, 16, 256):
         case = Case(LENGTHS, block_size, 4, 2, 64, torch.float16)
-        inputs = make_inputs(case)
+        inputs = case.make_inputs()
         tensors = (inputs.query, inputs.key, inputs.value, inputs.cu_seqlens_q, inputs.cu_seqlens_k)
         options = {"max_seqlen_q": case.max_seqlen_q, "block_tables": inputs.block_tables}
-        assert_right(inputs, module.varlen_attention_hopper(*tensors, 0.125, **options), "the changed kernel")
+        inputs.assert_right("changed kernel", module.varlen_attention_hopper(*tensors, 0.125, **options))
 
 
 def test_the_hopper_kernel_is_right_unchanged() -> None:
     assert_hopper_kernel_right()
 
 
+WRONG = "differs from its reference"
+STUCK = "differs|ended before|arrivals at a barrier|all parts wait at barriers"
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("key[None, :] <= position", "key[None, :] < position", "differs from its reference"),
-        ("key[None, :] <= position", "key[None, :] <= 1 + position", "differs from its reference"),
-        ("my_row // GROUP_SIZE + 1) // KEYS", "my_row // GROUP_SIZE + KEYS) // KEYS", "differs from its reference"),
-        ("last_token + KEYS) // KEYS", "last_token + KEYS - 1) // KEYS", "differs|all parts wait"),
-        ("kv_head * GROUP_SIZE + row % GROUP_SIZE", "row % GROUP_SIZE", "differs from its reference"),
-        ("column = kv_head * HEAD_DIM", "column = kv_head", "differs from its reference"),
-        ("block * BLOCK_SIZE + key % BLOCK_SIZE", "block * BLOCK_SIZE", "differs from its reference"),
-        ("slot = k_start + key", "slot = key", "differs from its reference"),
-        ("(token < q_len)", "(token <= q_len)", "differs from its reference|storage of"),
-        ("(key < num_keys)", "(key <= num_keys)", "differs from its reference"),
-        ("mbarrier.wait(value_copied, 0)", "pass", "differs|ended before"),
-        ("mbarrier.wait(value_ready.index(stage_before), (tile - 1) // STAGES & 1)", "pass", "differs|arrivals"),
-        ("value_free.index(stage), phase ^ 1", "value_free.index(stage), phase", "all parts wait at barriers"),
-        ("mbarrier.arrive(key_free.index(stage), count=1)", "pass", "all parts wait at barriers"),
+        ("key[None, :] <= position", "key[None, :] < position", WRONG),
+        ("key[None, :] <= position", "key[None, :] <= 1 + position", WRONG),
+        ("my_row // GROUP_SIZE + 1) // KEYS", "my_row // GROUP_SIZE + KEYS) // KEYS", WRONG),
+        ("last_token + KEYS) // KEYS", "last_token + KEYS - 1) // KEYS", STUCK),
+        ("kv_head * GROUP_SIZE + row % GROUP_SIZE", "row % GROUP_SIZE", WRONG),
+        ("column = kv_head * HEAD_DIM", "column = kv_head", WRONG),
+        ("block * BLOCK_SIZE + key % BLOCK_SIZE", "block * BLOCK_SIZE", WRONG),
+        ("slot = k_start + key", "slot = key", WRONG),
+        ("(token < q_len)", "(token <= q_len)", f"{WRONG}|storage of"),
+        ("(key < num_keys)", "(key <= num_keys)", WRONG),
+        ("mbarrier.wait(value_copied, 0)", "pass", STUCK),
+        ("mbarrier.wait(value_ready.index(stage_before), (tile - 1) // STAGES & 1)", "pass", STUCK),
+        ("value_free.index(stage), phase ^ 1", "value_free.index(stage), phase", STUCK),
+        ("mbarrier.arrive(key_free.index(stage), count=1)", "pass", STUCK),
+        ("phase = tile // STAGES & 1", "phase = tile & 1", STUCK),
+        ("count=2)", "count=1)", STUCK),
         (
             "output, weight = warpgroup_mma_wait(0, deps=[output, weight])\n    mbarrier.arrive(value_free",
             "mbarrier.arrive(value_free.index(stage_before), count=1)\n"
             "    output, weight = warpgroup_mma_wait(0, deps=[output, weight])\n    (lambda *_, **__: 0)(value_free",
-            "differs from its reference",
+            WRONG,
         ),
-        ("phase = tile // STAGES & 1", "phase = tile & 1", "differs|all parts wait at barriers|arrivals"),
-        ("count=2)", "count=1)", "arrivals at a barrier|differs|all parts wait"),
     ],
 )
 def test_a_fault_in_the_hopper_kernel_is_noticed(old: str, new: str, message: str) -> None:

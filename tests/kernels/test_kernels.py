@@ -5,13 +5,14 @@ What a kernel declares is in NAME_cases.py; docs/adding_a_kernel.md shows how on
 
 import ast
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import pytest
+import torch
+from hypothesis import Phase, given, settings
 
 pytest.importorskip("triton")
-
-from hypothesis import given, settings
 
 from benchmarks.shapes import POINTS
 from nanovllm.worker.warmup import prefill_warmup_shapes
@@ -20,47 +21,42 @@ from tests.support.kernels.accuracy import assert_repeats
 from tests.support.kernels.compiling import assert_fits, compile_launches, names_of_launches
 from tests.support.kernels.interpreting import INTERPRETER, failure_of
 from tests.support.kernels.reaching import kernels_of_interpreted_llm, kernels_of_llm_on_a_gpu
-from tests.support.kernels.registry import Kernel, kernels
+from tests.support.kernels.registry import Check, Kernel, kernels
 from tests.support.kernels.versions import INTERPRETER_REASON, interprets
 from tests.support.source_tree import ROOT, parse, python_files
 
 KERNELS = kernels()
 EACH_KERNEL = pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
+NEEDS_INTERPRETER = pytest.mark.skipif(not interprets(), reason=INTERPRETER_REASON)
 
 
 def each(attribute: str) -> pytest.MarkDecorator:
     """The test once for each entry of a mapping that kernels declare: kernel, and the entry's name."""
     entries = [(kernel, name) for kernel in KERNELS.values() for name in getattr(kernel, attribute)]
-    return pytest.mark.parametrize(
-        ("kernel", "name"), entries, ids=[f"{kernel.name}-{name}" for kernel, name in entries]
-    )
+    ids = [f"{kernel.name}-{name}" for kernel, name in entries]
+    return pytest.mark.parametrize(("kernel", "name"), entries, ids=ids)
 
 
-def failure_message(kernel: Kernel, name: str, failure: str, request: pytest.FixtureRequest) -> str:
-    repeat = f"python -m pytest '{request.node.nodeid}'"
-    if request.node.get_closest_marker("gpu"):
-        repeat = f"python -m pytest -m gpu '{request.node.nodeid}'"
-    return f"kernel {kernel.name}, case {name!r}: {failure}\nrepeat with: {repeat}"
+def report(kernel: Kernel, name: str, failure: str) -> None:
+    """Fail the test with `failure`, unless that is empty. The command that repeats the test follows in its report."""
+    if failure:
+        pytest.fail(f"kernel {kernel.name}, case {name!r}: {failure}", pytrace=False)
 
 
 # --- interpreted ---
 
 
+@NEEDS_INTERPRETER
 @each("cases")
-def test_interpreted(kernel: Kernel, name: str, request: pytest.FixtureRequest) -> None:
+def test_interpreted(kernel: Kernel, name: str) -> None:
     """D50, D51, D52, D53, D56, D57, D58: each case in three orders of the grid's programs, between guard margins."""
-    if not interprets():
-        pytest.skip(INTERPRETER_REASON)
-    failure = INTERPRETER.run(kernel.module, name).failure
-    if failure:
-        pytest.fail(failure_message(kernel, name, failure, request), pytrace=False)
+    report(kernel, name, INTERPRETER.run(kernel.module, name).failure)
 
 
+@NEEDS_INTERPRETER
 @EACH_KERNEL
 def test_every_function_of_the_file_runs_in_its_cases(kernel: Kernel) -> None:
     """A @triton.jit function that no case reaches would be tested by nothing."""
-    if not interprets():
-        pytest.skip(INTERPRETER_REASON)
     missing = set(jit_functions(kernel))
     for name in sorted(kernel.cases, key=lambda name: "far" in name):
         if not missing:
@@ -172,23 +168,19 @@ def test_another_size_compiles_nothing_new(kernel: Kernel, name: str) -> None:
 # --- reached by an LLM ---
 
 
+@NEEDS_INTERPRETER
 @EACH_KERNEL
 def test_an_llm_launches_it(kernel: Kernel) -> None:
     """Without a GPU: an LLM of tiny weights on the CPU that is constructed with interpreted kernels."""
-    if not interprets():
-        pytest.skip(INTERPRETER_REASON)
     assert_reached(kernel, kernels_of_interpreted_llm(kernel.reached_by), is_expected=kernel.capability is None)
 
 
 @pytest.mark.gpu
 @EACH_KERNEL
 def test_an_llm_launches_it_on_a_gpu(kernel: Kernel) -> None:
-    import torch
-
     if kernel.reached_by == "flash_attn":
         pytest.importorskip("flash_attn")
-    is_for_this_gpu = kernel.capability in (None, torch.cuda.get_device_capability())
-    assert_reached(kernel, kernels_of_llm_on_a_gpu(kernel.reached_by), is_for_this_gpu)
+    assert_reached(kernel, kernels_of_llm_on_a_gpu(kernel.reached_by), is_expected=is_for_this_gpu(kernel))
 
 
 def assert_reached(kernel: Kernel, names: frozenset[str], is_expected: bool) -> None:
@@ -202,59 +194,68 @@ def assert_reached(kernel: Kernel, names: frozenset[str], is_expected: bool) -> 
 # --- on a GPU ---
 
 
-def device_of(kernel: Kernel) -> str:
-    """ "cuda"; skips the test if the kernel is for another GPU."""
-    import torch
+def is_for_this_gpu(kernel: Kernel) -> bool:
+    return kernel.capability in (None, torch.cuda.get_device_capability())
 
-    if kernel.capability not in (None, torch.cuda.get_device_capability()):
+
+@pytest.fixture
+def device(kernel: Kernel) -> str:
+    """ "cuda"; skips the test if the kernel is for another GPU."""
+    if not is_for_this_gpu(kernel):
         pytest.skip("needs compute capability {}.{}".format(*kernel.capability))
     return "cuda"
 
 
 @pytest.mark.gpu
-@each("cases")
-def test_on_a_gpu(kernel: Kernel, name: str, request: pytest.FixtureRequest) -> None:
-    """D50, D51, D52, D53, D56, D57, D58: the cases that are interpreted, too."""
-    failure = failure_of(kernel.cases[name], device_of(kernel))
-    if failure:
-        pytest.fail(failure_message(kernel, name, failure, request), pytrace=False)
+@each("gpu_cases")
+def test_on_a_gpu(kernel: Kernel, name: str, device: str) -> None:
+    """D07, D50, D51, D52, D53, D56, D57, D58: the interpreted cases, real sizes, all dtypes, CUDA graphs."""
+    report(kernel, name, failure_of(kernel.gpu_cases[name], device))
 
 
-@pytest.mark.gpu
-@each("on_gpu")
-def test_on_a_gpu_only(kernel: Kernel, name: str, request: pytest.FixtureRequest) -> None:
-    """Real sizes, all dtypes, CUDA graphs. D07, D52, D53, D58"""
-    failure = failure_of(kernel.on_gpu[name], device_of(kernel))
-    if failure:
-        pytest.fail(failure_message(kernel, name, failure, request), pytrace=False)
+def drawn_checks(kernel: Kernel) -> list[Check]:
+    """What Hypothesis draws of kernel.drawn with the run's seed.
+
+    All are drawn before one runs: nothing that a kernel, its compiler or a GPU does can change what is drawn.
+    """
+    checks: list[Check] = []
+
+    @settings(max_examples=30, database=None, phases=[Phase.generate])  # nearly each of them compiles
+    @given(check=kernel.drawn)
+    def collect(check: Check) -> None:
+        checks.append(check)
+
+    collect()
+    return checks
+
+
+@EACH_KERNEL
+def test_draws_depend_on_the_seed_alone(kernel: Kernel) -> None:
+    """Else a failure could not be repeated, and Hypothesis reports a FlakyStrategyDefinition."""
+    torch.manual_seed(1)
+    first = [str(check) for check in drawn_checks(kernel)]
+    torch.manual_seed(2)
+    assert [str(check) for check in drawn_checks(kernel)] == first
+    assert len(set(first)) > 10
 
 
 @pytest.mark.gpu
 @EACH_KERNEL
-def test_drawn_on_a_gpu(kernel: Kernel) -> None:
+def test_drawn_on_a_gpu(kernel: Kernel, device: str) -> None:
     """Shapes, dtypes and options that Hypothesis draws."""
-    device = device_of(kernel)
-    if kernel.drawn is None:
-        return
-
-    @settings(max_examples=30)  # nearly each of them compiles
-    @given(check=kernel.drawn)
-    def holds(check: Callable[[str], None]) -> None:
-        failure = failure_of(check, device)
-        assert not failure, failure
-
-    holds()
+    for check in drawn_checks(kernel):
+        report(kernel, "drawn", failure_of(check, device))
 
 
 @pytest.mark.gpu
 @each("measured")
+@pytest.mark.usefixtures("device")
 def test_repeats_itself_on_a_gpu(kernel: Kernel, name: str) -> None:
-    """Fifty runs of a benchmark's middle point give the same bits."""
-    device_of(kernel)
-    points = list(POINTS[name].values())
-    measured = kernel.measured[name](*points[len(points) // 2])
-    inputs = measured.make(0)
-    assert_repeats(lambda: measured.run(*inputs))
+    """Fifty runs of every third point of a benchmark give the same bits."""
+    for point in [*POINTS[name].values()][::3]:
+        measured = kernel.measured[name](*point)
+        inputs = measured.make(0)
+        assert_repeats(lambda run=measured.run, inputs=inputs: run(*inputs))
 
 
 # --- measured ---

@@ -62,6 +62,11 @@ def counting() -> Iterator[Counts]:
         _current = outer
 
 
+def add_counts(properties: Iterable[tuple[str, Any]]) -> None:
+    """Add what another process has counted for the running test: its Counts.to_properties()."""
+    _current.add_properties(properties)
+
+
 def count_comparisons(oracle_pair: str, number: int = 1) -> None:
     """`number` values were compared. oracle_pair: "what against which oracle"."""
     _current.comparisons[oracle_pair] += number

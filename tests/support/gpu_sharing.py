@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from _pytest.mark.expression import Expression
 from filelock import FileLock
 
 MOST_WORKERS = 8  # each holds memory of the GPU, some tests 4 GiB and more
@@ -58,21 +57,29 @@ def num_gpus() -> int:
 def gpus_needed_by(markexpr: str) -> set[int]:
     """How many GPUs tests may need that `markexpr`, the value of -m, selects: some of 0, 1 and 2 (several).
 
-    Tried on all sets of the markers that it names and of those that say what a test needs.
+    An expression of marker names is one of Python too. It is tried on all sets of the markers that it names and of
+    those that say what a test needs.
     """
     try:
-        expression = Expression.compile(markexpr)
-    except Exception:  # pytest says what is wrong with it
+        code = compile(markexpr.strip() or "True", "-m", "eval")
+    except SyntaxError:  # pytest says what is wrong with it
         return {0}
-    names = sorted(set(re.findall(r"[^\W\d]\w*", markexpr)) - {"and", "or", "not"} | {"gpu", "multi_gpu"})
+    names = sorted({"gpu", "multi_gpu", *code.co_names})
     needed = set()
-    for is_marked in itertools.product((False, True), repeat=len(names)):
-        markers = {name for name, is_one in zip(names, is_marked, strict=True) if is_one}
-        if ("whole_gpu" in markers and "gpu" not in markers) or {"gpu", "multi_gpu"} <= markers:
+    for values in itertools.product((_Has(False), _Has(True)), repeat=len(names)):
+        has = dict(zip(names, values, strict=True))
+        if (has.get("whole_gpu") and not has["gpu"]) or (has["gpu"] and has["multi_gpu"]):
             continue  # there are no such tests
-        if not markexpr or expression.evaluate(lambda name, markers=markers, **_: name in markers):
-            needed.add(2 if "multi_gpu" in markers else int("gpu" in markers))
+        if eval(code, {"__builtins__": {}}, has):
+            needed.add(2 if has["multi_gpu"] else int(has["gpu"]))
     return needed or {0}
+
+
+class _Has(int):
+    """Whether a test has a marker. It may be called, since an expression may say multi_gpu(number=4)."""
+
+    def __call__(self, **_: object) -> "_Has":
+        return self
 
 
 def gpus_needed(item: pytest.Item) -> int:

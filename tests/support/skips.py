@@ -72,7 +72,7 @@ ALLOWED = [
         "flash-attn is an extra that is compiled on the GPU machine", lambda: find_spec("flash_attn") is None,
     ),
     AllowedSkip(
-        r"tests/kernels/test_kernels\.py::test_\w+_on_a_gpu(_only)?\[varlen_attention_hopper.*",
+        r"tests/kernels/test_kernels\.py::test_(\w+_)?on_a_gpu\[varlen_attention_hopper.*",
         r"needs compute capability 9\.0", 120,
         "a kernel for Hopper GPUs only", _has_no_hopper,
     ),

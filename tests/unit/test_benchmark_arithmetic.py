@@ -4,9 +4,9 @@ import pytest
 
 from benchmarks import arithmetic
 from benchmarks.arithmetic import Ceilings, Work
+from benchmarks.kernels.attention import num_causal_pairs
+from benchmarks.kernels.grouped_gemm import work_of_experts
 from benchmarks.shapes import Shape
-from tests.kernels.grouped_gemm_cases import work_of_experts
-from tests.kernels.varlen_attention_cases import num_causal_pairs
 from tests.support.kernels.registry import kernels
 
 # 2 query heads and 1 kv head of 4, hidden size 5, intermediate size 5, no experts

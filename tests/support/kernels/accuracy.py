@@ -4,13 +4,22 @@ axes: how an index is told: a name for each dimension ("token", "head"), or a fu
 """
 
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
 from tests.support.counts import INTERPRETED, ON_A_GPU, count_kernel_comparisons, record_error
 
 Axes: TypeAlias = Sequence[str] | Callable[[tuple[int, ...]], str]
+
+
+def assert_like_reference(
+    kernel: str, actual: torch.Tensor, reference: Callable[..., Any], inputs: Sequence[Any], axes: Axes = ()
+) -> None:
+    """assert_within_twice_the_error_of_plain_torch, for reference(*inputs) in the inputs' own dtype and in float64."""
+    is_float = [isinstance(value, torch.Tensor) and value.is_floating_point() for value in inputs]
+    exact = reference(*(value.double() if wide else value for value, wide in zip(inputs, is_float, strict=True)))
+    assert_within_twice_the_error_of_plain_torch(kernel, actual, reference(*inputs), exact, axes)
 
 
 def assert_within_twice_the_error_of_plain_torch(
@@ -58,8 +67,7 @@ def _where(
     errors: torch.Tensor,
     axes: Axes,
 ) -> str:
-    flat = int(errors.argmax())
-    index = tuple(int(place) for place in torch.unravel_index(torch.tensor(flat), actual.shape))
+    index = tuple(int(place) for place in torch.unravel_index(errors.argmax(), actual.shape))
     if callable(axes):
         place = axes(index)
     else:
@@ -73,10 +81,9 @@ def _where(
 
 
 def counted(kernel: str, output: torch.Tensor) -> None:
-    """Evidence: every element of a kernel's output was compared."""
-    count_kernel_comparisons(
-        kernel, output.dtype, INTERPRETED if output.device.type == "cpu" else ON_A_GPU, output.numel()
-    )
+    """Every element of a kernel's output was compared."""
+    way = INTERPRETED if output.device.type == "cpu" else ON_A_GPU
+    count_kernel_comparisons(kernel, output.dtype, way, output.numel())
 
 
 def assert_rounded_alike(actual: torch.Tensor, expected: torch.Tensor) -> None:
@@ -92,15 +99,14 @@ def assert_rounded_alike(actual: torch.Tensor, expected: torch.Tensor) -> None:
 
 def assert_repeats(run: Callable[[], object], times: int = 50) -> None:
     """run() gives the same bits every time; it returns a tensor or several."""
-    first = [output.clone() for output in tensors(run())]
+    first = [output.clone() for output in _tensors(run())]
     for _ in range(times):
-        for left, right in zip(first, tensors(run()), strict=True):
+        for left, right in zip(first, _tensors(run()), strict=True):
             is_equal = torch.equal(left.contiguous().view(torch.uint8), right.contiguous().view(torch.uint8))
             assert is_equal, "the same inputs gave other bits"
 
 
-def tensors(outputs: object) -> list[torch.Tensor]:
+def _tensors(outputs: Any) -> list[torch.Tensor]:
     """The tensors of an output that is one or several, None left out."""
-    if isinstance(outputs, torch.Tensor):
-        return [outputs]
-    return [output for output in outputs if output is not None]  # type: ignore[union-attr]
+    outputs = [outputs] if isinstance(outputs, torch.Tensor) else outputs
+    return [output for output in outputs if output is not None]

@@ -106,17 +106,10 @@ def assert_fits(compiled: Compiled, limits: Limits) -> None:
 
 
 def _dtype(kernel) -> str:
-    types = (re.match(r"(?:\*|tensordesc<)([a-z]+\d+)", kind) for kind in kernel.src.signature.values())
-    name = next(match[1] for match in types if match)
-    names = {
-        "bf16": "bfloat16",
-        "fp16": "float16",
-        "fp32": "float32",
-        "fp64": "float64",
-        "i32": "int32",
-        "i64": "int64",
-    }
-    return names[name]
+    """Of what the first pointer points to, by torch's name: "bfloat16" for "*bf16"."""
+    types = (re.match(r"(?:\*|tensordesc<)([a-z]+)(\d+)", kind) for kind in kernel.src.signature.values())
+    kind, bits = next(match.groups() for match in types if match)
+    return {"bf": "bfloat", "fp": "float", "i": "int"}[kind] + bits
 
 
 def _read_resources(kernel, file: str, capability: int) -> Compiled:

@@ -27,6 +27,8 @@ import torch
 
 from tests.support.source_tree import module_name, python_files
 
+GLUON = "triton.experimental.gluon"
+
 
 def ordered(count: int) -> list[int]:
     """In which order programs, and the parts of one, run; tests.support.kernels.interpreting replaces it."""
@@ -37,7 +39,23 @@ def ordered(count: int) -> list[int]:
 
 
 class Tensor(torch.Tensor):
+    """A tensor in registers, or a view of shared memory, which starts as NaN."""
+
     type = SimpleNamespace(layout=None)  # type: ignore[assignment]
+
+    def index(self, place: Any) -> "Tensor":
+        assert 0 <= int(place) < len(self), f"place {int(place)} of {len(self)} in shared memory"
+        return self[int(place)]  # type: ignore[return-value]
+
+    def slice(self, start: int, length: int) -> "Tensor":
+        assert 0 <= start <= start + length <= len(self)
+        return self[start : start + length]  # type: ignore[return-value]
+
+    def load(self, layout: object = None) -> torch.Tensor:
+        return self.clone()
+
+    def store(self, value: Any) -> None:
+        self.copy_(value)
 
 
 class constexpr(int):
@@ -85,79 +103,35 @@ def store(pointer: Pointer, value: Any, mask: Any = True) -> None:
     pointer.storage[offset[mask].long()] = value.expand(offset.shape)[mask].as_subclass(torch.Tensor)
 
 
-class SharedMemory:
-    """A view of shared memory, which starts as NaN."""
-
-    def __init__(self, data: torch.Tensor) -> None:
-        self.data, self.shape, self.dtype, self.layout = data, data.shape, data.dtype, None
-
-    def index(self, place: Any) -> "SharedMemory":
-        assert 0 <= int(place) < len(self.data), f"place {int(place)} of {len(self.data)} in shared memory"
-        return SharedMemory(self.data[int(place)])
-
-    def slice(self, start: int, length: int) -> "SharedMemory":
-        assert 0 <= start <= start + length <= len(self.data)
-        return SharedMemory(self.data[start : start + length])
-
-    def permute(self, order: tuple[int, ...]) -> "SharedMemory":
-        return SharedMemory(self.data.permute(order))
-
-    def load(self, layout: object = None) -> Any:
-        return tensor(self.data.clone())
-
-    def store(self, value: Any) -> None:
-        self.data.copy_(value)
-
-
 # --- barriers, copies and products ---
 
 
 class Barrier:
-    """mbarrier: its phase flips when `count` arrivals and all expected bytes have come."""
+    """mbarrier: its phase flips when `count` arrivals and all expected bytes have come. Or several, by their index."""
 
-    def __init__(self) -> None:
+    def __init__(self, number: int = 0) -> None:
+        self.stages = [Barrier() for _ in range(number)]
         self.count = self.pending = self.num_bytes = self.phase = 0
 
-    def arrive(self, count: int = 1) -> None:
+    def index(self, place: Any) -> "Barrier":
+        return self.stages[int(place)]
+
+    def init(self, count: int) -> None:
+        self.count = self.pending = count
+
+    def expect(self, num_bytes: int) -> None:
+        self.num_bytes += num_bytes
+        self.arrive()
+
+    def arrive(self, count: int = 1, num_bytes: int = 0) -> None:
         self.pending -= count
-        self._flip_if_complete()
-
-    def land(self, num_bytes: int) -> None:
         self.num_bytes -= num_bytes
-        self._flip_if_complete()
-
-    def _flip_if_complete(self) -> None:
         assert self.pending >= 0, "more arrivals at a barrier than it counts"
         if self.pending == 0 and self.num_bytes == 0:
             self.pending, self.phase = self.count, self.phase ^ 1
 
-
-class Barriers:
-    def __init__(self, number: int) -> None:
-        self.barriers = [Barrier() for _ in range(number)]
-
-    def index(self, place: Any) -> "Barriers":
-        view = Barriers(0)
-        view.barriers = [self.barriers[int(place)]]
-        return view
-
-
-def init(barriers: Barriers, count: int) -> None:
-    for barrier in barriers.barriers:
-        barrier.count = barrier.pending = count
-
-
-def expect(barriers: Barriers, num_bytes: int) -> None:
-    barriers.barriers[0].num_bytes += num_bytes
-    barriers.barriers[0].arrive()
-
-
-def arrive(barriers: Barriers, count: int = 1) -> None:
-    barriers.barriers[0].arrive(count)
-
-
-def wait(barriers: Barriers, phase: Any) -> None:
-    current.part.wait_for(barriers.barriers[0], int(phase))
+    def wait(self, phase: Any) -> None:
+        current.part.wait_for(self, int(phase))
 
 
 class TensorDescriptor:
@@ -168,43 +142,32 @@ class TensorDescriptor:
         self.box, self.dtype, self.layout = box, base.dtype, layout
 
 
-def async_copy(desc: TensorDescriptor, start: list[Any], barriers: Barriers, target: SharedMemory) -> None:
+def async_copy(desc: TensorDescriptor, start: list[Any], barrier: Barrier, target: Tensor) -> None:
     """A box of the matrix from row start[0] and column start[1] on; zeros where the matrix has ended."""
     assert list(target.shape) == desc.box, f"a box of {desc.box} is copied to {list(target.shape)}"
     rows, columns = (int(first) + torch.arange(size) for first, size in zip(start, desc.box, strict=True))
     height, width = desc.matrix.shape
     is_inside = ((rows >= 0) & (rows < height))[:, None] & ((columns >= 0) & (columns < width))[None, :]
     box = desc.matrix[rows.clamp(0, height - 1)[:, None], columns.clamp(0, width - 1)[None, :]].where(is_inside, 0)
-    target.data.fill_(torch.nan)
-    barrier = barriers.barriers[0]
-
-    def land() -> None:
-        target.data.copy_(box)
-        barrier.land(box.nbytes)
-
-    program.copies.append((barrier, land))
+    target.fill_(torch.nan)
+    program.copies.append((barrier, target, box))
 
 
 class Product:
     """What warpgroup_mma gives: no tensor until it was waited for."""
 
-    def __init__(self, left: Any, right: SharedMemory, sum_before: Any) -> None:
-        self.left, self.right, self.sum_before, self.result = left, right, sum_before, None
+    def __init__(self, left: Tensor, right: Tensor, acc: Any, use_acc: bool = True, is_async: bool = False) -> None:
+        assert is_async
+        self.left, self.right, self.result = left, right, None
+        self.sum_before = acc if use_acc else torch.zeros_like(acc)
+        current.part.products.append(self)
 
     def compute(self) -> None:
-        left = self.left.data if isinstance(self.left, SharedMemory) else self.left
-        self.result = tensor(self.sum_before + left.float() @ self.right.data.float())
-
-
-def warpgroup_mma(left: Any, right: SharedMemory, acc: Any, use_acc: bool = True, is_async: bool = False) -> Product:
-    product = Product(left, right, acc if use_acc else torch.zeros_like(acc))
-    current.part.products.append(product)
-    assert is_async
-    return product
+        self.result = self.sum_before + self.left.float() @ self.right.float()
 
 
 def warpgroup_mma_wait(num_outstanding: int, deps: list[Any]) -> Any:
-    current.part.let_others_run()
+    current.part.wait_for(None)
     products = current.part.products
     while len(products) > num_outstanding:
         products.pop(0).compute()
@@ -219,14 +182,13 @@ class Part:
     """One part of a warp-specialised program: a thread, which runs while it has the turn."""
 
     def __init__(self, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-        self.function, self.args = function, args
         self.products: list[Product] = []  # not waited for, oldest first
         self.turn, self.yielded = threading.Semaphore(0), threading.Semaphore(0)
         self.barrier: Barrier | None = None  # that it waits for, in this phase
         self.phase = 0
         self.has_ended = self.is_cancelled = False
         self.error: BaseException | None = None
-        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread = threading.Thread(target=self._run, args=(function, args), daemon=True)
         self.thread.start()
 
     def step(self) -> None:
@@ -236,35 +198,30 @@ class Part:
         if self.error is not None:
             raise self.error
 
-    def wait_for(self, barrier: Barrier, phase: int) -> None:
-        self.barrier, self.phase = barrier, phase
-        while not self.can_go_on():
-            self._yield()
-
-    def let_others_run(self) -> None:
-        self.barrier = None
-        self._yield()
-
     def can_go_on(self) -> bool:
         return self.barrier is None or self.barrier.phase != self.phase
+
+    def wait_for(self, barrier: Barrier | None, phase: int = 0) -> None:
+        """Let other parts run until the barrier's phase is complete; without a barrier, until each had its turn."""
+        self.barrier, self.phase = barrier, phase
+        if barrier is not None and self.can_go_on():
+            return
+        self.yielded.release()
+        self.turn.acquire()
+        if self.is_cancelled:
+            raise SystemExit
 
     def cancel(self) -> None:
         self.is_cancelled = True
         self.turn.release()
         self.thread.join()
 
-    def _yield(self) -> None:
-        self.yielded.release()
-        self.turn.acquire()
-        if self.is_cancelled:
-            raise SystemExit
-
-    def _run(self) -> None:
+    def _run(self, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
         current.part = self
         self.turn.acquire()
         try:
             if not self.is_cancelled:
-                self.function(*self.args)
+                function(*args)
         except SystemExit:
             pass
         except BaseException as error:
@@ -278,13 +235,12 @@ class Program:
 
     def __init__(self, place: tuple[int, ...], grid: tuple[int, ...]) -> None:
         self.place, self.grid = place, grid
-        self.copies: list[tuple[Barrier, Callable[[], None]]] = []  # started, and not landed
+        self.copies: list[tuple[Barrier, Tensor, torch.Tensor]] = []  # started, and not landed
 
     def specialize(self, functions: list[tuple[Callable[..., Any], tuple[Any, ...]]], *_: Any) -> None:
         parts = [Part(*functions[index]) for index in ordered(len(functions))]
         try:
-            while not all(part.has_ended for part in parts):
-                waiting = [part for part in parts if not part.has_ended]
+            while waiting := [part for part in parts if not part.has_ended]:
                 ready = [part for part in waiting if part.can_go_on()]
                 if ready:
                     parts.append(parts.pop(parts.index(ready[0])))  # they take turns
@@ -297,11 +253,13 @@ class Program:
         assert not self.copies, "a program ended before its copies had landed"
 
     def _land_copy(self, barriers: set[int]) -> None:
-        """One that a part waits for, and no other: copies land in any order."""
-        places = [place for place, (barrier, _) in enumerate(self.copies) if id(barrier) in barriers]
-        assert places, "all parts wait at barriers for which no copy is under way"
-        _, land = self.copies.pop(places[0])
-        land()
+        """Complete one copy for which a part waits, and no other: copies land in any order."""
+        copy = next((copy for copy in self.copies if id(copy[0]) in barriers), None)
+        assert copy is not None, "all parts wait at barriers for which no copy is under way"
+        self.copies = [other for other in self.copies if other is not copy]
+        barrier, target, box = copy
+        target.copy_(box)
+        barrier.arrive(0, box.nbytes)
 
 
 program: Program  # the one that runs
@@ -329,62 +287,63 @@ class EmulatedFunction:
             self(*args, **constants)
 
 
-def jit(fn: Any = None, **_: Any) -> Any:
-    return EmulatedFunction if fn is None else EmulatedFunction(fn)
-
-
-def _language() -> ModuleType:
-    """triton.experimental.gluon.language, as far as kernels here use it."""
-    gl: Any = ModuleType("gluon.language")
-    for name in ("float32", "float16", "bfloat16", "int32", "int64"):
-        setattr(gl, name, getattr(torch, name))
-    for name in ("NVMMADistributedLayout", "DotOperandLayout", "SliceLayout", "BlockedLayout"):
-        setattr(gl, name, lambda *args: None)
-    gl.NVMMASharedLayout = SimpleNamespace(get_default_for=lambda *args: None)
-    gl.constexpr, gl.static_range, gl.load, gl.store = constexpr, range, load, store
-    gl.program_id = lambda axis: tensor(program.place[axis], torch.int32)
-    gl.num_programs = lambda axis: program.grid[axis]
-    gl.arange = lambda start, end, layout: tensor(torch.arange(start, end, dtype=torch.int32))
-    gl.zeros = lambda shape, dtype, layout: tensor(torch.zeros(shape, dtype=dtype))
-    gl.full = lambda shape, value, dtype, layout: tensor(torch.full(shape, value, dtype=dtype))
-    gl.zeros_like, gl.exp2 = torch.zeros_like, torch.exp2
-    gl.where = lambda condition, left, right: torch.where(condition, left, torch.as_tensor(right, dtype=left.dtype))
-    gl.minimum = lambda left, right: torch.minimum(tensor(left), tensor(right))
-    gl.maximum = lambda left, right: torch.maximum(tensor(left), tensor(right))
-    gl.max = lambda value, axis: value.amax(axis)
-    gl.sum = lambda value, axis: value.sum(axis)
-    gl.convert_layout = lambda value, layout: value
-    gl.allocate_shared_memory = _allocate
-    gl.warp_specialize = lambda *args: program.specialize(*args)
-    return gl
+# --- modules ---
 
 
 def _allocate(dtype: torch.dtype, shape: list[int], layout: object) -> Any:
-    if layout == "barrier":
-        return Barriers(shape[0])
-    return SharedMemory(torch.full(shape, torch.nan, dtype=dtype))
+    return Barrier(shape[0]) if layout is Barrier else tensor(torch.full(shape, torch.nan, dtype=dtype))
 
 
-def stand_ins() -> dict[str, ModuleType]:
-    """Module name -> what stands for it."""
-    gluon: Any = ModuleType("gluon")
-    gluon.jit, gluon.language = jit, _language()
-    nvidia: Any = ModuleType("gluon.language.nvidia.hopper")
-    nvidia.fence_async_shared = lambda: None
-    nvidia.mbarrier = SimpleNamespace(
-        MBarrierLayout=lambda: "barrier", init=init, expect=expect, arrive=arrive, wait=wait
-    )
-    nvidia.tma = SimpleNamespace(async_copy_global_to_shared=async_copy)
-    nvidia.warpgroup_mma, nvidia.warpgroup_mma_wait = warpgroup_mma, warpgroup_mma_wait
-    host: Any = ModuleType("gluon.nvidia.hopper")
-    host.TensorDescriptor = TensorDescriptor
-    name = "triton.experimental.gluon"
+def _language() -> dict[str, Any]:
+    """triton.experimental.gluon.language, as far as kernels here use it."""
+    dtypes = ("float32", "float16", "bfloat16", "int32", "int64")
+    layouts = ("NVMMADistributedLayout", "DotOperandLayout", "SliceLayout", "BlockedLayout")
     return {
-        name: gluon,
-        f"{name}.language": gluon.language,
-        f"{name}.language.nvidia.hopper": nvidia,
-        f"{name}.nvidia.hopper": host,
+        **{name: getattr(torch, name) for name in dtypes},
+        **dict.fromkeys(layouts, lambda *args: None),
+        "NVMMASharedLayout": SimpleNamespace(get_default_for=lambda *args: None),
+        "constexpr": constexpr,
+        "static_range": range,
+        "load": load,
+        "store": store,
+        "program_id": lambda axis: tensor(program.place[axis], torch.int32),
+        "num_programs": lambda axis: program.grid[axis],
+        "arange": lambda start, end, layout: tensor(torch.arange(start, end, dtype=torch.int32)),
+        "zeros": lambda shape, dtype, layout: tensor(torch.zeros(shape, dtype=dtype)),
+        "full": lambda shape, value, dtype, layout: tensor(torch.full(shape, value, dtype=dtype)),
+        "zeros_like": torch.zeros_like,
+        "exp2": torch.exp2,
+        "where": lambda condition, x, y: torch.where(condition, x, torch.as_tensor(y, dtype=x.dtype)),
+        "minimum": lambda x, y: torch.minimum(tensor(x), tensor(y)),
+        "maximum": lambda x, y: torch.maximum(tensor(x), tensor(y)),
+        "max": torch.amax,
+        "sum": torch.sum,
+        "convert_layout": lambda value, layout: value,
+        "allocate_shared_memory": _allocate,
+        "warp_specialize": lambda *args: program.specialize(*args),
     }
+
+
+def _stand_ins() -> dict[str, ModuleType]:
+    """Module name -> what stands for it."""
+    mbarrier = SimpleNamespace(**vars(Barrier), MBarrierLayout=lambda: Barrier)  # mbarrier.wait is Barrier.wait
+    contents: dict[str, dict[str, Any]] = {
+        GLUON: {"jit": lambda fn=None, **_: EmulatedFunction if fn is None else EmulatedFunction(fn)},
+        f"{GLUON}.language": _language(),
+        f"{GLUON}.language.nvidia.hopper": {
+            "fence_async_shared": lambda: None,
+            "mbarrier": mbarrier,
+            "tma": SimpleNamespace(async_copy_global_to_shared=async_copy),
+            "warpgroup_mma": Product,
+            "warpgroup_mma_wait": warpgroup_mma_wait,
+        },
+        f"{GLUON}.nvidia.hopper": {"TensorDescriptor": TensorDescriptor},
+    }
+    modules = {name: ModuleType(name) for name in contents}
+    for name, module in modules.items():
+        vars(module).update(contents[name])
+    modules[GLUON].language = modules[f"{GLUON}.language"]  # type: ignore[attr-defined]
+    return modules
 
 
 @contextmanager
@@ -393,14 +352,12 @@ def emulated() -> Iterator[None]:
     import triton.experimental.gluon
     import triton.experimental.gluon.nvidia.hopper
 
-    replaced = {name: sys.modules.get(name) for name in stand_ins()}
-    sys.modules.update(stand_ins())
-    with patch.object(triton.experimental, "gluon", sys.modules["triton.experimental.gluon"]):
+    stand_ins = _stand_ins()
+    replaced = {name: sys.modules[name] for name in stand_ins}
+    sys.modules.update(stand_ins)
+    with patch.object(triton.experimental, "gluon", stand_ins[GLUON]):
         yield
-    for name, module in replaced.items():
-        del sys.modules[name]
-        if module is not None:
-            sys.modules[name] = module
+    sys.modules.update(replaced)
 
 
 def install() -> None:

@@ -14,28 +14,34 @@ class Guards(TorchFunctionMode):
     Each buffer has another NaN, told by its bits: one that a kernel computes of a margin and stores in another is seen.
 
     Inside `with guards:` torch.empty and its like are guarded too, and start as NaN: so are a launcher's outputs and
-    scratch. assert_intact() raises unless all margins, and all tensors given by `read`, are as they were.
+    scratch. At its end, assert_intact() raises unless all margins, and all tensors given by `read`, are as they were.
     """
 
     def __init__(self, device: str) -> None:
         super().__init__()
         self.device = torch.device(device)
+        self._generator = torch.Generator().manual_seed(0)
         self._buffers: list[tuple[torch.Tensor, tuple[slice, ...], torch.Tensor]] = []
         self._read: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def read(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy, strides included, that kernels must leave as it is. Views of it are welcome."""
-        copy = self.written(tensor)
+        copy = self._make(tensor.shape, tensor.stride(), tensor.dtype, tensor)
         self._read.append((copy, copy.clone()))
         return copy
 
-    def written(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A copy, strides included, that kernels may change."""
-        return self._make(tensor.shape, tensor.stride(), tensor.dtype, tensor)
+    def randn(self, *shape: int, dtype: torch.dtype, mean: float = 0.0, std: float = 1.0) -> torch.Tensor:
+        """read() of normal numbers: the same on every device, others at every call."""
+        return self.read((mean + std * torch.randn(shape, generator=self._generator)).to(dtype))
 
     def unwritten(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
         """A contiguous tensor full of NaN."""
         return self._make(shape, torch.empty(shape, device="meta").stride(), dtype)
+
+    def __exit__(self, exc_type: Any, exc_value: Any, traceback: Any) -> None:
+        super().__exit__(exc_type, exc_value, traceback)
+        if exc_type is None:
+            self.assert_intact()
 
     def assert_intact(self) -> None:
         for buffer, margins, poison in self._buffers:

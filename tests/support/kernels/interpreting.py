@@ -11,22 +11,29 @@ import multiprocessing
 import os
 import random
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
+from tests.support.counts import add_counts, counting
+from tests.support.kernels import gluon_emulation
+from tests.support.kernels.registry import Check
 from tests.support.limits import HANG_SECONDS
 
 ORDERS = ("in order", "reversed", "shuffled")
 
 
 class Outcome(NamedTuple):
-    """failure: what to print, or "" if the case passed. functions: names of the @triton.jit functions that ran."""
+    """failure: what to print, or "" if the case passed. functions: names of the @triton.jit functions that ran.
+
+    counts: what was compared, as Counts.to_properties gives it.
+    """
 
     failure: str
-    functions: frozenset[str]
+    functions: frozenset[str] = frozenset()
+    counts: Sequence[tuple[str, Any]] = ()
 
 
 class Interpreter:
@@ -36,8 +43,10 @@ class Interpreter:
         self._process: Any = None
 
     def run(self, module: str, case: str, timeout: float = HANG_SECONDS) -> Outcome:
-        """Run KERNEL.cases[case] of `module` in every order."""
-        return self.call(run_case, module, case, timeout=timeout)
+        """Run KERNEL.cases[case] of `module` in every order. What it compares is counted for the running test."""
+        outcome = self.call(run_case, module, case, timeout=timeout)
+        add_counts(outcome.counts)
+        return outcome
 
     def call(self, function: Callable[..., Any], *args: Any, timeout: float = HANG_SECONDS) -> Any:
         """function(*args), of module level, in that process. An exception there becomes an Outcome."""
@@ -46,15 +55,13 @@ class Interpreter:
         self._connection.send((function, args))
         if not self._connection.poll(timeout):
             self.close()
-            return Outcome(f"it ran for more than {timeout} s and was stopped", frozenset())
+            return Outcome(f"it ran for more than {timeout} s and was stopped")
         try:
             return self._connection.recv()
         except EOFError:
             self._process.join()
             code, self._process = self._process.exitcode, None
-            return Outcome(
-                f"the interpreting process died with exit code {code}: an access far out of bounds", frozenset()
-            )
+            return Outcome(f"the interpreting process died with exit code {code}: an access far out of bounds")
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
@@ -84,49 +91,37 @@ def _serve(connection: Any) -> None:
         try:
             result = function(*args)
         except BaseException:
-            result = Outcome(traceback.format_exc(), frozenset())
+            result = Outcome(traceback.format_exc())
         connection.send(result)
 
 
 def run_case(module: str, case: str) -> Outcome:
     """In the process that interprets: the case in every order, up to the first in which it fails."""
-    check = load_cases(module)[case]
-    with recorded_functions() as functions:
+    gluon_emulation.install()
+    check = importlib.import_module(module).KERNEL.cases[case]
+    failure = ""
+    with counting() as counts, recorded_functions() as functions:
         for order in ORDERS:
             with program_order(order):
                 failure = failure_of(check, "cpu")
             if failure:
-                return Outcome(f"programs {order}\n{failure}", frozenset(functions))
-    return Outcome("", frozenset(functions))
+                failure = f"programs {order}\n{failure}"
+                break
+    return Outcome(failure, frozenset(functions), counts.to_properties())
 
 
-def load_cases(module: str) -> Any:
-    """KERNEL.cases of a module, whose kernels will be interpreted."""
-    from tests.support.kernels import gluon_emulation
-
-    gluon_emulation.install()
-    return importlib.import_module(module).KERNEL.cases
-
-
-def failure_of(check: Callable[[str], None], device: str) -> str:
+def failure_of(check: Check, device: str) -> str:
     """What the check says when it fails, with what it was given and where it failed; "" if it passes."""
+    name = getattr(check, "__name__", check)
     try:
         check(device)
     except AssertionError as error:
         frames = traceback.extract_tb(error.__traceback__)
         frame = next(frame for frame in reversed(frames) if not frame.filename.endswith(("accuracy.py", "guards.py")))
-        return f"{describe(check)}\n{error or frame.line}\n(at {os.path.relpath(frame.filename)}:{frame.lineno})"
+        return f"{name}\n{error or frame.line}\n(at {os.path.relpath(frame.filename)}:{frame.lineno})"
     except Exception:
-        return f"{describe(check)}\n{traceback.format_exc()}"
+        return f"{name}\n{traceback.format_exc()}"
     return ""
-
-
-def describe(check: Callable[[str], None]) -> str:
-    """check_shape(7, 24, torch.float16, tile_size=16)"""
-    if not isinstance(check, partial):
-        return f"{getattr(check, '__name__', check)}()"
-    words = [*map(str, check.args), *(f"{name}={value}" for name, value in check.keywords.items())]
-    return f"{check.func.__name__}({', '.join(words)})"
 
 
 @contextmanager
@@ -142,8 +137,6 @@ def program_order(order: str) -> Iterator[None]:
         count = grid[0] * num_y * num_z
         place = ordered(count, order)[(x * num_y + y) * num_z + z]
         set_grid_index(place // (num_y * num_z), place // num_z % num_y, place % num_z)
-
-    from tests.support.kernels import gluon_emulation
 
     with (
         patch.object(interpreter_builder, "set_grid_idx", set_other_index),
@@ -164,9 +157,8 @@ def recorded_functions() -> Iterator[set[str]]:
     """Names of the @triton.jit functions that are launched or called within it, by the interpreter or the emulation."""
     from triton.runtime.interpreter import InterpretedFunction
 
-    from tests.support.kernels.gluon_emulation import EmulatedFunction
-
     names: set[str] = set()
+    emulated = gluon_emulation.EmulatedFunction
 
     def recording(method: Callable[..., Any]) -> Callable[..., Any]:
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -178,6 +170,6 @@ def recorded_functions() -> Iterator[set[str]]:
     with (
         patch.object(InterpretedFunction, "run", recording(InterpretedFunction.run)),
         patch.object(InterpretedFunction, "__call__", recording(InterpretedFunction.__call__)),
-        patch.object(EmulatedFunction, "__call__", recording(EmulatedFunction.__call__)),
+        patch.object(emulated, "__call__", recording(emulated.__call__)),
     ):
         yield names

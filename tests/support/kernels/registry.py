@@ -1,13 +1,14 @@
 """The registry of kernels: what tests/kernels/NAME_cases.py declares of nanovllm/kernels/NAME.py, as one object KERNEL.
 
-The common tests (tests/kernels/test_kernels.py), compute-sanitizer's run and the benchmarks go over KERNELS. They find
-a new kernel by its file of cases; docs/adding_a_kernel.md shows one.
+The common tests (tests/kernels/test_kernels.py), compute-sanitizer's run and the benchmarks go over kernels(). They
+find a new kernel by its file of cases; docs/adding_a_kernel.md shows one.
 """
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import product
 from typing import Any
 
 import torch
@@ -15,16 +16,11 @@ import torch
 from tests.support.source_tree import ROOT
 
 Check = Callable[[str], None]  # runs on a device, "cpu" if interpreted or "cuda", and raises AssertionError
+Inputs = dict[str, Any]  # a launcher's arguments
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # (capability, dtype) of a compilation: every dtype where kernels are tuned, the usual one on the other generations.
-TARGETS = (
-    (90, torch.bfloat16),
-    (90, torch.float16),
-    (90, torch.float32),
-    (80, torch.bfloat16),
-    (100, torch.bfloat16),
-)
-EVERY_TARGET = tuple((c, dtype) for c in (80, 90, 100) for dtype in (torch.bfloat16, torch.float16, torch.float32))
+TARGETS = (*((90, dtype) for dtype in DTYPES), (80, torch.bfloat16), (100, torch.bfloat16))
 
 
 @dataclass(frozen=True)
@@ -44,17 +40,22 @@ class Compilation:
     targets: tuple[tuple[int, torch.dtype], ...] = TARGETS
     also: Callable[[Any], None] = lambda compiled: None
 
+    @classmethod
+    def everywhere(cls, launch: Callable[[torch.dtype], object]) -> "Compilation":
+        """launch(dtype) for every dtype on every generation."""
+        return cls(lambda dtype, _: launch(dtype), tuple(product((80, 90, 100), DTYPES)))
+
 
 @dataclass(frozen=True)
-class Refusals:
+class Refused:
     """launch(**inputs()) is valid; with one of `changes` it must raise a ValueError whose text matches.
 
     changes: (changed inputs, regular expression). A changed input is a value, or a function of the valid one.
     """
 
     launch: Callable[..., object]
-    inputs: Callable[[], dict[str, Any]]
-    changes: tuple[tuple[dict[str, Any], str], ...]
+    inputs: Callable[[], Inputs]
+    changes: tuple[tuple[Inputs, str], ...]
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Kernel:
 
     launched: its kernels, by the name of the @triton.jit function, and their limits.
     cases: small; run interpreted, on a GPU and under compute-sanitizer. on_gpu: more, for a GPU only.
-    drawn: a Hypothesis strategy of checks, for a GPU only.
+    drawn: a Hypothesis strategy of checks, run on a GPU only. What it makes may depend on nothing but its draws.
     measured: benchmarks, NAME -> function of a point of benchmarks.shapes.POINTS[NAME], which gives a Measured.
     reached_by: the configuration, of reaching.CONFIGURATIONS, of an LLM that launches these kernels.
     capability: of the only GPUs that it runs on.
@@ -86,17 +87,67 @@ class Kernel:
     launched: Mapping[str, Limits]
     cases: Mapping[str, Check]
     compiled: Mapping[str, Compilation]
-    refused: Refusals | None
+    drawn: Any
+    refused: Refused | None
     measured: Mapping[str, Callable[..., Any]]
     reached_by: str = "llama"
     on_gpu: Mapping[str, Check] = field(default_factory=dict)
-    drawn: Any = None
     steps: Mapping[str, Steps] = field(default_factory=dict)
     capability: tuple[int, int] | None = None
 
     @property
     def module(self) -> str:
         return f"tests.kernels.{self.name}_cases"
+
+    @property
+    def gpu_cases(self) -> dict[str, Check]:
+        assert not self.cases.keys() & self.on_gpu.keys(), "two cases of one name"
+        return {**self.cases, **self.on_gpu}
+
+
+@dataclass(frozen=True)
+class BoundCheck:
+    """A check: function(device, *args, **kwargs). Its text is that of the call that made it."""
+
+    function: Callable[..., None]
+    args: tuple[Any, ...]
+    kwargs: Inputs
+
+    def __call__(self, device: str) -> None:
+        self.function(device, *self.args, **self.kwargs)
+
+    def __str__(self) -> str:
+        words = [*map(str, self.args), *(f"{name}={value}" for name, value in self.kwargs.items())]
+        return f"{self.function.__name__}({', '.join(words)})"
+
+
+def case(function: Callable[..., None]) -> Callable[..., BoundCheck]:
+    """Decorates function(device, ...): to call it without the device gives a check."""
+    return lambda *args, **kwargs: BoundCheck(function, args, kwargs)
+
+
+def each(make: Callable[..., Check], **axes: Iterable[Any]) -> dict[str, Check]:
+    """make(**arguments) for every combination of values, by names such as "257 x 768, bfloat16, rows 2".
+
+    A mapping gives its values names of their own.
+    """
+    checks = {}
+    for combination in product(*(_named(axis, values) for axis, values in axes.items())):
+        arguments = dict(zip(axes, (value for _, value in combination), strict=True))
+        checks[", ".join(name for name, _ in combination)] = make(**arguments)
+    return checks
+
+
+def _named(axis: str, values: Iterable[Any]) -> Iterable[tuple[str, Any]]:
+    if isinstance(values, Mapping):
+        return values.items()
+    return [(_name(axis, value), value) for value in values]
+
+
+def _name(axis: str, value: Any) -> str:
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    return " x ".join(map(str, value)) if isinstance(value, tuple) else f"{axis} {value}"
 
 
 def lazy(path: str) -> Callable[..., Any]:

@@ -21,6 +21,6 @@ def interprets() -> bool:
 
 
 def tolerated_stack_bytes() -> int:
-    """Of a thread. Triton 3.6 puts a few registers on the stack where 3.7 needs none: 8 to 24 bytes, seen in
+    """Bytes of stack that a thread may use besides its limit. Triton 3.6 uses 8 to 24 where 3.7 needs none, seen in
     sampling_row_kernel, in varlen_attention_kernel in float32, and in varlen_attention_hopper_kernel."""
     return 0 if _release("triton") >= (3, 7) else 24

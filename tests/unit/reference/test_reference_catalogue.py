@@ -23,7 +23,7 @@ from reference.store_kvcache import store_kvcache
 from reference.tensor_parallel import column_parallel_linear, row_parallel_linear, vocab_parallel_embedding
 
 FOLDER = Path(reference.__file__).parent
-NAMES = [name for name, _ in reference.READING_ORDER]
+NAMES = reference.reading_order()
 
 # A file is 25 to 80 lines. These are longer, each because it holds one thing that has to be read as a whole.
 LONGER = {
