@@ -4,8 +4,7 @@ What a kernel declares is in NAME_cases.py; docs/adding_a_kernel.md shows how on
 """
 
 import ast
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
