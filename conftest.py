@@ -1,7 +1,7 @@
 """The plugins of the suite, loaded wherever pytest is pointed at: `pytest --report` names no folder of tests."""
 
 pytest_plugins = [
-    "tests.support.report_plugin",
+    "tests.support.report",
     "tests.support.replay.plugin",
     "tests.support.gpu_sharing",
 ]

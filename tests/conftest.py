@@ -1,12 +1,12 @@
-"""What holds for every test: one seed, random order, no network, one thread a process, Hypothesis' profiles.
+"""Settings of every run: one seed, random order, no network, one thread a process, Hypothesis' profiles.
 
-HYPOTHESIS_PROFILE=quick|dev|ci|nightly sets how many examples are drawn (default: dev); the first two print a failing
-example as it was drawn, the others shrink it, which may take minutes. One seed decides the order of the
-tests, the state of Python's, numpy's and torch's global generators before each test, and what Hypothesis draws:
-`--randomly-seed=N` (pytest-randomly), or NANOVLLM_TEST_SEED=N. It is printed in the header and with each failure.
+HYPOTHESIS_PROFILE=quick|dev|ci|nightly sets how many examples are drawn (default: dev). The first two print a failing
+example as it was drawn; the others shrink it, which may take minutes.
 
-pytest-randomly (order, seed) and pytest-socket (no network) are kept libraries. A machine that lacks one runs without
-it: in the order of the files, with `--hypothesis-seed` as the seed, with an open network. The header says so.
+One seed decides the order of the tests, the state of Python's, numpy's and torch's global generators before each test,
+and what Hypothesis draws: `--randomly-seed=N` (pytest-randomly), or NANOVLLM_TEST_SEED=N. The header and each failure
+print it. Without pytest-randomly the order is fixed, and `--hypothesis-seed` sets the seed; without pytest-socket the
+network is open. The header says which of the two is missing.
 """
 
 import os
@@ -37,7 +37,7 @@ for _name, _max_examples in PROFILES.items():
     settings.register_profile(
         _name,
         max_examples=_max_examples,
-        deadline=None,  # a first call may import or compile, and two cores are shared: time says nothing here
+        deadline=None,  # a first call may import or compile
         derandomize=False,
         print_blob=True,
         report_multiple_bugs=False,
@@ -66,55 +66,49 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     missing = [
         f"no pytest-{name}: {what}" for name, what in PLUGINS.items() if not config.pluginmanager.hasplugin(name)
     ]
-    return [f"nanovllm: {_how_to_repeat(config)}", *missing]
+    return [f"nanovllm: {_repeating_command(config)}", *missing]
 
 
-def _seed(config: pytest.Config) -> int:
-    return config.option.hypothesis_seed
-
-
-def _how_to_repeat(config: pytest.Config) -> str:
+def _repeating_command(config: pytest.Config) -> str:
     option = "randomly" if config.pluginmanager.hasplugin("randomly") else "hypothesis"
-    return f"HYPOTHESIS_PROFILE={PROFILE} python -m pytest --{option}-seed={_seed(config)}"
+    return f"HYPOTHESIS_PROFILE={PROFILE} python -m pytest --{option}-seed={config.option.hypothesis_seed}"
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
     report = yield
     if report.failed:
-        text = f"{_how_to_repeat(item.config)} {_marked(item.config)}'{item.nodeid}'"
+        markers = item.config.option.markexpr
+        is_default = not markers or markers in item.config.getini("addopts")
+        option = "" if is_default else f"-m '{markers}' "
+        text = f"{_repeating_command(item.config)} {option}'{item.nodeid}'"
         text += "\n(without the test's name: all tests in the same order)"
         report.sections.append(("repeat with", text))
     return report
 
 
-def _marked(config: pytest.Config) -> str:
-    """The option -m if the run has one of its own: without it, a GPU's test would be left out."""
-    markers = config.option.markexpr
-    return "" if not markers or markers in config.getini("addopts") else f"-m '{markers}' "
-
-
-_num_settled = 0  # modules whose objects the garbage collector passes over
+_num_frozen_modules = 0
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
-    """An engine collects garbage when it closes, and would look through all that torch, transformers and pytest made:
-    a third of a second each time, for half of the time of a test that makes many. So what is there when many modules
-    have just been imported is set apart. What a test makes later is collected as ever.
+    """Keep the garbage collector away from the objects of newly imported modules.
+
+    An engine collects garbage when it closes; over all that torch, transformers and pytest make at import, each such
+    collection takes a third of a second.
     """
-    global _num_settled
-    if len(sys.modules) > 1.1 * _num_settled:
+    global _num_frozen_modules
+    if len(sys.modules) > 1.1 * _num_frozen_modules:
         gc.unfreeze()
         gc.collect()
         gc.freeze()
-        _num_settled = len(sys.modules)
+        _num_frozen_modules = len(sys.modules)
 
 
 @pytest.fixture(autouse=True)
 def _seeded(pytestconfig: pytest.Config) -> None:
     """The global generators have the same state before every test (pytest-randomly knows nothing of torch)."""
-    seed = _seed(pytestconfig)
+    seed = pytestconfig.option.hypothesis_seed
     random.seed(seed)
     np.random.seed(seed)
     torch = sys.modules.get("torch")  # a test without torch does not pay for its import

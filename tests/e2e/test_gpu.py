@@ -1,4 +1,4 @@
-"""The engine on a GPU, eager, with each attention backend, against reference/ on the CPU in float64.
+"""The engine on a GPU, eager, with each attention backend, against reference/ on the CPU in float64; and its memory.
 
 float32 (torch and triton): the same tokens. bfloat16: logits no further from float64 than twice what plain PyTorch
 (the reference itself, run in bfloat16) is, plus one unit in the last place of the largest logit. The factor is
@@ -6,6 +6,9 @@ FlashAttention's own criterion: same dtype, another order of summation.
 """
 
 import functools
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +19,13 @@ from nanovllm import LLM, SamplingParams, bundled_model_path
 from nanovllm.demo_prompts import DEMO_PROMPTS
 from reference.checkpoint import Checkpoint, load_checkpoint
 from reference.transformer import transformer
+from tests.e2e.conftest import tokens
 from tests.support.comparing import assert_within
 from tests.support.engine_events import scheduler_events
+from tests.support.limits import HANG_SECONDS
 from tests.support.model_probe import make_runner, teacher_forced_logits
 from tests.support.oracle import ERROR_RATIO, Oracle
+from tests.support.source_tree import ROOT
 from tests.support.tiny_models import VOCAB_SIZE, tiny_model
 
 pytestmark = pytest.mark.gpu
@@ -122,61 +128,30 @@ def test_float32_tokens_equal_the_reference(
     assert oracle.num_excused <= 1
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_bfloat16_through_preemption_chunks_and_prefix_hits(backend: str) -> None:
-    """Blocks of 256, as FlashAttention has them: each token is one that float64, given the same text, could choose.
-
-    Each sequence fills two more blocks, of which one was kept free for it when it was admitted.
-    """
-    path = bundled_model_path()
-    with LLM(
-        str(path), dtype="bfloat16", attention_backend=backend, num_kv_cache_blocks=7, max_num_seqs=3,
-        max_num_batched_tokens=200, max_model_len=1024, **EAGER,
-    ) as llm:  # fmt: skip
-        prefix = llm.tokenizer.encode("The LORD is my shepherd; I shall not want. " * 60)[:490]
-        prompts = [[*prefix, *llm.tokenizer.encode(prompt)] for prompt in DEMO_PROMPTS[:3]]
-        params = SamplingParams.greedy(max_tokens=300, ignore_eos=True)
-        outputs = llm.generate(prompts, params, use_tqdm=False)
-        assert llm.scheduler.num_preemptions > 0
-        assert llm.scheduler.num_prefill_chunks > 0
-        assert llm.scheduler.block_manager.num_hit_blocks > 0
-    for prompt, output in zip(prompts, outputs, strict=True):
-        token_ids = [*prompt, *output["token_ids"]]
-        exact = transformer(token_ids, *checkpoint(path, torch.float64))
-        plain = transformer(token_ids, *checkpoint(path, torch.bfloat16)).double()
-        bound = 2 * (plain - exact).abs().max() + torch.finfo(torch.bfloat16).eps * exact.abs().max()
-        before = exact[len(prompt) - 1 : -1]
-        chosen = before.gather(1, torch.tensor(output["token_ids"])[:, None])[:, 0]
-        best = before.amax(dim=1)
-        assert (best - chosen).max() <= 2 * bound  # each of the two may be off by the bound
-        assert (best == chosen).float().mean() >= 0.95
-
-
 @pytest.mark.whole_gpu
 @pytest.mark.parametrize(
     ("dtype", "backend"),
     [("float32", "torch"), ("float32", "triton"), *(("bfloat16", backend) for backend in BACKENDS)],
 )
-def test_the_bundled_model_says_on_a_gpu_what_it_says_on_a_cpu(dtype: str, backend: str) -> None:
+def test_the_bundled_model_generates_on_a_gpu_what_it_generates_on_a_cpu(dtype: str, backend: str) -> None:
     params = SamplingParams.greedy(max_tokens=48)
     with LLM(str(bundled_model_path()), device="cpu", attention_backend="torch", max_model_len=512) as llm:
-        expected = llm.generate(list(DEMO_PROMPTS), params, use_tqdm=False)
+        expected = tokens(llm, list(DEMO_PROMPTS), params)
     with LLM(str(bundled_model_path()), dtype=dtype, attention_backend=backend, max_model_len=512, **EAGER) as llm:
         assert llm.config.num_kv_cache_blocks is None  # sized from the GPU's memory
-        outputs = llm.generate(list(DEMO_PROMPTS), params, use_tqdm=False)
-    assert [output["token_ids"] for output in outputs] == [output["token_ids"] for output in expected]
+        assert tokens(llm, list(DEMO_PROMPTS), params) == expected
 
 
 def test_sampled_tokens_on_a_gpu_are_those_of_the_cpu() -> None:
     """D58: the noise is counter-based, so the device does not decide."""
     params = SamplingParams(seed=5, temperature=1.0, max_tokens=48)
 
-    def tokens(device: str) -> list[list[int]]:
+    def drawn(device: str) -> list[list[int]]:
         options: dict[str, Any] = {"device": device, "dtype": "float32", "attention_backend": "torch"}
         with LLM(str(bundled_model_path()), num_kv_cache_blocks=32, **options) as llm:
-            return [output["token_ids"] for output in llm.generate(list(DEMO_PROMPTS), params, use_tqdm=False)]
+            return tokens(llm, list(DEMO_PROMPTS), params)
 
-    assert tokens("cuda") == tokens("cpu")
+    assert drawn("cuda") == drawn("cpu")
 
 
 def share_in_use() -> float:
@@ -187,8 +162,8 @@ def share_in_use() -> float:
 
 @pytest.mark.parametrize("enforce_eager", [True, False])
 def test_close_gives_gpu_memory_back(enforce_eager: bool) -> None:
-    """D34. But for what libraries keep for each stream that they have seen, as long as the process lives: the first
-    engine leaves that, with one graph, and the next, with many, no more.
+    """D34. Libraries keep memory for each stream that they have used until the process ends: the first engine, with one
+    graph, leaves that, and the next, with many, leaves no more.
     """
 
     def run(max_num_seqs: int) -> int:
@@ -214,14 +189,28 @@ def test_the_cache_fills_the_memory_it_may_and_no_more() -> None:
     ) as llm:
         assert share_in_use() <= share + 0.01
         prompts = [[5 + index % 400] * 60 for index in range(256)]
-        outputs = llm.generate(
-            prompts, SamplingParams(top_p=0.9, seed=1, max_tokens=4, ignore_eos=True), use_tqdm=False
-        )
-        assert len(outputs) == 256
+        params = SamplingParams(top_p=0.9, seed=1, max_tokens=4, ignore_eos=True)
+        assert len(tokens(llm, prompts, params)) == 256
         assert share_in_use() <= share + 0.02
 
 
-def test_too_little_memory_is_said_with_figures() -> None:
+def test_too_little_memory_is_an_error_with_the_figures() -> None:
     """D43."""
     with pytest.raises(ValueError, match=r"gpu_memory_utilization must leave room .* GiB"):
         LLM(str(bundled_model_path()), gpu_memory_utilization=1e-6, **EAGER)
+
+
+@pytest.mark.whole_gpu
+def test_the_engine_runs_on_a_gpu_named_by_its_uuid() -> None:
+    """D45"""
+    uuid = str(torch.cuda.get_device_properties(0).uuid).removeprefix("GPU-")
+    options = ["--device", "cuda", "--attention-backend", "torch", "--greedy", "--max-tokens", "4"]
+    result = subprocess.run(
+        [sys.executable, "-m", "nanovllm", "generate", *options, "In the beginning"],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": f"GPU-{uuid}"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=HANG_SECONDS,
+    )
+    assert (result.returncode, result.stdout.startswith(" God")) == (0, True), result.stderr

@@ -1,4 +1,4 @@
-"""What an engine on a GPU compiles and clears up, it compiles and clears up before the first request."""
+"""An engine on a GPU compiles its kernels and collects garbage before the first request, so that none waits for it."""
 
 import gc
 import importlib
@@ -11,13 +11,13 @@ from tests.support.source_tree import module_name, python_files
 from tests.support.tiny_models import tiny_model
 
 LONG = list(range(5, 205))
-# Of many tokens and of few, found in the cache and not, in chunks, greedy and drawn.
+# Long and short prompts, cached and not, in chunks, greedy and sampled.
 PROMPTS = [[*LONG * 3, index] for index in range(6)] + [[7, index] for index in range(14)] + [LONG * 4, LONG * 4]
 PARAMS = [SamplingParams.greedy(max_tokens=5), SamplingParams(seed=1, max_tokens=9, ignore_eos=True)]
 
 
-def forget_what_was_compiled() -> None:
-    """By other tests of this process; what lies on the disk is loaded again, which counts as compiling here."""
+def forget_compiled_kernels() -> None:
+    """Drop what other tests of this process compiled. Loading it from the disk again counts as compiling here."""
     import triton
 
     for path in python_files("nanovllm/kernels"):
@@ -37,7 +37,7 @@ def test_no_request_waits_for_the_compiler(architecture: str, head_dim: int, mon
     params = [PARAMS[index % 2] for index in range(len(PROMPTS))]
     compiled: list[str] = []
     monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda **about: compiled.append(about["repr"]))
-    forget_what_was_compiled()
+    forget_compiled_kernels()
     with LLM(
         str(model_dir), device="cuda", dtype="bfloat16", attention_backend="triton", num_kv_cache_blocks=40,
         max_model_len=1024, max_num_seqs=20, max_num_batched_tokens=2048,
@@ -53,10 +53,10 @@ def test_no_request_waits_for_the_compiler(architecture: str, head_dim: int, mon
 
 @pytest.mark.gpu
 def test_no_request_waits_for_the_garbage_collector() -> None:
-    """For a collection of all objects, which is due when those made since the last are more than a quarter."""
+    """A collection of all objects is due when those made since the last one are more than a quarter."""
     generations: list[int] = []
 
-    def note(phase: str, about: dict[str, Any]) -> None:
+    def record(phase: str, about: dict[str, Any]) -> None:
         generations.append(about["generation"])
 
     thresholds = gc.get_threshold()
@@ -69,14 +69,14 @@ def test_no_request_waits_for_the_garbage_collector() -> None:
         ) as llm:  # fmt: skip
             gc.set_threshold(10, 1, 1)
             gc.enable()
-            gc.callbacks.append(note)
+            gc.callbacks.append(record)
             try:
                 llm.generate([[5, 6, 7]], PARAMS[1], use_tqdm=False)
             finally:
-                gc.callbacks.remove(note)
+                gc.callbacks.remove(record)
     finally:
         gc.set_threshold(*thresholds)
         gc.enable()
     assert len(made_at_start) == 10**6
-    assert 1 in generations  # so a full one would have come, had it been due
+    assert 1 in generations  # so a full collection would have run, had it been due
     assert 2 not in generations

@@ -1,4 +1,4 @@
-"""Several engines of one process on one GPU, in several threads: one captures graphs while another computes."""
+"""Threads of one process on one GPU: engines start, capture graphs and compute at the same time."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +9,7 @@ import torch
 
 from nanovllm import LLM, SamplingParams, bundled_model_path
 from nanovllm.demo_prompts import DEMO_PROMPTS
+from tests.e2e.conftest import tokens
 from tests.support.limits import HANG_SECONDS
 
 PROMPTS = list(DEMO_PROMPTS[:6])
@@ -16,27 +17,27 @@ PARAMS = SamplingParams.greedy(max_tokens=24, ignore_eos=True)
 OPTIONS: dict[str, Any] = {"device": "cuda", "max_model_len": 512, "max_num_seqs": 8, "num_kv_cache_blocks": 32}
 
 
-def tokens(llm: LLM, prompts: Any = PROMPTS) -> list[list[int]]:
-    return [output["token_ids"] for output in llm.generate(prompts, PARAMS, use_tqdm=False)]
+def generated(llm: LLM, prompts: Any = PROMPTS) -> list[list[int]]:
+    return tokens(llm, prompts, PARAMS)
 
 
 def start_and_generate(enforce_eager: bool) -> list[list[int]]:
     with LLM(str(bundled_model_path()), **OPTIONS, enforce_eager=enforce_eager) as llm:
-        return tokens(llm)
+        return generated(llm)
 
 
 @pytest.mark.gpu
 def test_an_engine_captures_graphs_while_another_computes() -> None:
-    """D81: three times, and frees them; the other one steps all the time, with graphs and async scheduling."""
+    """D81: three engines in turn capture graphs and free them; the other one steps all the time, with graphs too."""
     is_over = threading.Event()
     with LLM(str(bundled_model_path()), **OPTIONS) as llm, ThreadPoolExecutor(1) as threads:
-        expected = tokens(llm)
+        expected = generated(llm)
         is_computing = threading.Event()
 
         def compute() -> int:
             num_calls = 0
             while not is_over.is_set() or num_calls == 0:
-                assert tokens(llm) == expected
+                assert generated(llm) == expected
                 num_calls += 1
                 is_computing.set()
             return num_calls
@@ -65,8 +66,10 @@ def test_engines_start_and_compute_at_the_same_time_on_a_gpu() -> None:
 def test_calls_of_several_threads_on_a_gpu() -> None:
     """D81: float32, since in bfloat16 the size of a batch shows."""
     with LLM(str(bundled_model_path()), **OPTIONS, dtype="float32") as llm, ThreadPoolExecutor(8) as threads:
-        expected = [tokens(llm, prompt) for prompt in PROMPTS]
-        assert list(threads.map(lambda prompt: tokens(llm, prompt), PROMPTS * 4, timeout=HANG_SECONDS)) == expected * 4
+        expected = [generated(llm, prompt) for prompt in PROMPTS]
+        assert (
+            list(threads.map(lambda prompt: generated(llm, prompt), PROMPTS * 4, timeout=HANG_SECONDS)) == expected * 4
+        )
 
 
 @pytest.mark.gpu

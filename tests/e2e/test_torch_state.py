@@ -10,7 +10,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from nanovllm import LLM, SamplingParams, bundled_model_path
-from tests.e2e.conftest import BUNDLED_OPTIONS
+from tests.e2e.conftest import BUNDLED_OPTIONS, tokens
 from tests.support.tiny_models import tiny_model
 
 PARAMS = [
@@ -39,7 +39,8 @@ def setting(set_value: Callable[[Any], Any], value: Any, before: Any) -> Iterato
         set_value(before)
 
 
-STATES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+State = Callable[[], AbstractContextManager[Any]]
+CPU_STATES: dict[str, State] = {
     "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
     "inference_mode": torch.inference_mode,
     "no_grad": torch.no_grad,
@@ -53,11 +54,9 @@ STATES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "function mode": Zeros,
     "flush_denormal": lambda: setting(torch.set_flush_denormal, True, False),
 }
-GPU_STATES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+GPU_STATES: dict[str, State] = {
+    **{name: CPU_STATES[name] for name in ("inference_mode", "float64", "meta")},
     "autocast": lambda: torch.autocast("cuda", dtype=torch.float16),
-    "inference_mode": torch.inference_mode,
-    "float64": lambda: setting(torch.set_default_dtype, torch.float64, torch.float32),
-    "meta": lambda: torch.device("meta"),
     "default device": lambda: setting(torch.set_default_device, "cuda", None),
     "another stream": lambda: torch.cuda.stream(torch.cuda.Stream()),
 }
@@ -76,62 +75,41 @@ def torch_state() -> tuple[Any, ...]:
     )
 
 
-def generate(llm: LLM) -> list[list[int]]:
-    return [output["token_ids"] for output in llm.generate(PROMPTS, PARAMS, use_tqdm=False)]
+def assert_state_changes_nothing(state: State, model: Path, options: dict[str, Any]) -> None:
+    """An engine that is made inside the state gives its tokens there and afterwards; so does one made outside."""
+    with LLM(str(model), **options) as outside:
+        expected = tokens(outside, PROMPTS, PARAMS)
+        with state():
+            before = torch_state()
+            inside = LLM(str(model), **options)
+            assert torch_state() == before
+            assert tokens(inside, PROMPTS, PARAMS) == expected
+            assert tokens(outside, PROMPTS, PARAMS) == expected
+            assert torch_state() == before
+        with inside:
+            assert tokens(inside, PROMPTS, PARAMS) == expected
 
 
-def generate_new(model: Path, options: dict[str, Any]) -> list[list[int]]:
-    with LLM(str(model), **options) as llm:
-        return generate(llm)
-
-
-@pytest.mark.parametrize("state", STATES)
-def test_the_state_around_a_call_changes_no_token(llm: LLM, state: str) -> None:
+@pytest.mark.parametrize("state", CPU_STATES)
+def test_torch_state_changes_no_token(state: str) -> None:
     """D87."""
-    expected = generate(llm)
-    with STATES[state]():
-        before = torch_state()
-        assert generate(llm) == expected
-        assert torch_state() == before
+    assert_state_changes_nothing(CPU_STATES[state], bundled_model_path(), BUNDLED_OPTIONS)
 
 
-@pytest.mark.parametrize("state", STATES)
-def test_the_state_around_a_start_changes_no_token(llm: LLM, state: str) -> None:
-    """D87: nor does its end matter to the engine that was started in it."""
-    expected = generate(llm)
-    with STATES[state]():
-        before = torch_state()
-        own = LLM(str(bundled_model_path()), **BUNDLED_OPTIONS)
-        assert torch_state() == before
-        assert generate(own) == expected
-    with own:
-        assert generate(own) == expected
-
-
+@pytest.mark.parametrize("state", ["float64", "default device", "autocast"])
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "qwen3_moe"])
-def test_no_architecture_takes_torchs_default_dtype_or_device(model_type: str) -> None:
+def test_no_architecture_takes_torchs_default_dtype_or_device(model_type: str, state: str) -> None:
     """D87."""
-    model = tiny_model(model_type)
-    expected = generate_new(model, BUNDLED_OPTIONS)
-    for state in ("float64", "default device", "autocast"):
-        with STATES[state]():
-            assert generate_new(model, BUNDLED_OPTIONS) == expected
+    assert_state_changes_nothing(CPU_STATES[state], tiny_model(model_type), BUNDLED_OPTIONS)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("enforce_eager", [True, False])
 @pytest.mark.parametrize("state", GPU_STATES)
-def test_the_state_around_changes_no_token_on_a_gpu(state: str, enforce_eager: bool) -> None:
+def test_torch_state_changes_no_token_on_a_gpu(state: str, enforce_eager: bool) -> None:
     """D87."""
     options = {
         "device": "cuda", "max_model_len": 512, "max_num_seqs": 4, "num_kv_cache_blocks": 16,
         "enforce_eager": enforce_eager,
     }  # fmt: skip
-    expected = generate_new(bundled_model_path(), options)
-    with GPU_STATES[state]():
-        before = torch_state()
-        own = LLM(str(bundled_model_path()), **options)
-        assert generate(own) == expected
-        assert torch_state() == before
-    with own:
-        assert generate(own) == expected
+    assert_state_changes_nothing(GPU_STATES[state], bundled_model_path(), options)

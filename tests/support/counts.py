@@ -5,9 +5,8 @@
     count_event("preemption", 3)
     record_error("decode attention, bf16", 0.8, 2.0)            error found, error allowed
 
-tests/support/report_plugin.py attaches the counts to the test as user_properties, so they travel with its report, from
-xdist's workers too. `pytest --report` adds them up. Outside pytest the functions do nothing. A process that a test
-starts returns its numbers to the test, which counts them.
+tests/support/report.py attaches the counts to the test as user_properties, so they travel with its report, from xdist's
+workers too. Outside pytest nothing reads them. A process that a test starts returns its numbers to the test.
 """
 
 import math
@@ -48,7 +47,7 @@ class Counts:
             self.record_error(name, error, allowed)
 
 
-_current = Counts()  # outside a test: read by no one
+_current = Counts()
 
 
 @contextmanager
@@ -68,15 +67,11 @@ def add_counts(properties: Iterable[tuple[str, Any]]) -> None:
 
 
 def count_comparisons(oracle_pair: str, number: int = 1) -> None:
-    """`number` values were compared. oracle_pair: "what against which oracle"."""
     _current.comparisons[oracle_pair] += number
 
 
 def count_kernel_comparisons(kernel: str, dtype: object, way: str, number: int = 1) -> None:
-    """`number` values of a kernel's output were compared, or `number` of its compiled variants.
-
-    dtype: a torch.dtype, or its name. way: a key of KERNEL_ORACLES.
-    """
+    """`number` values of a kernel's output, or of its compiled variants. way: a key of KERNEL_ORACLES."""
     name = f"kernel {kernel}, {str(dtype).removeprefix('torch.')}, {way}"
     count_comparisons(f"{name} against {KERNEL_ORACLES[way]}", number)
 
@@ -87,7 +82,7 @@ def count_event(name: str, number: int = 1) -> None:
 
 
 def record_error(name: str, error: float, allowed: float) -> None:
-    """An error was found where `allowed` would have passed. Raises ValueError for a number without meaning."""
+    """Raises ValueError for a number without meaning."""
     if not (allowed > 0 and math.isfinite(error)):
         raise ValueError(f"allowed must be positive and error finite, got {allowed} and {error} for {name!r}")
     _current.record_error(name, error, allowed)

@@ -1,14 +1,11 @@
-"""Plugin: what the GPU tests need, and how they share a GPU.
+"""Plugin: refuses a run of GPU tests without a GPU, and shares one GPU between the processes of `pytest -m gpu`.
 
-A run whose -m selects nothing but tests for GPUs ends in one line where there is no GPU. A test that needs more GPUs
-than there are is skipped: multi_gpu(N) needs N, multi_gpu alone needs 2.
+A run whose -m selects GPU tests alone ends in one line where there is no GPU. A test that needs more GPUs than exist is
+skipped: multi_gpu(N) needs N, multi_gpu alone needs 2.
 
-`pytest -m gpu` runs in several processes, since Triton's compiler, not the GPU, takes the time.
-
-In one process a third of the tests took seven and a half of the eight minutes that all of them may take, nearly all of
-it on one core. So several run side by side on one GPU, unless -n says how many. Tests marked
-`whole_gpu`, which fill the GPU's memory or measure it, run while no other test does: each worker's GPU tests hold a
-file lock of their own, and those tests hold all of them.
+`pytest -m gpu` runs in several processes unless -n says how many, since Triton's compiler, not the GPU, takes the time.
+A test marked `whole_gpu`, which fills the GPU's memory or measures it, runs while no other does: each worker's other
+GPU tests hold a file lock of their own, and such a test holds all of them.
 """
 
 import itertools
@@ -117,11 +114,11 @@ def pytest_runtest_protocol(item: pytest.Item) -> Any:
 def held(folder: Path, exclusively: bool, slot: int = 0) -> Iterator[None]:
     """One of the MOST_WORKERS locks in `folder` (slot says which), or all of them, across processes and threads.
 
-    Each test takes its locks while it holds the lock `door`: so later tests do not overtake one that waits for all.
+    A test takes its locks while it holds the lock `order`, so that no later test overtakes one that waits for all.
     """
     slots = range(MOST_WORKERS) if exclusively else [slot % MOST_WORKERS]
     with ExitStack() as stack:
-        with FileLock(folder / "door.lock"):
+        with FileLock(folder / "order.lock"):
             for number in slots:
                 stack.enter_context(FileLock(folder / f"slot-{number}.lock"))
         yield

@@ -1,4 +1,4 @@
-"""Logits of every position, computed the way the engine computes them: chunks, paged cache, decode."""
+"""A ModelRunner alone, and its logits of every position: prefill in chunks over a paged cache, then decode."""
 
 from pathlib import Path
 from typing import Any

@@ -11,7 +11,7 @@ from reference.checkpoint import Checkpoint, load_checkpoint
 from reference.generate import Generation, generate
 from reference.sampling import sampling
 from reference.transformer import transformer
-from tests.support.counts import count_comparisons, count_event
+from tests.support.counts import count_comparisons, count_event, record_error
 
 # Two float32 evaluations of one function differ from float64 by errors of the same size; the largest of some thousand
 # such errors is rarely over twice another such largest, so four times the reference's own is not reached by rounding.
@@ -42,8 +42,15 @@ class Oracle:
     def single(self) -> Checkpoint:
         return load_checkpoint(self.model_dir, torch.float32)
 
+    @cached_property
+    def rounding(self) -> float:
+        """The largest error of the reference's own float32 logits, over 64 positions of a text."""
+        vocab_size = len(self.exact.weights["model.embed_tokens.weight"])
+        text = torch.randint(vocab_size, (64,), generator=torch.Generator().manual_seed(0)).tolist()
+        return float((transformer(text, *self.single) - transformer(text, *self.exact)).abs().max())
+
     def generate(self, prompt: list[int], params: SamplingParams, seed: int) -> Generation:
-        """The reference's tokens; `seed` is the request's resolved one."""
+        """The reference's tokens and float64 logits; `seed` is the request's resolved one."""
         key = (tuple(prompt), params, seed)
         if key not in self._generations:
             self._generations[key] = generate(
@@ -61,12 +68,32 @@ class Oracle:
             )
         return self._generations[key]
 
-    def check(self, prompt: list[int], params: SamplingParams, seed: int, token_ids: list[int], reason: str) -> None:
-        """Fail unless a finished (or aborted) request's tokens and finish_reason are the reference's."""
+    def check(
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        seed: int,
+        token_ids: list[int],
+        reason: str,
+        logits: list[torch.Tensor] | None = None,
+    ) -> None:
+        """Fail unless a finished (or aborted) request's tokens and finish_reason are the reference's.
+
+        logits: for each token the logits [V] that it was sampled from, if they are to be compared too.
+        """
         expected = self.generate(prompt, params, seed)
         for step, (ours, theirs) in enumerate(zip(token_ids, expected.token_ids, strict=False)):
             self.num_compared += 1
             count_comparisons("engine: tokens against reference.generate")
+            if logits is not None:
+                error = float((logits[step].double() - expected.logits[step]).abs().max())
+                allowed = ERROR_RATIO * self.rounding
+                assert error <= allowed, (
+                    f"the logits of token {step} are off by {error}, allowed {allowed}; prompt {prompt}, {params}, "
+                    f"seed {seed}"
+                )
+                record_error("engine: logits against reference.generate", error, allowed)
+                count_comparisons("engine: logits against reference.generate", len(logits[step]))
             if ours != theirs:
                 prefix = [*prompt, *token_ids[:step]]
                 assert self.is_rounding(prefix, params, seed, ours), (

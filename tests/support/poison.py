@@ -1,4 +1,4 @@
-"""Poison: an LLM whose KV cache holds NaN wherever nothing may be read, so that a stale read shows at its step.
+"""Poison: an LLM whose KV cache holds NaN wherever nothing may be read, so that a stale read fails at its step.
 
     with poisoned_llm(model_dir, **options) as llm: ...
 
@@ -6,22 +6,23 @@ A block may be read as long as a sequence owns it, or may still hit it in the pr
 
     before the first step                               nothing was written yet
     when it is freed and is not in the prefix cache     finish, abort and preemption alike
-    when it is taken for new tokens                     what it held, cached or not, is forgotten then
+    when it is taken for new tokens                     what it held, cached or not, is lost then
 
-and a freed block that stays in the prefix cache keeps its keys until it is evicted, which is when it is taken: hitting
-them is no stale read. Beside that, torch.empty and its kin give NaN, or integers that are no token, slot or block; the
-padding of block tables names a block of NaN, if one is free; and so do the rows that pad a CUDA graph's batch.
+A freed block that stays in the prefix cache keeps its keys until it is evicted, which is when it is taken: hitting them
+is no stale read. Besides, torch.empty and its kin give NaN, or integers that are no token, slot or block; the padding
+of block tables names a block of NaN, if one is free; and so do the rows that pad a CUDA graph's batch.
 
-Every step is looked at: a row that is NaN raises PoisonError, which names the step, the sequence and the block. The
-instrument wraps methods of one LLM, from outside; nothing in nanovllm knows of it. It sees the first rank only.
+A computed row that is NaN raises PoisonError, which names the step, the sequence and the block. The instrument wraps
+methods of one LLM from outside. It sees the first rank only.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
+from unittest import mock
 
 import numpy as np
 import torch
@@ -32,7 +33,6 @@ from nanovllm.engine.model_input import PADDING_BLOCK, ModelInput
 from nanovllm.engine.scheduler import ScheduledBatch
 from nanovllm.engine.sequence import Sequence
 from nanovllm.worker import model_runner
-from nanovllm.worker.async_output import AsyncModelOutput
 from tests.support.counts import count_comparisons, count_event
 
 UNINITIALISED = {
@@ -45,15 +45,19 @@ UNINITIALISED = {
 
 
 class PoisonError(AssertionError):
-    """Something was read that nobody had written."""
+    """A step read a value that was never written, or is no longer valid."""
 
 
 class PoisonedEmpty(TorchFunctionMode):
     """While it is active, uninitialised tensors hold NaN, integers the largest of their type, bools True."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        return fill_with_poison(result) if func in UNINITIALISED else result
+        tensor = func(*args, **(kwargs or {}))
+        if func not in UNINITIALISED:
+            return tensor
+        if tensor.is_floating_point():
+            return tensor.fill_(torch.nan)
+        return tensor.fill_(True if tensor.dtype == torch.bool else torch.iinfo(tensor.dtype).max)
 
 
 @contextmanager
@@ -66,14 +70,8 @@ def poisoned_empty() -> Iterator[None]:
         with plain(*args, **kwargs), PoisonedEmpty():
             yield
 
-    with patch.object(model_runner, "plain_torch_state", poisoned):
+    with mock.patch.object(model_runner, "plain_torch_state", poisoned):
         yield
-
-
-def fill_with_poison(tensor: torch.Tensor) -> torch.Tensor:
-    if tensor.is_floating_point():
-        return tensor.fill_(torch.nan)
-    return tensor.fill_(True if tensor.dtype == torch.bool else torch.iinfo(tensor.dtype).max)
 
 
 @contextmanager
@@ -81,113 +79,95 @@ def poisoned_llm(model_dir: str | Path, **options: Any) -> Iterator[LLM]:
     """An LLM under Poison from its construction on: weights that were not loaded are NaN, too."""
     with poisoned_empty():
         llm = LLM(str(model_dir), **options)
-    with llm, Poison(llm).installed():
+    with llm, ExitStack() as stack:
+        Poison(llm, stack)
         yield llm
 
 
 class Poison:
-    """The instrument around one LLM. num_steps counts those that were computed, from 1."""
+    """The instrument around one LLM, until `stack` is closed. Steps are counted from 1."""
 
-    def __init__(self, llm: LLM) -> None:
+    def __init__(self, llm: LLM, stack: ExitStack) -> None:
         self._llm = llm
         self._manager = llm.scheduler.block_manager
         self._runner: Any = llm._core.executor._runner
-        self._batch: ScheduledBatch | None = None
-        self._fate = ["never written"] * len(self._manager.blocks)  # of each block, when it was last poisoned
-        self.num_steps = 0
-
-    @contextmanager
-    def installed(self) -> Iterator["Poison"]:
+        self._batch: ScheduledBatch | None = None  # of the running step
+        self._num_steps = 0
+        self._origin = ["never written"] * len(self._manager.blocks)  # of each block's NaN
         self._runner.kv_cache.fill_(torch.nan)
-        with ExitStack() as stack:
-            for owner, name, around in (
-                (self._manager, "allocate", self._allocate),
-                (self._manager, "append_block", self._open_block),
-                (self._manager, "deallocate", self._deallocate),
-                (self._runner, "run", self._run),
-                (self._runner, "launch", self._launch),
-                (self._runner, "run_model", self._run_model),
-            ):
-                stack.enter_context(wrapped(owner, name, around))
-            if self._runner.graphs is not None:
-                stack.enter_context(wrapped(self._runner.graphs, "replay", self._replay))
-            yield self
+        wrappers: list[tuple[Any, str, Callable[..., Any]]] = [
+            (self._manager, "allocate", self._allocate),
+            (self._manager, "append_block", self._open_block),
+            (self._manager, "deallocate", self._deallocate),
+            (self._runner, "run", self._step),
+            (self._runner, "launch", self._step),
+            (self._runner, "run_model", self._run_model),
+        ]
+        if self._runner.graphs is not None:
+            wrappers.append((self._runner.graphs, "replay", self._replay))
+        for owner, name, wrapper in wrappers:
+            stack.enter_context(mock.patch.object(owner, name, partial(wrapper, getattr(owner, name))))
 
     # --- what is poisoned, and when ---
 
-    def fill(self, block_ids: list[int], fate: str) -> None:
+    def _fill(self, block_ids: list[int], origin: str) -> None:
         for block_id in block_ids:
             self._runner.kv_cache[:, :, block_id] = torch.nan
-            self._fate[block_id] = f"{fate} after step {self.num_steps}"
+            self._origin[block_id] = f"{origin} after step {self._num_steps}"
         count_event("block poisoned", len(block_ids))
 
     def _allocate(self, allocate: Callable[..., None], seq: Sequence) -> None:
         allocate(seq)
-        num_hits = seq.num_tokens_with_kv // seq.block_size
-        self.fill(seq.block_table[num_hits:], f"taken by sequence {seq.seq_id}")
+        self._fill(seq.block_table[seq.num_tokens_with_kv // seq.block_size :], f"taken by sequence {seq.seq_id}")
 
     def _open_block(self, append_block: Callable[..., None], seq: Sequence) -> None:
         append_block(seq)
-        self.fill(seq.block_table[-1:], f"taken by sequence {seq.seq_id}")
+        self._fill(seq.block_table[-1:], f"taken by sequence {seq.seq_id}")
 
     def _deallocate(self, deallocate: Callable[..., None], seq: Sequence) -> None:
         table = list(seq.block_table)
         deallocate(seq)
-        self.fill([block_id for block_id in table if self._is_dead(block_id)], f"freed by sequence {seq.seq_id}")
+        self._fill([block_id for block_id in table if self._is_free(block_id)], f"freed by sequence {seq.seq_id}")
 
-    def _is_dead(self, block_id: int) -> bool:
+    def _is_free(self, block_id: int) -> bool:
+        """Whether nothing may read the block."""
         block = self._manager.blocks[block_id]
         return block.ref_count == 0 and not block.is_cached
 
-    def _trap(self) -> int:
-        """A block of NaN for padding to name; PADDING_BLOCK when there is none."""
-        dead = (block.block_id for block in self._manager.blocks if self._is_dead(block.block_id))
-        return next(dead, PADDING_BLOCK)
+    def _block_of_nan(self) -> int:
+        """For padding to name; PADDING_BLOCK when there is none."""
+        return next(filter(self._is_free, range(len(self._manager.blocks))), PADDING_BLOCK)
 
     # --- a step ---
 
-    def _run(self, run: Callable[..., list[int]], batch: ScheduledBatch) -> list[int]:
-        self.num_steps += 1
+    def _step(self, method: Callable[..., Any], batch: ScheduledBatch, *others: Any) -> Any:
+        self._num_steps += 1
         self._batch = batch
         with poisoned_empty():
-            token_ids = run(batch)
-        self._check_tokens(batch, token_ids)
-        self._batch = None
-        return token_ids
-
-    def _launch(self, launch: Callable[..., AsyncModelOutput], batch: ScheduledBatch, *before: Any) -> AsyncModelOutput:
-        self.num_steps += 1
-        self._batch = batch
-        with poisoned_empty():
-            launched = launch(batch, *before)
-        self._check_tokens(batch, launched.token_ids())
-        self._batch = None
-        return launched
-
-    def _check_tokens(self, batch: ScheduledBatch, token_ids: list[int]) -> None:
+            result = method(batch, *others)
+        token_ids = result if isinstance(result, list) else result.token_ids()
         for seq, token_id in zip(batch.sampled_sequences, token_ids, strict=True):
             if not 0 <= token_id < self._llm.vocab_size:
-                raise PoisonError(f"step {self.num_steps}: sequence {seq.seq_id} got {token_id}, which is no token")
+                raise PoisonError(f"step {self._num_steps}: sequence {seq.seq_id} got {token_id}, which is no token")
+        self._batch = None
+        return result
 
-    def _run_model(self, run_model: Callable[..., torch.Tensor], model_input: ModelInput, *rest: Any) -> torch.Tensor:
-        if model_input.block_tables is not None:
-            tables = model_input.block_tables
-            trapped = np.where(tables == PADDING_BLOCK, self._trap(), tables).astype(tables.dtype)
-            model_input = replace(model_input, block_tables=trapped)
-        hidden_states = run_model(model_input, *rest)
+    def _run_model(self, run_model: Callable[..., torch.Tensor], model_input: ModelInput, *others: Any) -> torch.Tensor:
+        if (tables := model_input.block_tables) is not None:
+            padded = np.where(tables == PADDING_BLOCK, self._block_of_nan(), tables).astype(tables.dtype)
+            model_input = replace(model_input, block_tables=padded)
+        hidden_states = run_model(model_input, *others)
         self._check(hidden_states, model_input.cu_seqlens_q, model_input)
         return hidden_states
 
-    def _replay(
-        self, replay: Callable[..., torch.Tensor | None], model_input: ModelInput, *rest: Any
-    ) -> torch.Tensor | None:
+    def _replay(self, replay: Callable[..., Any], model_input: ModelInput, *others: Any) -> torch.Tensor | None:
         """Rows that pad the batch, and columns behind each table, name a block of NaN; logits begin as NaN."""
         graphs = self._runner.graphs
-        graphs._host.block_tables[:] = self._trap()
+        graphs._host.block_tables[:] = self._block_of_nan()
         for logits in graphs._logits.values():
             if logits is not None:
                 logits.fill_(torch.nan)
-        logits = replay(model_input, *rest)
+        logits = replay(model_input, *others)
         if logits is not None:
             self._check(logits, np.arange(len(logits) + 1), model_input)
         return logits
@@ -199,34 +179,23 @@ class Poison:
         if self._batch is not None and is_nan.any():
             index = int(np.searchsorted(bounds, is_nan.argmax(), side="right")) - 1
             kind = "prefill" if model_input.is_prefill else "decode"
-            raise PoisonError(
-                f"step {self.num_steps} ({kind}): sequence {self._batch.sequences[index].seq_id} read NaN: "
-                f"{self._what_was_read(index, model_input)}"
+            seq = self._batch.sequences[index]
+            slot = self._poisoned_slot(index, model_input) or (
+                f"no slot that the input names: an output left unwritten, or a read beyond its blocks {seq.block_table}"
             )
+            raise PoisonError(f"step {self._num_steps} ({kind}): sequence {seq.seq_id} read NaN: {slot}")
 
-    def _what_was_read(self, index: int, model_input: ModelInput) -> str:
-        """The first poisoned slot among those that the input says a sequence reads.
+    def _poisoned_slot(self, index: int, model_input: ModelInput) -> str | None:
+        """The first poisoned slot among those that the input says sequence `index` of the batch reads.
 
-        Looked for in the first layer: in later ones a NaN has been handed on to the sequence's own new keys.
+        The first layer is searched: in later ones a NaN has been handed on to the sequence's own new keys.
         """
+        if model_input.block_tables is None:
+            return None
         keys_and_values = self._runner.kv_cache[:, 0]  # [2, num_blocks, block_size, num_kv_heads, head_dim]
-        block_size = keys_and_values.shape[2]
-        if model_input.block_tables is not None:
-            table = model_input.block_tables[index].tolist()
-            for position in range(int(model_input.context_lens[index])):
-                block_id, offset = table[position // block_size], position % block_size
-                if keys_and_values[:, block_id, offset].isnan().any():
-                    return f"position {position} in block {block_id}, slot {offset}, {self._fate[block_id]}"
-        own = self._batch.sequences[index].block_table if self._batch is not None else []
-        return f"no slot that the input names: an output left unwritten, or a read beyond its blocks {own}"
-
-
-@contextmanager
-def wrapped(owner: Any, name: str, around: Callable[..., Any]) -> Iterator[None]:
-    """owner.name(...) is around(the method, ...)."""
-    method = getattr(owner, name)
-    setattr(owner, name, lambda *args: around(method, *args))
-    try:
-        yield
-    finally:
-        delattr(owner, name)
+        block_size, table = keys_and_values.shape[2], model_input.block_tables[index].tolist()
+        for position in range(int(model_input.context_lens[index])):
+            block_id, offset = table[position // block_size], position % block_size
+            if keys_and_values[:, block_id, offset].isnan().any():
+                return f"position {position} in block {block_id}, slot {offset}, {self._origin[block_id]}"
+        return None

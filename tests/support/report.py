@@ -1,139 +1,147 @@
-"""The report of a run: RunData as tables, and the tables as text and as one HTML page without scripts."""
+"""Plugin: attaches its counts to each test, checks the skips of every run, and writes the report with --report.
 
-import os
+pytest --report[=FOLDER] writes FOLDER/report.md (.report): what was compared with which oracle and how often, which
+events occurred, how much of each tolerance was used, what was skipped and why.
+"""
+
+import shlex
 import sys
-import textwrap
 from collections import Counter
-from dataclasses import dataclass, field
-from html import escape
-from importlib.metadata import PackageNotFoundError, version
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
 
-from tests.support.counts import Counts
-from tests.support.skips import Skip, why
+import pytest
 
-TITLE = "nanovllm: what this run checked"
-HEAD = f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{TITLE}</title><style>
-:root {{ color-scheme: light dark; font: 15px/1.45 system-ui, sans-serif }}
-body {{ max-width: 72rem; margin: 2rem auto; padding: 0 1rem }}
-h2 {{ margin: 2rem 0 .3rem }} table {{ border-collapse: collapse; font-size: .93em }}
-tr:first-child {{ font-weight: bold }}
-td {{ padding: .2rem 1.2rem .2rem 0; border-bottom: 1px solid #8884; text-align: left; vertical-align: top }}
-.number {{ text-align: right }} .problem {{ color: #c33 }}
-</style></head><body><h1>{TITLE}</h1>"""
+from tests.support import skips
+from tests.support.counts import Counts, counting
+from tests.support.skips import Skip
+
+FOLDER, FILE = ".report", "report.md"
+COUNTS = pytest.StashKey[Counts]()
 
 
-@dataclass
-class RunData:
-    """What is known after a run of the tests."""
-
-    command: str = ""
-    outcomes: Counter[str] = field(default_factory=Counter)  # passed, failed, error: of tests
-    skips: list[Skip] = field(default_factory=list)
-    counts: Counts = field(default_factory=Counts)
-    num_tests: Counter[str] = field(default_factory=Counter)  # that made a comparison, by its name
-    problems: list[str] = field(default_factory=list)
+def pytest_addoption(parser: pytest.Parser) -> None:
+    text = f"write what the run compared into FOLDER/{FILE} ({FOLDER})"
+    parser.getgroup("nanovllm").addoption("--report", nargs="?", const=FOLDER, metavar="FOLDER", help=text)
 
 
-class Table(NamedTuple):
-    title: str
-    text: str
-    columns: tuple[str, ...]
-    rows: list[tuple[str | int, ...]]
+def pytest_configure(config: pytest.Config) -> None:
+    folder = Path(config.option.report or FOLDER)
+    if folder.is_file() or any(folder.glob("*.py")) or "::" in str(folder):
+        raise pytest.UsageError(f"--report {folder}: those are tests; write --report=FOLDER, or put --report last")
+    if not hasattr(config, "workerinput"):  # xdist's workers send their reports to this process
+        config.pluginmanager.register(Reporter(config), "nanovllm_report")
 
 
-def defects_without_test() -> list[tuple[str | int, ...]]:
-    from tools.defects import ROW, TABLE, covering_tests  # late: it reads every test
-
-    covered = covering_tests()
-    rows = (ROW.match(line) for line in TABLE.read_text(encoding="utf-8").splitlines())
-    return [(row[1], row[2]) for row in rows if row and row[1] not in covered]
-
-
-def machine() -> str:
-    """Versions, processor cores, and the GPU if torch is loaded and has one."""
-    words = [f"Python {sys.version.split()[0]}", f"{os.cpu_count()} cores"]
-    for package in ("torch", "triton", "transformers", "numpy", "hypothesis", "pytest"):
-        try:
-            words.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            words.append(f"no {package}")
-    torch = sys.modules.get("torch")
-    has_gpu = torch is not None and torch.cuda.is_available()
-    return ", ".join([*words, torch.cuda.get_device_name() if has_gpu else "no GPU in use"])
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    with counting() as counts:
+        item.stash[COUNTS] = counts
+        return (yield)
 
 
-def summary(data: RunData) -> list[str]:
-    failed = data.outcomes["failed"] + data.outcomes["error"]
-    tests = f"{data.outcomes['passed']:,} tests passed, {failed:,} failed, {len(data.skips):,} skipped"
-    return [tests, f"Repeat with: {data.command}", machine()]
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> None:
+    if call.when == "teardown":
+        item.user_properties += item.stash[COUNTS].to_properties()
 
 
-def tables(data: RunData) -> list[Table]:
-    counts = data.counts
-    compared = sorted(counts.comparisons.items())
-    errors = sorted(counts.errors.items(), key=lambda item: item[1][0] / item[1][1], reverse=True)
-    return [
-        Table(
-            "Comparisons",
-            "How many values were compared with which oracle, and in how many tests. Kernels: interpreted on the CPU, "
-            "compiled for GPUs that need not be present (number of variants), or run on a GPU.",
-            ("what", "oracle", "values", "tests"),
-            [(*name.partition(" against ")[::2], number, data.num_tests[name]) for name, number in compared],
-        ),
-        Table(
-            "Events",
-            "What makes an engine hard to get right. Each campaign fails if an event that it is about did not occur.",
-            ("event", "times"),
-            [*sorted(counts.events.items())],
-        ),
-        Table(
-            "Tolerance used",
-            "The largest error under each name. Near 100 %: another machine may exceed the bound. Near 0 %: the bound "
-            "is loose, and a small mistake could pass.",
-            ("comparison", "error", "allowed", "used"),
-            [(name, f"{error:.2g}", f"{most:.2g}", f"{100 * error / most:.0f} %") for name, (error, most) in errors],
-        ),
-        Table(
-            "Skipped",
-            "A skip that is not on the list of tests/support/skips.py fails the run.",
-            ("test", "it says", "reason on the list"),
-            [(skip.test, skip.reason, why(skip) or "NOT ALLOWED") for skip in sorted(data.skips)],
-        ),
-        Table("Defects without a test", "Of tests/DEFECTS.md.", ("id", "what must hold"), defects_without_test()),
-    ]
+class Reporter:
+    """In the process that was started: adds up the reports of the tests, checks the skips, writes the report."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+        self.outcomes: Counter[str] = Counter()  # passed, failed, error: of tests
+        self.skips: list[Skip] = []
+        self.counts = Counts()
+        self.num_tests: Counter[str] = Counter()  # that made a comparison, by its name
+        self.problems: list[str] = []
+        self.running: dict[str, None] = {}  # node ids
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self.outcomes["error"] += 1
+        elif report.skipped:
+            self.skips.append(_skip(report))
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self.running[nodeid] = None
+
+    def pytest_runtest_logfinish(self, nodeid: str) -> None:
+        self.running.pop(nodeid, None)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.skipped and not hasattr(report, "wasxfail"):
+            self.skips.append(_skip(report))
+        elif report.when == "call" or report.failed:
+            self.outcomes[report.outcome if report.when == "call" else "error"] += 1
+        if report.when == "teardown":
+            self.counts.add_properties(report.user_properties)
+            self.num_tests.update(dict(report.user_properties).get("comparisons", {}).keys())
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if not getattr(self.config.option, "benchmark_only", False):  # benchmarks skip what cannot be measured here
+            self.problems = skips.check(self.skips)
+        if self.config.option.report:
+            path = Path(self.config.option.report, FILE)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(self.text(), encoding="utf-8")
+        if self.problems and session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    @pytest.hookimpl(trylast=True)  # so that these are the last lines
+    def pytest_terminal_summary(self, terminalreporter: Any, exitstatus: int) -> None:
+        if exitstatus == pytest.ExitCode.INTERRUPTED and self.running:
+            terminalreporter.section("tests that were running when the run was interrupted", yellow=True)
+            terminalreporter.write_line("\n".join(self.running))
+        if self.problems:
+            terminalreporter.section("the run fails", red=True)
+            terminalreporter.write_line("\n".join(self.problems))
+        if self.config.option.report:
+            terminalreporter.write_line(f"written: {Path(self.config.option.report, FILE)}")
+
+    def text(self) -> str:
+        """The report in Markdown."""
+        torch = sys.modules.get("torch")
+        gpu = torch.cuda.get_device_name() if torch is not None and torch.cuda.is_available() else "no GPU"
+        failed = self.outcomes["failed"] + self.outcomes["error"]
+        errors = sorted((error / most, name, error, most) for name, (error, most) in self.counts.errors.items())
+        parts = [
+            "# What this run checked",
+            f"{self.outcomes['passed']:,} tests passed, {failed:,} failed, {len(self.skips):,} skipped",
+            f"`python -m pytest {shlex.join(map(str, self.config.invocation_params.args))}`, {gpu}",
+            *(f"**The run fails:** {problem}" for problem in self.problems),
+            "## Comparisons",
+            _table(
+                "what | oracle | values | tests",
+                (
+                    (*name.partition(" against ")[::2], f"{number:,}", self.num_tests[name])
+                    for name, number in sorted(self.counts.comparisons.items())
+                ),
+            ),
+            "## Events",
+            _table("event | times", ((name, f"{number:,}") for name, number in sorted(self.counts.events.items()))),
+            "## Tolerance used",
+            "Near 100 %, another machine may exceed the bound. Near 0 %, a small mistake could pass.",
+            _table(
+                "largest error | of | allowed | used",
+                ((f"{error:.2g}", name, f"{most:.2g}", f"{used:.0%}") for used, name, error, most in errors[::-1]),
+            ),
+            "## Skipped",
+            _table(
+                "test | it says | why it may", ((*skip, skips.why(skip) or "NOTHING") for skip in sorted(self.skips))
+            ),
+        ]
+        return "\n\n".join(parts) + "\n"
 
 
-def to_text(data: RunData) -> str:
-    parts = [TITLE, "\n".join(summary(data)), *(["THE RUN FAILS", *data.problems] if data.problems else [])]
-    for table in tables(data):
-        rows = [table.columns, *table.rows]
-        widths = [max(len(_words(cell)) for cell in column) for column in zip(*rows, strict=True)]
-        parts.append(f"{table.title}\n{'-' * len(table.title)}\n{textwrap.fill(table.text, 120)}")
-        lines = ("  ".join(map(_padded, row, widths)).rstrip() for row in rows)
-        parts.append("\n".join(f"  {line}" for line in lines) if table.rows else "  none")
-    return "\n\n".join(parts) + "\n"
+def _table(columns: str, rows: Iterable[tuple[object, ...]]) -> str:
+    lines = [columns, " | ".join("---" for _ in columns.split("|"))]
+    lines += [" | ".join(str(cell).replace("|", r"\|") for cell in row) for row in rows]
+    return "\n".join(f"| {line} |" for line in lines)
 
 
-def to_html(data: RunData) -> str:
-    parts = [HEAD, *(f"<p>{escape(line)}</p>" for line in summary(data))]
-    parts += [f'<p class="problem">The run fails: {escape(problem)}</p>' for problem in data.problems]
-    for table in tables(data):
-        parts.append(f"<h2>{table.title}</h2><p>{escape(table.text)}</p><table>")
-        for row in [table.columns, *table.rows] if table.rows else [("none",)]:
-            parts.append(f"<tr>{''.join(map(_html_cell, row))}</tr>")
-        parts.append("</table>")
-    return "\n".join([*parts, "</body></html>"]) + "\n"
-
-
-def _words(cell: str | int) -> str:
-    return f"{cell:,}" if isinstance(cell, int) else cell
-
-
-def _padded(cell: str | int, width: int) -> str:
-    return _words(cell).rjust(width) if isinstance(cell, int) else cell.ljust(width)
-
-
-def _html_cell(cell: str | int) -> str:
-    kind = ' class="number"' if isinstance(cell, int) else ""
-    return f"<td{kind}>{escape(_words(cell))}</td>"
+def _skip(report: pytest.CollectReport | pytest.TestReport) -> Skip:
+    reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    return Skip(report.nodeid, reason.removeprefix("Skipped: "))

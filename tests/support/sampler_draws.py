@@ -1,4 +1,4 @@
-"""Draws by the million from the sampler, and what they must look like: shared by the tests of a CPU and of a GPU."""
+"""Cases of millions of draws from the sampler, with the exact probabilities that they must follow."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,9 +1,10 @@
 """Every skip that may occur, with its reason. A skip that is not here, or more of them than here, fails the run.
 
-So running out of memory, a kernel that is missing or a package that was forgotten cannot pass as a skip.
+Otherwise running out of memory, or a package that was forgotten, could pass as a skip.
 """
 
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -11,7 +12,6 @@ from importlib.util import find_spec
 from typing import NamedTuple
 
 from tests.support.kernels.versions import INTERPRETER_REASON, interprets
-from tests.support.limits import HANG_SECONDS
 
 
 class Skip(NamedTuple):
@@ -37,23 +37,16 @@ class AllowedSkip(NamedTuple):
         return bool(re.fullmatch(self.test, skip.test) and re.fullmatch(self.reason, skip.reason))
 
 
-def _has_fewer_than_8_gpus() -> bool:
-    torch = sys.modules.get("torch")  # the skipped test has loaded it, unless a worker of xdist ran the test
-    return torch is None or torch.cuda.device_count() < 8
-
-
-def _has_no_hopper() -> bool:
+def _gpus() -> list[tuple[int, int]]:
+    """Compute capabilities, as far as the skipped test has loaded torch in this process (not in a worker of xdist)."""
     torch = sys.modules.get("torch")
-    return torch is None or not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0)
+    return [] if torch is None else [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
 
 
 def _cannot_mount() -> bool:
     """Whether this user may not make a mount namespace of its own, as in most containers."""
     command = ["unshare", "--mount", "--map-root-user", "mount", "-t", "tmpfs", "tmpfs", "/dev/shm"]
-    try:
-        return subprocess.run(command, capture_output=True, timeout=HANG_SECONDS).returncode != 0
-    except FileNotFoundError:
-        return True
+    return shutil.which("unshare") is None or subprocess.run(command, capture_output=True).returncode != 0
 
 
 # fmt: off
@@ -64,7 +57,7 @@ ALLOWED = [
     ),
     AllowedSkip(
         r"tests/distributed/test_gpu_ranks\.py::test_\w+\[.*\]", r"needs [248] GPUs, there are [0-7]", 28,
-        "a run with -m multi_gpu takes the sizes for which there are GPUs", _has_fewer_than_8_gpus,
+        "a run with -m multi_gpu takes the sizes for which there are GPUs", lambda: len(_gpus()) < 8,
     ),
     AllowedSkip(
         r"tests/kernels/test_\w+\.py::test_(equals_the_reference|an_llm_launches_it_on_a_gpu)\[.*\]",
@@ -74,7 +67,7 @@ ALLOWED = [
     AllowedSkip(
         r"tests/kernels/test_kernels\.py::test_(\w+_)?on_a_gpu\[varlen_attention_hopper.*",
         r"needs compute capability 9\.0", 120,
-        "a kernel for Hopper GPUs only", _has_no_hopper,
+        "a kernel for Hopper GPUs only", lambda: (9, 0) not in _gpus(),
     ),
     AllowedSkip(
         r"tests/unit/test_benchmark_report\.py::test_.*", r"could not import 'matplotlib'.*", 1,

@@ -1,4 +1,4 @@
-"""Judging random draws with proven error rates: no normal approximation, no table of critical values.
+"""Checks of random draws with proven error rates: no normal approximation, no table of critical values.
 
 Chernoff's bound: of n independent draws, each an event of probability p, a fraction f >= p (or f <= p) are events with
 probability at most exp(-n * KL(f || p)), whatever n and p. So n * KL, in nats, is the evidence against p, and a
@@ -7,11 +7,9 @@ same bound holds for the mean of any function of a draw; for the logits' mean it
 temperature, since p_T(v) ~ exp(logit[v] / T) is an exponential family with that mean as its statistic.
 
 A run of the suite makes at most MAX_COMPARISONS such comparisons (counted, and enforced), so a right sampler fails a
-run with probability FALSE_ALARMS at most. Tests that plant an error and do not see it fail too; each does so with
-probability MISSES at most. Together, a run fails for no reason less than once in 1e9 times.
-
-The draws are a function of NANOVLLM_TEST_SEED: over its choice these probabilities are meant, and a run with the same
-seed always judges the same draws.
+run with probability FALSE_ALARMS at most. A test that plants an error misses it with probability MISSES at most.
+Together, a run fails for no reason less than once in 1e9 times, over the choice of NANOVLLM_TEST_SEED, which decides
+all draws.
 """
 
 import math

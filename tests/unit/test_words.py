@@ -1,0 +1,36 @@
+"""tools/words finds words that the project does not use where prose is, and nowhere else."""
+
+from pathlib import Path
+
+from tools.words import findings, main
+
+CODE = '''"""Whoever reads
+this."""
+nobody = "in vain"  # a name and a value are no prose
+
+
+def test_who_comes_first():
+    # it has
+    # gone
+    assert nobody, f"{nobody} heard"
+    raise ValueError("let it go")
+
+
+class Box:
+    """What a user who reads gets; a tensor whose rows are even."""
+'''
+PAGE = "As `who` and\n```\nnobody\n```\nsays, it lives here."
+
+
+def test_words_are_found_in_comments_docstrings_names_and_messages(tmp_path: Path) -> None:
+    (tmp_path / "code.py").write_text(CODE)
+    (tmp_path / "page.md").write_text(PAGE)
+    found = [(line, word) for line, word, _ in findings(tmp_path / "code.py")]
+    assert found == [(1, "Whoever"), (6, "who"), (7, "has gone"), (9, "heard"), (10, "let it go")]
+    assert [(line, word) for line, word, _ in findings(tmp_path / "page.md")] == [(5, "lives")]
+
+
+def test_the_command_names_place_word_and_remedy(tmp_path: Path, capsys) -> None:
+    (tmp_path / "page.md").write_text(PAGE)
+    assert main([str(tmp_path / "page.md")]) == 1
+    assert f"{tmp_path / 'page.md'}:5: 'lives': is, exists, is stored" in capsys.readouterr().out
