@@ -89,7 +89,7 @@ benchmarks: ## time every kernel against the GPU's ceiling, and the host side (a
 mutants: mutants-defects $(VENV)/.mutmut ## put errors into the code: do the tests notice? known defects, then those that mutmut makes (hours)
 	$(TEST_ENV) WORKERS=$(WORKERS) $(BIN)/python -m tools.mutants.generic
 
-mutants-defects: $(STAMP) ## put each known defect of tests/DEFECTS.md back (four minutes)
+mutants-defects: $(STAMP) ## put each known defect of tests/DEFECTS.md back (minutes)
 	$(TEST_ENV) $(BIN)/python -m tools.mutants --workers $(WORKERS) --tests-pass $(ARGS)
 
 $(VENV)/.mutmut: $(STAMP)

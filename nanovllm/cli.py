@@ -23,7 +23,7 @@ from nanovllm.sampling_params import SamplingParams
 from nanovllm.validation import require_unicode
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
-READER_GONE = 141  # 128 + SIGPIPE
+BROKEN_PIPE = 141  # 128 + SIGPIPE
 
 _EXAMPLES = """\
 examples:
@@ -33,14 +33,14 @@ examples:
   nanovllm generate --model ./my-model -             one prompt a line from standard input
   nanovllm bench --model ./my-model --num-seqs 256   throughput
 
-exit codes: 0 done; 1 the demo found a difference; 2 an error that the message says how to mend; 70 a bug of nanovllm;
-130 interrupted by Ctrl-C; 141 the reader of the output has ended
+exit codes: 0 done; 1 the demo found a difference; 2 an error whose message names a remedy; 70 a bug of nanovllm;
+130 interrupted by Ctrl-C; 141 the reader of the output closed the pipe
 """
 
-# name of the option -> what it says in --help. Type, choices and default come from Config and SamplingParams.
+# name of the option -> its text in --help. Type, choices and default come from Config and SamplingParams.
 _CONFIG_HELP = {
-    "dtype": "of weights and KV cache; auto is what the checkpoint says",
-    "device": "auto is cuda if there is one, else cpu",
+    "dtype": "of weights and KV cache; auto takes that of the checkpoint",
+    "device": "auto takes cuda if there is an NVIDIA GPU, else cpu",
     "attention_backend": "auto takes the fastest that is installed and fits",
     "max_model_len": "longest sequence, prompt and output together, in tokens; lowered to what the model supports",
     "max_num_seqs": "most sequences that run at a time",
@@ -51,7 +51,7 @@ _CONFIG_HELP = {
     "gpu_memory_utilization": "share of the GPU's memory to use",
     "tensor_parallel_size": "GPUs, or processes on a CPU, that share the model; under torchrun, all of its processes",
     "enforce_eager": "never use CUDA graphs",
-    "async_scheduling": "begin a decode step while the one before is being computed, or never do "
+    "async_scheduling": "submit a decode step before the tokens of the step before are known, or never do "
     "(default: on a GPU, with several ranks where each has its own)",
 }
 _SAMPLING_HELP = {
@@ -59,8 +59,8 @@ _SAMPLING_HELP = {
     "temperature": "below 1 is more predictable, above 1 more surprising; 0 is --greedy",
     "top_k": "sample from the k most likely tokens only",
     "top_p": "sample from the smallest set of tokens with this probability",
-    "min_p": "drop tokens less likely than this share of the most likely one",
-    "seed": "same seed, same text, whatever runs beside it",
+    "min_p": "drop tokens less likely than this fraction of the most likely one",
+    "seed": "the same seed gives the same text, whatever other requests run",
 }
 _CHOICES = {"dtype": DTYPES, "device": DEVICES, "attention_backend": ATTENTION_BACKENDS}
 
@@ -76,18 +76,18 @@ def _run(arguments: argparse.Namespace) -> int:
         require_stdout()
         launch = read_torchrun_env()
         if launch is not None and launch.rank > 0 and arguments.run is not _demo:
-            _open_llm(arguments)  # computes for rank 0, which alone reads and prints, and does not return
+            _open_llm(arguments)  # serves rank 0, which alone reads and prints, and does not return
         with _log_on_stderr():
             code = arguments.run(arguments)
-        sys.stdout.flush()  # a reader that has gone is noticed here, not at interpreter exit
+        sys.stdout.flush()  # raises BrokenPipeError here rather than at interpreter exit
         return code
     except KeyboardInterrupt:
         print("\nnanovllm: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         discard_stdout()
-        return READER_GONE
-    except Exception as error:  # the last place where an error can be explained
+        return BROKEN_PIPE
+    except Exception as error:
         code = report_error(error, _option_names(arguments), arguments.debug)
         flush_stdout()
         return code
@@ -104,7 +104,7 @@ def _flag(name: str) -> str:
 
 @contextmanager
 def _log_on_stderr() -> Iterator[None]:
-    """What the engine logs (which attention backend it took, and why) is shown while a command runs."""
+    """Shows on stderr what the engine logs while a command runs, such as the attention backend and the reason."""
     logger, handler = logging.getLogger("nanovllm"), logging.StreamHandler(sys.stderr)
     level = logger.level
     logger.addHandler(handler)
@@ -154,7 +154,7 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 
 def _open_llm(arguments: argparse.Namespace) -> Any:
-    """The LLM that the options ask for, on all ranks that torchrun started; says so when it is the bundled model."""
+    """The LLM of these options, on all ranks that torchrun started. Prints a note if it is the bundled model."""
     from nanovllm import LLM, bundled_model_path
 
     options, launch = _given(arguments, _CONFIG_HELP), read_torchrun_env()
@@ -170,9 +170,9 @@ def _open_llm(arguments: argparse.Namespace) -> Any:
 
 
 def _sampling_params(arguments: argparse.Namespace) -> SamplingParams:
-    """Of the options; --temperature 0 is --greedy, as users of other engines know it, and beside it the rest is unused.
+    """SamplingParams of these options. --temperature 0 means --greedy, and a note names the options without effect.
 
-    Raises ValueError for a value against its rule, used or not, and for --greedy beside another way to sample.
+    Raises ValueError for a wrong value, used or not, and for --greedy together with another sampling option.
     """
     options, ends = _given(arguments, _SAMPLING_HELP), {"stop": arguments.stop, "ignore_eos": arguments.ignore_eos}
     is_zero = options.get("temperature") == 0
@@ -210,7 +210,7 @@ def _as_chat(llm: Any, prompt: str) -> list[int]:
 
 
 def _given(arguments: argparse.Namespace, names: Any) -> dict[str, Any]:
-    """The options that the user gave; Config's and SamplingParams' own defaults do for the others."""
+    """The options that the user gave. Config and SamplingParams have the defaults of the others."""
     return {name: value for name in names if (value := getattr(arguments, name, None)) is not None}
 
 

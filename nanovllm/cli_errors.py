@@ -1,4 +1,4 @@
-"""What the command line says about an exception: one line with the remedy, or that nanovllm has a bug.
+"""The message of the command line for an exception: one line with the remedy, or that nanovllm has a bug.
 
 Exit codes: 2 for what the user can change, 70 (EX_SOFTWARE of sysexits.h) for a bug of nanovllm.
 """
@@ -29,7 +29,7 @@ _LESS_MEMORY = (
 
 
 def report_error(error: Exception, options: Mapping[str, str], is_debug: bool) -> int:
-    """Print what is to be said about `error` to stderr and return the exit code.
+    """Print the message for `error` to stderr. Returns the exit code.
 
     options: field name -> option, such as max_model_len -> --max-model-len, of the command that ran.
     """

@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 NUM_STREAMED = 3
 GREEDY = SamplingParams.greedy(max_tokens=64)
-SAMPLED_PROMPT = "A time to"  # its text goes on from here in many ways, so chance has something to decide
+SAMPLED_PROMPT = "A time to"  # the text holds many continuations of it, so seeds differ
 TEMPERATURE = 0.8
 SEEDS = (1, 2)
 
 
 def run_demo() -> int:
-    """Print the demo. Returns 0, or 1 if an output differs from transformers' own, or a seed does not decide."""
+    """Print the demo. Returns 0, or 1 if an output differs from transformers', or if one seed gave two texts."""
     path = bundled_model_path()
     print("The bundled model: a tiny Qwen3 that knows passages of the King James Bible by heart. CPU, float32.")
     with LLM(str(path), device="cpu", dtype="float32") as llm:
@@ -58,7 +58,7 @@ def _show(prompt: str, text: str, label: str = "") -> None:
 
 
 def _show_seeds(llm: "LLMEngine", prompt: str) -> bool:
-    """The prompt with all seeds in one batch, then with the first seed alone; whether that gave the same tokens."""
+    """Generate with all seeds in one batch, then with the first seed alone. Returns whether its tokens are the same."""
     params = [SamplingParams(temperature=TEMPERATURE, max_tokens=GREEDY.max_tokens, seed=seed) for seed in SEEDS]
     outputs = llm.generate([prompt] * len(SEEDS), params, use_tqdm=False)
     for seed, output in zip(SEEDS, outputs, strict=True):
@@ -70,7 +70,7 @@ def _show_seeds(llm: "LLMEngine", prompt: str) -> bool:
 
 
 def _compare(path: Path, outputs: "list[RequestOutput]") -> bool:
-    """Print which outputs differ from transformers' generate and how many are the same; whether all are."""
+    """Print which outputs differ from transformers' generate and how many are equal. Returns whether all are."""
     print("loading transformers ...", flush=True)
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -1,7 +1,7 @@
 """The ideas of an inference engine, each as one short file of plain PyTorch that can be read, run and checked by hand.
 
 Read them in the order of reading_order(). Each begins with the idea in a sentence, its formula and the reason why it is
-true; the function that follows says the same in code, slowly and without tricks, and its examples are tests. The engine
+true; the function that follows is the same in code, slow and without tricks, and its examples are tests. The engine
 computes the same things fast, and its tests hold it against these files. Nothing in the engine imports them.
 
 Every function takes float64, leaves its inputs as they were, and has the parameter names of the engine's fast version.

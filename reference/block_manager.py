@@ -1,4 +1,4 @@
-"""Block manager: who owns which block of the KV cache, and which blocks can be shared because they hold a known prefix.
+"""Block manager: which sequence owns which block of the KV cache, and which blocks hold a known prefix to be shared.
 
     ref_count(block) = number of sequences whose table contains block
     free             = all blocks - the blocks in any table
@@ -7,7 +7,7 @@
     to be taken      = blocks for all tokens - hits that another sequence owns       <= len(free), or it does not fit
 
 Why: equal prefixes have equal keys and values, so two sequences that begin alike can read the same blocks, and a block
-outlives its sequence: freed, it stays hittable until someone needs its room. Only full blocks are shared and nobody
+outlives its sequence: freed, it stays hittable until a sequence needs its room. Only full blocks are shared and none
 writes to a full block, so sharing needs no copying. prefixes keeps the whole text up to the end of each block and
 compares it; the engine finds the block by block_hash and then compares. Both mean: a hit is an equal whole prefix.
 Why len - 1: the logits of the last token are wanted, so one token is always computed. When all is cached, all blocks
@@ -84,7 +84,7 @@ class BlockManager:
         return self._own(seq_id, hits + tuple(taken), taken), num_cached_tokens
 
     def can_append(self, seq_id: object, num_tokens: int) -> bool:
-        """Ask after the new token has been counted: a block is needed only when that token opens one."""
+        """Whether num_tokens fit, the new token included: a block is needed only when that token opens it."""
         return num_tokens <= len(self.tables[seq_id]) * self.block_size or len(self.free) > 0
 
     def append(self, seq_id: object, num_tokens: int) -> "BlockManager":

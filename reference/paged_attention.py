@@ -3,9 +3,9 @@
     slots[b]  = slot_mapping(0 .. context_lens[b] - 1, block_tables[b])
     output[b] = attention(queries of sequence b, k_cache[slots[b]], v_cache[slots[b]])
 
-Why it is right: attention is a sum over keys, and a sum does not ask where its terms are stored. Copying the blocks
-together, as here, is the definition; a kernel walks the block table instead and copies nothing. What the table does
-not name, and the slots of the last block beyond context_len, are never read: they may hold another sequence's tokens.
+Why it is right: attention is a sum over keys, and a sum does not depend on where its terms are stored. Copying the
+blocks together, as here, is the definition; a kernel walks the block table and copies nothing. What the table does not
+name, and the slots of the last block beyond context_len, are never read: they may hold another sequence's tokens.
 
 One formula serves every step of the engine. Each step stores its tokens' keys first, and context_lens[b] counts all
 the tokens of sequence b that are in the cache by then:

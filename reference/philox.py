@@ -5,9 +5,9 @@
     ten rounds; between two rounds the key moves on:
         (k0, k1)          ->  (k0 + 0x9E3779B9, k1 + 0xBB67AE85)  modulo 2**32
 
-Why: an ordinary generator has a state, so its n-th number depends on who drew the n - 1 before: on the batch, on
-preemption, on the rank. A counter-based one has none. Whoever knows the request's seed, the position and the token id
-finds the same noise, in any order and on any device, with integer arithmetic that is exact everywhere.
+Why: an ordinary generator has a state, so its n-th number depends on the n - 1 draws before: on the batch, on
+preemption, on the rank. A counter-based one has none. The request's seed, the position and the token id give the same
+noise, in any order and on any device, since integer arithmetic is exact everywhere.
 
 Why it is random: multiplying by a large odd constant spreads each bit of a counter upwards over the product; the high
 half, xored with a word of the other pair and the key, becomes a new word. Each round is invertible, so different

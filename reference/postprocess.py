@@ -1,15 +1,16 @@
-"""Postprocess: what a computed step changes: its keys are in the cache, its tokens are appended, who is done leaves.
+"""Postprocess: what a computed step changes: its keys are cached, its tokens are appended, finished sequences leave.
 
     num_cached_tokens + tokens computed         of each sequence that was scheduled
     blocks that became full                     are hittable from now on
     no token left to compute                    the token sampled from the last one's logits is appended
     that token ends it                          it leaves with "stop"
     else max_tokens or max_model_len reached    it leaves with "length"
-    who leaves                                  gives its blocks back
+    a sequence that leaves                      gives its blocks back
 
 Why hittable only now: before the step was computed, the blocks held nothing. Why the appended token counts as not
-cached: it is the input of the next step, which computes its keys; so whoever runs has a token left, and who can decode
-has exactly one. Why abort needs no more than leaving: between two steps a sequence is its tokens and its blocks.
+cached: it is the input of the next step, which computes its keys; so a running sequence always has a token left to
+compute, and one that can decode has exactly one. Why abort needs no more than leaving: between two steps a sequence
+is its tokens and its blocks.
 """
 
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ from reference.scheduler import Decision, Sequence
 def postprocess(
     decision: Decision, token_ids: Mapping[int, int], max_model_len: int
 ) -> tuple[Decision, dict[int, str]]:
-    """Return (the queues and the pool after the step, why who left). token_ids: sequence -> its sampled token.
+    """Return (the queues and the pool after the step, and reasons to leave). token_ids: sequence -> its sampled token.
 
     A prompt of three tokens, of which the step computes two, then the third:
 

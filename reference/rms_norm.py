@@ -5,7 +5,7 @@
 
 Why: layers add to a running sum (the residual stream), which grows with depth; a layer that reads it divided by its
 own size sees inputs of one size at every depth. Multiplying x by a constant changes nothing (up to eps). Layer norm
-would also subtract the mean, which was found to buy nothing. eps keeps the zero vector from dividing by zero.
+would also subtract the mean, which was found to make no difference. eps keeps the zero vector from dividing by zero.
 
 Why the residual is here: a decoder always adds a layer's output to the stream and then normalises the sum for the next
 layer. Doing both at once reads memory once instead of twice, so engines fuse them, and return the sum too.

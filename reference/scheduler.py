@@ -8,12 +8,12 @@
                 last of running is preempted: it loses its blocks and goes back to the front of waiting
 
 Why prefill first: a step reads all weights whether it computes one token or many, so the more sequences decode
-together, the cheaper each token. Why not always: steady arrivals would starve those who run, so decoding takes its turn
+together, the cheaper each token. Why not always: steady arrivals would starve running sequences, so decoding is due
 after MAX_CONSECUTIVE_PREFILLS prefill steps in a row.
 Why the head of the line blocks: if small requests could overtake a big one, it might never fit.
 Why a reserve, one block for each sequence that will still grow: without it, the next decode step would preempt what was
 just admitted. Why the last is preempted: it has waited least, and the first always finishes.
-Why a lone sequence never lacks a block: a request that could outgrow the whole pool does not pass the door (fits).
+Why a lone sequence never lacks a block: a request that could outgrow the whole pool is refused by fits.
 """
 
 from dataclasses import dataclass, replace
@@ -112,7 +112,7 @@ def most_blocks(seq: Sequence, pool: BlockManager, max_model_len: int) -> int:
 
 
 def fits(seq: Sequence, pool: BlockManager, max_model_len: int) -> bool:
-    """The door: a request waits only if it has room for one more token and could finish with the pool to itself."""
+    """Whether the request may wait: it has room for one more token and could finish with the pool to itself."""
     return seq.num_prompt_tokens < max_model_len and most_blocks(seq, pool, max_model_len) <= pool.num_blocks
 
 
@@ -126,7 +126,7 @@ def num_that_can_grow(sequences: tuple[Sequence, ...], pool: BlockManager, max_m
 
 
 def decode(waiting: tuple[Sequence, ...], running: tuple[Sequence, ...], pool: BlockManager) -> Decision:
-    """Rule 3. Who is preempted last is next in line, so the order of arrival is kept."""
+    """Rule 3. The sequence preempted last becomes the first of waiting, so the order of arrival is kept."""
     scheduled, preempted = (), ()
     for seq in (seq for seq in running if seq.num_left == 1):
         while seq in running and not pool.can_append(seq.seq_id, len(seq.token_ids)):

@@ -5,7 +5,7 @@
 
 Why: a linear layer followed by a linear layer is a linear layer, so something between them must bend. Here the bend is
 a gate: silu(g) is about g for large g and about 0 for very negative g, without the corner of max(g, 0), and it scales
-the "up" half, feature by feature. Networks gated so learn better than ungated ones with as many weights.
+the "up" half, feature by feature. Gated networks learn better than ungated ones with as many weights.
 
 Why one input: gate_proj and up_proj read the same vector, so an engine keeps them as one matrix (gate_up_proj), whose
 output is the gate, then the up half. This function is what stands between that matrix and down_proj.

@@ -1,4 +1,4 @@
-"""Slot mapping: where in the KV cache the token at a given position of a sequence lives.
+"""Slot mapping: where in the KV cache the token at a given position of a sequence is stored.
 
     slot = block_table[position // block_size] * block_size + position % block_size
 

@@ -35,7 +35,7 @@ def stages(files: Iterable[str]) -> list[list[str]]:
         folder = Path("tests/kernels") if "kernels" in path.parts else Path("tests/unit", *path.parts[1:-1])
         if "kernels" in path.parts:
             kernels.append(path.stem)
-        named += _tests(folder, f"test_{path.stem}*.py")
+        named += _tests(folder, f"test_{path.stem}.py") + _tests(folder, f"test_{path.stem}_*.py")
         importing += [test for test in _tests(Path("tests/unit"), "**/test_*.py") if _imports(test, _module(path))]
         neighbours += _tests(folder, "test_*.py")
         if file.startswith(RANKS) and "tests/distributed" not in campaigns:

@@ -1,4 +1,4 @@
-"""Writes a checkpoint with a known model's shape and random weights: for speed, where what the model says is no matter.
+"""Writes a checkpoint with the shape of a known model and random weights, to measure speed.
 
     python -m tools.make_random_model --like qwen3-0.6b DIR    (from the repository's root)
 

@@ -1,10 +1,10 @@
-"""Measures steps of random models with 1, 2, ... threads on the CPU, alone and beside busy processes.
+"""Measures steps of random models with 1, 2, ... threads on the CPU, on an idle machine and with busy processes.
 
     python -m tools.measure_cpu_threads [--hidden-sizes 128 512] [--busy 0 2] [--threads 1 2]
 
 worker/cpu_threads.py chooses the number of threads by these numbers. A row: hidden size, tokens of a step, the
 floating-point operations of a step in one layer, busy processes, and the milliseconds of a step for each number of
-threads (the mean: beside busy processes some steps take a hundred times as long as others). With 1 token a step is a
+threads (the mean: with busy processes some steps take a hundred times as long as others). With 1 token a step is a
 decode step, otherwise a prefill of one prompt.
 """
 
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--hidden-sizes", type=int, nargs="+", default=[128, 256, 512, 1024, 2048])
     parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, 2, len(os.sched_getaffinity(0))}))
     parser.add_argument(
-        "--busy", type=int, nargs="+", default=[0, len(os.sched_getaffinity(0))], help="busy processes beside"
+        "--busy", type=int, nargs="+", default=[0, len(os.sched_getaffinity(0))], help="number of busy processes"
     )
     parser.add_argument("--seconds", type=float, default=2.0, help="of steps, for each number in the table")
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)  # what a process of its own does
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def layer_parameters(hidden_size: int) -> int:
-    """Of a layer's matrices: q, k, v and o, and three of the MLP."""
+    """Number of parameters of a layer's matrices: q, k, v, o and three of the MLP."""
     return (4 + 3 * 3) * hidden_size**2
 
 

@@ -1,7 +1,5 @@
 """tools/check.py: which tests run first for which file."""
 
-from pathlib import Path
-
 import pytest
 
 from tests.support.source_tree import ROOT, python_files
@@ -39,8 +37,3 @@ def test_another_file_is_refused_by_name(file: str, capsys: pytest.CaptureFixtur
         main([file])
     assert error.value.code == 2
     assert f"relative to the project's root, got {file!r}" in capsys.readouterr().err
-
-
-def test_show_prints_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--show", str(Path("nanovllm/config.py"))]) == 0
-    assert "python -m pytest -q -x" in capsys.readouterr().out

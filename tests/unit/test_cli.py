@@ -1,10 +1,12 @@
-"""The `nanovllm` command: what it prints, and how it says no. Mostly in-process: main(argv) is the command."""
+"""The `nanovllm` command: what it prints, and what it refuses. Mostly in-process: main(argv) is the command."""
 
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -15,7 +17,8 @@ from tests.support.limits import HANG_SECONDS
 from tests.support.source_tree import ROOT
 
 PROMPT, _ = PROMPTS = ["In the beginning", "And it came to pass"]
-SMALL = ["--max-tokens", "8", "--greedy", "--max-model-len", "64", "--device", "cpu"]
+LIMITS = ["--max-tokens", "8", "--max-model-len", "64", "--device", "cpu"]
+SMALL = [*LIMITS, "--greedy"]
 
 
 @pytest.fixture(scope="module")
@@ -24,11 +27,6 @@ def texts() -> dict[str, str]:
     with LLM(str(bundled_model_path()), max_model_len=64, device="cpu") as llm:
         outputs = llm.generate(PROMPTS, SamplingParams.greedy(max_tokens=8), use_tqdm=False)
     return {prompt: output["text"] for prompt, output in zip(PROMPTS, outputs, strict=True)}
-
-
-def run_module(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "nanovllm", *arguments]
-    return subprocess.run(command, cwd=ROOT, input=stdin, capture_output=True, text=True, timeout=HANG_SECONDS)
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -40,79 +38,54 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return line
 
 
+def params_of(*options: str) -> SamplingParams:
+    return cli._sampling_params(cli._parser().parse_args(["generate", *options, PROMPT]))
+
+
 # --- what it prints ---
 
 
-@pytest.mark.parametrize("command", ["generate", "demo", "bench"])
-def test_help_lists_the_command(command, capsys):
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--help"], "generate continue one prompt or many demo"),
+        (["generate", "--help"], "most sequences that run at a time (default: 512)"),  # Config's default
+        (["demo", "--help"], "usage: nanovllm demo"),
+        (["bench", "--help"], "usage: nanovllm bench"),
+        (["--version"], "nanovllm 0.1.0"),
+    ],
+)
+def test_help_and_version(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
-        cli.main(["--help"])
-    assert f"\n    {command} " in capsys.readouterr().out
+        cli.main(arguments)
+    assert words in " ".join(capsys.readouterr().out.split())
 
 
-@pytest.mark.parametrize("command", ["generate", "demo", "bench"])
-def test_each_command_has_help(command, capsys):
-    with pytest.raises(SystemExit, match="0"):
-        cli.main([command, "--help"])
-    assert f"usage: nanovllm {command}" in capsys.readouterr().out
-
-
-def test_help_states_the_default_that_config_has(capsys):
-    with pytest.raises(SystemExit, match="0"):
-        cli.main(["generate", "--help"])
-    assert "most sequences that run at a time (default: 512)" in " ".join(capsys.readouterr().out.split())
-
-
-def test_module_runs_as_the_command():
-    result = run_module("--version")
-    assert (result.returncode, result.stdout) == (0, "nanovllm 0.1.0\n")
-
-
-def test_one_prompt_is_streamed_to_stdout(texts, capsys):
-    assert cli.main(["generate", *SMALL, PROMPT]) == 0
-    assert capsys.readouterr().out == texts[PROMPT] + "\n"
-
-
-def test_without_model_it_says_that_the_bundled_one_is_used(capsys):
-    assert cli.main(["generate", *SMALL, PROMPT]) == 0
-    assert "no --model given: using the bundled one" in capsys.readouterr().err
-
-
-def test_it_says_which_attention_backend_it_took_and_why(capsys):
+def test_one_prompt_is_streamed_to_stdout_and_the_choices_are_logged_to_stderr(texts, capsys) -> None:
     assert cli.main(["generate", *SMALL, "--attention-backend", "torch", PROMPT]) == 0
-    assert "attention backend: torch (" in capsys.readouterr().err
+    captured = capsys.readouterr()
+    assert captured.out == texts[PROMPT] + "\n"
+    assert "no --model given: using the bundled one" in captured.err
+    assert "attention backend: torch (" in captured.err
 
 
-def test_many_prompts_are_printed_with_their_texts(texts, capsys):
+def test_many_prompts_are_printed_with_their_texts(texts, capsys) -> None:
     assert cli.main(["generate", *SMALL, *PROMPTS]) == 0
     assert capsys.readouterr().out == "".join(f"\n>>> {prompt}\n{text}\n" for prompt, text in texts.items())
 
 
-def test_json_is_one_object_a_line(texts, capsys):
-    assert cli.main(["generate", *SMALL, "--json", *PROMPTS]) == 0
-    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert {row["prompt"]: row["text"] for row in rows} == texts
-
-
-def test_dash_reads_one_prompt_a_line_from_stdin(texts, capsys, monkeypatch):
+def test_json_prints_one_object_a_line_for_each_line_of_stdin(texts, capsys, monkeypatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n\n".join(PROMPTS) + "\n"))
     assert cli.main(["generate", *SMALL, "--json", "-"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [row["text"] for row in rows] == list(texts.values())
+    assert [(row["prompt"], row["text"]) for row in rows] == list(texts.items())
 
 
-def test_stop_ends_the_text_before_it(texts, capsys):
-    text = texts[PROMPT]
-    stop = text[len(text) // 2 :][:3]
-    assert cli.main(["generate", *SMALL, "--stop", stop, PROMPT]) == 0
-    assert capsys.readouterr().out == text[: text.index(stop)] + "\n"
-
-
-def test_chat_applies_the_models_template(texts, capsys, monkeypatch):
+def test_chat_applies_the_models_template(texts, capsys, monkeypatch) -> None:
     """A template that is the message itself makes a chat of PROMPT the same as PROMPT."""
     original = cli._open_llm
 
-    def open_with_template(arguments):
+    def open_with_template(arguments: Any) -> LLM:
         llm = original(arguments)
         llm.tokenizer.chat_template = "{{ messages[0]['content'] }}"
         return llm
@@ -122,120 +95,100 @@ def test_chat_applies_the_models_template(texts, capsys, monkeypatch):
     assert capsys.readouterr().out == texts[PROMPT] + "\n"
 
 
-def test_bench_counts_the_tokens_it_generated(capsys):
+def test_bench_counts_the_tokens_it_generated(capsys) -> None:
     options = ["--num-seqs", "3", "--input-len", "4", "8", "--output-len", "2", "5", "--max-model-len", "64"]
     assert cli.main(["bench", *options, "--device", "cpu"]) == 0
     vocab_size = json.loads((bundled_model_path() / "config.json").read_text())["vocab_size"]
     prompts, params = draw_requests(3, (4, 8), (2, 5), vocab_size, seed=0)
-    expected = (
-        f"3 requests, {sum(map(len, prompts))} prompt tokens, {sum(p.max_tokens for p in params)} generated tokens"
-    )
-    assert expected in capsys.readouterr().out
+    num_prompt_tokens, num_generated = sum(map(len, prompts)), sum(p.max_tokens for p in params)
+    assert f"3 requests, {num_prompt_tokens} prompt tokens, {num_generated} generated" in capsys.readouterr().out
 
 
-def test_bench_draws_the_workload_of_nano_vllms_bench():
-    """142,827 prompt tokens and 133,966 output tokens: what nano-vllm's bench.py draws with seed 0."""
-    prompts, params = draw_requests(256, (100, 1024), (100, 1024), vocab_size=151936, seed=0)
-    assert (sum(map(len, prompts)), sum(p.max_tokens for p in params)) == (142_827, 133_966)
-
-
-def test_demo_ends_with_every_output_equal_to_transformers(capsys):
+def test_demo_ends_with_every_output_equal_to_transformers(capsys) -> None:
     assert cli.main(["demo"]) == 0
     total = len(demo.DEMO_PROMPTS)
     last = f"{total} of {total} outputs are token for token those of transformers' own generate on the same weights"
     assert capsys.readouterr().out.splitlines()[-1] == last
 
 
-def test_demo_notices_an_output_that_differs_from_transformers(capsys, monkeypatch):
+def test_demo_notices_an_output_that_differs_from_transformers(capsys, monkeypatch) -> None:
     monkeypatch.setattr(demo, "DEMO_PROMPTS", (PROMPT,))
-    wrong = {"text": "", "token_ids": [0], "finish_reason": "length", "num_cached_tokens": 0, "seq_id": 0}
+    wrong: Any = {"text": "", "token_ids": [0], "finish_reason": "length", "num_cached_tokens": 0, "seq_id": 0}
     assert not demo._compare(bundled_model_path(), [wrong])
     assert capsys.readouterr().out.splitlines()[-1].startswith("0 of 1 outputs")
+
+
+# --- options ---
 
 
 @pytest.mark.parametrize(
     ("option", "expected"), [([], None), (["--async-scheduling"], True), (["--no-async-scheduling"], False)]
 )
-def test_going_one_step_ahead_can_be_asked_for_and_forbidden(option: list[str], expected: bool | None) -> None:
+def test_async_scheduling_can_be_left_to_the_default(option: list[str], expected: bool | None) -> None:
     arguments = cli._parser().parse_args(["generate", *option, PROMPT])
     assert cli._given(arguments, ["async_scheduling"]).get("async_scheduling") is expected
 
 
-# --- how it says no ---
+@pytest.mark.parametrize("option", ["0", "-0.0", "0e5"])
+def test_temperature_0_is_greedy_and_says_what_has_no_effect(option: str, capsys) -> None:
+    """D94: users of other engines type 0 for the most likely token at every step."""
+    assert params_of(f"--temperature={option}", "--max-tokens", "5", "--stop", "x") == SamplingParams.greedy(
+        max_tokens=5, stop="x"
+    )
+    assert capsys.readouterr().err == "--temperature 0: taking the most likely token at every step, as --greedy\n"
+    assert params_of("--temperature", option, "--top-p", "0.9", "--seed", "3").is_greedy
+    assert capsys.readouterr().err.endswith("as --greedy; --top-p, --seed without effect\n")
+    assert params_of("--greedy", "--temperature", option) == SamplingParams.greedy()
+    assert capsys.readouterr().err == "", "the two options agree"
 
 
-def test_no_command_is_refused():
-    with pytest.raises(SystemExit, match="2"):
-        cli.main([])
+# --- what it refuses ---
 
 
 @pytest.mark.parametrize(
     ("options", "rule"),
     [
         (["--max-model-len", "0"], "--max-model-len must be an integer of at least 2"),
-        (["--temperature", "-1"], "--temperature must be a number above 1e-10"),
         (["--top-p", "7"], "--top-p must be a number in (0, 1]"),
-        (["--max-tokens", "-3"], "--max-tokens must be an integer of at least 1"),
         (["--tensor-parallel-size", "9"], "--tensor-parallel-size must be an integer from 1 to 8"),
-        (["--seed", "-1"], "--seed must be an integer from 0"),
-        (["--greedy", "--temperature", "1"], "leave out --temperature"),
         (["--greedy", "--top-k", "5", "--min-p", "0.1"], "leave out --top-k, --min-p"),
         (["--temperature", "0", "--top-p", "7"], "--top-p must be a number in (0, 1]"),
+        (["--model", "/nothing-here"], "/nothing-here"),
+        ([*SMALL, os.fsdecode(b"\xff")], "must be valid Unicode"),  # arrives with a lone surrogate
+        ([*SMALL, "--chat", os.fsdecode(b"\xff")], "must be valid Unicode"),
     ],
 )
-def test_absurd_option_is_refused_by_its_rule(options, rule, capsys):
+def test_a_wrong_value_is_refused_by_its_rule(options: list[str], rule: str, capsys) -> None:
     assert rule in refusal(capsys, "generate", *options, PROMPT)
 
 
-@pytest.mark.parametrize("options", [["--dtype", "int7"], ["--attention-backend", "magic"], ["--max-tokens", "ten"]])
-def test_option_that_argparse_refuses_names_itself(options, capsys):
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "COMMAND"),
+        (["generate", "--dtype", "int7", PROMPT], "--dtype"),
+        (["generate", "--max-tokens", "ten", PROMPT], "--max-tokens"),
+    ],
+)
+def test_what_argparse_refuses_is_named(arguments: list[str], words: str, capsys) -> None:
     with pytest.raises(SystemExit, match="2"):
-        cli.main(["generate", *options, PROMPT])
-    assert options[0] in capsys.readouterr().err
-
-
-def test_wrong_path_is_named(tmp_path, capsys):
-    path = str(tmp_path / "nothing-here")
-    assert path in refusal(capsys, "generate", "--model", path, PROMPT)
-
-
-def test_unknown_model_type_is_named_with_what_is_supported(tmp_path, capsys):
-    """D63"""
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "architectures": ["BertModel"]}))
-    line = refusal(capsys, "generate", "--model", str(tmp_path), PROMPT)
-    assert "bert" in line
-    assert "qwen3" in line
-
-
-def test_empty_prompt_is_refused_by_its_index(capsys):
-    """D12"""
-    assert "prompt 1" in refusal(capsys, "generate", *SMALL, PROMPT, "")
+        cli.main(arguments)
+    assert words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("options", [[], ["--chat"]])
-def test_bytes_that_are_no_text_are_refused(options, capsys, monkeypatch):
-    """An argument that is not UTF-8 arrives with lone surrogates, which no tokenizer takes."""
-    assert "must be valid Unicode" in refusal(capsys, "generate", *SMALL, *options, os.fsdecode(b"\xff"))
+def test_a_model_without_a_tokenizer_is_refused(options: list[str], tmp_path, capsys) -> None:
+    """D92, D93: the command line cannot take token ids, so the message does not ask for them."""
+    for file in bundled_model_path().iterdir():
+        if not file.name.startswith("tokenizer"):
+            shutil.copy(file, tmp_path)
+    assert cli.main(["generate", *LIMITS, *options, "--model", str(tmp_path), PROMPT]) == USER_ERROR
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "--model must have a tokenizer to read prompts" in line
+    assert line.endswith("; add tokenizer.json")
 
 
-def test_dash_with_empty_stdin_is_refused(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
-    assert "there was none" in refusal(capsys, "generate", *SMALL, "-")
-
-
-def test_chat_without_a_template_is_refused(capsys, monkeypatch):
-    original = cli._open_llm
-
-    def open_without_template(arguments):
-        llm = original(arguments)
-        llm.tokenizer.chat_template = None
-        return llm
-
-    monkeypatch.setattr(cli, "_open_llm", open_without_template)
-    assert "chat template" in refusal(capsys, "generate", *SMALL, "--chat", PROMPT)
-
-
-def test_bench_refuses_a_prompt_that_the_model_cannot_take(capsys):
+def test_bench_refuses_a_prompt_that_the_model_cannot_take(capsys) -> None:
     """D93: the message names bench's own option, and a maximum that works."""
     options = ["--max-model-len", "64", "--device", "cpu", "--num-seqs", "1", "--output-len", "1", "1"]
     line = refusal(capsys, "bench", *options, "--input-len", "64", "64")
@@ -243,51 +196,49 @@ def test_bench_refuses_a_prompt_that_the_model_cannot_take(capsys):
     assert cli.main(["bench", *options, "--input-len", "63", "63"]) == 0
 
 
-@pytest.mark.parametrize("options", [["--num-seqs", "0"], ["--input-len", "9", "3"], ["--output-len", "0", "4"]])
-def test_bench_refuses_an_empty_range(options, capsys):
-    assert " must be an integer" in refusal(capsys, "bench", *options)
-
-
-def test_refusal_reaches_the_shell_without_a_traceback():
-    result = run_module("generate", "--max-tokens", "0", PROMPT)
+def test_refusal_reaches_the_shell_without_a_traceback() -> None:
+    command = [sys.executable, "-m", "nanovllm", "generate", "--max-tokens", "0", PROMPT]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANG_SECONDS)
     message = "nanovllm: error: --max-tokens must be an integer of at least 1, got 0\n"
     assert (result.returncode, result.stdout, result.stderr) == (2, "", message)
 
 
-def test_debug_shows_the_traceback(capsys):
+def test_debug_shows_the_traceback(capsys) -> None:
     assert cli.main(["generate", "--debug", "--max-tokens", "0", PROMPT]) == USER_ERROR
     first, *_, last = capsys.readouterr().err.splitlines()
     assert first == "Traceback (most recent call last):"
     assert last == "nanovllm: error: --max-tokens must be an integer of at least 1, got 0"
 
 
-def test_a_bug_of_nanovllm_is_shown_as_one(capsys, monkeypatch):
-    """D92: only then does a traceback reach the terminal."""
+@pytest.mark.parametrize(
+    ("error", "code", "first", "last"),
+    [
+        (
+            KeyError("block 7"),
+            BUG,
+            "Traceback (most recent call last):",
+            "nanovllm: this is a bug in nanovllm (KeyError",
+        ),
+        (KeyboardInterrupt(), 130, "", "nanovllm: interrupted"),
+    ],
+)
+def test_a_bug_shows_its_traceback_and_ctrl_c_one_line(
+    error: BaseException, code: int, first: str, last: str, capsys, monkeypatch
+) -> None:
+    """D92"""
 
-    def fail(*_):
-        raise KeyError("block 7")
+    def fail(*_: object) -> None:
+        raise error
 
     monkeypatch.setattr(cli, "_read_prompts", fail)
-    assert cli.main(["generate", PROMPT]) == BUG
+    assert cli.main(["generate", PROMPT]) == code
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "Traceback (most recent call last):"
-    assert lines[-1] == "nanovllm: this is a bug in nanovllm (KeyError): please report it with the traceback above"
+    assert lines[0] == first
+    assert lines[-1].startswith(last)
 
 
-# --- how it is interrupted ---
-
-
-def test_ctrl_c_is_one_line_and_code_130(capsys, monkeypatch):
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(cli, "_read_prompts", interrupt)
-    assert cli.main(["generate", PROMPT]) == 130
-    assert capsys.readouterr().err == "\nnanovllm: interrupted\n"
-
-
-def test_reader_that_goes_away_is_no_error():
-    """As `nanovllm generate ... | head -0`: the reader has closed its end before the first text comes."""
+def test_a_reader_that_closes_its_end_is_no_error() -> None:
+    """As `nanovllm generate ... | head -0`: the pipe is closed before the first text is written."""
     command = [sys.executable, "-m", "nanovllm", "generate", *SMALL, "--json", *PROMPTS]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nanovllm import cli
-from nanovllm.cli_errors import BUG, USER_ERROR, as_options, report_error, user_error
+from nanovllm.cli_errors import BUG, USER_ERROR, as_options, report_error
 from nanovllm.executor.base import RankError, RankValueError
 
 OPTIONS = cli._option_names(cli._parser().parse_args(["generate", "x"]))
@@ -30,7 +30,6 @@ def caught(function: Any, *arguments: Any) -> Exception:
     ("error", "words"),
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), "--gpu-memory-utilization"),
-        (RuntimeError("CUDA error: out of memory"), "choose a smaller model"),
         (MemoryError(), "MemoryError; lower --max-num-batched-tokens"),
         (RankError(f"rank 1 of 2 failed: OutOfMemoryError: CUDA out of memory.{RANK_TRACEBACK}"), "rank 1 of 2 failed"),
         (RankError("rank 1 of 2 was killed by SIGKILL: by hand, or by the system for want of memory"), "by SIGKILL"),
@@ -38,8 +37,7 @@ def caught(function: Any, *arguments: Any) -> Exception:
         (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
         (PermissionError(errno.EACCES, "Permission denied", "/m/config.json"), "Permission denied: '/m/config.json'"),
         (ImportError("No module named 'torch'"), "No module named 'torch'; install nanovllm"),
-        (ValueError("of a library"), "of a library (--debug shows where this comes from)"),
-        (caught(bytes.decode, b"\xff"), "invalid start byte (--debug"),
+        (ValueError("of a\n\n  library\n"), "of a library (--debug shows where this comes from)"),
         (caught(cpu_out_of_memory), "can't allocate memory"),
     ],
 )
@@ -68,16 +66,11 @@ def test_a_bug_says_that_it_is_one_below_its_traceback(error: Exception, capsys:
     assert last.startswith(f"nanovllm: this is a bug in nanovllm ({type(error).__name__}): please report it")
 
 
-def test_a_message_of_many_lines_becomes_one() -> None:
-    """D92"""
-    assert user_error(ValueError("a\n\n  b\n"), {}) == "a b (--debug shows where this comes from)"
-
-
 @pytest.mark.parametrize(
     ("message", "expected"),
     [
         ("max_model_len must be 5", "--max-model-len must be 5"),
-        ("prompt 0: a prompt must be shorter than max_model_len=64 tokens", None),
+        ("a prompt must be shorter than max_model_len=64", "a prompt must be shorter than --max-model-len 64"),
         ("attention_backend='triton' also takes", "--attention-backend triton also takes"),
         ("seed must be 5; use None to derive it", "--seed must be 5; leave it out to derive it"),
         ("got 0; use SamplingParams.greedy() for it", "got 0; use --greedy for it"),
@@ -85,10 +78,8 @@ def test_a_message_of_many_lines_becomes_one() -> None:
         ("the seed, the stop and the device", "the seed, the stop and the device"),
     ],
 )
-def test_messages_name_options(message: str, expected: str | None) -> None:
+def test_messages_name_options(message: str, expected: str) -> None:
     """D93"""
-    if expected is None:
-        expected = message.replace("max_model_len=64", "--max-model-len 64")
     assert as_options(message, OPTIONS) == expected
 
 
@@ -98,17 +89,9 @@ def test_messages_name_options(message: str, expected: str | None) -> None:
         "got 'max_model_len must be'; check the path",
         'got "it\'s max_model_len"',
         "/tmp/max_model_len/model.json must be a file",
-        "/m/config.json must be a JSON file",
         "/m/seed=3/config.json must be a file",
     ],
 )
 def test_what_a_message_quotes_and_paths_stay(message: str) -> None:
     """D93"""
     assert as_options(message, OPTIONS) == message
-
-
-def test_every_option_has_its_field_and_no_other_word_does() -> None:
-    """D93"""
-    config = {*cli._CONFIG_HELP, *cli._SAMPLING_HELP, "model", "stop", "ignore_eos"}
-    assert config <= OPTIONS.keys()
-    assert all(option == "--" + name.replace("_", "-") for name, option in OPTIONS.items())

@@ -33,7 +33,7 @@ def run_shell(command: str, **environment: str) -> subprocess.CompletedProcess[b
     return subprocess.run(["sh", "-c", command], cwd=ROOT, env=variables, capture_output=True, timeout=HANG_SECONDS)
 
 
-@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "latin-1", "utf-8"])
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8"])
 @pytest.mark.parametrize("options", [[], ["--json"]])
 def test_every_result_is_printed_whatever_the_encoding_lacks(encoding, options, monkeypatch) -> None:
     """D85: prompts are echoed, and came after everything was computed."""
@@ -70,27 +70,14 @@ def test_a_lone_surrogate_is_printed_as_an_escape(monkeypatch) -> None:
     assert written(out) == b"a\\udcff\n"
 
 
-def test_a_closed_stderr_leaves_the_results_alone(capsys, monkeypatch) -> None:
-    """D85: print(file=None) writes to stdout."""
-    monkeypatch.setattr(sys, "stderr", None)
-    with lossless_console():
-        print("a message", file=sys.stderr)
-    assert sys.stderr is None
-    assert capsys.readouterr().out == ""
-
-
-def test_a_closed_stdout_is_refused_before_anything_is_computed(capsys, monkeypatch) -> None:
-    """D85, D92"""
-    monkeypatch.setattr(cli, "_open_llm", None)
-    monkeypatch.setattr(sys, "stdout", None)
-    assert cli.main(["generate", "x"]) == 2
-    assert "standard output must be open" in capsys.readouterr().err
-
-
-def test_a_closed_stdin_is_refused(monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("stdin", "message"),
+    [(None, "standard input, and it is closed; give prompts as arguments"), (io.StringIO("\n"), "there was none")],
+)
+def test_a_closed_and_an_empty_stdin_are_refused(stdin: io.StringIO | None, message: str, monkeypatch) -> None:
     """D92"""
-    monkeypatch.setattr(sys, "stdin", None)
-    with pytest.raises(ValueError, match="standard input, and it is closed; give prompts as arguments"):
+    monkeypatch.setattr(sys, "stdin", stdin)
+    with pytest.raises(ValueError, match=message):
         read_lines_from_stdin()
 
 
@@ -119,11 +106,4 @@ def test_real_streams_that_are_closed_or_full() -> None:
         assert b"Traceback" not in result.stderr
         assert b"Exception ignored" not in result.stderr
     result = run_shell("$N In 2>&-")
-    assert (result.returncode, result.stdout.count(b"\n")) == (0, 1)
-
-
-def test_the_encoding_that_python_takes_from_the_environment() -> None:
-    """D85"""
-    result = run_shell(f"$N --json 'In the' '{TEXT}'", PYTHONIOENCODING="cp1252")
-    assert [json.loads(line)["prompt"] for line in result.stdout.splitlines()] == ["In the", TEXT]
-    assert result.returncode == 0
+    assert (result.returncode, result.stdout.count(b"\n")) == (0, 1), "messages do not go to stdout instead"

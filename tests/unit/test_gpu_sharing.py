@@ -1,4 +1,4 @@
-"""How the GPU tests share a GPU: who runs beside whom, and in how many processes."""
+"""How the GPU tests share a GPU: which tests run at the same time, and in how many processes."""
 
 import os
 import subprocess
@@ -6,7 +6,7 @@ import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
@@ -14,18 +14,16 @@ from tests.support.gpu_sharing import (
     gpus_needed_by,
     held,
     pytest_cmdline_main,
-    pytest_collection_modifyitems,
     pytest_runtest_setup,
 )
 from tests.support.limits import HANG_SECONDS
-from tests.support.skips import Skip, why
 from tests.support.source_tree import ROOT
 
-SHORT = 0.2  # seconds, in which a thread that may not come does not
+SHORT = 0.2  # seconds, a thread that must wait has not entered by then
 
 
-class Visitor(threading.Thread):
-    """Takes the lock, says so, and keeps it until it is sent away."""
+class LockHolder(threading.Thread):
+    """A thread that takes the lock, sets is_in, and keeps the lock until leave()."""
 
     def __init__(self, folder: Path, exclusively: bool, slot: int = 0) -> None:
         super().__init__(daemon=True)
@@ -43,19 +41,14 @@ class Visitor(threading.Thread):
         self.join(HANG_SECONDS)
 
 
-def test_sharers_run_side_by_side(tmp_path: Path) -> None:
-    visitors = [Visitor(tmp_path, exclusively=False, slot=slot) for slot in range(3)]
-    assert all(visitor.is_in.wait(HANG_SECONDS) for visitor in visitors)
-    for visitor in visitors:
-        visitor.leave()
-
-
-def test_who_wants_the_whole_gpu_is_alone_and_is_not_overtaken(tmp_path: Path) -> None:
-    sharer = Visitor(tmp_path, exclusively=False)
+def test_a_whole_gpu_test_runs_alone_and_is_not_overtaken(tmp_path: Path) -> None:
+    sharer, second = (LockHolder(tmp_path, exclusively=False, slot=slot) for slot in (0, 1))
     assert sharer.is_in.wait(HANG_SECONDS)
-    alone = Visitor(tmp_path, exclusively=True)
+    assert second.is_in.wait(HANG_SECONDS), "tests for one GPU run side by side"
+    second.leave()
+    alone = LockHolder(tmp_path, exclusively=True)
     assert not alone.is_in.wait(SHORT)
-    latecomer = Visitor(tmp_path, exclusively=False)
+    latecomer = LockHolder(tmp_path, exclusively=False)
     assert not latecomer.is_in.wait(SHORT)
     sharer.leave()
     assert alone.is_in.wait(HANG_SECONDS)
@@ -65,19 +58,13 @@ def test_who_wants_the_whole_gpu_is_alone_and_is_not_overtaken(tmp_path: Path) -
     latecomer.leave()
 
 
-def test_a_failure_lets_go(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), held(tmp_path, exclusively=True):
-        raise RuntimeError
-    visitor = Visitor(tmp_path, exclusively=True)
-    assert visitor.is_in.wait(HANG_SECONDS)
-    visitor.leave()
-
-
 def workers(**options: Any) -> Any:
-    """The number of processes that the plugin asks xdist for."""
+    """The number of processes that the plugin sets for xdist."""
     defaults = {"markexpr": "gpu", "numprocesses": None, "usepdb": False, "collectonly": False, "dist": "no"}
-    arguments = options.pop("arguments", ["tests"])
-    config: Any = SimpleNamespace(option=SimpleNamespace(**{**defaults, **options}), args=arguments)
+    of_config = {"args": options.pop("arguments", ["tests"])}
+    if "workerinput" in options:  # what xdist gives a worker's config
+        of_config["workerinput"] = options.pop("workerinput")
+    config: Any = SimpleNamespace(option=SimpleNamespace(**{**defaults, **options}), **of_config)
     pytest_cmdline_main(config)
     return config.option.numprocesses
 
@@ -87,15 +74,12 @@ def workers(**options: Any) -> Any:
     [
         ("gpu", {1}),
         ("gpu and not whole_gpu", {1}),
-        ("whole_gpu", {1}),
         ("not (not gpu)", {1}),
-        ("gpu and campaign", {1}),
         ("multi_gpu", {2}),
         ("gpu or multi_gpu", {1, 2}),
         ("gpu or campaign", {0, 1, 2}),  # a campaign may need several
         ("not gpu", {0, 2}),
         ("not gpu and not multi_gpu and not campaign", {0}),
-        ("campaign", {0, 1, 2}),
         ("", {0, 1, 2}),
         ("gpu and", {0}),  # pytest refuses it
         ("gpu and not gpu", {0}),  # selects nothing
@@ -106,23 +90,9 @@ def test_what_a_run_needs_follows_from_the_meaning_of_its_markers(markexpr: str,
 
 
 @pytest.mark.parametrize(
-    ("markexpr", "what"),
-    [
-        ("gpu", "need an NVIDIA GPU"),
-        ("gpu and not whole_gpu", "need an NVIDIA GPU"),
-        ("multi_gpu", "need several NVIDIA GPUs"),
-    ],
+    ("markexpr", "needed"), [("multi_gpu", "several NVIDIA GPUs"), ("gpu and not whole_gpu", "an NVIDIA GPU")]
 )
-def test_without_a_gpu_the_run_says_so(markexpr: str, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tests.support.gpu_sharing.num_gpus", lambda: 0)
-    with pytest.raises(pytest.UsageError, match=what):
-        workers(markexpr=markexpr)
-    assert workers(markexpr=f"not ({markexpr})") is None
-    assert workers(markexpr=markexpr, collectonly=True) is None
-
-
-@pytest.mark.parametrize("markexpr", ["multi_gpu", "gpu and not whole_gpu"])
-def test_without_a_gpu_the_run_is_one_line(markexpr: str) -> None:
+def test_without_a_gpu_the_run_is_one_line(markexpr: str, needed: str) -> None:
     """A run of its own, with the exit code of a wrong option."""
     command = [sys.executable, "-m", "pytest", "-m", markexpr]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
@@ -131,12 +101,13 @@ def test_without_a_gpu_the_run_is_one_line(markexpr: str) -> None:
     )
     assert (result.returncode, result.stdout.strip()) == (pytest.ExitCode.USAGE_ERROR, "")
     (line,) = result.stderr.strip().splitlines()
-    assert line.startswith(f"ERROR: -m '{markexpr}': these tests need ")
+    assert line.startswith(f"ERROR: -m '{markexpr}': these tests need {needed}")
 
 
 def test_a_test_that_needs_more_gpus_than_there_are_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
-    """multi_gpu alone needs two; others say how many; tests for one GPU are not asked."""
-    items = {number: MarkedItem(numbers) for number, numbers in ((0, None), (2, ()), (4, (4,)))}
+    """multi_gpu without a number needs two GPUs; tests for one GPU are never skipped."""
+    marks: dict[int, list[Any]] = {0: [], 2: [SimpleNamespace(args=())], 4: [SimpleNamespace(args=(4,))]}
+    items = {number: SimpleNamespace(iter_markers=lambda name, mark=mark: mark) for number, mark in marks.items()}
     for there, skipped in ((1, {2, 4}), (2, {4}), (4, set())):
         monkeypatch.setattr("tests.support.gpu_sharing.num_gpus", lambda there=there: there)
         for number, item in items.items():
@@ -147,75 +118,16 @@ def test_a_test_that_needs_more_gpus_than_there_are_is_skipped(monkeypatch: pyte
                 pytest_runtest_setup(item)  # type: ignore[arg-type]
 
 
-def test_the_skips_of_few_gpus_are_stated() -> None:
-    name = "tests/distributed/test_gpu_ranks.py::test_a_rank_that_fails_over_nccl[raise-decode]"
-    assert why(Skip(name, "needs 2 GPUs, there are 1"))
-    assert not why(Skip(name, "out of memory"))
-
-
-class MarkedItem(NamedTuple):
-    """numbers: the arguments of its marker multi_gpu, None if it has no such marker."""
-
-    numbers: tuple[int, ...] | None
-
-    def iter_markers(self, name: str) -> list[Any]:
-        assert name == "multi_gpu"
-        return [] if self.numbers is None else [SimpleNamespace(args=self.numbers)]
-
-
 def test_only_a_run_of_gpu_tests_gets_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tests.support.gpu_sharing.num_gpus", lambda: 1)
     monkeypatch.setattr("os.cpu_count", lambda: 16)
     assert workers() == 8
-    assert workers(markexpr="gpu and not whole_gpu") == 8
-    assert workers(numprocesses=0) == 0
     assert workers(numprocesses=3) == 3
     assert workers(markexpr="not gpu") is None
     assert workers(markexpr="multi_gpu") is None
     assert workers(usepdb=True) is None
     assert workers(collectonly=True) is None
     assert workers(arguments=["tests/e2e/test_gpu.py::test_close_gives_gpu_memory_back"]) is None
+    assert workers(workerinput={}) is None, "the processes start no processes"
     monkeypatch.setattr("os.cpu_count", lambda: 4)
     assert workers() == 2
-
-
-def test_the_processes_start_no_processes(tmp_path: Path) -> None:
-    """A run of its own, in which every test says who runs it."""
-    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n  gpu\n  whole_gpu\n")
-    (tmp_path / "conftest.py").write_text(
-        "import os, tests.support.gpu_sharing\n"
-        "os.cpu_count = lambda: 4\n"
-        "tests.support.gpu_sharing.num_gpus = lambda: 1\n"
-        "pytest_plugins = ['tests.support.gpu_sharing']\n"
-    )
-    (tmp_path / "test_who.py").write_text(
-        "import os, pathlib, pytest\n"
-        "@pytest.mark.gpu\n"
-        "@pytest.mark.parametrize('index', range(12))\n"
-        "def test_who(index):\n"
-        "    here = pathlib.Path(__file__).with_name(f'{index}.txt')\n"
-        "    here.write_text(f'{os.environ[\"PYTEST_XDIST_WORKER\"]} {os.getppid()}')\n"
-    )
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(tmp_path)]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    environment["PYTHONPATH"] = str(ROOT)
-    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        output, _ = process.communicate(timeout=HANG_SECONDS)
-        assert "12 passed" in output
-        who = [path.read_text().split() for path in tmp_path.glob("*.txt")]
-        assert {worker for worker, _ in who} <= {"gw0", "gw1"}
-        assert {parent for _, parent in who} == {str(process.pid)}
-
-
-def test_who_needs_the_whole_gpu_comes_last() -> None:
-    items: list[Any] = [Item(name, marker) for name, marker in (("a", "whole_gpu"), ("b", "gpu"), ("c", "gpu"))]
-    pytest_collection_modifyitems(items)
-    assert [item.name for item in items] == ["b", "c", "a"]
-
-
-class Item(NamedTuple):
-    name: str
-    marker: str
-
-    def get_closest_marker(self, name: str) -> str | None:
-        return name if name == self.marker else None

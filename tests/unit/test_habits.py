@@ -36,11 +36,6 @@ def misplaced_tests(path: Path) -> list[str]:
     return sorted(set(defined_tests(parse(path))) - set(found))
 
 
-def test_every_file_of_tests_has_tests() -> None:
-    files = [path for path in python_files("tests") if path.name.startswith("test_")]
-    assert [str(path) for path in files if not collected_tests(parse(path))] == []
-
-
 def test_no_test_is_where_pytest_does_not_look() -> None:
     """A second test of the same name is found by ruff (F811)."""
     found = {str(path.relative_to(ROOT)): misplaced_tests(path) for path in python_files("tests")}
@@ -52,13 +47,6 @@ def test_an_inner_and_a_misnamed_test_are_found(tmp_path: Path) -> None:
     (tmp_path / "x_test.py").write_text("def test_c(): pass\n")
     assert misplaced_tests(tmp_path / "test_x.py") == ["test_b"]
     assert misplaced_tests(tmp_path / "x_test.py") == ["test_c"]
-
-
-def test_no_file_of_tests_is_left_out(pytestconfig: pytest.Config) -> None:
-    assert "tests" in pytestconfig.getini("testpaths")
-    assert not any(word.startswith(("--ignore", "--deselect", "-k")) for word in pytestconfig.getini("addopts"))
-    for path in [ROOT / "conftest.py", *ROOT.glob("tests/**/conftest.py")]:
-        assert "collect_ignore" not in path.read_text(encoding="utf-8"), f"{path} hides tests"
 
 
 def test_every_marker_that_is_left_out_has_a_run_of_its_own(pytestconfig: pytest.Config) -> None:

@@ -16,7 +16,7 @@ API_TESTS = [
     "tests/unit/engine/test_scheduler_requests.py",
 ]
 # pytest's note that asserts outside of test modules do nothing under -O: which is the point
-OPTIONS = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore::pytest.PytestConfigWarning"]
+OPTIONS = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore::pytest.PytestConfigWarning"]
 
 
 def run_under_o(*paths: str | Path) -> subprocess.CompletedProcess[str]:

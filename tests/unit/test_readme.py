@@ -1,6 +1,5 @@
 """What the README shows is what there is."""
 
-import ast
 import re
 import shutil
 from pathlib import Path
@@ -26,14 +25,6 @@ def test_reading_order_is_that_of_reference():
 @pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\(([^)#:]+)\)", README))))
 def test_link_leads_to_a_file(link):
     assert (ROOT / link).exists()
-
-
-def test_python_imports_what_the_package_exports():
-    (block,) = code_blocks("python")
-    namespace: dict[str, object] = {}
-    (statement,) = [node for node in ast.parse(block).body if isinstance(node, ast.ImportFrom)]
-    exec(compile(ast.Module([statement], []), "README.md", "exec"), namespace)
-    assert {"LLM", "SamplingParams"} <= namespace.keys()
 
 
 @pytest.mark.parametrize("kind", ["no tokenizer", "tokenizer", "chat template"])

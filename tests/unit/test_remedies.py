@@ -37,52 +37,45 @@ def number(pattern: str, text: str) -> int:
 
 # --- Config and SamplingParams ---
 
+AHEAD_ON_TWO_RANKS = {"async_scheduling": True, "tensor_parallel_size": 2}
+
 
 @pytest.mark.parametrize(
-    ("owner", "refused", "words", "followed"),
+    ("owner", "refused", "words", "remedies"),
     [
-        (SamplingParams, {"top_k": 0}, "use None for no limit", {"top_k": None}),
-        (SamplingParams, {"top_p": 0}, "use 1.0 for no limit", {"top_p": 1.0}),
-        (SamplingParams, {"min_p": -1}, "use 0.0 for no limit", {"min_p": 0.0}),
-        (SamplingParams, {"seed": -1}, "use None to derive it", {"seed": None}),
-        (SamplingParams, {"temperature": 1e39}, "lower it", {"temperature": 100}),
-        (SamplingParams.greedy, {"stop": ""}, "a non-empty string or a list of them", {"stop": ["a"]}),
-        (Config, {"num_kv_cache_blocks": 0}, "use None to size it", {"num_kv_cache_blocks": None}),
-        (Config, {"max_num_batched_tokens": 10}, "raise this", {"max_num_batched_tokens": 512}),
+        (SamplingParams, {"temperature": 0}, "use SamplingParams.greedy()", [{"top_k": 1}]),
+        (SamplingParams, {"top_k": 0}, "use None for no limit", [{"top_k": None}]),
+        (SamplingParams, {"top_p": 0}, "use 1.0 for no limit", [{"top_p": 1.0}]),
+        (SamplingParams, {"min_p": -1}, "use 0.0 for no limit", [{"min_p": 0.0}]),
+        (SamplingParams, {"seed": -1}, "use None to derive it", [{"seed": None}]),
+        (SamplingParams, {"temperature": 1e39}, "lower it", [{"temperature": 100}]),
+        (SamplingParams.greedy, {"stop": ""}, "a non-empty string or a list of them", [{"stop": "a"}, {"stop": ["a"]}]),
+        (Config, {"num_kv_cache_blocks": 0}, "use None to size it", [{"num_kv_cache_blocks": None}]),
         (
             Config,
             {"max_num_batched_tokens": 10},
-            "or lower max_num_seqs",
-            {"max_num_batched_tokens": 10, "max_num_seqs": 10},
+            "raise this or lower max_num_seqs",
+            [{"max_num_batched_tokens": 512}, {"max_num_batched_tokens": 10, "max_num_seqs": 10}],
         ),
         (
             Config,
             {"kv_cache_block_size": 16},
             "attention_backend='triton' also takes powers of two from 16",
-            {"kv_cache_block_size": 16, "attention_backend": "triton"},
+            [{"kv_cache_block_size": 16, "attention_backend": "triton"}],
         ),
         (
             Config,
             {"kv_cache_block_size": 1},
             "attention_backend='torch' powers of two from 1",
-            {"kv_cache_block_size": 1, "attention_backend": "torch"},
+            [{"kv_cache_block_size": 1, "attention_backend": "torch"}],
         ),
     ],
 )
-def test_of_options(owner: Any, refused: dict[str, Any], words: str, followed: dict[str, Any]) -> None:
+def test_of_options(owner: Any, refused: dict[str, Any], words: str, remedies: list[dict[str, Any]]) -> None:
     """D93"""
     model = ("model",) if owner is Config else ()
     assert words in message(owner, *model, **refused)
-    taken = owner(*model, **followed)
-    assert all(
-        getattr(taken, name) in (value, tuple(value or ()) if name == "stop" else value)
-        for name, value in followed.items()
-    )
-
-
-def test_of_temperature_0() -> None:
-    """D93"""
-    assert "use SamplingParams.greedy()" in message(SamplingParams, temperature=0)
+    assert all(owner(*model, **followed) for followed in remedies)
     assert SamplingParams.greedy().is_greedy
 
 
@@ -90,7 +83,6 @@ def test_of_temperature_0() -> None:
 
 
 def test_of_a_prompt_that_max_model_len_refuses() -> None:
-    """D93"""
     text = message(add_prompt, make_scheduler(max_model_len=16, max_supported_len=100), 40)
     needed = number(r"shorten it, or set max_model_len to at least (\d+)$", text)
     add_prompt(make_scheduler(max_model_len=needed, max_supported_len=100), 40)
@@ -99,42 +91,31 @@ def test_of_a_prompt_that_max_model_len_refuses() -> None:
     )
 
 
-@pytest.mark.parametrize("num_tokens", [100, 101])
-def test_of_a_prompt_that_the_model_refuses(num_tokens: int) -> None:
-    """D93: No max_model_len would do: it is lowered to what the model supports."""
-    text = message(add_prompt, make_scheduler(max_model_len=16, max_supported_len=100), num_tokens)
-    longest = number(r"shorten it: this model takes at most (\d+) tokens, prompt and output together$", text)
-    assert "set max_model_len" not in text
-    add_prompt(make_scheduler(max_model_len=longest, max_supported_len=100), longest - 1)
-
-
-@pytest.mark.parametrize(("num_tokens", "max_tokens"), [(5, 5), (8, 100), (8, 2)])
-def test_of_a_request_that_the_cache_refuses(num_tokens: int, max_tokens: int) -> None:
-    """D93"""
+@pytest.mark.parametrize(
+    ("num_tokens", "max_tokens", "remedy"),
+    [
+        (5, 5, r"lower max_tokens to (?P<max>\d+)"),
+        (8, 100, r"lower max_tokens to (?P<max>\d+)"),
+        (8, 2, r"lower max_tokens to (?P<max>\d+)"),
+        (9, 3, r"shorten the prompt to (?P<prompt>\d+) tokens and set max_tokens to (?P<max>1)"),
+    ],
+)
+def test_of_a_request_that_the_cache_refuses(num_tokens: int, max_tokens: int, remedy: str) -> None:
     limits = {"block_size": 2, "max_model_len": 1000}
     text = message(add_prompt, make_scheduler(num_blocks=4, **limits), num_tokens, max_tokens=max_tokens)
-    fewer = number(r"; lower max_tokens to (\d+), or", text)
-    add_prompt(make_scheduler(num_blocks=4, **limits), num_tokens, max_tokens=fewer)
-    more = number(r"or set num_kv_cache_blocks to at least (\d+)$", text)
-    add_prompt(make_scheduler(num_blocks=more, **limits), num_tokens, max_tokens=max_tokens)
-
-
-def test_of_a_prompt_that_the_cache_refuses() -> None:
-    """D93"""
-    limits = {"block_size": 2, "max_model_len": 1000}
-    text = message(add_prompt, make_scheduler(num_blocks=4, **limits), 9, max_tokens=3)
-    shorter = number(r"; shorten the prompt to (\d+) tokens and set max_tokens to 1, or", text)
-    add_prompt(make_scheduler(num_blocks=4, **limits), shorter, max_tokens=1)
-    more = number(r"or set num_kv_cache_blocks to at least (\d+)$", text)
-    add_prompt(make_scheduler(num_blocks=more, **limits), 9, max_tokens=3)
+    found = re.search(rf"; {remedy}, or set num_kv_cache_blocks to at least (?P<blocks>\d+)$", text)
+    assert found is not None, text
+    given = {name: int(value) for name, value in found.groupdict().items()}
+    add_prompt(make_scheduler(num_blocks=4, **limits), given.get("prompt", num_tokens), max_tokens=given["max"])
+    add_prompt(make_scheduler(num_blocks=given["blocks"], **limits), num_tokens, max_tokens=max_tokens)
 
 
 def test_of_a_prompt_in_a_whole_engine() -> None:
-    """D93: max_model_len is what was asked for, or what the model supports: the engine tells the scheduler both."""
+    """max_model_len is what was asked for, or what the model supports: the engine tells the scheduler both."""
     with LLM(MODEL, **SMALL) as llm:
         needed = number(r"set max_model_len to at least (\d+)$", message(llm.add_request, [5] * 70))
         text = message(llm.add_request, [5] * 5000)
-    longest = number(r"this model takes at most (\d+) tokens", text)
+    longest = number(r"shorten it: this model takes at most (\d+) tokens, prompt and output together$", text)
     with LLM(MODEL, **{**SMALL, "max_model_len": needed}) as llm:
         assert llm.add_request([5] * 70) == 0
     with LLM(MODEL, **{**SMALL, "max_model_len": 10**6}) as llm:
@@ -145,27 +126,18 @@ def test_of_a_prompt_in_a_whole_engine() -> None:
 
 
 def test_of_gpu_memory_utilization() -> None:
-    """D93"""
     sizes = {"total": 1000, "used": 700, "peak": 250, "current": 200, "bytes_per_block": 33}
     text = message(num_blocks_that_fit, utilization=0.7, **sizes)
     found = re.search(r"set it to at least ([0-9.]+), free the GPU", text)
     assert found is not None
     assert num_blocks_that_fit(utilization=float(found[1]), **sizes) == 1
-
-
-def test_gpu_memory_utilization_is_not_to_be_raised_where_that_cannot_help() -> None:
-    """D93"""
-    sizes = {"total": 1000, "used": 970, "peak": 250, "current": 200, "bytes_per_block": 33}
-    text = message(num_blocks_that_fit, utilization=1.0, **sizes)
-    assert "set it" not in text
+    assert "set it" not in message(num_blocks_that_fit, utilization=1.0, **{**sizes, "used": 970}), "nothing to raise"
     assert num_blocks_that_fit(utilization=1.0, **{**sizes, "used": 0}) > 0, "free the GPU"
-    assert num_blocks_that_fit(utilization=1.0, **{**sizes, "used": 900, "peak": 210}) > 0, (
-        "lower max_num_batched_tokens"
-    )
+    lower_budget = {**sizes, "used": 900, "peak": 210}
+    assert num_blocks_that_fit(utilization=1.0, **lower_budget) > 0, "lower max_num_batched_tokens"
 
 
 def test_of_memory_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """D93"""
     assert message(num_blocks_on_cpu, 39, 10, 4, 4).endswith(
         "; free memory, or set num_kv_cache_blocks to use more of it"
     )
@@ -176,7 +148,7 @@ def test_of_memory_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("num_blocks", [2**31 - 1, 10**8])
 def test_of_a_cache_beyond_memory(num_blocks: int) -> None:
-    """D92, D93: torch says so with a RuntimeError, or Linux lends what there is not and kills the process later."""
+    """torch says so with a RuntimeError, or Linux lends what there is not and kills the process later."""
     text = message(LLM, MODEL, **SMALL, num_kv_cache_blocks=num_blocks)
     assert f"num_kv_cache_blocks must fit in the memory of cpu, got {num_blocks}" in text
     assert text.endswith("lower it, or leave it out to size the cache from free memory")
@@ -187,7 +159,6 @@ def test_of_a_cache_beyond_memory(num_blocks: int) -> None:
 
 
 def test_of_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    """D93"""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert message(resolve_device, "cuda").endswith("use 'auto' or 'cpu'")
     assert resolve_device("auto") == resolve_device("cpu") == torch.device("cpu")
@@ -195,7 +166,7 @@ def test_of_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("block_size", [16, 256])
 def test_of_an_attention_backend_that_cannot_work(block_size: int) -> None:
-    """D93: "auto" is no remedy: Config refuses it with block size 16."""
+    """"auto" is no remedy: Config refuses it with block size 16."""
     requirements = AttentionRequirements(torch.device("cpu"), torch.float32, 32, block_size)
     text = message(select_attention_backend, "triton", requirements)
     assert text.endswith("; use attention_backend='torch', which runs everywhere")
@@ -207,7 +178,6 @@ def test_of_an_attention_backend_that_cannot_work(block_size: int) -> None:
 
 
 def test_of_a_file_given_as_a_model(tmp_path: Path) -> None:
-    """D93"""
     file = tmp_path / "config.json"
     file.write_text("{}")
     assert message(local_model_dir, str(file)).endswith("; give the directory it is in")
@@ -218,7 +188,7 @@ def test_of_a_file_given_as_a_model(tmp_path: Path) -> None:
 def test_of_variables_that_torchrun_would_set_otherwise(
     values: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """D92, D93: int() would say that its literal is invalid."""
+    """int() would say that its literal is invalid."""
     given = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "x"}
     for name, value in {**given, "MASTER_PORT": "1", **values}.items():
         monkeypatch.setenv(name, value)
@@ -230,7 +200,6 @@ def test_of_variables_that_torchrun_would_set_otherwise(
 
 
 def test_of_text_that_is_no_unicode() -> None:
-    """D93"""
     text = b"caf\xe9".decode("utf-8", "surrogateescape")
     assert "decode its bytes with the right encoding, or with errors='replace'" in message(require_unicode, "x", text)
     require_unicode("x", b"caf\xe9".decode("latin-1"))
@@ -270,7 +239,7 @@ def test_of_text_that_is_no_unicode() -> None:
     ],
 )
 def test_at_the_command_line(refused: list[str], words: str, followed: list[str], capsys, monkeypatch) -> None:
-    """D93: Each names options only, never Python."""
+    """Each names options only, never Python."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     ends = ["--max-tokens", "2"] if "--max-tokens" not in refused else []
     assert cli.main(["generate", *ends, *refused, "In the"]) == USER_ERROR

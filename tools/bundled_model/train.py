@@ -2,8 +2,8 @@
 
     python tools/bundled_model/train.py --out DIR
 
-Reads text.txt beside this file and writes a Hugging Face checkpoint without its card; no network, no GPU. The model is
-meant to know its text by heart: greedy continuations are then readable, and the best token leads by so much that no
+Reads text.txt beside this file and writes a Hugging Face checkpoint without its card; no network, no GPU. The model
+should know its text by heart: greedy continuations are then readable, and the best token leads by so much that no
 rounding error changes it, which is what exact tests need.
 
 About 10 minutes on one core of an x86-64 server (--steps and --threads change that). The shipped files were made with

@@ -44,7 +44,7 @@ def _run(mutants: list[Mutant], options: argparse.Namespace) -> int:
     for mutant in mutants:
         mutant.apply(options.root)  # raises MutantError for one that does not fit, before anything runs
     if not options.tests_pass:
-        check_baseline(options.root, mutants)
+        check_baseline(options.root, mutants, options.workers)
     num_survivors = 0
     results = run_mutants(options.root, mutants, options.workers)
     for mutant, is_caught in tqdm(

@@ -1,6 +1,6 @@
 """python -m tools.mutants.generic [PATTERN ...]: mutmut, which changes every operator, number, string and argument.
 
-pyproject.toml says in which files, and which tests judge. A PATTERN, such as "nanovllm.engine.scheduler*", chooses
+[tool.mutmut] in pyproject.toml lists the files and the tests. A PATTERN, such as "nanovllm.engine.scheduler*", chooses
 some of the mutants. Prints the survivors and the score, and fails below LEAST_SCORE; survivors.md judges the survivors.
 mutmut keeps its results in the folder mutants/ until the function changes; delete it when tests have changed.
 """

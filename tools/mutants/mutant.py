@@ -15,6 +15,7 @@ trailing commas do not count. The first line of either text is not indented, the
 
 import ast
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -63,7 +64,7 @@ class Mutant:
         return path, text[:start] + self.new.replace("\n", f"\n{indentation}") + text[end:]
 
     def change(self) -> str:
-        """The lines of the change, for people."""
+        """The change as lines to print."""
         lines = [f"  - {line}" for line in self.old.splitlines()] + [f"  + {line}" for line in self.new.splitlines()]
         return "\n".join([f"{self.id} in {self.place}: {self.why}", *lines])
 
@@ -87,7 +88,7 @@ def _read(path: Path) -> Iterator[Mutant]:
             raise MutantError(
                 f"{path.name}: an entry needs id, place, reason, tests, old text, other new text: {text!r}"
             )
-        yield Mutant(entry["id"], entry["defect"], entry["place"], why, tuple(" ".join(tests).split()), old, new)
+        yield Mutant(entry["id"], entry["defect"], entry["place"], why, tuple(shlex.split(" ".join(tests))), old, new)
 
 
 def _pattern(code: str) -> re.Pattern[str]:

@@ -4,8 +4,6 @@ Everything runs in float64. Two orders of summing n terms of size 1 differ by at
 and a softmax in between, 1e-12 is a safe bound and ten orders of magnitude below any mistake.
 """
 
-import math
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -44,24 +42,6 @@ def inputs(q_len: int, k_len: int, num_heads: int, num_kv_heads: int, head_dim: 
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_attention_equals_a_loop_over_single_numbers(shape: tuple[int, ...]) -> None:
-    query, key, value = inputs(*shape)
-    q_len, k_len, num_heads, num_kv_heads, head_dim = shape
-    expected = torch.zeros_like(query)
-    for h in range(num_heads):
-        kv = h * num_kv_heads // num_heads
-        for i in range(q_len):
-            total, mix = 0.0, [0.0] * head_dim
-            for j in range(k_len - q_len + i + 1):
-                dot = sum(float(query[i, h, d]) * float(key[j, kv, d]) for d in range(head_dim))
-                e = math.exp(dot / math.sqrt(head_dim))
-                total += e
-                mix = [m + e * float(value[j, kv, d]) for d, m in enumerate(mix)]
-            expected[i, h] = torch.tensor(mix, dtype=torch.float64) / total
-    close(attention(query, key, value), expected)
-
-
-@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("scale", [None, 0.3])
 def test_attention_equals_torch(shape: tuple[int, ...], scale: float | None) -> None:
     query, key, value = inputs(*shape)
@@ -75,17 +55,6 @@ def test_attention_equals_torch(shape: tuple[int, ...], scale: float | None) -> 
 def test_constant_values_give_constant_outputs() -> None:
     query, key, _ = inputs(3, 8, 4, 2, 4)
     close(attention(query, key, torch.full_like(key, 2.5)), torch.full_like(query, 2.5))
-
-
-def test_shifting_all_keys_by_one_vector_changes_nothing() -> None:
-    """Every score of a query moves by the same amount, which the softmax does not see."""
-    query, key, value = inputs(3, 8, 4, 2, 4)
-    close(attention(query, key + random(4, seed=9), value), attention(query, key, value))
-
-
-def test_nothing_that_follows_changes_what_came_before() -> None:
-    query, key, value = inputs(8, 8, 4, 2, 4)
-    close(attention(query, key, value)[:5], attention(query[:5], key[:5], value[:5]))
 
 
 def test_queries_are_the_last_tokens() -> None:
@@ -190,9 +159,5 @@ def test_without_cu_seqlens_each_sequence_has_one_query() -> None:
     tables, context_lens = torch.tensor([[3, 1], [0, 2]]), torch.tensor([4, 1])
     expected = paged_attention(query, k_cache, v_cache, tables, context_lens, torch.tensor([0, 1, 2]))
     assert torch.equal(paged_attention(query, k_cache, v_cache, tables, context_lens), expected)
-
-
-def test_a_padded_row_yields_zeros() -> None:
-    cache = torch.full((2, 2, 1, 4), torch.nan, dtype=torch.float64)
-    output = paged_attention(random(1, 2, 4), cache, cache, torch.tensor([[-1]]), torch.tensor([0]))
-    assert torch.equal(output, torch.zeros(1, 2, 4, dtype=torch.float64))
+    padded = paged_attention(query[:1], k_cache, v_cache, torch.tensor([[-1]]), torch.tensor([0]))
+    assert torch.equal(padded, torch.zeros_like(padded)), "a padded row reads nothing"

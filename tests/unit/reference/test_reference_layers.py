@@ -27,15 +27,11 @@ def close(actual: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize("eps", [1e-6, 1e-2])
-def test_rms_norm_equals_torch(eps: float) -> None:
-    x, weight = random(5, 7), random(7, seed=1)
-    close(torch.as_tensor(rms_norm(x, weight, eps)), F.rms_norm(x, (7,), weight, eps))
-
-
-def test_rms_norm_with_a_residual_is_the_norm_of_the_sum_and_the_sum() -> None:
+def test_rms_norm_equals_torch_with_and_without_a_residual(eps: float) -> None:
     x, residual, weight = random(5, 7), random(5, 7, seed=1), random(7, seed=2)
-    y, total = rms_norm(x, weight, 1e-6, residual)
-    close(y, F.rms_norm(x + residual, (7,), weight, 1e-6))
+    close(torch.as_tensor(rms_norm(x, weight, eps)), F.rms_norm(x, (7,), weight, eps))
+    y, total = rms_norm(x, weight, eps, residual)
+    close(y, F.rms_norm(x + residual, (7,), weight, eps))
     close(total, x + residual)
 
 
@@ -89,26 +85,6 @@ def test_scores_depend_on_distances_only(scaling: dict | None) -> None:
     assert abs(score(9, 2) - score(9, 3)) > 1e-3
 
 
-def test_rotation_keeps_lengths() -> None:
-    x = random(4, 3, 8)
-    close(rotary_embedding(torch.arange(4), x).norm(dim=-1), x.norm(dim=-1))
-
-
-def test_llama3_leaves_fast_pairs_divides_slow_ones_and_blends_between() -> None:
-    """theta = 16 and D = 8: frequencies 1, 1/2, 1/4, 1/8; trained on 16 pi tokens, they turn 8, 4, 2, 1 times."""
-    scaling = {
-        "rope_type": "llama3",
-        "factor": 10.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 16 * math.pi,
-    }
-    inv_freq, a = inverse_frequencies(8, 16.0, scaling)
-    blend = 1 / 3 + (2 / 3) / 10  # 2 turns are a third of the way from 1 to 4
-    close(inv_freq, torch.tensor([1.0, 0.5, 0.25 * blend, 0.0125], dtype=torch.float64))
-    assert a == 1.0
-
-
 @pytest.mark.parametrize("norm_topk_prob", [True, False])
 @pytest.mark.parametrize("top_k", [1, 2, 5])
 def test_moe_equals_a_loop_over_tokens_and_their_experts(top_k: int, norm_topk_prob: bool) -> None:
@@ -130,14 +106,7 @@ def test_renumbering_the_experts_changes_nothing() -> None:
     close(moe(x, router[order], gate_up[order], down[order], 2, True), moe(x, router, gate_up, down, 2, True))
 
 
-def test_equal_experts_are_one_expert() -> None:
-    x, router = random(6, 4, seed=1), random(5, 4, seed=2)
-    gate_up, down = random(14, 4, seed=3), random(4, 7, seed=4)
-    one = silu_and_mul(x @ gate_up.T) @ down.T
-    close(moe(x, router, gate_up.repeat(5, 1, 1), down.repeat(5, 1, 1), 2, norm_topk_prob=True), one)
-
-
-@pytest.mark.parametrize("tp_size", [1, 2, 4])
+@pytest.mark.parametrize("tp_size", [1, 4])
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_column_parallel_outputs_side_by_side_are_the_whole(tp_size: int, with_bias: bool) -> None:
     x, weight = random(3, 5), random(8, 5, seed=1)
@@ -154,12 +123,6 @@ def test_row_parallel_outputs_summed_are_the_whole(tp_size: int, with_bias: bool
     x, weight = random(3, 8), random(5, 8, seed=1)
     bias = random(5, seed=2) if with_bias else None
     close(row_parallel_linear(list(x.chunk(tp_size, dim=1)), weight, bias), F.linear(x, weight, bias))
-
-
-def test_a_column_layer_feeds_a_row_layer_without_communication() -> None:
-    x, up, down = random(3, 5), random(8, 5, seed=1), random(5, 8, seed=2)
-    between = [F.silu(h) for h in column_parallel_linear(x, up, None, 4)]
-    close(row_parallel_linear(between, down, None), F.silu(x @ up.T) @ down.T)
 
 
 @pytest.mark.parametrize("tp_size", [1, 2, 4])

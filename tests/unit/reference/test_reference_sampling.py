@@ -63,24 +63,6 @@ def test_the_outermost_words_give_finite_positive_noise(
     assert noise.log().isfinite().all()
 
 
-def test_noise_is_exponential() -> None:
-    """Kolmogorov-Smirnov: the distance exceeds 1.95 / sqrt(n) once in a thousand seeds; this seed is fixed."""
-    n = 200_000
-    u = (1 - exponential_noise(seed=3, position=5, vocab_size=n).neg().exp()).sort().values
-    steps = torch.arange(n + 1, dtype=torch.float64) / n
-    distance = max((u - steps[:-1]).abs().max(), (u - steps[1:]).abs().max())
-    assert distance < 1.95 / math.sqrt(n)
-
-
-@pytest.mark.parametrize("other", [{"seed": 4}, {"seed": 3 + 2**32}, {"position": 6}])
-def test_another_seed_or_position_gives_unrelated_noise(other: dict[str, int]) -> None:
-    """Correlation of n independent pairs has a standard deviation of 1 / sqrt(n)."""
-    n = 20_000
-    base = {"seed": 3, "position": 5}
-    pair = torch.stack([exponential_noise(**base, vocab_size=n), exponential_noise(**{**base, **other}, vocab_size=n)])
-    assert abs(float(torch.corrcoef(pair)[0, 1])) < 5 / math.sqrt(n)
-
-
 def kept_one_by_one(z: list[float], top_k: int | None, top_p: float | None, min_p: float | None) -> list[bool]:
     """The filters as a walk along the sorted tokens."""
     ranked = sorted(range(len(z)), key=lambda v: (-z[v], v))
@@ -115,19 +97,8 @@ def test_filters_equal_a_walk_along_the_sorted_tokens(
     count_comparisons("reference: sampling filters against a walk along the tokens", len(z))
 
 
-def test_ties_with_the_kth_stay_and_top_p_drops_equals_from_the_highest_id() -> None:
-    z = torch.tensor([1.0, 2.0, 1.0, 1.0])
-    assert allowed_mask(z, top_k=2).tolist() == [True] * 4
-    assert allowed_mask(torch.zeros(4), top_p=0.5).tolist() == [True, True, False, False]
-
-
 def test_a_top_p_of_one_keeps_even_what_rounding_leaves_no_mass_for() -> None:
     assert allowed_mask(torch.tensor([0.0, -90.0, -95.0]), top_p=1.0).all()
-
-
-@pytest.mark.parametrize("filters", [{"top_k": 1}, {"top_p": 1e-9}, {"min_p": 1.0}])
-def test_the_most_probable_token_always_stays(filters: dict) -> None:
-    assert allowed_mask(torch.tensor([0.0, 3.0, 1.0]), **filters).tolist() == [False, True, False]
 
 
 def test_greedy_is_the_largest_logit_and_ignores_the_noise() -> None:
@@ -144,10 +115,9 @@ def test_the_token_is_the_earliest_arrival() -> None:
         assert sampling(logits, temperature=0.7, seed=9, position=position) == int(arrival.argmin())
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_draws_follow_the_filtered_softmax(temperature: float) -> None:
+def test_draws_follow_the_filtered_softmax() -> None:
     """Chi-square with 4 degrees of freedom exceeds 23.5 once in ten thousand seeds; this one is fixed."""
-    logits, n = torch.tensor([0.0, 1.0, 2.0, 3.0, 2.5, -9.0]), 1500
+    logits, n, temperature = torch.tensor([0.0, 1.0, 2.0, 3.0, 2.5, -9.0]), 1500, 2.0
     filters = {"top_k": 5}
     draws = torch.tensor([sampling(logits, temperature, **filters, seed=11, position=i) for i in range(n)])
     counts = torch.bincount(draws, minlength=6).double()

@@ -43,40 +43,9 @@ def run(waiting: tuple[Sequence, ...], num_blocks: int, block_size: int = 2, **l
     raise AssertionError("the queues never emptied")
 
 
-def test_empty_queues_give_an_empty_decision() -> None:
-    """D19."""
-    decision = schedule((), (), BlockManager(4, 2), **LIMITS)
-    assert decision.scheduled == ()
-    assert decision.running == decision.waiting == ()
-
-
-def test_prompts_prefill_together_and_then_decode_together() -> None:
-    steps = list(run((request(0, 3, max_tokens=3), request(1, 5, max_tokens=2)), num_blocks=20))
-    assert [(step.is_prefill, step.scheduled) for step in steps] == [
-        (True, ((0, 3), (1, 5))),
-        (False, ((0, 1), (1, 1))),
-        (False, ((0, 1),)),
-    ]
-
-
 def test_a_long_prompt_is_cut_into_chunks_and_the_next_one_uses_what_is_left_of_the_budget() -> None:
     steps = list(run((request(0, 10, 1), request(1, 3, 1)), num_blocks=20, max_num_batched_tokens=4))
     assert [step.scheduled for step in steps] == [((0, 4),), ((0, 4),), ((0, 2), (1, 2)), ((1, 1),)]
-
-
-def test_sequences_in_mid_prefill_share_the_budget_in_order() -> None:
-    pool = BlockManager(20, 2)
-    for seq_id in (0, 1):
-        pool, _ = pool.allocate(seq_id, request(seq_id, 6).token_ids)
-    running = (request(0, 6), request(1, 6))
-    assert schedule((), running, pool, **{**LIMITS, "max_num_batched_tokens": 8}).scheduled == ((0, 6), (1, 2))
-    assert schedule((), running, pool, **{**LIMITS, "max_num_batched_tokens": 6}).scheduled == ((0, 6),)
-
-
-def test_a_prompt_of_many_chunks_is_not_interrupted_when_nobody_can_decode() -> None:
-    num_tokens = 2 * MAX_CONSECUTIVE_PREFILLS + 3
-    steps = list(run((request(0, num_tokens, 1),), num_blocks=20, max_num_batched_tokens=1))
-    assert [step.scheduled for step in steps] == [((0, 1),)] * num_tokens
 
 
 def test_a_chunk_is_counted_after_the_prefix_hit() -> None:
@@ -89,38 +58,27 @@ def test_a_chunk_is_counted_after_the_prefix_hit() -> None:
     assert decision.running[0].num_cached_tokens == 4
 
 
-def test_max_num_seqs_bounds_the_running_set() -> None:
-    """D16."""
-    steps = list(run(tuple(request(i, 2) for i in range(7)), num_blocks=50, max_num_seqs=3))
-    assert max(len(step.running) for step in steps) == 3
-
-
-def test_the_head_of_the_line_is_not_overtaken() -> None:
-    steps = list(run((request(0, 6, 3), request(1, 8, 3), request(2, 1, 3)), num_blocks=5))
-    admitted = [seq.seq_id for seq in steps[0].running]
-    assert admitted == [0], "request 1 does not fit beside 0, and 2, which would, waits its turn"
-
-
-def test_a_reserve_is_kept_for_those_that_will_grow() -> None:
-    """D17: 0 holds 2 of 5 blocks and will open another, 1 needs 2 and will open another: 5 blocks are one too few."""
-    waiting = (request(0, 4, max_tokens=9), request(1, 4, max_tokens=9))
-    assert len(next(run(waiting, num_blocks=5)).running) == 1
-    assert len(next(run(waiting, num_blocks=6)).running) == 2
-
-
-def test_no_reserve_for_those_that_will_not_grow_nor_for_one_alone() -> None:
-    """max_tokens=1: the one token sampled is never stored, so the prompt's blocks suffice."""
-    assert len(next(run((request(0, 4, 1), request(1, 4, 1)), num_blocks=4)).running) == 2
-    assert len(next(run((request(0, 4, 5),), num_blocks=2)).running) == 1
-
-
-def test_max_model_len_caps_what_a_sequence_can_grow_to() -> None:
-    waiting = (request(0, 4, max_tokens=9), request(1, 4, max_tokens=9))
-    assert len(next(run(waiting, num_blocks=4, max_model_len=5)).running) == 2
+@pytest.mark.parametrize(
+    ("num_requests", "max_tokens", "max_model_len", "num_blocks"),
+    [
+        (2, 9, 64, 6),  # each holds 2 blocks and will open another
+        (2, 1, 64, 4),  # the one token sampled is never stored, so the prompt's blocks suffice
+        (2, 9, 5, 4),  # max_model_len is the limit
+        (1, 5, 64, 2),  # no reserve for a sequence alone
+    ],
+)
+def test_a_reserve_is_kept_for_those_that_will_grow(
+    num_requests: int, max_tokens: int, max_model_len: int, num_blocks: int
+) -> None:
+    """D17: num_blocks are just enough to admit prompts of 4 tokens, 2 blocks each."""
+    waiting = tuple(request(i, 4, max_tokens) for i in range(num_requests))
+    for blocks, num_admitted in ((num_blocks, num_requests), (num_blocks - 1, num_requests - 1)):
+        decision = schedule(waiting, (), BlockManager(blocks, 2), **{**LIMITS, "max_model_len": max_model_len})
+        assert len(decision.running) == num_admitted
 
 
 def growing(num_blocks: int) -> Decision:
-    """Two sequences of 4 tokens in 2 blocks of 2 each, about to decode their fifth."""
+    """The decision on two sequences of 4 tokens in 2 blocks of 2 each, about to decode their fifth."""
     pool = BlockManager(num_blocks, 2)
     running = []
     for seq_id in (0, 1):
@@ -140,21 +98,10 @@ def test_without_a_block_the_last_running_sequence_is_preempted_to_the_front_of_
     assert decision.waiting[0].token_ids == (100, 101, 102, 103, 7)
     assert decision.waiting[0].num_cached_tokens == 0
     assert set(decision.block_manager.tables) == {0}
+    assert growing(num_blocks=6).preempted == ()
 
 
-def test_with_a_block_for_each_nobody_is_preempted() -> None:
-    decision = growing(num_blocks=6)
-    assert decision.scheduled == ((0, 1), (1, 1))
-    assert decision.preempted == ()
-
-
-def test_a_pool_that_is_exactly_full_does_not_preempt() -> None:
-    """D02: the fourth token of each fits into the block of its third."""
-    steps = list(run((request(0, 3, 2), request(1, 3, 2)), num_blocks=4))
-    assert [step.preempted for step in steps] == [(), ()]
-
-
-def test_the_door_lets_in_what_can_finish_alone_and_has_room_for_one_more_token() -> None:
+def test_fits_accepts_what_can_finish_alone_and_has_room_for_one_more_token() -> None:
     """D10, D11: the last token sampled is never stored, so 3 + 2 tokens fit in 4 slots, and 3 + 3 do not."""
     pool = BlockManager(2, 2)
     assert fits(request(0, 3, max_tokens=2), pool, max_model_len=64)
@@ -168,7 +115,7 @@ def test_the_door_lets_in_what_can_finish_alone_and_has_room_for_one_more_token(
     ("token", "max_tokens", "max_model_len", "reason"),
     [(1, 9, 64, None), (7, 9, 64, "stop"), (1, 1, 64, "length"), (7, 1, 64, "stop"), (1, 9, 5, "length")],
 )
-def test_who_has_its_last_token_leaves_with_the_reason(
+def test_a_sequence_with_its_last_token_leaves_with_the_reason(
     token: int, max_tokens: int, max_model_len: int, reason: str | None
 ) -> None:
     """D11, D70: a prompt of 4; 7 ends it."""
@@ -181,7 +128,7 @@ def test_who_has_its_last_token_leaves_with_the_reason(
     assert len(step.block_manager.hits(seq.token_ids)) == 2, "its blocks stay hittable"
 
 
-def test_whoever_leaves_in_mid_step_is_passed_over() -> None:
+def test_a_sequence_that_leaves_during_a_step_gets_no_token() -> None:
     """D19: running, waiting, and between schedule and postprocess; nothing of it becomes hittable."""
     step = schedule(
         (request(0, 4), request(1, 4), request(2, 4)), (), BlockManager(8, 2), **{**LIMITS, "max_num_seqs": 2}
@@ -226,7 +173,7 @@ def test_decoding_gets_its_turn_under_steady_arrivals() -> None:
     budget=st.integers(5, 16),
 )
 @settings(deadline=None, max_examples=150)
-def test_every_run_keeps_its_limits_serves_everyone_and_nobody_starves(
+def test_every_run_keeps_its_limits_and_starves_no_request(
     prompts: list[tuple[list[int], int]], spare_blocks: int, block_size: int, max_num_seqs: int, budget: int
 ) -> None:
     requests = tuple(Sequence(i, tuple(tokens), len(tokens), n) for i, (tokens, n) in enumerate(prompts))
