@@ -29,8 +29,7 @@ class HeldStep:
         self._llm = llm
         self._has_begun, self._may_go = threading.Event(), threading.Event()
         self._error: BaseException | None = None
-        name = "launch" if llm.config.async_scheduling else "run"
-        method = getattr(llm._core.executor, name)
+        execute = llm._core.executor.execute
 
         def held(*args: Any) -> Any:
             if not self._has_begun.is_set():
@@ -38,9 +37,9 @@ class HeldStep:
                 assert self._may_go.wait(HANG_SECONDS)
                 if self._error is not None:
                     raise self._error
-            return method(*args)
+            return execute(*args)
 
-        monkeypatch.setattr(llm._core.executor, name, held)
+        monkeypatch.setattr(llm._core.executor, "execute", held)
 
     def wait(self, num_waiting: int = 0) -> None:
         """Until the step has begun, and num_waiting threads in all compute or wait for their turn."""

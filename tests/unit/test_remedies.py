@@ -166,7 +166,7 @@ def test_of_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("block_size", [16, 256])
 def test_of_an_attention_backend_that_cannot_work(block_size: int) -> None:
-    """"auto" is no remedy: Config refuses it with block size 16."""
+    """ "auto" is no remedy: Config refuses it with block size 16."""
     requirements = AttentionRequirements(torch.device("cpu"), torch.float32, 32, block_size)
     text = message(select_attention_backend, "triton", requirements)
     assert text.endswith("; use attention_backend='torch', which runs everywhere")
