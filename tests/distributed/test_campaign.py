@@ -17,8 +17,9 @@ from typing import Any
 import psutil
 import pytest
 
-from nanovllm.distributed import rendezvous
+from nanovllm.executor import multiproc
 from nanovllm.executor.base import RankError
+from nanovllm.executor.failure_monitor import State
 from tests.distributed.test_failures import ERRORS, MAX_SECONDS, check_failure, engine, generate
 from tests.support.counts import count_event, record_error
 from tests.support.rank_faults import CONNECTING, PLACES, Fault, plant
@@ -150,17 +151,19 @@ def test_a_rank_killed_while_the_ranks_connect(nothing_left: Watch, monkeypatch:
     """D33: gloo's connecting cannot be interrupted, and must end soon by itself. Aimed by how long it takes when
     nothing disturbs it; fails unless a third of the kills come before it has ended.
     """
-    connect = rendezvous._connect_gloo
+    join = multiproc.join_local_group
     times: list[float] = []  # when connecting began, and when it ended if it ended well
 
-    def timed_connect(*args: Any) -> Any:
+    def timed_join(placement: Any, store_path: str, check: Any) -> Any:
+        while check.__self__.state is State.STARTING:  # the workers import torch
+            check()
+            time.sleep(0.001)
         times[:] = [time.monotonic()]
-        group, error = connect(*args)
-        if group is not None:
-            times.append(time.monotonic())
-        return group, error
+        tp = join(placement, store_path, check)
+        times.append(time.monotonic())
+        return tp
 
-    monkeypatch.setattr(rendezvous, "_connect_gloo", timed_connect)
+    monkeypatch.setattr(multiproc, "join_local_group", timed_join)
     with engine(4):
         seconds = times[1] - times[0]
     before = nothing_left.snapshot()
