@@ -41,9 +41,9 @@ class Config:
         takes powers of two from 16, "torch" powers of two from 1. LLM accepts nano-vllm's name kvcache_block_size too.
     num_kv_cache_blocks: number of KV blocks; None sizes the cache from free memory. LLM accepts nano-vllm's name
         num_kvcache_blocks too, and -1 for None under that name.
-    attention_backend: "auto" is the fastest one that is installed and supports the device, dtype and sizes. "flash_attn"
-        by name also computes norm, rotation and store of queries and keys in one kernel each, as nano-vllm does; the
-        others compute all three in one fused kernel.
+    attention_backend: "auto" is the fastest one that is installed and supports the device, dtype and sizes.
+        "flash_attn" by name also computes norm, rotation and store of queries and keys in one kernel each, as
+        nano-vllm does; the others compute all three in one fused kernel.
     dtype: of weights, activations and KV cache; "auto" is the checkpoint's.
     seed: 0 .. 2**64-1, from which requests without a seed get theirs.
     device: "auto" is cuda if a GPU is available, else cpu.

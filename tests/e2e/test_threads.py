@@ -165,7 +165,9 @@ def test_tokens_that_never_came_are_computed_again(
 def test_a_token_that_cannot_be_processed_is_an_error_of_its_call(
     engine: LLM, alone: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """D81: with the cause, since the text would lack something. Requests outside the batch go on."""
+    """D81: with the cause, since the text would lack something. step() raises it too, and then returns the aborted
+    output.
+    """
     streams = [engine.generate_stream(prompt, LONG) for prompt in PROMPTS[:2]]
     for stream in streams:
         next(stream)
@@ -182,6 +184,10 @@ def test_a_token_that_cannot_be_processed_is_an_error_of_its_call(
     message = r"^a step of another call failed: MemoryError: planted; call generate again$"
     with pytest.raises(RuntimeError, match=message):
         list(streams[0])
+    with pytest.raises(RuntimeError, match=message.replace("call generate", "add the requests")):
+        engine.step()
+    (output,) = engine.step().finished
+    assert (output["seq_id"], output["finish_reason"]) == (stepped, "abort")
     assert tokens(engine, PROMPTS[2]) == [alone[2]]
 
 

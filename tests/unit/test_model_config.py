@@ -31,7 +31,7 @@ LLAMA3 = {
     "original_max_position_embeddings": 250,
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 300}
-MISSING = object()
+MISSING = "missing"
 
 
 def without_missing(values):
