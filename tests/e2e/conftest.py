@@ -79,8 +79,7 @@ def check_empty(llm: LLM) -> None:
     manager = llm.scheduler.block_manager
     assert llm.is_finished()
     assert llm.scheduler.is_finished
-    assert not llm._news
-    assert not llm._lost
+    assert llm._requests.is_empty
     assert manager.num_free_blocks == len(manager.blocks)
     manager.check_invariants([])
 

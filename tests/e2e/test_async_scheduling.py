@@ -58,22 +58,11 @@ def test_the_next_step_begins_before_the_tokens_are_waited_for(monkeypatch: pyte
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("planted"), KeyboardInterrupt()])
-@pytest.mark.parametrize(
-    ("number", "goes_on"),
-    [(1, True), (2, True), (3, False)],
-    ids=["prefill", "ahead of a prefill", "ahead of a decode"],
-)
-def test_a_step_that_fails_ends_its_requests_and_no_others(
-    async_llm: LLM,
-    alone: list[list[int]],
-    monkeypatch: pytest.MonkeyPatch,
-    number: int,
-    goes_on: bool,
-    error: BaseException,
+@pytest.mark.parametrize("number", [1, 2, 3], ids=["prefill", "ahead of a prefill", "ahead of a decode"])
+def test_a_step_that_fails_ends_the_requests_of_its_caller_and_no_others(
+    async_llm: LLM, alone: list[list[int]], monkeypatch: pytest.MonkeyPatch, number: int, error: BaseException
 ) -> None:
-    """D18: another request decodes, and takes no part in the prefill. Its token that was to be computed in a step
-    begun ahead of the prefill is computed later.
-    """
+    """D18: another request decodes. What the failed step was to compute of it is computed again."""
     llm = async_llm
     other = llm.add_request(PROMPTS[0], GREEDY)
     for _ in range(3):
@@ -92,8 +81,7 @@ def test_a_step_that_fails_ends_its_requests_and_no_others(
             llm.generate(PROMPTS[1:3], GREEDY, use_tqdm=False)
     outputs = run_to_end(llm)
     assert outputs.keys() == {other}
-    assert outputs[other]["finish_reason"] == ("length" if goes_on else "abort")
-    assert outputs[other]["token_ids"] == alone[0][: 12 if goes_on else len(outputs[other]["token_ids"])]
+    assert (outputs[other]["finish_reason"], outputs[other]["token_ids"]) == ("length", alone[0])
     assert tokens(llm, PROMPTS[0]) == [alone[0]]
 
 
@@ -108,11 +96,9 @@ def test_a_trace_of_async_steps_replays_without_them() -> None:
     assert score["excused"] <= 1
 
 
-def test_the_default_is_off_on_a_cpu_and_several_ranks_are_refused() -> None:
+def test_the_default_is_off_on_a_cpu() -> None:
     with bundled_llm() as llm:
         assert llm.config.async_scheduling is False
-    with pytest.raises(ValueError, match=r"^async_scheduling must be left out .* got True and tensor_parallel_size=2"):
-        LLM(str(bundled_model_path()), device="cpu", tensor_parallel_size=2, async_scheduling=True)
 
 
 @pytest.mark.gpu

@@ -52,28 +52,29 @@ def test_a_request_that_can_never_fit_is_refused_and_others_go_on(llm: LLM) -> N
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("planted"), KeyboardInterrupt()])
-def test_a_step_that_fails_ends_its_requests_and_the_next_call_works(
-    llm: LLM, monkeypatch: pytest.MonkeyPatch, error: BaseException
+@pytest.mark.parametrize(("caller", "reason"), [("generate", "length"), ("step", "abort")])
+def test_a_step_that_fails_ends_the_requests_of_its_caller_and_the_next_call_works(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, error: BaseException, caller: str, reason: str
 ) -> None:
-    """D18: a request of add_request that took part in the step ends too."""
+    """D18: a request of add_request ends if step() fails, and goes on if a step of generate() does."""
     expected = tokens(llm, [GOOD], GREEDY)
-    run, batches = llm._core.executor.execute, []
+    execute, batches = llm._core.executor.execute, []
 
-    def fail_in_the_third_step(batch: Any) -> list[int]:
+    def fail_in_the_third_step(batch: Any) -> Any:
         batches.append(batch)
         if len(batches) == 3:
             raise error
-        return run(batch)
+        return execute(batch)
 
     failing = llm.add_request([9, 9], SamplingParams.greedy(max_tokens=6))
     with monkeypatch.context() as planted:
         planted.setattr(llm._core.executor, "execute", fail_in_the_third_step)
         with pytest.raises(type(error)):
-            llm.generate([GOOD, GOOD], GREEDY, use_tqdm=False)
+            run_to_end(llm) if caller == "step" else llm.generate([GOOD, GOOD], GREEDY, use_tqdm=False)
     later = llm.add_request(GOOD, GREEDY)
     outputs = run_to_end(llm)
     assert outputs.keys() == {failing, later}
-    assert outputs[failing]["finish_reason"] == "abort"
+    assert outputs[failing]["finish_reason"] == reason
     assert [outputs[later]["token_ids"]] == tokens(llm, [GOOD], GREEDY) == expected
 
 

@@ -15,7 +15,7 @@ from tests.e2e.conftest import GREEDY, PROMPTS, bundled_llm, joined, tokens
 from tests.support.counts import count_comparisons
 from tests.support.limits import HANG_SECONDS
 
-LONG = SamplingParams.greedy(max_tokens=200, ignore_eos=True)
+LONG = SamplingParams.greedy(max_tokens=200, ignore_eos=True, stop="no such text")
 
 
 def streamed(llm: LLM, prompts: Any, params: Any = GREEDY) -> list[list[int]]:
@@ -180,7 +180,7 @@ def test_a_token_that_cannot_be_processed_is_an_error_of_its_call(
     with monkeypatch.context() as planted:
         planted.setattr(RequestState, "process_new_token", fail)
         with pytest.raises(MemoryError):
-            next(streams[1])
+            list(streams[1])
     message = r"^a step of another call failed: MemoryError: planted; call generate again$"
     with pytest.raises(RuntimeError, match=message):
         list(streams[0])
