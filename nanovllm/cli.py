@@ -17,9 +17,9 @@ from nanovllm import __version__
 from nanovllm.cli_errors import report_error
 from nanovllm.config import ATTENTION_BACKENDS, DEVICES, DTYPES, Config
 from nanovllm.console import discard_stdout, flush_stdout, lossless_console, read_lines_from_stdin, require_stdout
-from nanovllm.distributed.torchrun_env import read_torchrun_env
 from nanovllm.engine.chat import chat_prompts
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.torchrun_env import read_torchrun_env
 from nanovllm.validation import require_unicode
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nanovllm.distributed.torchrun_env import TorchrunEnv
+from nanovllm.torchrun_env import TorchrunEnv
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,10 @@ class RankPlacement:
         """Make the rank's GPU the current one of this thread. Call it before any other CUDA call."""
         if self.gpu is not None:
             torch.cuda.set_device(self.gpu)
+
+    def initialize_device(self) -> None:
+        """Create the CUDA context of the rank's GPU."""
+        torch.cuda.synchronize()
 
 
 def resolve_device(name: str) -> torch.device:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from nanovllm.config import Config
-from nanovllm.distributed.torchrun_env import read_torchrun_env
 from nanovllm.model_config import ModelConfig
+from nanovllm.torchrun_env import read_torchrun_env
 
 if TYPE_CHECKING:
     from nanovllm.engine.scheduler import ScheduledBatch
@@ -80,7 +80,9 @@ def make_executor(config: Config, model_config: ModelConfig, model_dir: Path, ow
 
 
 def _start(config: Config, model_config: ModelConfig, model_dir: Path) -> Executor:
-    # The implementations import torch, which `import nanovllm` must not.
+    # The implementations import torch, which `import nanovllm` must not; nanovllm.worker imports it with passive waiting.
+    import nanovllm.worker  # noqa: F401
+
     if config.tensor_parallel_size == 1:
         from nanovllm.executor.uniproc import UniprocExecutor
 

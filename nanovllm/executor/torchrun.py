@@ -17,11 +17,11 @@ from nanovllm.distributed.message_queue import encode
 from nanovllm.distributed.placement import RankPlacement, torchrun_placement
 from nanovllm.distributed.process_group import PrefixStore, init_process_group, new_gloo_group, new_nccl_group
 from nanovllm.distributed.tensor_parallel import TensorParallel
-from nanovllm.distributed.torchrun_env import TorchrunEnv
 from nanovllm.executor.base import RankError
 from nanovllm.executor.failure_monitor import RankFailure, State
 from nanovllm.executor.multi_rank import MultiRankExecutor
 from nanovllm.executor.worker_main import StepMessage, WorkerSpec, worker_busy_loop
+from nanovllm.torchrun_env import TorchrunEnv
 
 FAILURE_KEY = "nanovllm/failure"
 POLL_S = 0.05

@@ -12,8 +12,8 @@ from nanovllm.attention.backend import AttentionRequirements
 from nanovllm.attention.select import select_attention_backend
 from nanovllm.cli_errors import USER_ERROR
 from nanovllm.distributed.placement import resolve_device
-from nanovllm.distributed.torchrun_env import read_torchrun_env
 from nanovllm.model_path import local_model_dir
+from nanovllm.torchrun_env import read_torchrun_env
 from nanovllm.validation import require_unicode
 from nanovllm.worker.kv_cache import num_blocks_on_cpu, num_blocks_that_fit
 from nanovllm.worker.model_runner import ModelRunner

@@ -7,7 +7,7 @@ import torch
 
 from nanovllm.distributed.placement import RankPlacement, local_placements, torchrun_placement
 from nanovllm.distributed.process_group import init_process_group
-from nanovllm.distributed.torchrun_env import TorchrunEnv, read_torchrun_env
+from nanovllm.torchrun_env import TorchrunEnv, read_torchrun_env
 
 ENVIRONMENT = {
     "RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",

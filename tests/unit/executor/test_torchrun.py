@@ -17,11 +17,11 @@ import torch.distributed as dist
 from nanovllm import Config
 from nanovllm.distributed import process_group
 from nanovllm.distributed.placement import RankPlacement
-from nanovllm.distributed.torchrun_env import TorchrunEnv
 from nanovllm.executor import base, torchrun
 from nanovllm.executor.base import make_executor
 from nanovllm.executor.torchrun import TorchrunChannel, TorchrunExecutor, run_torchrun_worker
 from nanovllm.executor.worker_main import WorkerSpec
+from nanovllm.torchrun_env import TorchrunEnv
 from tests.support.limits import HANG_SECONDS
 
 HANG = timedelta(seconds=HANG_SECONDS)

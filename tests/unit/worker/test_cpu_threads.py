@@ -202,8 +202,8 @@ def test_threads_sleep_unless_the_user_says_how_they_wait(monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     "action",
     [
-        "import nanovllm.worker.executor",
-        "import nanovllm.worker.rank_process",
+        "nanovllm.LLM(str(nanovllm.bundled_model_path()), device='cpu', num_kv_cache_blocks=2).close()",
+        "import nanovllm.executor.worker_main",
         "from nanovllm.engine.tokenizer import load_tokenizer; load_tokenizer(nanovllm.bundled_model_path())",
     ],
 )
