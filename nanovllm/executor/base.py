@@ -80,7 +80,7 @@ def make_executor(config: Config, model_config: ModelConfig, model_dir: Path, ow
 
 
 def _start(config: Config, model_config: ModelConfig, model_dir: Path) -> Executor:
-    # The implementations import torch, which `import nanovllm` must not; nanovllm.worker imports it with passive waiting.
+    # The implementations import torch, which `import nanovllm` must not. nanovllm.worker imports it as it should be.
     import nanovllm.worker  # noqa: F401
 
     if config.tensor_parallel_size == 1:
