@@ -74,7 +74,7 @@ def open_engine(architecture: str, size: int, is_async: bool = False) -> LLM:
 def run_scenario(llm: LLM) -> dict[int, Any]:
     """Outputs by seq_id, which is the request's index in REQUESTS."""
     seq_ids = [llm.add_request(list(prompt), params) for prompt, params in REQUESTS]
-    aborted = llm._requests[seq_ids[ABORTED]].sequence
+    aborted = next(seq for seq in llm.scheduler.waiting if seq.seq_id == seq_ids[ABORTED])
     outputs: dict[int, Any] = {}
     while not llm.is_finished():
         if aborted.num_completion_tokens == NUM_TOKENS_OF_ABORTED:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from benchmarks.kernels.grouped_gemm import measured
 from nanovllm.layers.torch_ops import apply_experts
 from reference.moe import moe
-from tests.support.kernels.accuracy import assert_within_twice_the_error_of_plain_torch
+from tests.support.kernels.accuracy import assert_within_the_error_of_plain_torch
 from tests.support.kernels.guards import Guards
 from tests.support.kernels.registry import DTYPES, Compilation, Kernel, Limits, Refused, Steps, case, each, lazy, meta
 
@@ -85,7 +85,7 @@ def check(
         routing = moe_routing(layer.router_logits(), top_k, norm_topk_prob, used.rows)
         output = grouped_gemm(*arguments, routing, tiles=used)
     exact, plain = layer.expected(top_k, norm_topk_prob), layer.plain(top_k, norm_topk_prob)
-    assert_within_twice_the_error_of_plain_torch("grouped_gemm", output, plain, exact, ("token", "element"))
+    assert_within_the_error_of_plain_torch("grouped_gemm", output, plain, exact, ("token", "element"))
 
 
 CASES = {

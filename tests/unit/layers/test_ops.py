@@ -14,7 +14,7 @@ from nanovllm.layers.select_ops import flash_attn_ops, select_ops
 from nanovllm.layers.torch_ops import TORCH_OPS
 from tests.support.attention_cases import Case, assert_same_bits, make_step
 from tests.support.comparing import assert_close
-from tests.support.kernels.accuracy import assert_within_twice_the_error_of_plain_torch
+from tests.support.kernels.accuracy import assert_within_the_error_of_plain_torch
 from tests.support.kernels.reaching import flash_attn_stand_in
 
 STEPS = {
@@ -124,7 +124,7 @@ def test_triton_and_torch_agree(name: str, dtype: torch.dtype) -> None:
     exact = operation(TORCH_OPS, *(x.double() for x in inputs))
     plain = operation(TORCH_OPS, *inputs)
     kernel = name.removeprefix("add_")
-    assert_within_twice_the_error_of_plain_torch(kernel, operation(TRITON_OPS, *inputs), plain, exact)
+    assert_within_the_error_of_plain_torch(kernel, operation(TRITON_OPS, *inputs), plain, exact)
 
 
 @pytest.mark.gpu
