@@ -16,13 +16,13 @@ from pathlib import Path
 READING_ORDER = (
     ("attention", "each token reads the values of the tokens before it"),
     ("packing", "sequences of different lengths lie end to end in one tensor"),
-    ("slot_mapping", "where in the KV cache the token at a given position lives"),
+    ("slot_mapping", "where in the KV cache the token at a given position is stored"),
     ("store_kvcache", "new keys and values go to their slots"),
     ("paged_attention", "attention whose keys are looked up block by block"),
     ("block_hash", "a number that names a full block together with everything before it"),
-    ("block_manager", "who owns which block, and which blocks can be shared"),
+    ("block_manager", "which sequence owns which block, and which blocks can be shared"),
     ("scheduler", "which sequences compute how many tokens in the next step"),
-    ("postprocess", "its keys are in the cache, its tokens are appended, who is done leaves"),
+    ("postprocess", "its keys are in the cache, its tokens are appended, finished sequences leave"),
     ("rms_norm", "bring every token's vector to one length"),
     ("rotary_embedding", "turn queries and keys by an angle that grows with the position"),
     ("silu_and_mul", "one half of a vector decides how much of the other half passes"),
@@ -31,7 +31,7 @@ READING_ORDER = (
     ("philox", "random numbers by counting"),
     ("sampling", "drop improbable tokens, then let the others race"),
     ("checkpoint", "numbers by name, and a few settings"),
-    ("transformer", "from token ids to logits, for all four architectures"),
+    ("transformer", "from token ids to logits, for every architecture"),
     ("generate", "read, sample, append, start again: the oracle of the whole engine"),
 )
 

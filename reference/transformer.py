@@ -7,7 +7,7 @@
         x     = x + feed_forward(rms_norm(x))          feed_forward = down . silu_and_mul(gate, up), or a mixture
     logits    = lm_head . rms_norm(x)
 
-Why one file for four architectures: they differ in what their checkpoints hold. Qwen2 has biases on q, k and v (Llama
+Why one file for every architecture: they differ in what their checkpoints hold. Qwen2 has biases on q, k and v (Llama
 may have them, and on o), Qwen3 normalises each head's query and key, Qwen3-MoE has a mixture of experts in some or all
 layers. A weight that is there is used.
 Why the sum: the stream carries every layer's result to all later ones unchanged, so depth does not dilute it.

@@ -1,4 +1,4 @@
-"""LLMEngine: requests in, outputs out; the one place where engine (decides) and worker (computes) meet."""
+"""LLMEngine: requests in, outputs out; the methods that users call, and the lock that serialises steps."""
 
 import os
 from collections.abc import Callable, Generator, Iterator
