@@ -96,11 +96,12 @@ $(VENV)/.mutmut: $(STAMP)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[mutants]'
 	@touch $@
 
-lint: $(STAMP) ## check format, style, types and which module imports which
+lint: $(STAMP) ## check format, style, types, words and which module imports which
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
 	$(BIN)/pyright
+	$(BIN)/python -m tools.words
 
 format: $(STAMP) ## format the code, mend what ruff can, bring tests/DEFECTS.md up to date
 	$(BIN)/ruff format .

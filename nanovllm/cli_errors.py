@@ -1,4 +1,4 @@
-"""The message of the command line for an exception: one line with the remedy, or that nanovllm has a bug.
+"""Prints an exception for the command line: one line with the remedy, or a traceback if nanovllm has a bug.
 
 Exit codes: 2 for what the user can change, 70 (EX_SOFTWARE of sysexits.h) for a bug of nanovllm.
 """
@@ -13,8 +13,8 @@ USER_ERROR = 2
 BUG = 70
 
 _PACKAGE = str(Path(__file__).parent)
-_RANK_TRACEBACK = "\n\nIts traceback:\n"  # RankError's message holds it, see executor/base.py
-# Python advice in messages -> what does the same at the command line, where nothing but options can be given.
+_RANK_TRACEBACK = "\n\nIts traceback:\n"  # separates the parts of RankError's message, see executor/base.py
+# Advice for Python callers -> the same advice for the command line, which accepts options only.
 _PHRASES = {
     "SamplingParams.greedy()": "--greedy",
     "use None": "leave it out",
@@ -47,7 +47,7 @@ def report_error(error: Exception, options: Mapping[str, str], is_debug: bool) -
 
 
 def user_error(error: Exception, options: Mapping[str, str]) -> str | None:
-    """One line about something that the user can change; None for a bug of nanovllm."""
+    """One line about an error that the user can correct; None for a bug of nanovllm."""
     text, _, rank_traceback = str(error).partition(_RANK_TRACEBACK)
     text = text if text.strip() else type(error).__name__
     if isinstance(error, MemoryError) or (
@@ -58,7 +58,8 @@ def user_error(error: Exception, options: Mapping[str, str]) -> str | None:
         return f"{_one_line(text)}; install nanovllm with what it needs: pip install nanovllm"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror + (f": {error.filename!r}" if error.filename is not None else "")
-    is_of_a_rank = any(kind.__name__ == "RankError" for kind in type(error).__mro__)  # its module imports torch
+    # Importing RankError would import torch.
+    is_of_a_rank = any(kind.__name__ == "RankError" for kind in type(error).__mro__)
     if not isinstance(error, (ValueError, OSError)) and not (is_of_a_rank and not rank_traceback):
         return None
     if not _is_raised_here(error):
@@ -67,7 +68,7 @@ def user_error(error: Exception, options: Mapping[str, str]) -> str | None:
 
 
 def as_options(message: str, options: Mapping[str, str]) -> str:
-    """`message` with options for field names and for Python advice; what it quotes ('...') stays as it is."""
+    """Replace field names and advice for Python callers by options. Field names inside quotes ('...') stay."""
     for phrase, replacement in _PHRASES.items():
         message = message.replace(phrase, replacement)
     if not options:
@@ -78,8 +79,8 @@ def as_options(message: str, options: Mapping[str, str]) -> str:
         rf"(?<![\w./-])(?P<pair>{names})=(?P<value>'[^']*'|[^\s,;:()]+)"
         r"|(?<!\w)'(?:[^'\\]|\\.)*'"
         r'|(?<!\w)"(?:[^"\\]|\\.)*"'
-        rf"|(?<![\w./-])(?P<long>{several_words})(?![\w/])"  # not as a part of a path
-        rf"|(?<!\S)(?P<short>{names})(?= must\b)"  # a single word such as seed is a field's name only here
+        rf"|(?<![\w./-])(?P<long>{several_words})(?![\w/])"  # not part of a path
+        rf"|(?<!\S)(?P<short>{names})(?= must\b)"  # a single word such as seed is a field only before "must"
     )
 
     def replaced(match: re.Match[str]) -> str:

@@ -6,10 +6,10 @@
     cached tokens    = min(len(hits) * block_size, len(tokens) - 1)
     to be taken      = blocks for all tokens - hits that another sequence owns       <= len(free), or it does not fit
 
-Why: equal prefixes have equal keys and values, so two sequences that begin alike can read the same blocks. A block is
-kept longer than its sequence: freed, it stays hittable until a sequence needs its room. Only full blocks are shared and
-none writes to a full block, so sharing needs no copying. prefixes keeps the whole text up to the end of each block and
-compares it; the engine finds the block by block_hash and then compares. Both mean: a hit is an equal whole prefix.
+Why: equal prefixes have equal keys and values, so two sequences that begin alike can read the same blocks. A block that
+its last sequence has freed can still be hit, until another sequence needs its room. Only full blocks are shared and no
+sequence writes to a full block, so sharing needs no copying. prefixes keeps the whole text up to the end of each block
+and compares it; the engine finds the block by block_hash and then compares. Both mean: a hit is an equal whole prefix.
 Why len - 1: the logits of the last token are wanted, so one token is always computed. When all is cached, all blocks
 are shared and the last token is computed without being stored again (slot -1).
 Why the order of reuse: first blocks that hold nothing hittable; then the longest unused; of one sequence the tail

@@ -12,7 +12,7 @@ from nanovllm.context import Context
 
 @dataclass(frozen=True)
 class AttentionRequirements:
-    """What an engine requires of its attention backend. block_size: tokens of a KV block."""
+    """What an engine requires of its attention backend. block_size: tokens per KV block."""
 
     device: torch.device
     dtype: torch.dtype
@@ -28,10 +28,10 @@ class KVCache(NamedTuple):
 
 
 class AttentionBackend(ABC):
-    """Attention of the queries of one step. Reads no cache slot but those of the sequences' own tokens.
+    """Computes attention for the queries of one step. It reads only the cache slots of the sequences' own tokens.
 
-    name: as in Config.attention_backend.
-    is_graph_safe: a CUDA graph can record decode(), which never waits for the device.
+    name: the value of Config.attention_backend that selects this backend.
+    is_graph_safe: whether a CUDA graph can capture decode(), which then never synchronises with the device.
     """
 
     name: ClassVar[str]
@@ -44,15 +44,15 @@ class AttentionBackend(ABC):
 
     @abstractmethod
     def prefill(self, query: Tensor, key: Tensor, value: Tensor, context: Context, scale: float) -> Tensor:
-        """Causal attention of packed queries [num_tokens, num_heads, head_dim]; the output has that shape.
+        """Causal attention of packed queries [num_tokens, num_heads, head_dim]; the output has the shape of query.
 
-        key, value: the step's own [num_tokens, num_kv_heads, head_dim], or the KVCache's k and v if
-        context.block_tables is set. scale multiplies the scores.
+        key, value: [num_tokens, num_kv_heads, head_dim] of this step's tokens, or the KVCache's k and v if
+        context.block_tables is set. scale: factor of the scores.
         """
 
     @abstractmethod
     def decode(self, query: Tensor, cache: KVCache, context: Context, scale: float) -> Tensor:
-        """Attention of one query a sequence [num_seqs, num_heads, head_dim] over its context_lens cached keys."""
+        """Attention of one query per sequence, [num_seqs, num_heads, head_dim], over its context_lens cached keys."""
 
 
 MIN_COMPUTE_CAPABILITY = (8, 0)  # Ampere

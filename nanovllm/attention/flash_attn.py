@@ -9,11 +9,11 @@ from nanovllm.config import FLASH_ATTENTION_BLOCK_SIZE
 from nanovllm.context import Context
 from nanovllm.kernels import flash_attention
 
-HEAD_DIMS = {torch.bfloat16: (32, 64, 128), torch.float16: (64, 128)}  # that were verified with flash-attn
+HEAD_DIMS = {torch.bfloat16: (32, 64, 128), torch.float16: (64, 128)}  # values with which flash-attn was verified
 
 
 class FlashAttentionBackend(AttentionBackend):
-    """AttentionBackend through kernels.flash_attention."""
+    """AttentionBackend that calls kernels.flash_attention."""
 
     name = "flash_attn"
     is_graph_safe = True

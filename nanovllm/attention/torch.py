@@ -9,8 +9,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from nanovllm.attention.backend import AttentionBackend, KVCache
 from nanovllm.context import Context
 
-# Decode gathers the keys and values of a group of sequences into a rectangle of at most this many tokens (or one
-# sequence): 16,384 tokens of 8 heads of 128 are 64 MiB in bfloat16, keys and values together, copied twice.
+# Decode gathers the keys and values of a group of sequences into a padded batch of at most this many tokens, or of a
+# single sequence. With 8 heads of 128 in bfloat16, the keys and values of 16,384 tokens take 64 MiB, copied twice.
 MAX_GATHERED_TOKENS = 16384
 # A prefill over cached keys masks at most this many queries at a time, which bounds the mask and the scores.
 MAX_MASKED_QUERIES = 1024
@@ -41,7 +41,7 @@ class TorchAttentionBackend(AttentionBackend):
         num_sequences, num_heads, head_dim = query.shape
         block_size, num_kv_heads = cache.k.shape[1:3]
         positions = torch.arange(context.max_seqlen_k, device=query.device)
-        # The query heads that share a key head are queries of one attention: [B, K, H // K, D] over [B, K, max_len, D].
+        # Query heads that share a kv head become queries of one attention: [B, K, H // K, D] over [B, K, max_len, D].
         queries = query.reshape(num_sequences, num_kv_heads, num_heads // num_kv_heads, head_dim)
         group_size = max(1, MAX_GATHERED_TOKENS // context.max_seqlen_k)
         outputs = []
@@ -60,26 +60,26 @@ class TorchAttentionBackend(AttentionBackend):
 
 
 def slot_view(cache: Tensor) -> Tensor:
-    """[num_slots, num_kv_heads, head_dim] view of a cache. Raises RuntimeError where only a copy has that shape."""
+    """[num_slots, num_kv_heads, head_dim] view of a cache. Raises RuntimeError if that takes a copy."""
     return cache.view(-1, *cache.shape[2:])
 
 
 def _slots(block_table: Tensor, positions: Tensor, block_size: int) -> Tensor:
-    """int64 slots [..., num_positions] of positions in block_table [..., max_blocks]; negative where it is padding."""
+    """int64 slots [..., num_positions] of positions in block_table [..., max_blocks]; negative for padding."""
     return block_table[..., positions // block_size].long() * block_size + positions % block_size
 
 
 def _gather_valid(cache: Tensor, slots: Tensor, is_valid: Tensor) -> Tensor:
-    """[B, num_kv_heads, max_len, head_dim] of slots [B, max_len]; zeros where not is_valid.
+    """Gather slots [B, max_len] into [B, num_kv_heads, max_len, head_dim], with zeros where not is_valid.
 
-    What a slot outside the sequence holds may be NaN, and a weight of zero times NaN is NaN.
+    A slot outside the sequence may hold NaN, and an attention weight of zero times NaN is NaN.
     """
     tokens = slot_view(cache)[torch.where(is_valid, slots, 0)]
     return torch.where(is_valid[..., None, None], tokens, 0).transpose(1, 2)
 
 
 def _causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """One sequence: [q_len, num_heads, head_dim], whose queries are the last q_len of k_len positions."""
+    """Attention [q_len, num_heads, head_dim] of one sequence. Its queries are the last q_len of its k_len positions."""
     q_len, k_len = len(query), len(key)
     q, k, v = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))  # [1, heads, len, head_dim]
     if q_len == k_len:

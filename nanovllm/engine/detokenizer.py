@@ -1,4 +1,7 @@
-"""Detokenizer: token ids -> text, the same for all tokens at once (generate) and for one by one (generate_stream)."""
+"""Detokenizer: converts token ids to text.
+
+Decoding all tokens at once (generate) and decoding them one by one (generate_stream) give the same text.
+"""
 
 import codecs
 from collections.abc import Sequence
@@ -8,13 +11,13 @@ from typing import Any
 from nanovllm.engine.stop_strings import stop_string_searches
 from nanovllm.engine.token_decoder import TokenDecoder, token_decoder
 
-_REPLACEMENT = "\ufffd"  # for bytes that are not a character, or not yet
+_REPLACEMENT = "\ufffd"  # replaces invalid UTF-8 and an incomplete character
 _NUM_CONTEXT_TOKENS = 4  # an incomplete character has at most three bytes, so at most three tokens
 _MAX_WINDOW = 2 * _NUM_CONTEXT_TOKENS
 
 
 def decode(tokenizer: Any, token_ids: list[int]) -> str:
-    """The text of `token_ids` without a prompt. Special tokens are left out, spaces are kept as they are."""
+    """The text of `token_ids` without a prompt. Special tokens are left out; spaces are not cleaned up."""
     detokenizer = Detokenizer(tokenizer)
     detokenizer.extend(token_ids)
     detokenizer.close()
@@ -37,7 +40,7 @@ class Detokenizer:
         self._incremental = _IncrementalDecoder(decoder, prompt_token_ids)
         self._searches = stop_string_searches(stop, decoder.special_tokens) if stop else []
         self._emitted: list[str] = []  # pieces that next_text has returned
-        self._pending: list[str] = []  # pieces that it has not
+        self._pending: list[str] = []  # pieces that next_text has not returned
         self._num_emitted = self._num_characters = 0
 
     @property
@@ -68,7 +71,7 @@ class Detokenizer:
             self._add_text(self._incremental.flush())
 
     def next_text(self, is_last: bool) -> str:
-        """The text since the last call. Text that may begin a stop string is held back unless is_last."""
+        """The text added since the last call. Text that may begin a stop string is held back unless is_last."""
         pending = "".join(self._pending)
         end = len(pending)
         if not is_last and not self.is_stopped:
@@ -111,7 +114,7 @@ class _IncrementalDecoder:
     For each new token, the tokenizer decodes a window of the last tokens. Only a U+FFFD at the end of the result may
     still change: it stands for all bytes of an incomplete character.
     Byte tokens of a byte-fallback vocabulary are decoded here and not by the tokenizers library, which replaces valid
-    bytes next to an invalid one. In the window, one letter stands for them.
+    bytes next to an invalid one. In the window, a single ASCII letter replaces a run of byte tokens.
     """
 
     def __init__(self, decoder: TokenDecoder, prompt_token_ids: Sequence[int]) -> None:
@@ -127,7 +130,7 @@ class _IncrementalDecoder:
             self._is_prompt_incomplete = self._num_settled < len(self._window_text) or self._utf8.getstate()[0] != b""
 
     def extend(self, token_ids: list[int]) -> str:
-        """The text that `token_ids` add. They must not be special tokens."""
+        """The text that `token_ids` add. None of them may be a special token."""
         byte_tokens = self._decoder.byte_tokens
         text = ""
         for is_byte, group in groupby(token_ids, byte_tokens.__contains__):
@@ -136,7 +139,7 @@ class _IncrementalDecoder:
         return self._without_end_of_prompt(text)
 
     def flush(self) -> str:
-        """The U+FFFD of an incomplete character, or an empty text."""
+        """End the text. Returns U+FFFD if a character is incomplete, and an empty string otherwise."""
         return self._without_end_of_prompt(self._settle_window() + self._utf8.decode(b"", final=True))
 
     def _extend_bytes(self, token_ids: list[int]) -> str:
@@ -170,7 +173,7 @@ class _IncrementalDecoder:
         self._num_settled = len(self._window_text)
 
     def _settle_window(self) -> str:
-        """The text of the window that has not been returned. Bytes that follow no longer change it."""
+        """The part of the window's text that has not been returned. Later byte tokens cannot change it."""
         text = self._window_text[self._num_settled :]
         if text:
             self._start_window([])

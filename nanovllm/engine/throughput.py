@@ -10,22 +10,22 @@ from nanovllm.progress import Progress
 
 
 class ThroughputMeter:
-    """Averages over the steps since construction; str() is the progress bar's text."""
+    """Throughput, averaged over all steps since construction. str() formats it for the progress bar."""
 
     def __init__(self) -> None:
         self._last = perf_counter()
-        self._num_tokens = {True: 0, False: 0}  # by is_prefill
-        self._seconds = {True: 0.0, False: 0.0}
+        self._num_tokens = {True: 0, False: 0}  # is_prefill -> tokens
+        self._seconds = {True: 0.0, False: 0.0}  # is_prefill -> seconds
 
     def add(self, batch: ScheduledBatch) -> None:
-        """Count a step that ends now. Its time is that since the previous call."""
+        """Count a step that ends now. Its duration is the time since the previous call."""
         now = perf_counter()
         self._num_tokens[batch.is_prefill] += batch.num_tokens
         self._seconds[batch.is_prefill] += now - self._last
         self._last = now
 
     def rate(self, is_prefill: bool) -> float:
-        """Tokens per second; 0 before the first such step."""
+        """Tokens per second of prefill or decode steps; 0 before the first one."""
         seconds = self._seconds[is_prefill]
         return self._num_tokens[is_prefill] / seconds if seconds else 0.0
 
@@ -34,10 +34,10 @@ class ThroughputMeter:
 
 
 class GenerationProgress(Progress):
-    """Progress of generate(), counted in tokens, so that it also shows for a single long request.
+    """Progress bar of generate(). It counts tokens, so that a single long request shows progress too.
 
-    The total is the largest number of tokens that `requests` can generate. A request that ends earlier counts with its
-    maximum.
+    The total is the largest number of tokens that `requests` can generate. A request that ends earlier counts as if it
+    had generated its maximum.
     """
 
     def __init__(self, requests: Sequences[RequestState], max_model_len: int, is_shown: bool) -> None:

@@ -1,7 +1,7 @@
-"""MultiprocExecutor: rank 0 computes in this process and starts, watches and ends the other ranks' processes.
+"""MultiprocExecutor: runs rank 0 in this process, and starts, monitors and ends a worker process per other rank.
 
-When a rank has failed the process group is unusable: its FailureMonitor terminates all workers. Rank 0, which may be
-inside a collective that never completes, is unblocked by that: gloo detects closed connections, NCCL is aborted.
+If a rank fails, the process group is unusable, and the FailureMonitor terminates all workers. Rank 0 may be inside a
+collective that never completes. Closed connections unblock it with gloo, and aborting the communicator with NCCL.
 """
 
 import multiprocessing.process
@@ -34,7 +34,10 @@ _all_processes: "weakref.WeakSet[Any]" = weakref.WeakSet()  # workers of all eng
 
 
 def _disown_processes() -> None:
-    """In a forked child, which must not terminate and join its parent's workers when it exits."""
+    """Remove the workers from multiprocessing's list of child processes. Called in a forked process.
+
+    Otherwise the forked process would terminate and join its parent's workers when it exits.
+    """
     multiprocessing.process._children.difference_update(_all_processes)  # type: ignore[attr-defined]
 
 
@@ -42,20 +45,23 @@ os.register_at_fork(after_in_child=_disown_processes)
 
 
 class MultiprocExecutor(MultiRankExecutor):
-    """Raises ValueError for a device that does not exist and a program that the workers cannot import."""
+    """Executor of several ranks on one host, all of them started by this process.
+
+    Raises ValueError for a device that does not exist or a program that the workers cannot import.
+    """
 
     def __init__(self, spec: WorkerSpec) -> None:
         require_importable_program()
         placement, *self._worker_placements = local_placements(
             resolve_device(spec.config.device), spec.config.tensor_parallel_size
         )
-        self._processes: list[Any] = []  # of ranks 1, 2, ...
+        self._processes: list[Any] = []  # those of ranks 1, 2, ..., in this order
         self._connecting: Future[TensorParallel] | None = None
         context = SpawnContext()
         with ExitStack() as stack:
             self._queue = MessageQueueWriter(len(self._worker_placements), context)
             stack.callback(self._queue.close)
-            directory = tempfile.mkdtemp(prefix="nanovllm-")  # only this user can enter it
+            directory = tempfile.mkdtemp(prefix="nanovllm-")  # with mode 0700: other users cannot open it
             stack.callback(shutil.rmtree, directory, ignore_errors=True)
             self._store_path = os.path.join(directory, "store")
             receivers: dict[int, Connection] = {}
@@ -65,12 +71,12 @@ class MultiprocExecutor(MultiRankExecutor):
                 stack.callback(receivers[worker.rank].close)
                 stack.callback(self._senders[worker.rank].close)
             self._monitor = FailureMonitor(receivers, self._exit_code, self._kill_workers, self._unblock)
-            self._resources = stack.pop_all()  # freed when the processes have ended
+            self._resources = stack.pop_all()  # _release() closes them after the processes have ended
         super().__init__(spec, placement)
 
     def _connect(self, spec: WorkerSpec) -> TensorParallel:
         self._start_workers(spec)
-        # In a thread, because connecting to a rank that has died cannot be interrupted.
+        # _join_group runs in a thread, because connecting to a rank that has died cannot be interrupted.
         self._connecting = run_in_daemon_thread(self._join_group)
         while not wait([self._connecting], CHECK_INTERVAL_S).done:
             self._monitor.check()
@@ -85,7 +91,7 @@ class MultiprocExecutor(MultiRankExecutor):
 
     def _start_workers(self, spec: WorkerSpec) -> None:
         context = SpawnContext()
-        with _sigint_blocked():  # the processes inherit it: rank 0 handles Ctrl-C and ends them
+        with _sigint_blocked():  # workers inherit the signal mask: rank 0 handles Ctrl-C and ends them
             for placement, reader in zip(self._worker_placements, self._queue.readers, strict=True):
                 sender = self._senders[placement.rank]
                 arguments = (spec, placement, self._store_path, reader, sender, os.getpid())
@@ -93,7 +99,7 @@ class MultiprocExecutor(MultiRankExecutor):
                 process.start()
                 self._processes.append(process)
                 _all_processes.add(process)
-                sender.close()  # the process has the only copy: the pipe closes when it ends
+                sender.close()  # only the worker has this end now, so the pipe closes when the worker exits
 
     # --- a step ---
 
@@ -115,11 +121,11 @@ class MultiprocExecutor(MultiRankExecutor):
 
     def _kill_workers(self) -> None:
         for process in self._processes:
-            process.kill()  # suspended ones too; no effect on those that have ended
+            process.kill()  # SIGKILL ends suspended processes too, and has no effect on one that has ended
 
     def _unblock(self) -> None:
         if self._tp is not None and self._tp.is_nccl:
-            self._abort_group()  # nothing else ends a kernel that waits for other GPUs
+            self._abort_group()  # only an abort ends an NCCL kernel that waits for other GPUs
 
     def _exit_code(self, rank: int) -> int | None:
         return _exit_code(self._processes[rank - 1])
@@ -136,7 +142,7 @@ class MultiprocExecutor(MultiRankExecutor):
             if time.monotonic() > self._shutdown_deadline:
                 raise TimeoutError
 
-        with suppress(TimeoutError):  # it is killed then
+        with suppress(TimeoutError):  # _release() kills workers that have not read the request
             self._queue.enqueue(None, check)
 
     def _wait_for_workers(self) -> None:
@@ -157,11 +163,12 @@ class MultiprocExecutor(MultiRankExecutor):
 
 
 def _exit_code(process: Any) -> int | None:
-    """Exit code of a process that has ended or is about to end; None if another waitpid() call took it."""
+    """Exit code of a process that has ended or is about to end; None if another waitpid() call reaped it."""
     deadline = time.monotonic() + SHUTDOWN_TIMEOUT_S
     process.join(SHUTDOWN_TIMEOUT_S)
     while process.exitcode is None and time.monotonic() < deadline:
-        time.sleep(0.01)  # another thread has waited for it (multiprocessing.active_children() does), and will store it
+        # Another thread has reaped the process, as multiprocessing.active_children() does, and will store exitcode.
+        time.sleep(0.01)
     return process.exitcode
 
 

@@ -1,10 +1,13 @@
-"""One file a kernel: the kernel and its launcher. Imports torch and triton (or flash_attn) only."""
+"""GPU kernels. Each file holds one kernel and the function that launches it.
+
+The files import torch, triton or flash_attn, and each other, but no other module of nanovllm.
+"""
 
 from importlib.util import find_spec
 
 import torch
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # all Triton kernels of this package take these
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # every Triton kernel of this package supports these
 
 
 def unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -4,9 +4,9 @@
     product[a] = weight[a] * down[n] . hidden[a]
     y[t]       = sum of product[a] over the top_k assignments of token t, in their order
 
-A program computes a tile of a block's rows (kernels.moe_routing) and of the columns. Rows are loaded and stored by the
-number of their assignment, so the order of summation does not depend on the routing: a token's output is the same
-whatever the batch's other tokens are, and in every run. reference.moe is the definition.
+Each program computes one tile of the output: the rows of one block (see kernels.moe_routing) and some of the columns.
+Rows are loaded and stored at the index of their assignment, so the order of summation does not depend on the routing: a
+token's output is the same in every run and with any other tokens in the batch. reference.moe is the definition.
 """
 
 from typing import NamedTuple
@@ -20,7 +20,10 @@ from nanovllm.kernels.moe_routing import Routing
 
 
 class TileConfig(NamedTuple):
-    """rows, columns, inner: of a program's tile, powers of two from 16; num_warps, num_stages: Triton's."""
+    """Tile of one program, and its launch options.
+
+    rows, columns, inner: dimensions of the tile, powers of two from 16. num_warps, num_stages: Triton's launch options.
+    """
 
     rows: int
     columns: int
@@ -32,9 +35,9 @@ class TileConfig(NamedTuple):
 def choose_tile_config(num_assignments: int, num_experts: int, itemsize: int) -> TileConfig:
     """Tile sizes for num_assignments spread over num_experts. Measured on an H200 with Qwen3-30B-A3B's shapes.
 
-    With few rows an expert, reading the weights takes the time and a block's padding is wasted; with many, multiplying.
-    The number is rounded up to a power of two, as moe_routing does for its chunks: start-up compiles the variants of
-    its kernels for powers of two only.
+    With few rows per expert, reading the weights takes most of the time and a block's padding is wasted work. With many
+    rows per expert, the multiplications take most of the time. num_assignments is rounded up to a power of two, as
+    moe_routing does for its chunks, because start-up compiles the kernels for powers of two only.
     """
     if itemsize > 2:
         return TileConfig(rows=16, columns=64, inner=32, num_warps=4, num_stages=3)
@@ -51,12 +54,12 @@ def choose_tile_config(num_assignments: int, num_experts: int, itemsize: int) ->
 def grouped_gemm(
     hidden_states: Tensor, gate_up_proj: Tensor, down_proj: Tensor, routing: Routing, *, tiles: TileConfig | None = None
 ) -> Tensor:
-    """[T, E]: the weighted sum over each token's experts, of hidden_states [T, E].
+    """The mixture of experts: each token's weighted sum over its experts. hidden_states and output: [T, E].
 
     gate_up_proj: [N, 2 * F, E], the gate's rows first. down_proj: [N, E, F]. All of one dtype, bfloat16, float16 or
     float32, contiguous. Sums are float32; the hidden activations and each expert's weighted product are rounded to the
-    dtype. routing: of these tokens and experts, with block_size = tiles.rows. tiles: by default what
-    choose_tile_config says. Raises ValueError for anything else.
+    dtype. routing: the Routing of these tokens, with block_size = tiles.rows. tiles: choose_tile_config() by default.
+    Raises ValueError for other shapes, dtypes, strides or tiles.
     """
     num_tokens, hidden_size = hidden_states.shape
     num_experts, _, intermediate_size = down_proj.shape
@@ -149,16 +152,16 @@ def grouped_gemm_kernel(
     TILE_COLUMNS: tl.constexpr,
     TILE_INNER: tl.constexpr,
 ):
-    """One tile of x . weight[expert], then silu_and_mul if IS_GATE_UP, or else times the routing weights."""
+    """Compute a tile of x . weight[expert], then apply silu_and_mul if IS_GATE_UP, else multiply by routing weights."""
     block = tl.program_id(0) // num_column_tiles
     if block >= tl.load(num_blocks_ptr):
         return
-    expert = tl.load(block_experts_ptr + block).to(tl.int64)  # int64: expert * matrix size passes 2**31
+    expert = tl.load(block_experts_ptr + block).to(tl.int64)  # int64: expert * matrix size exceeds 2**31
     assignment = tl.load(sorted_assignments_ptr + block * TILE_ROWS + tl.arange(0, TILE_ROWS)).to(tl.int64)
     is_row = assignment < num_assignments
     column = tl.program_id(0) % num_column_tiles * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
     weight_row = column % num_columns  # the last tile computes columns beyond the end and does not store them
-    if IS_GATE_UP:  # gate and up rows alternate, so that the two of a pair are neighbours
+    if IS_GATE_UP:  # gate and up rows alternate, so that each pair is in adjacent columns
         weight_row = weight_row // 2 + weight_row % 2 * (num_columns // 2)
 
     inner = tl.arange(0, TILE_INNER)
@@ -174,8 +177,8 @@ def grouped_gemm_kernel(
             x = tl.load(x_ptrs + start, mask=is_row[:, None] & is_inner[None, :], other=0.0)
             weight = tl.load(weight_ptrs + start, mask=is_inner[:, None], other=0.0)
         if x.dtype == tl.float32:
-            # A sum of sums: 2048 numbers added one by one would lose more than torch's float32 product does. (As a
-            # plain sum, the compiler would make a chain of it again.)
+            # Sum the products of each tile before adding them to the total: adding 2048 products one by one has a
+            # larger rounding error than torch's float32 product. With `+`, the compiler would add them one by one.
             products = tl.fma(tl.dot(x, weight, input_precision="ieee"), 1.0, products)
         else:
             products = tl.dot(x, weight, products)

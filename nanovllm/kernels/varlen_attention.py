@@ -1,16 +1,17 @@
 """varlen_attention: prefill attention of packed sequences, over packed keys or over the paged cache.
 
-One program computes a tile of query rows for one kv head of one sequence. It walks over the keys that the tile sees,
-first to last, with the online softmax of Milakov and Gimelshein 2018 (arXiv 1805.02867) as in Dao 2023 (2307.08691).
+One program computes a tile of query rows for one kv head of one sequence. It loops over the keys that the tile attends
+to, first to last, with the online softmax of Milakov and Gimelshein 2018 (arXiv 1805.02867), as in Dao 2023
+(arXiv 2307.08691).
 
 The G query heads of a kv head are rows of the same tile: row r of a sequence is its query r // G, head r % G of the
-group. A key is read once for the whole group, and fewer keys of the last tile are masked.
+group. Each key is read once for the whole group, and fewer keys of the last tile are masked.
 
-The main loop handles the keys that every row of the tile sees, and masks nothing. A second loop handles the last keys,
-which lie beyond some row's position or beyond the sequence, and masks. The last tile of a sequence sees the most keys
-and is started first, so that no long program starts late.
+The main loop handles the keys that every row of the tile attends to, without a mask. A second loop, with a mask,
+handles the last keys, which lie beyond the position of some row or beyond the sequence. The last tile of a sequence
+attends to the most keys and is started first, so that no long program starts late.
 
-Contract, choice of tiles and kernel are one file, because each depends on the others.
+The contract, the choice of tiles and the kernel are in one file, because each depends on the others.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false
@@ -28,12 +29,18 @@ HEAD_DIMS = (32, 64, 128, 256)
 MIN_BLOCK_SIZE = 16
 HOPPER = (9, 0)
 GLUON_VERSIONS = ("3.6.", "3.7.")  # Triton's versions that varlen_attention_hopper compiles with: Gluon is experimental
-MIN_HOPPER_KEYS = 512  # measured on an H200: slower at 100 to 480 keys, since it starts later, and faster at 1024
-MAX_MASKED_KEYS = 64  # of a tile in the second loop: a smaller tile computes and masks fewer keys
+# The smallest number of keys for varlen_attention_hopper. On an H200, that kernel is slower than the one in this file
+# at 100 to 480 keys, because it takes longer to start, and faster at 1024.
+MIN_HOPPER_KEYS = 512
+MAX_MASKED_KEYS = 64  # keys per tile of the second loop: a smaller tile computes fewer keys that are masked
 
 
 class TileConfig(NamedTuple):
-    """Query rows (G a query) and keys of a tile, powers of two from 16; warps of a program; tiles of keys in flight."""
+    """Tile of one program, and its launch options.
+
+    rows: query rows, G per query. keys: keys per iteration. Both are powers of two from 16.
+    num_warps, num_stages: Triton's launch options; num_stages is the number of key tiles in flight.
+    """
 
     rows: int
     keys: int
@@ -42,11 +49,11 @@ class TileConfig(NamedTuple):
 
 
 def choose_tile_config(dtype: torch.dtype, head_dim: int, capability: tuple[int, int]) -> TileConfig:
-    """Measured on an H200 at head_dim 64 and 128; elsewhere, what fits in a program's registers."""
+    """Tile sizes. Those for head_dim 64 and 128 were measured on an H200; the others fit in a program's registers."""
     if dtype == torch.float32:  # no tensor cores: small tiles, multiplied from registers
         return FLOAT32_TILES[head_dim]
     tiles = TILES[head_dim]
-    # Tensor cores before Hopper read keys from registers, which hold fewer.
+    # Before Hopper, tensor cores read keys from registers, which have room for fewer keys.
     return tiles if capability >= HOPPER else tiles._replace(keys=32)
 
 
@@ -76,16 +83,18 @@ def varlen_attention(
     block_tables: torch.Tensor | None = None,
     tiles: TileConfig | None = None,
 ) -> torch.Tensor:
-    """Causal attention [T, H, D], contiguous, of packed queries [T, H, D], the last of their sequences' tokens.
+    """Causal attention of packed queries [T, H, D], which are the last tokens of their sequences.
 
+    Returns a contiguous [T, H, D].
     key, value: packed [Tk, K, D] without block_tables; with them the caches [num_blocks, block_size, K, D], of which
     only the slots of cu_seqlens_k's keys are used. bfloat16, float16 or float32 (multiplied in full float32), one dtype
-    for all three; last dimension contiguous, the other strides as they come (so views of a packed qkv).
+    for all three; last dimension contiguous, other strides arbitrary (so views of a packed qkv work).
     H a multiple of K; D in HEAD_DIMS; block_size a power of two from 16.
-    cu_seqlens_q, cu_seqlens_k: [B + 1] int32, contiguous; a sequence has at least as many keys as queries, maybe none.
+    cu_seqlens_q, cu_seqlens_k: [B + 1] int32, contiguous; a sequence has no more queries than keys; both may be 0.
     block_tables: [B, max_blocks] int32, last dimension contiguous; padding is not read.
     scale: D ** -0.5 unless given; above 0. max_seqlen_q: the most queries of a sequence.
-    The grid depends on shapes and max_seqlen_q only. Equal inputs give equal bits. Raises ValueError.
+    The grid depends on shapes and max_seqlen_q only. Equal inputs give bitwise equal outputs.
+    Raises ValueError if shapes, dtypes, strides or scale violate these rules.
     """
     num_tokens, num_heads, head_dim = query.shape
     num_kv_heads = key.shape[-2]
@@ -135,7 +144,7 @@ def varlen_attention(
 
 @cache
 def _capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability of the GPU; that of an H200 for other devices."""
+    """Compute capability of a GPU. For a device that is not a GPU, that of an H200."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else HOPPER
 
 
@@ -159,7 +168,7 @@ def _check(
     scale: float,
     block_tables: torch.Tensor | None,
 ) -> None:
-    """Raise ValueError for what varlen_attention's contract excludes and shapes, strides and dtypes show."""
+    """Raise ValueError if shapes, dtypes, strides or scale violate the rules of varlen_attention."""
     tables = [cu_seqlens_q, cu_seqlens_k]
     rules = {
         "query must be bfloat16, float16 or float32": query.dtype in (torch.bfloat16, torch.float16, torch.float32),
@@ -244,8 +253,9 @@ def varlen_attention_kernel(
 
     position = k_len - q_len + token
     last_token = tl.minimum(first_row + ROWS - 1, q_len * GROUP_SIZE - 1) // GROUP_SIZE
-    num_keys = k_len - q_len + last_token + 1  # that some row sees
-    num_unmasked = (k_len - q_len + first_row // GROUP_SIZE + 1) // KEYS * KEYS  # that every row sees, in whole tiles
+    num_keys = k_len - q_len + last_token + 1  # the number of keys that at least one row attends to
+    # The number of keys that every row attends to, rounded down to whole tiles.
+    num_unmasked = (k_len - q_len + first_row // GROUP_SIZE + 1) // KEYS * KEYS
 
     key_ptr += kv_head * key_head_stride
     value_ptr += kv_head * value_head_stride
@@ -278,11 +288,11 @@ def _attend_tile(
     best,  # [ROWS] the largest score so far, in units of log 2
     total,  # [ROWS] sum of 2 ** (score - best) so far
     output,  # [ROWS, HEAD_DIM] sum of 2 ** (score - best) * value so far
-    position,  # [ROWS] of the query among the keys
+    position,  # [ROWS] index of the query among the sequence's keys
     start,  # the tile's first key
     num_keys,
     scale_log2,
-    source,  # where the keys and values of the kv head are; if packed, of the sequence
+    source,  # pointers and strides of the kv head's keys and values; packed keys start at the sequence
     BLOCK_SIZE: tl.constexpr,
     KEYS: tl.constexpr,
     IS_MASKED: tl.constexpr,
@@ -305,11 +315,12 @@ def _attend_tile(
         key_offset = index * key_token_stride
         value_offset = key_offset
     else:
-        # Beyond the last key the table may hold anything, or end.
+        # Entries of the table beyond the last key are arbitrary or do not exist.
         block = tl.load(block_table_ptr + (start + index) // BLOCK_SIZE, mask=is_key, other=0).to(tl.int64)
         key_offset = block * block_stride + index % BLOCK_SIZE * key_token_stride
         value_offset = key_offset
-    # Keys as [HEAD_DIM, KEYS]. Where there is none, zeros: the slot may hold NaN, and NaN times a weight of 0 is NaN.
+    # Keys are loaded as [HEAD_DIM, KEYS], with zeros beyond the last key: those slots may hold NaN, and a weight of 0
+    # times NaN is NaN.
     if IS_MASKED:
         key = tl.load(key_ptr + key_offset[None, :] + dim[:, None], mask=is_key[None, :], other=0.0)
     else:
@@ -325,7 +336,7 @@ def _attend_tile(
     else:
         value = tl.load(value_ptr + value_offset[:, None] + dim[None, :])
     total = total * correction + tl.sum(weight, 1)
-    if value.dtype == tl.float32:  # a tile's sum by itself: fewer roundings of large sums
+    if value.dtype == tl.float32:  # sum each tile separately: large sums are rounded less often
         output = output * correction[:, None] + tl.dot(weight, value, input_precision="ieee")
     else:
         output = tl.dot(weight.to(value.dtype), value, output * correction[:, None])

@@ -1,4 +1,8 @@
-"""Parameters with a weight_loader: the loader looks up names, the parameter states its shape and its shard."""
+"""Parameters with a weight_loader.
+
+models/loader.py finds the parameter for each tensor of a checkpoint. Its weight_loader checks the shape and copies this
+rank's shard.
+"""
 
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
@@ -17,7 +21,10 @@ _dtype: ContextVar[torch.dtype | None] = ContextVar("parameter_dtype", default=N
 
 @contextmanager
 def parameter_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """make_parameter makes parameters of `dtype` in this thread. torch's default dtype is shared by all threads."""
+    """Set the dtype of the parameters that make_parameter makes in this thread.
+
+    torch.set_default_dtype is not used, because it applies to all threads.
+    """
     token = _dtype.set(dtype)
     try:
         yield
@@ -41,8 +48,8 @@ def make_parameter(
     default device.
 
     weight_loader(param, loaded_weight[, shard_id]) copies this rank's shard of a checkpoint's tensor, cast to the
-    parameter's dtype. shard_ids: every value of shard_id with which it must be called before the parameter is complete;
-    (None,) means one call without shard_id.
+    parameter's dtype. shard_ids: every value of shard_id with which weight_loader must be called to load the whole
+    parameter; (None,) means one call without shard_id.
     """
     dtype, device = (_dtype.get(), None) if like is None else (like.dtype, like.device)
     param: Any = nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)

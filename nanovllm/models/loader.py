@@ -1,6 +1,6 @@
 """Loads a checkpoint's safetensors files into a model.
 
-The tensors of the files and the weights of the model must match one to one, or an error names those that do not.
+The tensors of the files and the weights of the model must match one to one; otherwise an error lists the rest.
 Exceptions are _UNUSED_BUFFERS and an equal copy of a tied weight. Only safetensors files in the checkpoint's directory
 are read, so a checkpoint cannot run code or name files elsewhere.
 """
@@ -22,11 +22,12 @@ from nanovllm.progress import Progress
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 EXPERTS = "experts"  # the module whose children are numbered in most checkpoints and packed in our models
-BASE_PREFIX = "model."  # begins the names of all weights but lm_head's, unless a base model was saved
+BASE_PREFIX = "model."  # prefix of all names except lm_head's; absent if a base model was saved
 EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _UNSAFE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
-# Older versions of transformers stored these beside the weights: functions of config.json, and a constant of the mask.
+# Buffers that older versions of transformers stored beside the weights: values that follow from config.json, and a
+# constant of the attention mask.
 _UNUSED_BUFFERS = (
     *("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached"),
     "self_attn.masked_bias",
@@ -39,7 +40,7 @@ _MAX_LISTED = 10
 
 logger = logging.getLogger("nanovllm")
 
-Target = tuple[nn.Parameter, Hashable]  # the parameter that a tensor goes to, and the shard_id to load it with
+Target = tuple[nn.Parameter, Hashable]  # (parameter that a tensor is loaded into, shard_id for its weight_loader)
 
 
 def load_model(
@@ -51,8 +52,8 @@ def load_model(
     """Load this rank's shard of every weight from model_dir into `model`, cast to the parameters' dtype.
 
     use_tqdm: show progress, see nanovllm/progress.py. on_tensor_loaded: called after each tensor; may raise.
-    If the files contradict config.json, the files are followed, as in transformers, and rank 0 logs a warning: weights
-    that config.json ties and that differ in the files are not tied, and a bias that no layer has is zero.
+    If the files contradict config.json, the files take precedence, as in transformers, and rank 0 logs a warning:
+    weights that config.json ties and that differ in the files are not tied, and a bias that no layer has is zero.
     Raises ValueError, listing names, if files or tensors are missing, unexpected, duplicate, misshapen, quantised or
     not floating point.
     """
@@ -92,7 +93,11 @@ def _is_base_model(names: Collection[str]) -> bool:
 def _untie_or_drop_copy(
     model: DecoderForCausalLM, names: set[str], sources: dict[str, Path], embedding_name: str
 ) -> None:
-    """Compare the whole tensors in the model's dtype, so that every rank decides alike, whichever shard it holds."""
+    """Untie lm_head if it differs from the embedding in the files; otherwise remove it from `names`.
+
+    If the files lack the embedding, nothing is done. Each rank compares the whole tensors in the model's dtype, so that
+    all ranks make the same decision.
+    """
     if embedding_name not in names:
         return
     weight = model.lm_head.weight
@@ -109,7 +114,7 @@ def _untie_or_drop_copy(
 
 
 def _zero_absent_biases(model: DecoderForCausalLM, targets: dict[str, Target], names: set[str]) -> None:
-    """If only biases are missing, and each in all layers, fill them with zeros and remove them from targets."""
+    """If only biases are missing, each of them in all layers, fill them with zeros and remove them from targets."""
     missing = targets.keys() - names
     kinds = {_module_and_leaf(name) for name in missing}
     if not missing or kinds & {_module_and_leaf(name) for name in names} or not all(k.endswith(".bias") for k in kinds):
@@ -136,11 +141,11 @@ def expected_weights(model: DecoderForCausalLM, names: Collection[str] = ()) -> 
 
     names: the names in the checkpoint, which decide how the weights are stored: all experts of a layer in one tensor or
     one by one, with or without the prefix `model.`, and a tied weight under either of its names. Names are compared as
-    a whole, and packed modules are found as whole components of a name: gate_up_proj is not up_proj.
+    a whole, and a packed module must match a whole component of a name: gate_up_proj does not match up_proj.
     """
     originals: dict[tuple[str, Hashable], str] = {target: name for name, target in model.packed_modules_mapping.items()}
     targets: dict[str, Target] = {}
-    prefix = BASE_PREFIX if _is_base_model(names) else ""  # in our names, and not in those of the files
+    prefix = BASE_PREFIX if _is_base_model(names) else ""  # our names have it, the files' names do not
     for param_name, param in model.named_parameters():  # a tied parameter appears once
         stored_name = param_name.removeprefix(prefix)
         fused_name = stored_name.removesuffix(".weight")
@@ -185,8 +190,8 @@ def _load(target: Target, loaded_weight: torch.Tensor) -> None:
 def checkpoint_files(model_dir: Path) -> list[Path]:
     """The safetensors files of a checkpoint: model.safetensors, or the shards that its index names.
 
-    Raises ValueError if there are none, if a shard is missing, and if the index names a path outside the directory. The
-    name itself is checked and symbolic links are followed, since the hub's cache consists of symbolic links.
+    Raises ValueError if there are none, if a shard is missing, or if the index names a path outside the directory. Only
+    the name is checked: symbolic links are followed, because the Hugging Face cache consists of symbolic links.
     """
     if (model_dir / SINGLE_FILE).is_file():
         return [model_dir / SINGLE_FILE]

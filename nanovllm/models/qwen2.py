@@ -7,7 +7,10 @@ DEFAULT_MAX_WINDOW_LAYERS = 28
 
 
 def sliding_window(raw: RawConfig) -> int | None:
-    """The window of the layers from max_window_layers on, unless layer_types states the attention of each layer."""
+    """The sliding window of the layers from index max_window_layers on.
+
+    None if it is disabled, if there is no such layer, or if layer_types defines the attention of each layer.
+    """
     window = enabled_sliding_window(raw)
     if window is None or get_list(raw, "layer_types"):
         return None
@@ -19,6 +22,6 @@ ARCHITECTURE = Architecture(
     model_type="qwen2",
     class_name="Qwen2ForCausalLM",
     default_max_position_embeddings=32768,
-    read_layer_options=lambda raw: LayerOptions(qkv_bias=True),  # no key of config.json states this bias
+    read_layer_options=lambda raw: LayerOptions(qkv_bias=True),  # config.json has no key for this bias
     sliding_window=sliding_window,
 )

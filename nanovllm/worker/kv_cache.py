@@ -1,11 +1,11 @@
-"""The size of the KV cache: arithmetic on bytes, and the allocation."""
+"""Computes the number of KV blocks that fit in memory, and allocates the KV cache."""
 
 import math
 
 import psutil
 import torch
 
-CPU_KV_CACHE_SHARE = 0.25  # of the memory that is available when the engine starts
+CPU_KV_CACHE_SHARE = 0.25  # fraction of the memory that is available when the engine starts
 
 
 def block_bytes(num_layers: int, block_size: int, num_kv_heads: int, head_dim: int, itemsize: int) -> int:
@@ -38,7 +38,7 @@ def num_blocks_that_fit(
 
 
 def num_blocks_on_cpu(available: int, bytes_per_block: int, max_num_seqs: int, max_blocks_per_seq: int) -> int:
-    """The number of blocks that fit in CPU_KV_CACHE_SHARE of `available` bytes; at most what all sequences can use.
+    """The number of blocks that fit in CPU_KV_CACHE_SHARE of `available` bytes, or that all sequences can use, if less.
 
     Raises ValueError if not even one block fits.
     """
@@ -52,16 +52,16 @@ def num_blocks_on_cpu(available: int, bytes_per_block: int, max_num_seqs: int, m
 
 
 def empty_cache(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, is_given: bool) -> torch.Tensor:
-    """An uninitialised cache of `shape`, as ModelRunner.kv_cache.
+    """An uninitialised tensor of `shape` for ModelRunner.kv_cache.
 
     is_given: whether the user has set the number of blocks. Raises ValueError if the device's memory cannot hold it.
     """
     num_bytes = math.prod(shape) * dtype.itemsize
     try:
         if device.type == "cpu" and num_bytes > psutil.virtual_memory().total:
-            raise MemoryError  # Linux would overcommit, and kill the process when it writes to the memory
+            raise MemoryError  # Linux would overcommit, and kill the process when it writes to the cache
         return torch.empty(shape, dtype=dtype, device=device)
-    except (RuntimeError, MemoryError) as error:  # torch's out of memory is a RuntimeError
+    except (RuntimeError, MemoryError) as error:  # torch raises a RuntimeError when memory is exhausted
         remedy = "lower it, or leave it out to size the cache from free memory" if is_given else "set it to fewer"
         raise ValueError(
             f"num_kv_cache_blocks must fit in the memory of {device}, got {shape[2]}, which take "

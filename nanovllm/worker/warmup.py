@@ -1,4 +1,4 @@
-"""Dummy steps that a GPU runs before the first request: for the memory profile, and to compile every kernel."""
+"""Dummy steps that run on the GPU before the first request, to profile memory and to compile every kernel."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -9,7 +9,7 @@ from nanovllm.engine.model_input import ModelInput, prepare_prefill, prepare_sam
 from nanovllm.engine.sequence import Sequence
 from nanovllm.sampling_params import SamplingParams
 
-LONG_CONTEXT = 512  # keys from which the varlen attention kernel for Hopper GPUs is launched
+LONG_CONTEXT = 512  # the smallest number of keys for which varlen_attention launches its kernel for Hopper GPUs
 
 
 def prepare_profile_run(
@@ -17,8 +17,8 @@ def prepare_profile_run(
 ) -> ModelInput:
     """The largest step that the limits allow: a prefill of the whole token budget that samples max_num_seqs rows.
 
-    So one forward pass bounds the memory both of the largest prefill, which has fewer sequences, and of the sampler in
-    the largest decode step. It runs before there is a cache: no key is stored, none is read.
+    One forward pass thus bounds the memory both of the largest prefill, which has fewer sequences, and of the sampler
+    in the largest decode step. It runs before the KV cache is allocated, so it neither stores nor reads cached keys.
     """
     params = SamplingParams(top_k=1000, top_p=0.9, min_p=0.01)  # with every filter, sampling takes the most memory
     model_input = dummy_prefill(warmup_lengths(max_num_batched_tokens, max_model_len, max_num_seqs), 0, block_size)
@@ -33,14 +33,16 @@ def prepare_profile_run(
 def prefill_warmup_shapes(
     max_num_batched_tokens: int, max_model_len: int, max_num_seqs: int, num_blocks: int, block_size: int
 ) -> Iterator[tuple[list[int], int]]:
-    """(query_lens, num_cached_tokens) of prefills after which no other prefill compiles a kernel.
+    """Yield (query_lens, num_cached_tokens) of prefills that compile every kernel that a later prefill launches.
 
-    Kernels are specialised on ranges of the number of tokens, each of which contains a power of two, on whether there
-    are cached keys, and on LONG_CONTEXT. So: ..., 4, 2, 1 tokens, each without and with one cached token, and one token
-    after LONG_CONTEXT cached ones; less those that exceed the limits or the cache of num_blocks blocks. The largest
-    comes first, because the allocator serves the smaller ones from its memory.
+    Kernels are specialised on three properties of a step:
+    - the range of its number of tokens; each range contains a power of two, so the shapes have ..., 4, 2, 1 tokens,
+    - whether it reads cached keys, so each number of tokens appears without and with one cached token,
+    - whether it has at least LONG_CONTEXT keys, so the last shape is one token after LONG_CONTEXT cached tokens.
+
+    Shapes that exceed the limits or the cache of num_blocks blocks are left out. The largest shape comes first, because
+    the allocator then serves the smaller ones from the same memory.
     """
-
     num_slots = num_blocks * block_size
     for power in reversed(range(max_num_batched_tokens.bit_length())):
         for num_cached_tokens in (0, 1):
@@ -52,15 +54,18 @@ def prefill_warmup_shapes(
 
 
 def warmup_lengths(num_tokens: int, max_model_len: int, max_num_seqs: int) -> list[int]:
-    """At most max_num_seqs lengths of at most max_model_len; their sum is num_tokens, or less if that is too much."""
+    """Divide num_tokens into at most max_num_seqs lengths of at most max_model_len.
+
+    The sum of the lengths is less than num_tokens if these limits allow no more.
+    """
     num_full, remainder = divmod(num_tokens, max_model_len)
     return ([max_model_len] * num_full + [remainder] * (remainder > 0))[:max_num_seqs]
 
 
 def dummy_prefill(query_lens: list[int], num_cached_tokens: int, block_size: int) -> ModelInput:
-    """A prefill that stores nothing, of sequences that share their blocks.
+    """A prefill of sequences that share their blocks. It does not write to the KV cache.
 
-    It reads num_cached_tokens keys, which may hold anything: its outputs are not used.
+    Each sequence reads num_cached_tokens cached keys of any value, because the outputs are discarded.
     """
     sequences = []
     for query_len in query_lens:

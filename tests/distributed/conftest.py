@@ -1,4 +1,4 @@
-"""Engines with several ranks, and the check that they leave nothing behind."""
+"""Fixtures for tests of engines with several ranks."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,13 +10,13 @@ from tests.support.resource_snapshot import Watch
 
 @pytest.fixture
 def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """For Fault, outside the directory that nothing_left watches."""
+    """The path of Fault's log, which is outside the directory that nothing_left watches."""
     return tmp_path_factory.mktemp("log") / "time"
 
 
 @pytest.fixture
 def nothing_left(tmp_path: Path) -> Iterator[Watch]:
-    """Fails unless, after the test, this process holds what it held before."""
+    """Fails if this process has other resources (see ResourceSnapshot) after the test than before it."""
     watch = Watch(tmp_path)
     with watch.watching():
         before = watch.snapshot()

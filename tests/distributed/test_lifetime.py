@@ -129,7 +129,7 @@ class Program:
         return self.process.stdout.readline()
 
     def end(self) -> tuple[int, str, str]:
-        """Exit code, output, errors; fails unless rank 1, its directory and its segments are gone."""
+        """Exit code, output, errors; fails unless rank 1 ends and its directory and segments are removed."""
         out, err = self.process.communicate(timeout=HANG_SECONDS)
         wait_until(lambda: not self.rank_1.is_running(), "rank 1 has ended")
         wait_until(lambda: not self.store.parent.exists(), "the directory is removed")

@@ -1,4 +1,4 @@
-"""Engines, prompts and short calls that the tests of this folder share: a start costs more than most tests."""
+"""Engines, prompts and helpers of the end-to-end tests. Tests share engines, since a start takes longer than a test."""
 
 import json
 import logging
@@ -24,7 +24,7 @@ BUNDLED_OPTIONS: dict[str, Any] = {
 }
 GREEDY = SamplingParams.greedy(max_tokens=12)
 PROMPTS = ["In the beginning", "The LORD is my shepherd", "And God said"]
-# One for each prompt of eight. The requests end at different steps: by a token, a stop string or their length.
+# Parameters of eight requests that end at different steps: by a stop token, a stop string or their length.
 PARAMS = [
     GREEDY,
     SamplingParams(seed=3, max_tokens=20),
@@ -38,7 +38,7 @@ PARAMS = [
 
 
 def bundled_llm(model: Path | None = None, **options: Any) -> LLM:
-    """The bundled model, or another one, with BUNDLED_OPTIONS where `options` has no others."""
+    """An engine of `model`, or of the bundled model. `options` override BUNDLED_OPTIONS."""
     return LLM(str(model or bundled_model_path()), **{**BUNDLED_OPTIONS, **options})
 
 
@@ -56,21 +56,21 @@ def bundled_async() -> Iterator[LLM]:
 
 @pytest.fixture
 def llm(bundled: LLM) -> Iterator[LLM]:
-    """The bundled model on the CPU, under poison. The test leaves it without requests."""
+    """The bundled model on the CPU with poison (tests/support/poison.py). Fails if a test leaves requests."""
     yield bundled
     check_empty(bundled)
 
 
 @pytest.fixture
 def async_llm(bundled_async: LLM) -> Iterator[LLM]:
-    """The bundled model on the CPU with async_scheduling. The test leaves it without requests."""
+    """The bundled model on the CPU with async_scheduling. Fails if a test leaves requests."""
     yield bundled_async
     check_empty(bundled_async)
 
 
 @pytest.fixture(params=["llm", "async_llm"])
 def engine(request: pytest.FixtureRequest) -> LLM:
-    """Each of the two."""
+    """Runs the test with `llm` and with `async_llm`."""
     return request.getfixturevalue(request.param)
 
 
@@ -86,7 +86,7 @@ def check_empty(llm: LLM) -> None:
 
 @pytest.fixture(scope="session")
 def alone(bundled: LLM) -> list[list[int]]:
-    """The tokens of each of PROMPTS, computed by itself with GREEDY."""
+    """The tokens of each of PROMPTS, generated with GREEDY in a call of its own."""
     return [tokens(bundled, prompt)[0] for prompt in PROMPTS]
 
 
@@ -104,7 +104,7 @@ def model(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def warnings(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
-    """What nanovllm has warned of so far."""
+    """A function that returns the messages of all warnings that nanovllm has logged so far."""
     caplog.set_level(logging.WARNING, "nanovllm")
     return lambda: [record.getMessage() for record in caplog.records if record.name == "nanovllm"]
 
@@ -118,12 +118,12 @@ def tokens(llm: LLM, prompts: Any = PROMPTS, params: Any = GREEDY) -> list[list[
 
 
 def contents(outputs: Iterable[Any]) -> list[dict[str, Any]]:
-    """Of each output what the stream of the same request gives too."""
+    """Those fields of each output that the items of a stream have too."""
     return [{name: output[name] for name in ("text", "token_ids", "finish_reason")} for output in outputs]
 
 
 def joined(stream: Iterable[Any]) -> list[dict[str, Any]]:
-    """What the items of a stream add up to, in the order of the prompts: `contents` of the outputs."""
+    """Concatenate the items of each request of a stream. Returns what `contents` does, in the order of the prompts."""
     outputs: dict[int, dict[str, Any]] = {}
     for item in stream:
         output = outputs.setdefault(item["index"], {"text": "", "token_ids": [], "finish_reason": None})
@@ -135,7 +135,7 @@ def joined(stream: Iterable[Any]) -> list[dict[str, Any]]:
 
 
 def run_to_end(llm: LLM) -> dict[int, Any]:
-    """Step until nothing is left. Returns seq_id -> output."""
+    """Call step() until the engine has no requests. Returns seq_id -> output."""
     outputs: dict[int, Any] = {}
     while not llm.is_finished():
         outputs.update({output["seq_id"]: output for output in llm.step().finished})

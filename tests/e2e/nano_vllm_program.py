@@ -1,4 +1,4 @@
-"""A program in the style of nano-vllm's example and benchmark, which uses nano-vllm's names alone.
+"""A program like nano-vllm's example and benchmark. It uses only classes, methods and options that nano-vllm has.
 
 `python nano_vllm_program.py example DIRECTORY` or `python nano_vllm_program.py bench DIRECTORY`
 """

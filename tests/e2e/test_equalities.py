@@ -96,7 +96,7 @@ def assert_close(ours: list[Served], theirs: list[Served], bound: float, name: s
 
 @functools.cache
 def rounding(model_dir: Path, texts: tuple[tuple[int, ...], ...]) -> float:
-    """float32's error of the logits, as the reference has it on these texts."""
+    """The largest rounding error of float32 logits on these texts, computed with the reference model."""
     oracle = Oracle(model_dir)
     return max(
         float((transformer(text, *oracle.single) - transformer(text, *oracle.exact)).abs().max()) for text in texts

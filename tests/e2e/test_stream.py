@@ -1,4 +1,4 @@
-"""LLM.generate_stream on the bundled model, with and without async_scheduling: which items come, and when."""
+"""LLM.generate_stream on the bundled model, with and without async_scheduling: which items it yields, and when."""
 
 from typing import Any
 
@@ -10,13 +10,13 @@ from tests.e2e.conftest import GREEDY, PARAMS, PROMPTS, contents, joined, run_to
 
 
 def test_the_items_of_a_stream_join_to_the_outputs(engine: LLM) -> None:
-    """D82: whether a request ends by its length, a token or a stop string."""
+    """D82: this holds for requests that end by their length, a stop token or a stop string."""
     prompts = list(DEMO_PROMPTS[: len(PARAMS)])
     expected = contents(engine.generate(prompts, PARAMS, use_tqdm=False))
     assert joined(engine.generate_stream(prompts, PARAMS)) == expected
 
 
-def test_each_token_comes_in_the_step_that_computes_it(llm: LLM) -> None:
+def test_each_token_is_yielded_after_the_step_that_computes_it(llm: LLM) -> None:
     items = list(llm.generate_stream(PROMPTS, SamplingParams.greedy(max_tokens=3)))
     assert [item["index"] for item in items] == [0, 1, 2] * 3
     assert [len(item["token_ids"]) for item in items] == [1] * 9
@@ -26,7 +26,7 @@ def test_each_token_comes_in_the_step_that_computes_it(llm: LLM) -> None:
 
 
 def test_abort_between_steps_ends_that_request_alone(engine: LLM) -> None:
-    """D19: with async_scheduling its next token is being computed then, and is dropped."""
+    """D19: with async_scheduling, the next token of the aborted request is already being computed, and is dropped."""
     alone = contents(engine.generate(PROMPTS, GREEDY, use_tqdm=False))
     stream = engine.generate_stream(PROMPTS, GREEDY)
     items = [next(stream) for _ in PROMPTS]
@@ -41,7 +41,7 @@ def test_abort_between_steps_ends_that_request_alone(engine: LLM) -> None:
 def test_abort_during_a_step_drops_the_token_of_that_step(
     llm: LLM, monkeypatch: pytest.MonkeyPatch, num_steps: int
 ) -> None:
-    """D19: also the first one: then the item that says "abort" is the only one of its request."""
+    """D19: if that token is the first one, the request's only item is the one with finish_reason "abort"."""
     alone = contents(llm.generate(PROMPTS, GREEDY, use_tqdm=False))
     run, batches = llm._core.executor.execute, []
 
@@ -76,8 +76,8 @@ def test_a_stream_that_is_never_read_queues_nothing(llm: LLM) -> None:
     assert llm.is_finished()
 
 
-def test_each_call_gets_its_own_requests_alone(engine: LLM) -> None:
-    """D18: two streams, generate and add_request side by side, each computed in steps of the others too."""
+def test_each_call_returns_only_its_own_requests(engine: LLM) -> None:
+    """D18: two streams, generate and add_request run at once, and the steps of each call compute all requests."""
     alone = contents(engine.generate(list(DEMO_PROMPTS[:4]), GREEDY, use_tqdm=False))
     streams = [engine.generate_stream(prompt, GREEDY) for prompt in DEMO_PROMPTS[:2]]
     items = [[next(stream)] for stream in streams]

@@ -53,8 +53,8 @@ def test_a_mismatch_is_told_with_everything_that_helps() -> None:
         "check_copy(adds to one, torch.float32, tile_size=16)",
         "copy differs from its reference in 1 of 39 elements (float32)",
         "the worst is at token 2, element 4: expected 31, got 31.5",
-        "its error is 0.5, plain PyTorch's largest 0; allowed are 4.65e-06: 4 times plain PyTorch's and one unit in the "
-        "last place, 4.65e-06",
+        "its error is 0.5, plain PyTorch's largest 0; allowed are 4.65e-06: 4 times plain PyTorch's and one unit in "
+        "the last place, 4.65e-06",
     ]
     assert "tests/support/kernels/faulty_kernels.py:" in str(raised.value).splitlines()[-1]
 

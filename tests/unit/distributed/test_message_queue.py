@@ -93,7 +93,10 @@ def test_every_message_reaches_every_reader_whole_and_in_order(
 
 
 def test_a_reader_killed_while_it_waits_does_not_block_the_writer() -> None:
-    """D33: multiprocessing.Event.set() would wait for it for ever. The second message finds the first unread."""
+    """D33: multiprocessing.Event.set() would wait without end for the killed reader.
+
+    enqueue() writes one more message, and raises ReaderEnded for the next, because the reader never frees the slot.
+    """
     with queue() as writer:
         process = SPAWN.Process(target=dequeue_all, args=(writer.readers[0], 2))
         process.start()

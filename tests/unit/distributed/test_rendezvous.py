@@ -52,12 +52,12 @@ def on_cpus(size: int) -> list[RankPlacement]:
 def meet(
     store_path: str, placements: list[RankPlacement], come: Callable[[int], None] = lambda rank: None
 ) -> list[Any]:
-    """What each rank's rendezvous() returned or raised; it is called when come(rank) has returned."""
+    """What each rank's rendezvous() returned or raised. Each rank calls rendezvous() after come(rank) returns."""
     end = time.monotonic() + HANG_SECONDS
 
     def check() -> None:
         if time.monotonic() > end:
-            raise RuntimeError("waits for ever")
+            raise RuntimeError(f"rendezvous() did not return within {HANG_SECONDS} s")
 
     def one(placement: RankPlacement) -> Any:
         come(placement.rank)

@@ -1,6 +1,7 @@
-"""Ranks that torchrun started, here each in a thread: what they send each other, and the report of one that fails.
+"""TorchrunExecutor and its channel: the messages between the ranks, and the report of a rank that fails.
 
-A store in memory stands in for torchrun's. What they connect over gloo times out, so that nothing waits for ever.
+Each rank runs in a thread, and a HashStore replaces torchrun's store. The gloo groups have a timeout, so a test that
+fails does not hang.
 """
 
 import weakref
@@ -32,7 +33,7 @@ ENVS = [TorchrunEnv(rank, 2, rank, 2) for rank in range(2)]
 
 @pytest.fixture(autouse=True)
 def _torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its store, and a program that has started no engine yet."""
+    """Replaces torchrun's store, sets timeouts, and resets the state of a process that has started an engine."""
     store = dist.HashStore()
     monkeypatch.setattr(torchrun, "rendezvous", lambda url: iter([(store, None, None)]))
     monkeypatch.setattr(torchrun, "_has_connected", False)
@@ -42,7 +43,7 @@ def _torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make_channels(*placements: RankPlacement) -> list[TorchrunChannel]:
-    """Each as if it were alone in its process."""
+    """One channel per placement, each created as if it were the only one in its process."""
     channels = []
     for placement in placements:
         torchrun._has_connected = False

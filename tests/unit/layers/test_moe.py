@@ -43,7 +43,7 @@ def test_sum_over_ranks_equals_the_reference(top_k, norm_topk_prob, size):
     assert_close(MOE, torch.stack(outputs).sum(0), expected, rtol=0, atol=1e-12 * float(expected.abs().max()))
 
 
-def test_experts_that_nobody_chose_are_not_computed():
+def test_experts_that_no_token_chose_are_not_computed():
     router, gate_up, down = weights()
     router = torch.zeros(N, E).double()
     router[0] = 1.0

@@ -1,4 +1,4 @@
-"""Warm-up: the profiled step is the largest, and the prefills are those that the limits and the cache allow."""
+"""Warm-up: the profiled step is the largest, and the warm-up prefills keep the limits and fit in the cache."""
 
 import itertools
 from unittest.mock import Mock
@@ -18,7 +18,7 @@ from tests.support.tiny_models import tiny_model
 def test_no_step_within_the_limits_is_larger_than_the_profiled_one(
     max_num_seqs: int, spare: int, max_model_len: int
 ) -> None:
-    """D42: also if max_model_len does not divide the budget."""
+    """D42: this also holds if the budget is not a multiple of max_model_len."""
     budget = max_num_seqs + spare
     model_input = prepare_profile_run(budget, max_model_len, max_num_seqs, block_size=16)
     num_tokens = min(budget, max_num_seqs * max_model_len)
@@ -42,7 +42,7 @@ def test_no_step_within_the_limits_is_larger_than_the_profiled_one(
     num_blocks=st.integers(1, 9),
     block_size=st.sampled_from([16, 256, 1024]),
 )
-def test_prefill_shapes_keep_the_limits_and_each_allowed_kind_is_among_them(
+def test_prefill_warmup_shapes_keep_the_limits_and_include_each_shape_that_fits(
     budget: int, max_num_seqs: int, max_model_len: int, num_blocks: int, block_size: int
 ) -> None:
     shapes = list(prefill_warmup_shapes(budget, max_model_len, max_num_seqs, num_blocks, block_size))
@@ -73,19 +73,23 @@ def test_a_large_prefill_has_several_sequences_and_comes_first() -> None:
     assert long == ([1], LONG_CONTEXT)
 
 
-def test_shapes_are_those_for_which_the_cache_has_room() -> None:
-    """One block of 4 tokens: 8 tokens would be sequences of 5 and 3, and 5 do not fit."""
+def test_prefill_warmup_shapes_fit_in_the_cache() -> None:
+    """The cache has 4 slots. 8 tokens would be sequences of 5 and 3 tokens, and 5 tokens do not fit."""
     shapes = list(prefill_warmup_shapes(700, 5, 40, num_blocks=1, block_size=4))
     assert shapes == [([4], 0), ([2], 0), ([2], 1), ([1], 0), ([1], 1)]
 
 
-@pytest.mark.parametrize(("max_model_len", "num_blocks", "is_met"), [(512, 3, False), (513, 3, True), (513, 2, False)])
-def test_a_long_context_needs_room_for_one_token_more(max_model_len: int, num_blocks: int, is_met: bool) -> None:
+@pytest.mark.parametrize(
+    ("max_model_len", "num_blocks", "is_included"), [(512, 3, False), (513, 3, True), (513, 2, False)]
+)
+def test_the_long_context_shape_needs_room_for_one_more_token(
+    max_model_len: int, num_blocks: int, is_included: bool
+) -> None:
     *_, last = prefill_warmup_shapes(8, max_model_len, 4, num_blocks, block_size=256)
-    assert (last == ([1], LONG_CONTEXT)) is is_met
+    assert (last == ([1], LONG_CONTEXT)) is is_included
 
 
-def test_a_long_context_is_the_one_from_which_the_hopper_kernel_is_launched() -> None:
+def test_long_context_equals_the_minimum_of_keys_of_the_hopper_kernel() -> None:
     pytest.importorskip("triton")
     from nanovllm.kernels.varlen_attention import MIN_HOPPER_KEYS
 
@@ -93,10 +97,10 @@ def test_a_long_context_is_the_one_from_which_the_hopper_kernel_is_launched() ->
 
 
 @pytest.mark.parametrize("architecture", ["qwen3", "qwen3_moe"])
-def test_warm_up_runs_every_shape_and_leaves_the_cache_alone(
+def test_warm_up_runs_every_shape_and_does_not_write_to_the_cache(
     architecture: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On the CPU, over a cache of NaN."""
+    """Runs on the CPU. The cache is filled with NaN, which any write would replace."""
     limits = {"max_num_batched_tokens": 700, "max_model_len": 600, "max_num_seqs": 3}
     cache = {"num_kv_cache_blocks": 40, "kv_cache_block_size": 16}
     model_dir = tiny_model(architecture, max_position_embeddings=600)
