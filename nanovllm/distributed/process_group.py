@@ -70,14 +70,24 @@ def abort_process_group(tp: TensorParallel) -> "Future[None]":
 
 
 def run_in_daemon_thread(work: Callable[[], Any]) -> "Future[Any]":
-    """Future of work(), which runs in a daemon thread: the interpreter exits without waiting for it."""
+    """Future of work(), which runs in a daemon thread: the interpreter exits without waiting for it.
+
+    The thread holds no reference to what `work` refers to when the future is done.
+    """
     result: Future[Any] = Future()
 
     def run() -> None:
+        nonlocal work
+        value = failure = None
         try:
-            result.set_result(work())
+            value = work()
         except BaseException as error:
-            result.set_exception(error)
+            failure = error
+        del work
+        if failure is None:
+            result.set_result(value)
+        else:
+            result.set_exception(failure)
 
     threading.Thread(target=run, daemon=True).start()
     return result

@@ -1,6 +1,7 @@
 """TensorParallel over real gloo groups, sizes that ranks divide, and the guard of its collectives."""
 
 import threading
+import weakref
 from concurrent.futures import FIRST_EXCEPTION, wait
 from functools import partial
 from pathlib import Path
@@ -126,3 +127,22 @@ def test_a_launch_that_waits_for_a_full_gpu_does_not_delay_the_abort(monkeypatch
     assert events == ["begins to launch", "aborts", "has launched"]
     with pytest.raises(RuntimeError, match="has been aborted"):
         tp.all_reduce(torch.ones(1))
+
+
+def test_a_finished_thread_holds_nothing_of_its_work() -> None:
+    """D34: a callback runs in the thread, at the moment in which the future is done."""
+    may_start, is_free = threading.Event(), []
+    tensor = torch.zeros(1)
+    reference = weakref.ref(tensor)
+
+    def work(tensor: torch.Tensor) -> None:
+        may_start.wait(HANG_SECONDS)
+
+    future = run_in_daemon_thread(partial(work, tensor))
+    future.add_done_callback(lambda _: is_free.append(reference() is None))
+    del tensor
+    may_start.set()
+    future.result(HANG_SECONDS)
+    while not is_free:
+        threading.Event().wait(0.001)
+    assert is_free == [True]
