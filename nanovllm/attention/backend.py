@@ -32,10 +32,12 @@ class AttentionBackend(ABC):
 
     name: the value of Config.attention_backend that selects this backend.
     is_graph_safe: whether a CUDA graph can capture decode(), which then never synchronises with the device.
+    shares_prefixes: whether decode() reads the keys of a shared prefix once, if context.shared_prefix_order is set.
     """
 
     name: ClassVar[str]
     is_graph_safe: ClassVar[bool]
+    shares_prefixes: ClassVar[bool] = False
 
     @classmethod
     def unsupported_reason(cls, requirements: AttentionRequirements) -> str | None:

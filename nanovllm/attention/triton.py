@@ -1,26 +1,34 @@
 """Attention backend "triton": this package's own kernels for prefill and decode. NVIDIA GPUs, without flash-attn."""
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
 from nanovllm import kernels
 from nanovllm.attention.backend import AttentionBackend, AttentionRequirements, KVCache, old_gpu_reason
 from nanovllm.config import MIN_TRITON_BLOCK_SIZE
-from nanovllm.context import Context
+from nanovllm.context import SEQS_PER_TILE, Context
 
 HEAD_DIMS = (32, 64, 128, 256)
 
 
 class TritonAttentionBackend(AttentionBackend):
-    """AttentionBackend through the kernels varlen_attention and paged_attention, which it is constructed with."""
+    """AttentionBackend through the kernels that it is constructed with."""
 
     name = "triton"
     is_graph_safe = True
+    shares_prefixes = True
 
-    def __init__(self, varlen_attention: Callable[..., Tensor], paged_attention: Callable[..., Tensor]) -> None:
+    def __init__(
+        self,
+        varlen_attention: Callable[..., Tensor],
+        paged_attention: Callable[..., Tensor],
+        shared_prefix_attention: Callable[..., Any],
+    ) -> None:
         self._varlen_attention = varlen_attention
         self._paged_attention = paged_attention
+        self._shared_prefix_attention = shared_prefix_attention
 
     @classmethod
     def unsupported_reason(cls, requirements: AttentionRequirements) -> str | None:
@@ -47,6 +55,18 @@ class TritonAttentionBackend(AttentionBackend):
         )
 
     def decode(self, query: Tensor, cache: KVCache, context: Context, scale: float) -> Tensor:
+        shared_prefix = None
+        if context.shared_prefix_order is not None:
+            shared_prefix = self._shared_prefix_attention(
+                query,
+                cache.k,
+                cache.v,
+                context.block_tables,
+                context.shared_prefix_order,
+                context.shared_prefix_lens,
+                scale,
+                seqs_per_tile=SEQS_PER_TILE,
+            )
         return self._paged_attention(
             query,
             cache.k,
@@ -55,4 +75,5 @@ class TritonAttentionBackend(AttentionBackend):
             context.context_lens,
             scale,
             sequence_order=context.sequence_order,
+            shared_prefix=shared_prefix,
         )

@@ -27,7 +27,8 @@ from nanovllm.models.decoder import build_model
 from nanovllm.models.loader import load_model
 from nanovllm.worker.async_output import AsyncModelOutput
 from nanovllm.worker.cpu_threads import choose_num_threads, torch_threads
-from nanovllm.worker.cuda_graph import CUDAGraphRunner, graph_batch_sizes
+from nanovllm.worker.cuda_graph import CUDAGraphRunner, graph_batch_sizes, shared_prefix_batch_sizes
+from nanovllm.worker.device_input import make_context
 from nanovllm.worker.kv_cache import block_bytes, empty_cache, num_blocks_on_cpu, num_blocks_that_fit
 from nanovllm.worker.torch_state import gpu_lock, plain_torch_state
 from nanovllm.worker.warmup import dummy_prefill, prefill_warmup_shapes, prepare_profile_run
@@ -91,6 +92,7 @@ class ModelRunner:
         load_model(self.model, model_dir, use_tqdm=self.tp.rank == 0, on_tensor_loaded=on_tensor_loaded)
         self.model.eval()
         self.sampler = Sampler(ops.sample_unfiltered)
+        self.shares_prefixes = ops.attention.shares_prefixes
         is_graph_safe = self.tp.is_graph_safe and ops.is_graph_safe
         self.can_capture = self.device.type == "cuda" and not config.enforce_eager and is_graph_safe
 
@@ -183,7 +185,10 @@ class ModelRunner:
         max_model_len = self.config.max_model_len
         max_blocks_per_seq = math.ceil(max_model_len / self.config.kv_cache_block_size)
         use_tqdm = use_tqdm and self.tp.rank == 0
-        return CUDAGraphRunner(forward, batch_sizes, max_blocks_per_seq, max_model_len, self.device, use_tqdm)
+        shared_sizes = shared_prefix_batch_sizes(batch_sizes) if self.shares_prefixes else []
+        return CUDAGraphRunner(
+            forward, batch_sizes, shared_sizes, max_blocks_per_seq, max_model_len, self.device, use_tqdm
+        )
 
     # --- one step: sequences -> ModelInput -> logits -> token ids ---
 
@@ -212,13 +217,15 @@ class ModelRunner:
         with plain_torch_state(self.device, is_inference=True):
             if previous_sequences is None:
                 return AsyncModelOutput(batch, self._execute(self._prepare(batch)))
-            model_input = self.prepare_decode_async(batch.sequences, previous_sequences)
+            model_input = self.prepare_decode_async(batch.sequences, previous_sequences, self.shares_prefixes)
             if previous_token_ids is None:
                 previous_token_ids = torch.empty(len(previous_sequences), dtype=torch.int64, device=self.device)
             return AsyncModelOutput(batch, self._execute(model_input, previous_token_ids))
 
     def _prepare(self, batch: ScheduledBatch) -> ModelInput:
-        return (self.prepare_prefill if batch.is_prefill else self.prepare_decode)(batch.sequences)
+        if batch.is_prefill:
+            return self.prepare_prefill(batch.sequences)
+        return self.prepare_decode(batch.sequences, self.shares_prefixes)
 
     @torch.inference_mode()
     def _execute(self, model_input: ModelInput, previous_token_ids: torch.Tensor | None = None) -> torch.Tensor:
@@ -262,22 +269,8 @@ class ModelRunner:
         """
         if input_ids is None:
             input_ids = self._tensor(model_input.input_ids)
-        with set_context(self._context(model_input)):
+        with set_context(make_context(model_input, self._tensor)):
             return self.model(input_ids, self._tensor(model_input.positions))
-
-    def _context(self, model_input: ModelInput) -> Context:
-        block_tables = model_input.block_tables
-        return Context(
-            is_prefill=model_input.is_prefill,
-            slot_mapping=self._tensor(model_input.slot_mapping),
-            cu_seqlens_q=self._tensor(model_input.cu_seqlens_q),
-            cu_seqlens_k=self._tensor(model_input.cu_seqlens_k),
-            max_seqlen_q=model_input.max_seqlen_q,
-            max_seqlen_k=model_input.max_seqlen_k,
-            context_lens=self._tensor(model_input.context_lens),
-            block_tables=None if block_tables is None else self._tensor(block_tables),
-            sequence_order=self._tensor(model_input.sequence_order),
-        )
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         tensor = torch.from_numpy(array)
