@@ -43,7 +43,8 @@ def shared_prefix_attention(
     """
     outputs = []
     for b in range(len(query)):
-        slots = slot_mapping(torch.arange(int(context_lens[b])), block_tables[b], k_cache.shape[1])
+        positions = torch.arange(int(context_lens[b]), device=query.device)
+        slots = slot_mapping(positions, block_tables[b], k_cache.shape[1])
         keys, values = k_cache.flatten(0, 1)[slots], v_cache.flatten(0, 1)[slots]
         shared = int(shared_lens[b])
         of_prefix = attend(query[b], keys[:shared], values[:shared], scale)

@@ -19,7 +19,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from nanovllm.kernels.early_launch import can_launch_early
 
 MAX_ROWS = 16
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DTYPES = (torch.float16, torch.bfloat16)
 NUM_WARPS = 4
 
 
@@ -29,12 +29,12 @@ def skinny_linear(
     bias: torch.Tensor | None = None,
     *,
     tile_n: int = 8,
-    tile_k: int | None = None,
+    tile_k: int = 256,
     launches_early: bool | None = None,
 ) -> torch.Tensor:
-    """x W' + b, [M, N], new and contiguous, summed in float32 (float64 if x is float32) and rounded once.
+    """x W' + b, [M, N], new and contiguous, summed in float32 and rounded once.
 
-    x: [M, K], M at most 16; weight: [N, K]; bias: [N] or None. All in float32, float16 or bfloat16, rows contiguous.
+    x: [M, K], M at most 16; weight: [N, K]; bias: [N] or None. All in float16 or bfloat16, rows contiguous.
     tile_n: columns of the output that a program computes, a power of two. tile_k: columns of K that a warp loads at
     once, a power of two from 16. launches_early: can_launch_early(device) by default.
     Raises ValueError for other shapes, strides and dtypes.
@@ -47,7 +47,7 @@ def skinny_linear_silu_and_mul(
     weight: torch.Tensor,
     *,
     tile_n: int = 8,
-    tile_k: int | None = None,
+    tile_k: int = 256,
     launches_early: bool | None = None,
 ) -> torch.Tensor:
     """silu_and_mul(x W'), [M, N / 2]: the first half of W gives the gate, the second half what it scales.
@@ -66,12 +66,12 @@ def _launch(
     num_columns: int,
     is_gated: bool,
     tile_n: int,
-    tile_k: int | None,
+    tile_k: int,
     launches_early: bool | None,
 ) -> torch.Tensor:
     if x.ndim != 2 or len(x) > MAX_ROWS or x.stride(1) != 1 or x.dtype not in DTYPES:
         raise ValueError(
-            f"x must be [M, K] with M at most {MAX_ROWS} and contiguous rows in float32, float16 or bfloat16, "
+            f"x must be [M, K] with M at most {MAX_ROWS} and contiguous rows in float16 or bfloat16, "
             f"got {list(x.shape)} of strides {x.stride()} in {x.dtype}"
         )
     num_rows, in_features = x.shape
@@ -85,8 +85,6 @@ def _launch(
     out = torch.empty(num_rows, num_columns, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    if tile_k is None:
-        tile_k = 256 if x.element_size() == 2 else 32
     if launches_early is None:
         launches_early = can_launch_early(x.device)
     skinny_linear_kernel[(triton.cdiv(num_columns, tile_n),)](
@@ -175,7 +173,4 @@ def skinny_linear_kernel(
 @triton.jit
 def dot(x, weight):
     """[parts, ROWS, TILE_N] of x [parts, ROWS, TILE_K] and weight [parts, TILE_N, TILE_K]."""
-    if x.dtype == tl.float32:  # tl.dot adds product after product, which errs by far more than a matrix library
-        return tl.sum(x.to(tl.float64)[:, :, None, :] * weight.to(tl.float64)[:, None, :, :], axis=3)
-    else:
-        return tl.dot(x, tl.permute(weight, (0, 2, 1)))
+    return tl.dot(x, tl.permute(weight, (0, 2, 1)))

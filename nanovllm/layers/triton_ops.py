@@ -13,6 +13,7 @@ from nanovllm.kernels.rotary_embedding import rotary_embedding
 from nanovllm.kernels.sampling import sampling
 from nanovllm.kernels.shared_prefix_attention import shared_prefix_attention
 from nanovllm.kernels.silu_and_mul import silu_and_mul
+from nanovllm.kernels.skinny_linear import DTYPES as SKINNY_DTYPES
 from nanovllm.kernels.skinny_linear import skinny_linear, skinny_linear_silu_and_mul
 from nanovllm.kernels.store_kvcache import store_kvcache
 from nanovllm.kernels.varlen_attention import varlen_attention
@@ -26,15 +27,19 @@ MAX_SKINNY_WEIGHTS = 2**24
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if len(x) <= MAX_SKINNY_ROWS and weight.numel() < MAX_SKINNY_WEIGHTS:
+    if is_skinny(x, weight, MAX_SKINNY_ROWS):
         return skinny_linear(x, weight, bias)
     return functional.linear(x, weight, bias)
 
 
 def linear_silu_and_mul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if bias is None and len(x) <= MAX_SKINNY_ROWS_WITH_SILU and weight.numel() < MAX_SKINNY_WEIGHTS:
+    if bias is None and is_skinny(x, weight, MAX_SKINNY_ROWS_WITH_SILU):
         return skinny_linear_silu_and_mul(x, weight)
     return silu_and_mul(linear(x, weight, bias))
+
+
+def is_skinny(x: Tensor, weight: Tensor, max_rows: int) -> bool:
+    return len(x) <= max_rows and weight.numel() < MAX_SKINNY_WEIGHTS and x.dtype in SKINNY_DTYPES
 
 
 def moe(

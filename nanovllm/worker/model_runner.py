@@ -215,7 +215,7 @@ class ModelRunner:
             than 0, to which rank 0 broadcasts them.
         """
         with plain_torch_state(self.device, is_inference=True):
-            if previous_sequences is None:
+            if previous_sequences is None or batch.is_prefill:  # a prefill needs no token of the step before
                 return AsyncModelOutput(batch, self._execute(self._prepare(batch)))
             model_input = self.prepare_decode_async(batch.sequences, previous_sequences, self.shares_prefixes)
             if previous_token_ids is None:

@@ -11,7 +11,7 @@ from reference.linear import linear
 from reference.silu_and_mul import silu_and_mul
 from tests.support.kernels.accuracy import assert_within_the_error_of_plain_torch
 from tests.support.kernels.guards import Guards
-from tests.support.kernels.registry import DTYPES, Compilation, Kernel, Limits, Refused, Steps, case, each, lazy, meta
+from tests.support.kernels.registry import Compilation, Kernel, Limits, Refused, Steps, case, each, lazy, meta
 
 skinny_linear = lazy("skinny_linear.skinny_linear")
 skinny_linear_silu_and_mul = lazy("skinny_linear.skinny_linear_silu_and_mul")
@@ -89,7 +89,7 @@ KERNEL = Kernel(
     launched={"skinny_linear_kernel": Limits()},
     cases=each(check, shape=[(1, 8, 64), (3, 13, 100), (9, 16, 200), (16, 5, 33), (0, 4, 16)], tile_k=[16])
     | {
-        "float32": check((3, 13, 100), torch.float32, tile_k=16),
+        "bfloat16": check((3, 13, 100), torch.bfloat16, tile_k=16),
         "one chunk": check((2, 8, 40)),
         "bias": check((3, 13, 100), has_bias=True, tile_k=16),
         "rows far apart": check((5, 9, 72), spare=7, tile_k=16),
@@ -98,12 +98,12 @@ KERNEL = Kernel(
         "rows do not meet": check_rows_do_not_meet,
         "far row": check_far_row,
     },
-    on_gpu=each(check, shape=[(rows, *sizes) for rows in (1, 8, 16) for sizes in MATRICES], dtype=DTYPES)
-    | each(check, shape=[(rows, 6144, 1024) for rows in (1, 8, 16)], dtype=DTYPES, is_gated=[True]),
+    on_gpu=each(check, shape=[(rows, *sizes) for rows in (1, 8, 16) for sizes in MATRICES], dtype=HALF)
+    | each(check, shape=[(rows, 6144, 1024) for rows in (1, 8, 16)], dtype=HALF, is_gated=[True]),
     drawn=st.builds(
         check,
         st.tuples(st.integers(1, 16), st.integers(1, 300).map(lambda n: 2 * n), st.integers(1, 3000)),
-        st.sampled_from(DTYPES),
+        st.sampled_from(HALF),
         is_gated=st.booleans(),
         spare=st.integers(0, 9),
     ),
@@ -118,7 +118,7 @@ KERNEL = Kernel(
         lambda: {"x": torch.zeros(4, 32).half(), "weight": torch.zeros(8, 32).half()},
         (
             ({"x": torch.zeros(17, 32).half()}, r"x must be \[M, K\] with M at most 16 .* got \[17, 32\]"),
-            ({"x": torch.zeros(4, 32).double()}, "bfloat16, got .* in torch.float64"),
+            ({"x": torch.zeros(4, 32)}, "bfloat16, got .* in torch.float32"),
             ({"x": torch.zeros(32, 4).half().T}, "x must be .* contiguous rows"),
             ({"weight": torch.zeros(8, 31).half()}, r"weight must be \[N, 32\]"),
             ({"weight": torch.zeros(8, 32).bfloat16()}, "weight must be .* in torch.float16, as x is"),
@@ -128,4 +128,5 @@ KERNEL = Kernel(
     # The sizes of a matrix are constants, so each matrix of a model has a variant for 8 rows and one for 16.
     steps={"": Steps(lambda size: skinny_linear(meta(min(size, 8), 1024), meta(4096, 1024)))},
     measured={"skinny_linear": measured},
+    reached_by="half precision",
 )

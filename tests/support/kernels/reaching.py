@@ -21,6 +21,7 @@ CONFIGURATIONS = {
     "llama": ("llama", "triton", 16),
     "qwen3_moe": ("qwen3_moe", "triton", 16),
     "flash_attn": ("qwen3", "flash_attn", 256),
+    "half precision": ("llama", "triton", 16),
     "shared prefix": ("llama", "triton", 16),  # of prompts that begin alike
 }
 PROMPTS = [list(range(5, 45)), [7, 8, 9]]  # the first has keys enough to be split in decode
@@ -42,15 +43,16 @@ def _run_interpreted(configuration: str) -> frozenset[str]:
     from nanovllm.layers.triton_ops import TRITON_OPS
     from nanovllm.worker import model_runner
 
+    dtype = "float16" if configuration == "half precision" else "float32"
     ops = flash_attn_ops(TRITON_OPS, is_fused=False) if configuration == "flash_attn" else TRITON_OPS
     with (
         flash_attn_stand_in(),
         patch.object(model_runner, "select_ops", lambda *args: ops),
         recorded_functions() as names,
     ):
-        tokens = _generate(configuration, "cpu", "float32", 32)
+        tokens = _generate(configuration, "cpu", dtype, 32)
     with patch.object(model_runner, "select_ops", lambda *args: TORCH_OPS):
-        assert tokens == _generate(configuration, "cpu", "float32", 32)
+        assert tokens == _generate(configuration, "cpu", dtype, 32)
     return frozenset(names)
 
 
