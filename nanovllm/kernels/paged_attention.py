@@ -19,6 +19,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nanovllm.kernels.early_launch import can_launch_early
+from nanovllm.kernels.launching import launch
 from nanovllm.kernels.paged_softmax import attend_to_paged_keys
 
 HEAD_DIMS = (32, 64, 128, 256)
@@ -103,7 +104,9 @@ def paged_attention(
         partial_out = torch.empty(num_seqs, num_heads, num_splits, head_dim, dtype=wide, device=query.device)
         partial_lse = torch.empty(num_seqs, num_heads, num_splits, dtype=wide, device=query.device)
     group_size = num_heads // num_kv_heads
-    paged_attention_kernel[(num_kv_heads, num_splits, num_seqs)](
+    launch(
+        paged_attention_kernel,
+        (num_kv_heads, num_splits, num_seqs),
         query,
         k_cache,
         v_cache,
@@ -135,7 +138,9 @@ def paged_attention(
         num_stages=tiles.num_stages,  # pyright: ignore[reportCallIssue]
     )
     if is_split:
-        combine_splits_kernel[(head_dim // DIMS_TO_COMBINE, num_heads, num_seqs)](
+        launch(
+            combine_splits_kernel,
+            (head_dim // DIMS_TO_COMBINE, num_heads, num_seqs),
             partial_out,
             partial_lse,
             context_lens,

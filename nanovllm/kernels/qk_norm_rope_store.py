@@ -14,6 +14,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nanovllm.kernels import DTYPES
 from nanovllm.kernels.early_launch import pays_between_linear_layers
+from nanovllm.kernels.launching import launch
 from nanovllm.kernels.rms_norm import scale_and_weight
 from nanovllm.kernels.rotary_embedding import check_cos_and_sin, rotate
 
@@ -74,7 +75,9 @@ def qk_norm_rope_store(
     if num_tokens == 0:
         return query, key
     launches_early = pays_between_linear_layers(qkv.device, num_tokens, row)
-    qk_norm_rope_store_kernel[(num_tokens,)](
+    launch(
+        qk_norm_rope_store_kernel,
+        (num_tokens,),
         qkv,
         cos,
         sin,

@@ -11,6 +11,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nanovllm.kernels import DTYPES
 from nanovllm.kernels.early_launch import pays_between_linear_layers
+from nanovllm.kernels.launching import launch
 
 MANY_ROWS = 4096  # programs of several rows still fill the GPU
 
@@ -75,7 +76,9 @@ def _launch(
     default_rows, default_warps = choose_launch(num_rows, size)
     rows = default_rows if rows is None else rows
     launches_early = pays_between_linear_layers(x.device, len(x), size)
-    rms_norm_kernel[(triton.cdiv(num_rows, rows),)](
+    launch(
+        rms_norm_kernel,
+        (triton.cdiv(num_rows, rows),),
         x,
         residual,
         weight,

@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
+from nanovllm.kernels.launching import launch
 from nanovllm.kernels.paged_attention import SharedPrefixPart, num_multiprocessors
 from nanovllm.kernels.paged_softmax import attend_to_paged_keys
 
@@ -71,7 +72,9 @@ def shared_prefix_attention(
     part = SharedPrefixPart(shared_lens, out, lse, tile_size)
     if num_seqs == 0:
         return part
-    shared_prefix_attention_kernel[(grid[0], num_splits, grid[1])](
+    launch(
+        shared_prefix_attention_kernel,
+        (grid[0], num_splits, grid[1]),
         query,
         k_cache,
         v_cache,

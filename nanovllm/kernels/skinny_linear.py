@@ -17,6 +17,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nanovllm.kernels.early_launch import can_launch_early
+from nanovllm.kernels.launching import launch
 
 MAX_ROWS = 16
 DTYPES = (torch.float16, torch.bfloat16)
@@ -87,7 +88,9 @@ def _launch(
         return out
     if launches_early is None:
         launches_early = can_launch_early(x.device)
-    skinny_linear_kernel[(triton.cdiv(num_columns, tile_n),)](
+    launch(
+        skinny_linear_kernel,
+        (triton.cdiv(num_columns, tile_n),),
         x,
         weight,
         bias,

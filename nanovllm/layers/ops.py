@@ -31,6 +31,8 @@ class LayerOps:
     moe: Callable[..., Tensor]  # (x, router_logits [T, N], gate_up_proj, down_proj, top_k, norm_topk_prob) -> [T, E]
     sample_unfiltered: Callable[..., Tensor]  # (logits [T, V], SamplingMetadata) -> ids [T], undefined in filtered rows
     waits_for_device: bool
+    # (run) calls run, which runs the model, and compiles the kernels and launches none; None if that cannot be.
+    compile_ahead: Callable[[Callable[[], None]], None] | None = None
 
     @property
     def is_graph_safe(self) -> bool:

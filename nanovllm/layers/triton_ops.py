@@ -5,6 +5,7 @@ from torch.nn import functional
 
 from nanovllm.attention.triton import TritonAttentionBackend
 from nanovllm.kernels.grouped_gemm import choose_tile_config, grouped_gemm
+from nanovllm.kernels.launching import compile_ahead
 from nanovllm.kernels.moe_routing import moe_routing
 from nanovllm.kernels.paged_attention import paged_attention
 from nanovllm.kernels.qk_norm_rope_store import qk_norm_rope_store
@@ -68,4 +69,5 @@ TRITON_OPS = LayerOps(
     moe=moe,
     sample_unfiltered=sample_unfiltered,
     waits_for_device=False,
+    compile_ahead=compile_ahead,
 )

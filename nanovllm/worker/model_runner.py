@@ -31,7 +31,7 @@ from nanovllm.worker.cuda_graph import CUDAGraphRunner, graph_batch_sizes, share
 from nanovllm.worker.device_input import make_context
 from nanovllm.worker.kv_cache import block_bytes, empty_cache, num_blocks_on_cpu, num_blocks_that_fit
 from nanovllm.worker.torch_state import gpu_lock, plain_torch_state
-from nanovllm.worker.warmup import dummy_prefill, prefill_warmup_shapes, prepare_profile_run
+from nanovllm.worker.warmup import dummy_decode, dummy_prefill, prefill_warmup_shapes, prepare_profile_run
 
 if TYPE_CHECKING:
     from nanovllm.engine.sequence import Sequence
@@ -69,6 +69,8 @@ class ModelRunner:
         self.graphs: CUDAGraphRunner | None = None
         with plain_torch_state(self.device, is_inference=False):
             self.load_model(model_dir, on_tensor_loaded)
+            if self.device.type == "cuda":
+                self.compile_kernels()
             self.num_kv_cache_blocks = self.profile_memory()
             self.kv_cache = self.allocate_kv_cache(self.num_kv_cache_blocks)
             if self.device.type == "cuda":
@@ -93,11 +95,37 @@ class ModelRunner:
         self.model.eval()
         self.sampler = Sampler(ops.sample_unfiltered)
         self.shares_prefixes = ops.attention.shares_prefixes
+        self.compile_ahead = ops.compile_ahead
         is_graph_safe = self.tp.is_graph_safe and ops.is_graph_safe
         self.can_capture = self.device.type == "cuda" and not config.enforce_eager and is_graph_safe
 
     def _attention_layers(self) -> list[Attention]:
         return [module for module in self.model.modules() if isinstance(module, Attention)]
+
+    def compile_kernels(self) -> None:
+        """Compile the kernels of all kinds of steps in parallel, which one after another would take half a minute.
+
+        What is left out here is compiled when it is first launched, in warmup_model or before the capture of a graph.
+        """
+        if self.compile_ahead is not None:
+            self.compile_ahead(self._run_all_kinds_of_steps)
+
+    def _run_all_kinds_of_steps(self) -> None:
+        config, block_size = self.config, self.config.kv_cache_block_size
+        limits = (config.max_num_batched_tokens, config.max_model_len, config.max_num_seqs)
+        num_blocks = config.num_kv_cache_blocks or math.ceil(config.max_model_len / block_size)
+        self._execute(prepare_profile_run(*limits, block_size))
+        cache = self.allocate_kv_cache(1)  # of the right strides; nothing is read or written
+        for query_lens, num_cached_tokens in prefill_warmup_shapes(*limits, num_blocks, block_size):
+            self._execute(dummy_prefill(query_lens, num_cached_tokens, block_size))
+        batch_sizes = graph_batch_sizes(config.max_num_seqs)
+        for batch_size in {1, 2, 16, 32, batch_sizes[-1]}.intersection(batch_sizes):
+            self._execute(dummy_decode(batch_size, block_size))
+        for batch_size in shared_prefix_batch_sizes(batch_sizes)[:1] if self.shares_prefixes else ():
+            self._execute(dummy_decode(batch_size, block_size, shares_prefix=True))
+        del cache
+        for layer in self._attention_layers():
+            layer.kv_cache = None
 
     def profile_memory(self) -> int:
         """The number of KV blocks: the user's, or as many as fit on every rank. A GPU runs the largest step before."""

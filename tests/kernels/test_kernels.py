@@ -3,8 +3,8 @@
 What a kernel declares is in NAME_cases.py; docs/adding_a_kernel.md shows how one is added.
 """
 
-import re
 import ast
+import re
 from collections.abc import Iterator
 from typing import Any
 

@@ -55,8 +55,9 @@ def test_a_gpu_gets_triton_kernels_with_the_attention_asked_for(
     ops = select(requested)
     assert (ops.attention.name, ops.is_graph_safe) == (attention, is_graph_safe)
     assert (ops.qk_norm_rope_store is TRITON_OPS.qk_norm_rope_store) == is_fused
-    same = {"attention": TRITON_OPS.attention, "qk_norm_rope_store": TRITON_OPS.qk_norm_rope_store}
-    assert dataclasses.replace(ops, **same) == TRITON_OPS
+    assert (ops.compile_ahead is not None) == (attention == "triton"), "other backends would compute"
+    differing = ("attention", "qk_norm_rope_store", "compile_ahead")
+    assert dataclasses.replace(ops, **{name: getattr(TRITON_OPS, name) for name in differing}) == TRITON_OPS
 
 
 @pytest.mark.parametrize(
