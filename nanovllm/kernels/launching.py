@@ -14,7 +14,7 @@ import triton
 _compiles_only: ContextVar[bool] = ContextVar("compiles_only", default=False)
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+def launch(kernel: Any, grid: tuple[Any, ...], *arguments: Any, **options: Any) -> None:
     """kernel[grid](*arguments, **options), or its compilation."""
     if _compiles_only.get():
         kernel.warmup(*arguments, grid=grid, **options)

@@ -12,7 +12,7 @@ import numpy as np
 import psutil
 import torch
 
-from nanovllm.attention.backend import AttentionRequirements
+from nanovllm.attention.backend import AttentionBackend, AttentionRequirements
 from nanovllm.config import Config
 from nanovllm.context import Context, set_context
 from nanovllm.distributed.placement import resolve_device
@@ -69,6 +69,7 @@ class ModelRunner:
         self.graphs: CUDAGraphRunner | None = None
         with plain_torch_state(self.device, is_inference=False):
             self.load_model(model_dir, on_tensor_loaded)
+            self.block_size = self._choose_block_size()
             if self.device.type == "cuda":
                 self.compile_kernels()
             self.num_kv_cache_blocks = self.profile_memory()
@@ -96,11 +97,20 @@ class ModelRunner:
         self.sampler = Sampler(ops.sample_unfiltered)
         self.shares_prefixes = ops.attention.shares_prefixes
         self.compile_ahead = ops.compile_ahead
+        self.default_block_size = ops.attention.default_block_size
         is_graph_safe = self.tp.is_graph_safe and ops.is_graph_safe
         self.can_capture = self.device.type == "cuda" and not config.enforce_eager and is_graph_safe
 
     def _attention_layers(self) -> list[Attention]:
         return [module for module in self.model.modules() if isinstance(module, Attention)]
+
+    def _choose_block_size(self) -> int:
+        """The user's; else the largest of the ranks' defaults, which are powers of two. Equal on all ranks."""
+        if self.config.kv_cache_block_size is not None:
+            return self.config.kv_cache_block_size
+        if self.config.num_kv_cache_blocks is not None:
+            return AttentionBackend.default_block_size  # nano-vllm's: who counts blocks knows how large they are
+        return -self.tp.all_reduce_min(-self.default_block_size)
 
     def compile_kernels(self) -> None:
         """Compile the kernels of all kinds of steps in parallel, which one after another would take half a minute.
@@ -111,7 +121,7 @@ class ModelRunner:
             self.compile_ahead(self._run_all_kinds_of_steps)
 
     def _run_all_kinds_of_steps(self) -> None:
-        config, block_size = self.config, self.config.kv_cache_block_size
+        config, block_size = self.config, self.block_size
         limits = (config.max_num_batched_tokens, config.max_model_len, config.max_num_seqs)
         num_blocks = config.num_kv_cache_blocks or math.ceil(config.max_model_len / block_size)
         self._execute(prepare_profile_run(*limits, block_size))
@@ -140,7 +150,7 @@ class ModelRunner:
     def _run_largest_step(self) -> None:
         config = self.config
         model_input = prepare_profile_run(
-            config.max_num_batched_tokens, config.max_model_len, config.max_num_seqs, config.kv_cache_block_size
+            config.max_num_batched_tokens, config.max_model_len, config.max_num_seqs, self.block_size
         )
         with gpu_lock:
             torch.cuda.empty_cache()
@@ -164,7 +174,7 @@ class ModelRunner:
         return free_before - free_after + DRIVER_BYTES_PER_GRAPH * len(batch_sizes)
 
     def _num_blocks_that_fit(self, graph_bytes: int) -> int:
-        model, config, block_size = self.model_config, self.config, self.config.kv_cache_block_size
+        model, config, block_size = self.model_config, self.config, self.block_size
         bytes_per_block = self.num_ranks_per_device * block_bytes(
             model.num_hidden_layers, block_size, self.num_kv_heads, model.head_dim, self.dtype.itemsize
         )
@@ -186,7 +196,7 @@ class ModelRunner:
 
     def allocate_kv_cache(self, num_blocks: int) -> torch.Tensor:
         """The cache tensor, bound to the model's attention layers. Slots that were never written are uninitialised."""
-        model, block_size = self.model_config, self.config.kv_cache_block_size
+        model, block_size = self.model_config, self.block_size
         shape = (2, model.num_hidden_layers, num_blocks, block_size, self.num_kv_heads, model.head_dim)
         kv_cache = empty_cache(shape, self.dtype, self.device, is_given=self.config.num_kv_cache_blocks is not None)
         for layer, k_cache, v_cache in zip(self._attention_layers(), kv_cache[0], kv_cache[1], strict=True):
@@ -196,7 +206,7 @@ class ModelRunner:
     def warmup_model(self) -> None:
         """Compile the kernels of every kind of prefill on a GPU, so that no request waits for the compiler."""
         limits = (self.config.max_num_batched_tokens, self.config.max_model_len, self.config.max_num_seqs)
-        block_size = self.config.kv_cache_block_size
+        block_size = self.block_size
         for query_lens, num_cached_tokens in prefill_warmup_shapes(*limits, self.num_kv_cache_blocks, block_size):
             self._execute(dummy_prefill(query_lens, num_cached_tokens, block_size))
         with gpu_lock:
@@ -211,7 +221,7 @@ class ModelRunner:
                 return self.model.compute_logits(self.model(input_ids, positions))
 
         max_model_len = self.config.max_model_len
-        max_blocks_per_seq = math.ceil(max_model_len / self.config.kv_cache_block_size)
+        max_blocks_per_seq = math.ceil(max_model_len / self.block_size)
         use_tqdm = use_tqdm and self.tp.rank == 0
         shared_sizes = shared_prefix_batch_sizes(batch_sizes) if self.shares_prefixes else []
         return CUDAGraphRunner(

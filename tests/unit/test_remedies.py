@@ -59,9 +59,9 @@ AHEAD_ON_TWO_RANKS = {"async_scheduling": True, "tensor_parallel_size": 2}
         ),
         (
             Config,
-            {"kv_cache_block_size": 16},
-            "attention_backend='triton' also takes powers of two from 16",
-            [{"kv_cache_block_size": 16, "attention_backend": "triton"}],
+            {"kv_cache_block_size": 16, "attention_backend": "flash_attn"},
+            "attention_backend='triton' also takes powers of two from 16, as 'auto' does",
+            [{"kv_cache_block_size": 16, "attention_backend": name} for name in ("triton", "auto")],
         ),
         (
             Config,
@@ -222,9 +222,9 @@ def test_of_text_that_is_no_unicode() -> None:
             ["--max-num-batched-tokens", "2", "--max-num-seqs", "2"],
         ),
         (
-            ["--kv-cache-block-size", "16"],
+            ["--kv-cache-block-size", "8"],
             "--attention-backend torch powers",
-            ["--kv-cache-block-size", "16", "--attention-backend", "torch"],
+            ["--kv-cache-block-size", "8", "--attention-backend", "torch"],
         ),
         (["--greedy", "--top-k", "5"], "leave out --top-k", ["--greedy"]),
         (["--chat"], "leave out --chat", []),
