@@ -126,6 +126,6 @@ def _check_block_size(block_size: int, backend: str) -> None:
         return
     raise ValueError(
         f"kv_cache_block_size must be a multiple of {FLASH_ATTENTION_BLOCK_SIZE} with attention_backend={backend!r}, "
-        f"got {block_size}; attention_backend='triton' also takes powers of two from {MIN_TRITON_BLOCK_SIZE}, as 'auto' "
-        "does, attention_backend='torch' powers of two from 1"
+        f"got {block_size}; attention_backend='triton' also takes powers of two from {MIN_TRITON_BLOCK_SIZE}, as "
+        "'auto' does, attention_backend='torch' powers of two from 1"
     )
