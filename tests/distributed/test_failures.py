@@ -11,12 +11,14 @@ import pytest
 import torch
 
 from nanovllm import LLM, SamplingParams, bundled_model_path
+from nanovllm.distributed import rendezvous
 from nanovllm.distributed.rendezvous import ADDRESS_TIMEOUT_S, CONNECT_TIMEOUT_S
 from nanovllm.executor.base import RankError
 from nanovllm.executor.failure_monitor import FAILURE_COLLECT_S
 from nanovllm.executor.multi_rank import ROOT_CAUSE_TIMEOUT_S
+from nanovllm.executor.multiproc import CHECK_INTERVAL_S
 from tests.support.counts import count_event, record_error
-from tests.support.rank_faults import CONNECTING, PLACES, WORDS, Fault, plant
+from tests.support.rank_faults import CONNECTED, CONNECTING, PLACES, WORDS, Fault, plant
 from tests.support.resource_snapshot import Watch
 
 OPTIONS: dict[str, Any] = {
@@ -89,6 +91,14 @@ def test_rank_0_raises_which_rank_failed_and_why(
 ) -> None:
     """D33: an error of rank 0 is raised as it is."""
     fault = Fault(rank, place, what, log)
+    plant(monkeypatch, fault)
+    check_failure(fault, 2, nothing_left)
+
+
+def test_a_rank_killed_when_it_has_connected(nothing_left: Watch, monkeypatch: pytest.MonkeyPatch, log: Path) -> None:
+    """D33 D34: rank 0's thread, which has a group then, notices it later than rank 0 does."""
+    monkeypatch.setattr(rendezvous, "POLL_S", 10 * CHECK_INTERVAL_S)
+    fault = Fault(1, CONNECTED, "kill", log)
     plant(monkeypatch, fault)
     check_failure(fault, 2, nothing_left)
 

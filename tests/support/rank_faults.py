@@ -19,6 +19,7 @@ from nanovllm.worker import model_runner
 
 PLACES = ("joining", "load", "sizing", "prefill", "decode")  # in the order in which a rank reaches them
 CONNECTING = "connecting"  # after "joining": the others know this rank's address, and it does not connect
+CONNECTED = "connected"  # after that: it has connected, and does not say so
 WARM_UP = "warm-up"  # after "load", on GPUs only
 MEMORY = 2**30  # holds fewer blocks of the bundled model than its 512 sequences could use
 WORDS = "planted on purpose"
@@ -88,6 +89,7 @@ def plant_here(fault: Fault, patch: Callable[[Any, str, Any], None] = setattr) -
     where, name = {
         "joining": (worker_main, "join_local_group"),
         CONNECTING: (rendezvous, "_connect_gloo"),
+        CONNECTED: (rendezvous, "_connect_gloo"),
         "load": (model_runner, "load_model"),
         WARM_UP: (Runner, "warmup_model"),
         "sizing": (Runner, "allocate_kv_cache"),
@@ -100,6 +102,8 @@ def plant_here(fault: Fault, patch: Callable[[Any, str, Any], None] = setattr) -
     def with_fault(*args: Any, **kwargs: Any) -> Any:
         if fault.place == CONNECTING:
             return work(args[0], TriggeringStore(args[1], fault))
+        if fault.place == CONNECTED:
+            work(*args)
         if name != "launch" or args[1].is_prefill == (fault.place == "prefill"):
             fault.trigger()
         return work(*args, **kwargs)

@@ -4,7 +4,6 @@ what closes them and what they raise.
 
 import gc
 import weakref
-from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 
 from nanovllm import Config
 from nanovllm.distributed.placement import RankPlacement
+from nanovllm.distributed.process_group import DaemonThread
 from nanovllm.executor import base, multi_rank, uniproc
 from nanovllm.executor.base import RankError, make_executor
 from nanovllm.executor.failure_monitor import State
@@ -99,14 +99,8 @@ class Ranks(MultiRankExecutor):
 def parts(monkeypatch: pytest.MonkeyPatch) -> Any:
     parts = Parts()
 
-    def abort(tp: Any) -> Future[None]:
-        parts.call("abort")
-        aborted: Future[None] = Future()
-        aborted.set_result(None)
-        return aborted
-
     monkeypatch.setattr(multi_rank, "destroy_process_group", lambda tp: parts.call("destroy group"))
-    monkeypatch.setattr(multi_rank, "abort_process_group", abort)
+    monkeypatch.setattr(multi_rank, "abort_process_group", lambda tp: DaemonThread(lambda: parts.call("abort")))
     monkeypatch.setattr(uniproc, "ModelRunner", parts.make_runner)
     return parts
 
