@@ -76,17 +76,17 @@ class MultiRankExecutor(Executor):
             raise RuntimeError(ENDED)
         try:
             self._send(StepMessage(batch, None if previous is None else previous.batch.sampled_sequences))
-            self._outputs.append(self._launch(self._runner, batch, previous))
+            self._outputs.append(self._run(self._runner, batch, previous))
         except BaseException as error:
             self._fail(error)
         return MultiRankPendingTokens(self._outputs[-1], self._collect)
 
     @staticmethod
-    def _launch(runner: ModelRunner, batch: ScheduledBatch, previous: PendingTokens | None) -> AsyncModelOutput:
+    def _run(runner: ModelRunner, batch: ScheduledBatch, previous: PendingTokens | None) -> AsyncModelOutput:
         if previous is None:
-            return runner.launch(batch)
+            return runner.run(batch)
         assert isinstance(previous, MultiRankPendingTokens)
-        return runner.launch(batch, previous.batch.sampled_sequences, previous.output.sampled)
+        return runner.run(batch, previous.batch.sampled_sequences, previous.output.sampled)
 
     def _collect(self, pending: MultiRankPendingTokens) -> list[int]:
         try:

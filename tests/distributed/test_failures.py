@@ -124,7 +124,7 @@ def test_an_error_of_rank_0_closes_the_engine_and_a_new_one_starts(
         raise torch.OutOfMemoryError("planted on rank 0")
 
     with monkeypatch.context() as planted:
-        planted.setattr(llm._core.executor._runner, "launch", fail)
+        planted.setattr(llm._core.executor._runner, "run", fail)
         with pytest.raises(torch.OutOfMemoryError, match="planted on rank 0"):
             generate(llm)
     with pytest.raises(RuntimeError, match=CLOSED):
@@ -149,7 +149,7 @@ def test_ctrl_c_while_rank_0_waits_for_the_root_cause_closes_the_engine(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as planted:
-        planted.setattr(llm._core.executor._runner, "launch", fail)
+        planted.setattr(llm._core.executor._runner, "run", fail)
         planted.setattr(llm._core.executor, "_wait_for_root_cause", interrupt)
         with pytest.raises(KeyboardInterrupt):
             generate(llm)

@@ -204,7 +204,7 @@ def test_ranks_end_when_rank_0_is_killed(start_program: Callable[[str], Program]
         child = ["sleep", "{2 * HANG_SECONDS}"]
         subprocess.Popen(child, pass_fds=files, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     if {"in a collective" in where}:
-        executor._runner.launch = lambda *step: print("sent", flush=True) or time.sleep({2 * HANG_SECONDS})
+        executor._runner.run = lambda *step: print("sent", flush=True) or time.sleep({2 * HANG_SECONDS})
         {GENERATE_LONG}
     print("idle", flush=True)
     time.sleep({2 * HANG_SECONDS})

@@ -3,7 +3,7 @@ tokens and logits stay the same. Under poison: what may not be read is NaN.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -104,20 +104,17 @@ def recorded_logits(llm: LLM) -> Iterator[dict[tuple[int, int], torch.Tensor]]:
     logits: dict[tuple[int, int], torch.Tensor] = {}
     batch: list[ScheduledBatch] = []
 
-    def remembering(method: Callable[..., Any]) -> Callable[..., Any]:
-        def run(scheduled: ScheduledBatch, *others: Any) -> Any:
-            batch[:] = [scheduled]
-            return method(scheduled, *others)
-
-        return run
+    def remember_and_run(scheduled: ScheduledBatch, *previous: Any) -> Any:
+        batch[:] = [scheduled]
+        return run(scheduled, *previous)
 
     def sample(rows: torch.Tensor, params: Any) -> torch.Tensor:
         for seq, row, position in zip(batch[0].sampled_sequences, rows, params.position.tolist(), strict=True):
             logits[seq.seq_id, position] = row.clone()
         return sampler(rows, params)
 
-    run, launch, sampler = remembering(runner.run), remembering(runner.launch), runner.sampler
-    with mock.patch.multiple(runner, run=run, launch=launch, sampler=sample):
+    run, sampler = runner.run, runner.sampler
+    with mock.patch.multiple(runner, run=remember_and_run, sampler=sample):
         yield logits
 
 

@@ -93,8 +93,8 @@ def plant_here(fault: Fault, patch: Callable[[Any, str, Any], None] = setattr) -
         "load": (model_runner, "load_model"),
         WARM_UP: (Runner, "warmup_model"),
         "sizing": (Runner, "allocate_kv_cache"),
-        "prefill": (Runner, "launch"),
-        "decode": (Runner, "launch"),
+        "prefill": (Runner, "run"),
+        "decode": (Runner, "run"),
     }[fault.place]
     work = getattr(where, name)
 
@@ -104,7 +104,7 @@ def plant_here(fault: Fault, patch: Callable[[Any, str, Any], None] = setattr) -
             return work(args[0], TriggeringStore(args[1], fault))
         if fault.place == CONNECTED:
             work(*args)
-        if name != "launch" or args[1].is_prefill == (fault.place == "prefill"):
+        if name != "run" or args[1].is_prefill == (fault.place == "prefill"):
             fault.trigger()
         return work(*args, **kwargs)
 

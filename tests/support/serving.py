@@ -91,12 +91,12 @@ def recorded(llm: LLM, is_pickled: bool = False) -> Iterator[dict[int, list[torc
     """seq_id -> the logits that each of its tokens was sampled from. Pickled: as a rank in another process has it."""
     runner: Any = llm._core.executor._runner
     logits: dict[int, list[torch.Tensor]] = {}
-    launch, sampler = runner.launch, runner.sampler
+    run, sampler = runner.run, runner.sampler
     current: list[ScheduledBatch] = []
 
-    def launch_and_remember(batch: ScheduledBatch, *previous: Any) -> Any:
+    def run_and_remember(batch: ScheduledBatch, *previous: Any) -> Any:
         current[:] = [pickle.loads(pickle.dumps(batch)) if is_pickled and not previous else batch]
-        output = launch(current[0], *previous)
+        output = run(current[0], *previous)
         output.batch = batch
         return output
 
@@ -105,9 +105,9 @@ def recorded(llm: LLM, is_pickled: bool = False) -> Iterator[dict[int, list[torc
             logits.setdefault(seq.seq_id, []).append(row.cpu().clone())
         return sampler(rows, *others)
 
-    runner.launch, runner.sampler = launch_and_remember, record
+    runner.run, runner.sampler = run_and_remember, record
     try:
         yield logits
     finally:
-        del runner.launch
+        del runner.run
         runner.sampler = sampler

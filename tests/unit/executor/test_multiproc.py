@@ -100,7 +100,7 @@ def test_rank_0s_own_failure_kills_the_workers_and_aborts_the_group(ranks: Ranks
     executor = ranks.start_with(group)
     executor._runner.close = lambda: threading.Timer(0.1, graphs_are_freed.set).start()
     with pytest.raises(AttributeError):
-        executor.execute(SimpleNamespace())  # which the runner cannot launch
+        executor.execute(SimpleNamespace())  # which the runner cannot run
     assert ended == [True]
     assert group.num_aborts == 1
     assert ranks.num_kills > 0
