@@ -20,9 +20,9 @@ import pytest
 from nanovllm.executor import multiproc
 from nanovllm.executor.base import RankError
 from nanovllm.executor.failure_monitor import State
-from tests.distributed.test_failures import ERRORS, MAX_SECONDS, check_failure, engine, generate
 from tests.support.counts import count_event, record_error
-from tests.support.rank_faults import CONNECTING, PLACES, Fault, plant
+from tests.support.rank_engines import MAX_SECONDS, check_failure, engine, generate
+from tests.support.rank_faults import CONNECTING, ERRORS, PLACES, Fault, plant
 from tests.support.resource_snapshot import Watch
 
 pytestmark = pytest.mark.campaign

@@ -16,9 +16,9 @@ import pytest
 
 from nanovllm import LLM, SamplingParams, bundled_model_path
 from nanovllm.executor.multiproc import MultiprocExecutor
-from tests.distributed.test_failures import OPTIONS, engine, generate
 from tests.support.counts import count_event
 from tests.support.limits import HANG_SECONDS
+from tests.support.rank_engines import OPTIONS, engine, generate
 from tests.support.resource_snapshot import SHARED_MEMORY, Watch
 from tests.support.source_tree import ROOT
 

@@ -23,11 +23,17 @@ CONNECTED = "connected"  # after that: it has connected, and does not say so
 WARM_UP = "warm-up"  # after "load", on GPUs only
 MEMORY = 2**30  # holds fewer blocks of the bundled model than its 512 sequences could use
 WORDS = "planted on purpose"
+ERRORS: dict[str, type[Exception]] = {
+    "raise": ArithmeticError,
+    "value": ValueError,
+    "host memory": MemoryError,
+    "device memory": torch.OutOfMemoryError,
+}
 
 
 @dataclass(frozen=True)
 class Fault:
-    """Rank `rank` does `what` when it reaches `place`: raise, kill, exit, run out of memory, stop.
+    """Rank `rank` does `what` when it reaches `place`: kill, exit, stop, or raise that of ERRORS.
 
     log: a file to which the rank writes the time of it.
     """
@@ -40,10 +46,8 @@ class Fault:
     def trigger(self) -> None:
         if self.log is not None:
             self.log.write_text(repr(time.monotonic()))
-        errors = {"raise": ArithmeticError, "value": ValueError, "host memory": MemoryError}
-        errors["device memory"] = torch.OutOfMemoryError
-        if self.what in errors:
-            raise errors[self.what](WORDS)
+        if self.what in ERRORS:
+            raise ERRORS[self.what](WORDS)
         if self.what == "exit":
             os._exit(3)
         os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[self.what])
