@@ -38,7 +38,7 @@ def random_tokens(count: int, seed: int) -> list[int]:
 
 @variants
 def test_teacher_forced_logits(variant: dict[str, Any]) -> None:
-    """D01 D07 D64 D65: every position of a prompt in two chunks and a continuation decoded token by token."""
+    """D01 D07 D64 D65 D66: every position of a prompt in two chunks and a continuation decoded token by token."""
     model_dir = tiny_model(**variant)
     token_ids = random_tokens(100, seed=1)
     exact = hugging_face_logits(model_dir, token_ids, torch.float64)
