@@ -60,6 +60,14 @@ def test_a_hit_that_is_free_costs_a_block_and_one_that_is_owned_does_not() -> No
     assert pool.free == set()
 
 
+def test_a_prompt_that_was_cached_whole_shares_all_blocks_and_leaves_one_token() -> None:
+    """D05, D14."""
+    prompt = [0, 1, 2, 3]
+    pool, num_cached = filled(BlockManager(4, 2), "a", prompt).allocate("b", prompt)
+    assert num_cached == 3
+    assert pool.tables["b"] == pool.tables["a"]
+
+
 @pytest.mark.parametrize(("leaves", "stays"), ["ab", "ba"])
 def test_a_twin_survives_the_reuse_of_its_copy(leaves: str, stays: str) -> None:
     """D13: two equal prompts computed in one step hold the prefix twice; when one copy goes, the other is still hit.
