@@ -15,6 +15,7 @@ from nanovllm.engine.detokenizer import Detokenizer, decode
 from nanovllm.engine.token_decoder import TokenDecoder
 from nanovllm.engine.tokenizer import load_tokenizer
 from tests.support.counts import count_comparisons
+from tests.unit.engine.test_detokenizer import stream
 from tests.unit.engine.text_tokenizers import SPECIAL, KnownTokenizer, byte_fallback, byte_level, word_tokenizer
 
 KINDS = {"byte-fallback": byte_fallback, "byte-level": byte_level}
@@ -54,23 +55,9 @@ def at_once(tokenizer: Any, prompt: list[int], completion: list[int]) -> str:
     return detokenizer.text
 
 
-def one_by_one(tokenizer: Any, prompt: list[int], completion: list[int], stop: tuple[str, ...] = ()) -> list[str]:
-    """As generate_stream: the pieces."""
-    detokenizer, pieces = Detokenizer(tokenizer, stop, prompt), []
-    for token_id in completion:
-        detokenizer.append(token_id)
-        if detokenizer.is_stopped:
-            break
-        pieces.append(detokenizer.next_text(is_last=False))
-    detokenizer.close()
-    pieces.append(detokenizer.next_text(is_last=True))
-    assert "".join(pieces) == detokenizer.text
-    return pieces
-
-
 def check_text(tokenizer: Any, prompt: list[int], completion: list[int], text: str) -> None:
     assert at_once(tokenizer, prompt, completion) == text
-    assert "".join(one_by_one(tokenizer, prompt, completion)) == text
+    assert stream(tokenizer, completion, prompt=prompt)[1].text == text
 
 
 def token_ids(known: KnownTokenizer, max_size: int) -> st.SearchStrategy[list[int]]:
@@ -225,7 +212,7 @@ def test_stop_strings_with_special_tokens(
     detokenizer.extend(completion)
     detokenizer.close()
     assert (detokenizer.text, detokenizer.is_stopped) == (text, is_stopped)
-    assert "".join(one_by_one(known.tokenizer, [known.id_of(b"b")], completion, stop)) == text
+    assert stream(known.tokenizer, completion, stop, [known.id_of(b"b")])[1].text == text
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -242,5 +229,5 @@ def test_text_ends_before_the_first_stop_string(kind: str, data: st.DataObject) 
     expected = view.partition(stop)[0]
     for name in shown:
         expected = expected.replace(name, "")
-    pieces = one_by_one(known.tokenizer, [known.id_of(b"b")], [known.id_of(token) for token in tokens], (stop,))
-    assert "".join(pieces) == expected
+    completion = [known.id_of(token) for token in tokens]
+    assert stream(known.tokenizer, completion, (stop,), [known.id_of(b"b")])[1].text == expected
