@@ -17,7 +17,7 @@ from nanovllm.executor.failure_monitor import FAILURE_COLLECT_S
 from nanovllm.executor.multi_rank import ROOT_CAUSE_TIMEOUT_S
 from nanovllm.executor.multiproc import CHECK_INTERVAL_S
 from tests.support.rank_engines import MAX_SECONDS, OPTIONS, check_failure, engine, generate
-from tests.support.rank_faults import CONNECTED, CONNECTING, PLACES, Fault, plant
+from tests.support.rank_faults import CONNECTED, CONNECTING, PLACES, Fault
 from tests.support.resource_snapshot import Watch
 
 CLOSED = "this engine is closed: make a new one"
@@ -36,17 +36,13 @@ def test_rank_0_raises_which_rank_failed_and_why(
     nothing_left: Watch, monkeypatch: pytest.MonkeyPatch, log: Path, rank: int, place: str, what: str
 ) -> None:
     """D33: an error of rank 0 is raised as it is."""
-    fault = Fault(rank, place, what, log)
-    plant(monkeypatch, fault)
-    check_failure(fault, 2, nothing_left)
+    check_failure(monkeypatch, nothing_left, Fault(rank, place, what, log))
 
 
 def test_a_rank_killed_when_it_has_connected(nothing_left: Watch, monkeypatch: pytest.MonkeyPatch, log: Path) -> None:
     """D33 D34: rank 0's thread, which has a group then, notices it later than rank 0 does."""
     monkeypatch.setattr(rendezvous, "POLL_S", 10 * CHECK_INTERVAL_S)
-    fault = Fault(1, CONNECTED, "kill", log)
-    plant(monkeypatch, fault)
-    check_failure(fault, 2, nothing_left)
+    check_failure(monkeypatch, nothing_left, Fault(1, CONNECTED, "kill", log))
 
 
 @pytest.mark.parametrize("what", ["raise", "kill"])
@@ -54,9 +50,7 @@ def test_a_rank_fails_in_a_step_that_async_scheduling_submitted(
     nothing_left: Watch, monkeypatch: pytest.MonkeyPatch, log: Path, what: str
 ) -> None:
     """D33: while the tokens of the step before are pending."""
-    fault = Fault(1, "decode", what, log)
-    plant(monkeypatch, fault)
-    check_failure(fault, 2, nothing_left, async_scheduling=True)
+    check_failure(monkeypatch, nothing_left, Fault(1, "decode", what, log), async_scheduling=True)
 
 
 def test_an_error_of_rank_0_closes_the_engine_and_a_new_one_starts(

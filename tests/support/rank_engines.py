@@ -7,7 +7,7 @@ import pytest
 from nanovllm import LLM, SamplingParams, bundled_model_path
 from nanovllm.executor.base import RankError
 from tests.support.counts import count_event, record_error
-from tests.support.rank_faults import ERRORS, WORDS, Fault
+from tests.support.rank_faults import ERRORS, WORDS, Fault, plant
 from tests.support.resource_snapshot import Watch
 
 OPTIONS: dict[str, Any] = {
@@ -40,8 +40,11 @@ def message_of(fault: Fault, size: int) -> str:
     return f"rank {fault.rank} of {size} failed: {ERRORS[fault.what].__name__}: {WORDS}"
 
 
-def check_failure(fault: Fault, size: int, watch: Watch, **options: Any) -> None:
-    """In time, with the cause, and nothing is left although the error, and so its traceback, is still referenced."""
+def check_failure(monkeypatch: pytest.MonkeyPatch, watch: Watch, fault: Fault, size: int = 2, **options: Any) -> None:
+    """Engines have the fault from now on. One of `size` ranks must raise the cause in time and leave nothing, although
+    its error, and so its traceback, is still referenced.
+    """
+    plant(monkeypatch, fault)
     before = watch.snapshot()
     with pytest.raises(RankError if fault.rank else ERRORS[fault.what]) as caught:
         start_and_generate(size, **options)
