@@ -2,8 +2,8 @@
 
 The reference computes in float64. transformers, asked for float64, still computes norms, the router's softmax and
 rotary angles in float32, whose relative rounding is 2**-24 = 6e-8; an angle of 40 radians is off by 40 * 6e-8 = 2.4e-6.
-With logits of size 1 to 10 behind two or three layers, 1e-4 bounds what that can do (seen: below 2e-5); MISTAKE, the least
-effect that a forgotten bias, norm or scaling is shown to have, is ten thousand times larger.
+With logits of size 1 to 10 behind two or three layers, 1e-4 bounds what that can do (seen: below 2e-5); MISTAKE, the
+least effect that a forgotten bias, norm or scaling is shown to have, is ten thousand times larger.
 """
 
 import json
