@@ -62,8 +62,10 @@ class AttentionBackend(ABC):
 MIN_COMPUTE_CAPABILITY = (8, 0)  # Ampere
 
 
-def old_gpu_reason(device: torch.device) -> str | None:
-    """Why a GPU is too old for the backends "triton" and "flash_attn"; None if it is not."""
+def unsupported_device_reason(device: torch.device) -> str | None:
+    """Why the backends "triton" and "flash_attn" cannot compute on `device`; None if they can."""
+    if device.type != "cuda":
+        return f"it needs an NVIDIA GPU, the device is {device}"
     capability = torch.cuda.get_device_capability(device)
     if capability < MIN_COMPUTE_CAPABILITY:
         return f"it needs compute capability {MIN_COMPUTE_CAPABILITY}, the GPU has {capability}"

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from nanovllm import kernels
-from nanovllm.attention.backend import AttentionBackend, AttentionRequirements, KVCache, old_gpu_reason
+from nanovllm.attention.backend import AttentionBackend, AttentionRequirements, KVCache, unsupported_device_reason
 from nanovllm.config import MIN_TRITON_BLOCK_SIZE
 from nanovllm.context import SEQS_PER_TILE, Context
 
@@ -33,7 +33,8 @@ class TritonAttentionBackend(AttentionBackend):
 
     @classmethod
     def unsupported_reason(cls, requirements: AttentionRequirements) -> str | None:
-        reason = kernels.unsupported_reason(requirements.device, requirements.dtype)
+        device, dtype = requirements.device, requirements.dtype
+        reason = unsupported_device_reason(device) or kernels.unsupported_reason(device, dtype)
         if reason is not None:
             return reason
         if requirements.head_dim not in HEAD_DIMS:
@@ -41,7 +42,7 @@ class TritonAttentionBackend(AttentionBackend):
         block_size = requirements.block_size or cls.default_block_size
         if block_size < MIN_TRITON_BLOCK_SIZE or block_size & (block_size - 1):
             return f"kv_cache_block_size must be a power of two from {MIN_TRITON_BLOCK_SIZE}, got {block_size}"
-        return old_gpu_reason(requirements.device)
+        return None
 
     def prefill(self, query: Tensor, key: Tensor, value: Tensor, context: Context, scale: float) -> Tensor:
         return self._varlen_attention(

@@ -28,9 +28,9 @@ class UniprocExecutor(Executor):
         if self._runner is None:
             raise RuntimeError("this engine is closed: make a new one")
         if previous is None:
-            return self._runner.launch(batch)
+            return self._runner.run(batch)
         assert isinstance(previous, AsyncModelOutput)
-        return self._runner.launch(batch, previous.batch.sampled_sequences, previous.sampled)
+        return self._runner.run(batch, previous.batch.sampled_sequences, previous.sampled)
 
     @property
     def is_closed(self) -> bool:

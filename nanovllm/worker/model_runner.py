@@ -235,18 +235,14 @@ class ModelRunner:
     prepare_decode = staticmethod(prepare_decode)
     prepare_decode_async = staticmethod(prepare_decode_async)
 
-    def run(self, batch: ScheduledBatch) -> list[int]:
-        """Compute `batch`; the new token ids of batch.sampled_sequences, in their order (none on ranks but 0)."""
-        with plain_torch_state(self.device, is_inference=True):
-            return self._execute(self._prepare(batch)).tolist()
-
-    def launch(
+    def run(
         self,
         batch: ScheduledBatch,
         previous_sequences: "tuple[Sequence, ...] | None" = None,
         previous_token_ids: torch.Tensor | None = None,
     ) -> AsyncModelOutput:
-        """As run, without waiting for the device.
+        """Compute the new token ids of batch.sampled_sequences, in their order (none on ranks other than 0), without
+        waiting for the device.
 
         previous_sequences: those that the step submitted last samples, if Scheduler.schedule_next_async chose `batch`
             before their tokens were known. previous_token_ids: these tokens, int64, on the device; None on ranks other

@@ -89,7 +89,6 @@ def test_block_sizes_that_a_backend_takes(backend: str, smaller_sizes: set[int])
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_num_seqs": 9, "max_num_batched_tokens": 8}, r"at least 9, got 8; .*raise this or lower max_num_seqs"),
         ({"max_model_len": 1}, "one prompt token and one generated token"),
         ({"num_kv_cache_blocks": 0}, "use None to size it from memory"),
         (
@@ -101,6 +100,12 @@ def test_block_sizes_that_a_backend_takes(backend: str, smaller_sizes: set[int])
 def test_remedies_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Config("model", **options)
+
+
+def test_a_step_has_a_token_for_each_sequence() -> None:
+    with pytest.raises(ValueError, match=r"at least 9, got 8; .*raise this or lower max_num_seqs"):
+        Config("model", max_num_seqs=9, max_num_batched_tokens=8)
+    assert Config("model", max_num_seqs=8, max_num_batched_tokens=8)
 
 
 def test_a_model_is_a_str_or_a_path() -> None:

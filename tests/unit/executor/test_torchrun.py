@@ -152,9 +152,6 @@ def test_a_worker_that_fails_reports_it_and_ends_with_its_own_error(
 # --- rank 0's executor ---
 
 
-# --- rank 0's executor ---
-
-
 def test_close_succeeds_when_the_other_ranks_have_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     """D34. The control group's connections close when it has no references."""
 
