@@ -4,7 +4,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from nanovllm.bench import MAX_TOKEN_ID, draw_requests
+from nanovllm.bench.workload import MAX_TOKEN_ID, draw_requests
 
 lengths = st.tuples(st.integers(1, 9), st.integers(0, 9)).map(lambda pair: (pair[0], sum(pair)))
 
