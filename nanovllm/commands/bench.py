@@ -26,7 +26,7 @@ scenarios:
   all        each of them
 
 Without --scenario, one generate() of --num-seqs requests is timed once. On a machine without a GPU, and with the
-bundled model, which takes at most 2048 tokens, this ends within a minute:
+bundled model, which takes at most 2048 tokens, this takes about half a minute on two cores:
   nanovllm bench --scenario all --scale 0.1 --rate 20
 docs/performance.md says how to read the figures, and what the limit means.
 """
