@@ -60,6 +60,24 @@ def test_scenarios_of_the_bundled_model_are_measured_and_written(tmp_path, capsy
         assert (row["fraction"] is None) == (row["rate"] is not None)
 
 
+@pytest.mark.gpu
+@pytest.mark.whole_gpu
+def test_on_a_gpu_the_idle_share_and_the_limit_are_measured(tmp_path, capsys) -> None:
+    """With the real ceilings. A small model leaves the GPU idle for a part of the time, and computes for another."""
+    options = ["--scenario", "small", "prefill", "--scale", "0.1", "--repeat", "1", "--rate", "50"]
+    assert cli.main(["bench", *options, "--output", str(tmp_path), "--device", "cuda"]) == 0
+    written = json.loads((tmp_path / "bench.json").read_text(encoding="utf-8"))
+    assert written["machine"]["gpu"] in capsys.readouterr().out
+    assert written["ceilings"]["memory"] > 1e11
+    assert written["ceilings"]["matmul"] > 1e12
+    for row in written["rows"]:
+        if row["rate"] is None:
+            assert 0 <= row["gpu_idle"] < 1
+            assert 0 < row["fraction"] < 1
+        else:
+            assert row["gpu_idle"] is None
+
+
 @pytest.mark.parametrize("scenario", [[], ["--scenario", "single", "--scale", "0.02", "--repeat", "1"]])
 def test_random_weights_of_a_named_shape_are_measured(scenario: list[str], capsys, monkeypatch) -> None:
     """With and without a scenario; the shape is made small."""
