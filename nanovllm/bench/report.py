@@ -32,50 +32,56 @@ class Result:
 
 # --- table ---
 
-_HEADER = (
-    "scenario",
-    "requests",
-    "req/s",
-    "tok/s",
-    "",
-    "lowest",
-    "highest",
-    "limit",
-    "of limit",
-    "first token, ms",
-    "p99",
-    "per token, ms",
-    "p99",
-    "GPU idle",
-)
+_THROUGHPUT = ("scenario", "requests", "tok/s", "", "lowest", "highest", "limit", "of limit", "GPU idle")
+_LATENCY = ("scenario", "requests", "req/s", "tok/s", "first token", "p99", "per token", "p99")
+_LEFT_ALIGNED = ("scenario", "")
 
 
 def table(result: Result) -> str:
-    """A line for each row, and the ceilings below. "-" stands where there is no figure."""
-    lines = [_HEADER, *map(_cells, result.rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = [
-        " ".join((f"{cell:{width}}" if index in (0, 4) else f"{cell:>{width}}") for index, (cell, width) in cells)
-        for cells in (list(enumerate(zip(line, widths, strict=True))) for line in lines)
+    """Throughput of each scenario, latencies of each row, and the ceilings. "-" stands where there is no figure."""
+    at_once = [_throughput_cells(row) for row in result.rows if row.rate is None]
+    lines = [
+        "Throughput with all requests at once; lowest and highest of the runs",
+        *_aligned(_THROUGHPUT, at_once),
+        "",
+        "Latency in ms: of the first token, from the arrival of a request, and of each token after it",
+        *_aligned(_LATENCY, [_latency_cells(row) for row in result.rows]),
+        "",
+        *_notes(result),
     ]
-    return "\n".join(line.rstrip() for line in [*text, _note(result)])
+    return "\n".join(lines)
 
 
-def _cells(row: Row) -> tuple[str, ...]:
+def _aligned(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    alignments = ["<" if title in _LEFT_ALIGNED else ">" for title in header]
+    formats = [f"{alignment}{width}" for alignment, width in zip(alignments, widths, strict=True)]
+    return [" ".join(map(format, cells, formats)).rstrip() for cells in (header, *rows)]
+
+
+def _throughput_cells(row: Row) -> tuple[str, ...]:
     runs = [repetition.tokens_per_second(row.counted) for repetition in row.repetitions]
     return (
         row.scenario,
         str(row.num_seqs),
-        "at once" if row.rate is None else f"{row.rate:g}",
         f"{row.tokens_per_second:,.0f}",
         row.counted,
         f"{min(runs):,.0f}",
         f"{max(runs):,.0f}",
         ABSENT if row.limit_tokens_per_second is None else f"{row.limit_tokens_per_second:,.0f}",
         _percent(row.fraction),
+        _percent(row.gpu_idle),
+    )
+
+
+def _latency_cells(row: Row) -> tuple[str, ...]:
+    return (
+        row.scenario,
+        str(row.num_seqs),
+        "at once" if row.rate is None else f"{row.rate:g}",
+        f"{row.tokens_per_second:,.0f}",
         *_milliseconds(row.time_to_first_token),
         *_milliseconds(row.time_per_output_token),
-        _percent(row.gpu_idle),
     )
 
 
@@ -87,12 +93,13 @@ def _milliseconds(times: Percentiles | None) -> tuple[str, str]:
     return (ABSENT, ABSENT) if times is None else (f"{times.median * 1e3:.1f}", f"{times.p99 * 1e3:.1f}")
 
 
-def _note(result: Result) -> str:
+def _notes(result: Result) -> list[str]:
     ceilings, model = result.ceilings, result.model
-    return (
-        f"{model['name']}, {model['dtype']}; {describe(result.machine)}; nanovllm {__version__}. Ceilings of this run: "
-        f"memory {ceilings.memory / 1e9:,.1f} GB/s, matrix product {ceilings.matmul / 1e12:.3g} TFLOP/s"
-    )
+    return [
+        f"{model['name']}, {model['dtype']}; {describe(result.machine)}; nanovllm {__version__}",
+        f"ceilings of this run: memory {ceilings.memory / 1e9:,.1f} GB/s, matrix product "
+        f"{ceilings.matmul / 1e12:.3g} TFLOP/s",
+    ]
 
 
 def row_name(row: Row) -> str:

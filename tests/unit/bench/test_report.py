@@ -48,17 +48,25 @@ RESULT = Result(
 )
 
 
-def test_the_table_has_a_line_for_each_row_and_a_dash_where_there_is_no_figure() -> None:
-    header, first, second, note = report.table(RESULT).splitlines()
-    assert header.split()[:3] == ["scenario", "requests", "req/s"]
-    words = "headline 26 at once 20,836 out 20,000 22,000 34,900 59.7% 500.0 900.0 10.0 12.3 2.0%"
-    assert first.split() == words.split()
-    words_at_a_rate = "headline 26 2.5 1,000 out 1,000 1,000 - - 50.0 70.0 - - -"
-    assert second.split() == words_at_a_rate.split()
-    assert note == (
-        f"a model, float32; x86_64 CPU, torch 2.13.0, Python 3.12.1; nanovllm {__version__}. Ceilings of this run: "
-        "memory 4,280.0 GB/s, matrix product 784 TFLOP/s"
-    )
+def test_the_table_has_throughput_and_latencies_and_a_dash_where_there_is_no_figure() -> None:
+    lines = report.table(RESULT).splitlines()
+    assert all(len(line) <= 100 for line in lines)
+    words = [line.split() for line in lines]
+    assert words[1] == ["scenario", "requests", "tok/s", "lowest", "highest", "limit", "of", "limit", "GPU", "idle"]
+    assert words[2] == ["headline", "26", "20,836", "out", "20,000", "22,000", "34,900", "59.7%", "2.0%"]
+    assert words[5] == ["scenario", "requests", "req/s", "tok/s", "first", "token", "p99", "per", "token", "p99"]
+    assert words[6] == ["headline", "26", "at", "once", "20,836", "500.0", "900.0", "10.0", "12.3"]
+    assert words[7] == ["headline", "26", "2.5", "1,000", "50.0", "70.0", "-", "-"]
+    assert lines[9:] == [
+        f"a model, float32; x86_64 CPU, torch 2.13.0, Python 3.12.1; nanovllm {__version__}",
+        "ceilings of this run: memory 4,280.0 GB/s, matrix product 784 TFLOP/s",
+    ]
+
+
+def test_cells_of_a_column_end_below_each_other() -> None:
+    header, row = report.table(RESULT).splitlines()[1:3]
+    for title, cell in (("requests", "26"), ("tok/s", "20,836"), ("limit", "34,900"), ("of limit", "59.7%")):
+        assert header.index(title) + len(title) == row.index(cell) + len(cell)
 
 
 def test_the_json_file_holds_every_figure_under_the_names_that_the_page_documents(tmp_path) -> None:

@@ -41,9 +41,10 @@ def test_scenarios_of_the_bundled_model_are_measured_and_written(tmp_path, capsy
     assert cli.main(["bench", *options, "--output", str(tmp_path / "out"), "--device", "cpu"]) == 0
     captured = capsys.readouterr()
     lines = captured.out.splitlines()
-    assert [line.split()[0] for line in lines[1:5]] == ["headline", "headline", "prefix", "prefix"]
-    assert lines[5].startswith("the bundled model, float32; ")
-    assert lines[6] == f"written: {tmp_path / 'out' / 'bench.json'}"
+    assert [line.split()[0] for line in lines[2:4]] == ["headline", "prefix"]
+    assert [line.split()[0] for line in lines[7:11]] == ["headline", "headline", "prefix", "prefix"]
+    assert "the bundled model, float32; " in captured.out
+    assert lines[-2] == f"written: {tmp_path / 'out' / 'bench.json'}"
     assert captured.err.splitlines()[-1].startswith("Measuring: 50/50 in ")
 
     written = json.loads((tmp_path / "out" / "bench.json").read_text(encoding="utf-8"))
