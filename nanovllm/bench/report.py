@@ -173,7 +173,8 @@ def _draw_throughput(axes: Any, rows: list[Row]) -> None:
     axes.barh(names, [row.fraction or 0.0 for row in rows][::-1])
     axes.axvline(1.0, color="gray")
     axes.set_xlim(0, 1.05)
-    axes.set_xlabel("throughput as a fraction of the physical limit")
+    axes.set_title("throughput", fontsize=9)
+    axes.set_xlabel("fraction of the physical limit")
 
 
 def _of_limit(row: Row) -> str:
@@ -195,7 +196,8 @@ def _draw_latency(axes: Any, rows: Sequence[Row], what: str) -> None:
             label = scenario if percentile == "median" else None
             axes.plot([rate for rate, _ in points], values, style, color=f"C{index}", label=label)
     axes.set_xlabel("requests a second (Poisson arrivals)")
-    axes.set_ylabel(f"{what}, ms: median, and dashed the 99th percentile")
+    axes.set_title(what, fontsize=9)
+    axes.set_ylabel("ms: median; dashed: 99th percentile")
     axes.set_ylim(bottom=0)
     axes.legend(fontsize=7)
 
