@@ -17,7 +17,7 @@ ALL = "all"
 NUM_SEQS = 32  # without a scenario
 LENGTHS = (16, 128)
 _ONLY_WITHOUT_SCENARIO = ("input_len", "output_len")
-_ONLY_WITH_SCENARIO = ("rate", "repeat", "scale", "output")
+_ONLY_WITH_SCENARIO = ("rate", "repeat", "scale", "results")
 _DEFAULT_REPETITIONS = 3
 
 _EPILOG = """\
@@ -55,7 +55,7 @@ def add_parser(commands: Any) -> None:
     text = "multiply requests and lengths, so that a slow machine ends within a minute: 0.1 (default: 1)"
     group.add_argument("--scale", type=float, metavar="F", help=text)
     text = "write bench.json and the picture bench.png there (without matplotlib: bench.txt)"
-    group.add_argument("--output", type=Path, metavar="DIR", help=text)
+    group.add_argument("--results", type=Path, metavar="DIR", help=text)
 
 
 def _describe(scenario: Scenario) -> str:
@@ -105,10 +105,10 @@ def _check(arguments: argparse.Namespace) -> None:
         require_int("repeat", arguments.repeat, 1)
     if arguments.num_seqs is not None:
         require_int("num_seqs", arguments.num_seqs, 1)
-    if arguments.output is not None:
-        if arguments.output.exists() and not arguments.output.is_dir():
-            raise ValueError(f"output must be a directory, got the file {str(arguments.output)!r}; give another name")
-        arguments.output.mkdir(parents=True, exist_ok=True)  # what cannot be made fails now, not after the measurement
+    if arguments.results is not None:
+        if arguments.results.exists() and not arguments.results.is_dir():
+            raise ValueError(f"results must be a directory, got the file {str(arguments.results)!r}; give another name")
+        arguments.results.mkdir(parents=True, exist_ok=True)  # what cannot be made fails now, not after the measurement
 
 
 def _make_model(arguments: argparse.Namespace, folder: Path) -> None:
@@ -141,8 +141,8 @@ def _run_scenarios(arguments: argparse.Namespace) -> None:
     name = f"random weights like {arguments.like}" if arguments.like else arguments.model or "the bundled model"
     result = bench_scenarios(lambda: open_llm(arguments), config, name, plan, {**engine, **_settings(arguments)})
     print(table(result))
-    if arguments.output is not None:
-        for path in write(result, arguments.output):
+    if arguments.results is not None:
+        for path in write(result, arguments.results):
             print(f"written: {path}")
 
 

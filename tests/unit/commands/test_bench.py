@@ -38,7 +38,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 def test_scenarios_of_the_bundled_model_are_measured_and_written(tmp_path, capsys) -> None:
     options = ["--scenario", "prefix", "headline", "--scale", "0.02", "--rate", "500", "--repeat", "2", "--seed", "4"]
-    assert cli.main(["bench", *options, "--output", str(tmp_path / "out"), "--device", "cpu"]) == 0
+    assert cli.main(["bench", *options, "--results", str(tmp_path / "out"), "--device", "cpu"]) == 0
     captured = capsys.readouterr()
     lines = captured.out.splitlines()
     assert [line.split()[0] for line in lines[2:4]] == ["headline", "prefix"]
@@ -66,7 +66,7 @@ def test_scenarios_of_the_bundled_model_are_measured_and_written(tmp_path, capsy
 def test_on_a_gpu_the_idle_share_and_the_limit_are_measured(tmp_path, capsys) -> None:
     """With the real ceilings. A small model leaves the GPU idle for a part of the time, and computes for another."""
     options = ["--scenario", "small", "prefill", "--scale", "0.1", "--repeat", "1", "--rate", "50"]
-    assert cli.main(["bench", *options, "--output", str(tmp_path), "--device", "cuda"]) == 0
+    assert cli.main(["bench", *options, "--results", str(tmp_path), "--device", "cuda"]) == 0
     written = json.loads((tmp_path / "bench.json").read_text(encoding="utf-8"))
     assert written["machine"]["gpu"] in capsys.readouterr().out
     assert written["ceilings"]["memory"] > 1e11
@@ -149,8 +149,8 @@ def test_what_argparse_refuses_is_named(option: list[str], capsys) -> None:
 def test_an_output_that_is_a_file_is_refused(tmp_path, capsys) -> None:
     file = tmp_path / "file"
     file.write_text("")
-    assert "--output must be a directory, got the file" in refusal(capsys, *SINGLE, "--output", str(file))
-    line = refusal(capsys, *SINGLE, "--output", str(file / "below"))
+    assert "--results must be a directory, got the file" in refusal(capsys, *SINGLE, "--results", str(file))
+    line = refusal(capsys, *SINGLE, "--results", str(file / "below"))
     assert "Not a directory" in line
 
 
