@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from nanovllm import LLM, SamplingParams, bundled_model_path, cli, demo
-from nanovllm.bench import draw_requests
+from nanovllm.bench.workload import draw_requests
 from nanovllm.cli_errors import BUG, USER_ERROR
 from nanovllm.commands import generate
 from nanovllm.commands.options import given, sampling_params
