@@ -69,7 +69,7 @@ def trace_page(trace: ScheduleTrace, requests: Mapping[int, TracedRequest], subt
             "a trace must have at least one step to be drawn, and it has none: generate within recording()"
         )
     labels = "".join(
-        f'<li title="{escape(requests[seq_id].prompt)}"><b>{seq_id}</b> {escape(requests[seq_id].prompt[:80])}</li>'
+        f'<li title="{escape(requests[seq_id].prompt[:300])}"><b>{seq_id}</b> {escape(requests[seq_id].prompt[:80])}</li>'
         for seq_id in trace.seq_ids
     )
     slots = {
