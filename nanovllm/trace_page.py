@@ -19,6 +19,7 @@ BAND_GAP = 12
 AXIS_HEIGHT = 20
 MIN_STEP_WIDTH, MAX_STEP_WIDTH, WISHED_WIDTH = 3, 18, 900
 MIN_TICK_DISTANCE = 40
+MAX_LABEL = 300  # characters of a prompt beside its row; the page has the whole prompt below
 
 
 class Span(NamedTuple):
@@ -68,10 +69,8 @@ def trace_page(trace: ScheduleTrace, requests: Mapping[int, TracedRequest], subt
         raise ValueError(
             "a trace must have at least one step to be drawn, and it has none: generate within recording()"
         )
-    labels = "".join(
-        f'<li title="{escape(requests[seq_id].prompt[:300])}"><b>{seq_id}</b> {escape(requests[seq_id].prompt[:80])}</li>'
-        for seq_id in trace.seq_ids
-    )
+    prompts = {seq_id: escape(request.prompt[:MAX_LABEL]) for seq_id, request in requests.items()}
+    labels = "".join(f'<li title="{prompts[id]}"><b>{id}</b> {prompts[id]}</li>' for id in trace.seq_ids)
     slots = {
         "subtitle": escape(subtitle),
         "facts": "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in _facts(trace).items()),
