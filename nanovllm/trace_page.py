@@ -56,7 +56,7 @@ def spans_of(trace: ScheduleTrace, seq_id: int) -> list[Span]:
         else:
             continue
         has_run = has_run or seq_id in step.running
-        if spans and spans[-1].state == state != "prefill" and spans[-1].last == index - 1:
+        if spans and spans[-1].state == state != "prefill":
             spans[-1] = spans[-1]._replace(last=index)
         else:
             spans.append(Span(state, index, index))

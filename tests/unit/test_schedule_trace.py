@@ -68,14 +68,39 @@ def test_preemption_is_recorded_where_it_happens_and_readmission_with_its_hits()
 
 
 def test_cached_blocks_and_evictions_are_those_of_the_pool() -> None:
+    """Four blocks of four tokens. Before the recording, a sequence left the cached blocks 0 and 1, which are taken from
+    the last to the first. Sequence 1 stores 13 tokens; its own full blocks are cached, and count once it has ended.
+    """
     scheduler = make_scheduler(num_blocks=4, block_size=4)
     add_prompt(scheduler, 9, 0, max_tokens=1)
     run(scheduler)
-    add_prompt(scheduler, 5, 1, max_tokens=1)
-    add_prompt(scheduler, 5, 2, max_tokens=1)
-    trace = recorded(scheduler)
+    with recording(scheduler) as trace:
+        add_prompt(scheduler, 5, 1, max_tokens=9)
+        run(scheduler)
+        add_prompt(scheduler, 2, 2, max_tokens=1)
+        run(scheduler)
+    found = [(sorted(s.cached_blocks), s.num_evictions, s.num_owned_blocks) for s in trace.steps]
+    two, three, four = [([0, 1], 0, 2)] * 4, [([0], 1, 3), *[([0], 0, 3)] * 3], [([], 1, 4)]
+    assert found == [*two, *three, *four, ([1, 2, 3], 0, 1)]
     assert (trace.num_blocks, trace.block_size) == (4, 4)
-    assert [(len(s.cached_blocks), s.num_evictions, s.num_owned_blocks) for s in trace.steps] == [(0, 2, 4)]
+
+
+def test_an_empty_schedule_is_no_step() -> None:
+    scheduler = make_scheduler()
+    with recording(scheduler) as trace:
+        assert scheduler.schedule().is_empty
+    assert trace.steps == []
+
+
+def test_a_sequence_that_is_preempted_between_steps_is_admitted_again() -> None:
+    """As after a step of another caller that failed."""
+    scheduler = make_scheduler(block_size=4)
+    seq = add_prompt(scheduler, 6, 0, max_tokens=5)
+    with recording(scheduler) as trace:
+        step(scheduler)
+        scheduler.preempt(seq)
+        step(scheduler)
+    assert [(s.admitted, s.preempted) for s in trace.steps] == [({0: 0}, ()), ({0: 4}, (0,))]
 
 
 def test_a_step_of_async_scheduling_is_recorded_as_it_was_committed() -> None:
