@@ -2,8 +2,8 @@
 
     python -m examples.prefix_caching [MODEL]
 
-Each prompt is asked alone, with one token to generate, so its time is the time to the first token. Full blocks of the
-beginning (256 tokens each) are found in the cache from the second prompt on, and again after the engine did other work.
+Each prompt is asked alone, with one token to generate, so its time is the time to the first token. Whole KV
+blocks of the beginning are found in the cache from the second prompt on, and again after the engine did other work.
 `nanovllm trace` draws the same for prompts of yours.
 """
 

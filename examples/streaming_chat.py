@@ -3,7 +3,7 @@
     python -m examples.streaming_chat [MODEL]
 
 The whole conversation is sent with each message. What was computed before is found in the prefix cache, as far as it
-fills blocks of 256 tokens, so long conversations do not become slower with each message.
+fills whole KV blocks, so long conversations do not become slower with each message.
 """
 
 import sys
