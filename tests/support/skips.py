@@ -74,11 +74,20 @@ ALLOWED = [
         "matplotlib draws a picture of benchmarks, and is an extra", lambda: find_spec("matplotlib") is None,
     ),
     AllowedSkip(
+        r"tests/e2e/test_examples\.py::test_.*http_server.*", r"could not import '(starlette|uvicorn)'.*", 2,
+        "the server of one example; the test extra brings it, GPU machines may lack it",
+        lambda: find_spec("starlette") is None or find_spec("uvicorn") is None,
+    ),
+    AllowedSkip(
+        r"tests/e2e/test_examples\.py::test_the_custom_kernel.*", r"could not import 'triton'.*", 1,
+        "Triton exists on Linux only", lambda: not sys.platform.startswith("linux"),
+    ),
+    AllowedSkip(
         r"tests/(kernels/(test_\w+|sampling_probes)|support/kernels/faulty_kernels|unit/layers/test_ops)\.py(::.*)?",
         r"could not import 'triton'.*", 21, "Triton exists on Linux only", lambda: not sys.platform.startswith("linux"),
     ),
     AllowedSkip(
-        r"tests/kernels/test_\w+\.py::.*", re.escape(INTERPRETER_REASON), 300,
+        r"tests/(kernels/test_\w+|e2e/test_examples)\.py::.*", re.escape(INTERPRETER_REASON), 301,
         "the pinned versions can interpret; others are installed on GPU machines", lambda: not interprets(),
     ),
 ]

@@ -232,7 +232,7 @@ def test_a_bug_shows_its_traceback_and_ctrl_c_one_line(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(generate, "_read_prompts", fail)
+    monkeypatch.setattr(generate, "read_prompts", fail)
     assert cli.main(["generate", PROMPT]) == code
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == first
