@@ -1,0 +1,43 @@
+"""The checkpoints of the contracts, and how a script spells each: its folder goes when the run ends."""
+
+import atexit
+import functools
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+from tests.support.source_tree import ROOT
+from tests.support.tiny_models import tiny_model
+
+BUNDLED = ROOT / "nanovllm" / "assets" / "bundled_model"
+TINY = {"head_dim": 32, "max_position_embeddings": 1024}
+_sources: dict[Path, str] = {}
+
+
+def tiny(architecture: str, dtype: str = "float32") -> Path:
+    """A random model of two layers. Its head_dim and its length suit the kernels of engines on a GPU too."""
+    return _named(f"tiny({architecture!r}, {dtype!r})", tiny_model(architecture, **TINY, dtype=dtype))
+
+
+@functools.cache
+def bundled(dtype: str = "float32") -> Path:
+    """The bundled model; in another dtype than its own a copy whose config.json says so."""
+    config = json.loads((BUNDLED / "config.json").read_text())
+    if config["dtype"] == dtype:
+        return BUNDLED
+    folder = Path(tempfile.mkdtemp(prefix="nanovllm-bundled-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    shutil.copytree(BUNDLED, folder, dirs_exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({**config, "dtype": dtype, "torch_dtype": dtype}))
+    return _named(f"bundled({dtype!r})", folder)
+
+
+def source_of(model_dir: Path) -> str:
+    """Source of the path of a checkpoint of this module; of another one, its path."""
+    return _sources.get(model_dir, repr(model_dir.as_posix()))
+
+
+def _named(source: str, folder: Path) -> Path:
+    _sources[folder] = f"str({source})"
+    return folder
