@@ -1,4 +1,4 @@
-"""Adapters: how each style of engine is spelled, as tables of Python source. The contracts use nothing else of an engine.
+"""Adapters: how each style of engine is spelled, as tables of Python source; the contracts use nothing else of it.
 
 An engine of another style needs a row of its own here. What an engine cannot do stands in `lacks` with the reason; a
 contract that needs it is reported as not applicable, and never as kept.

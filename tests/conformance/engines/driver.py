@@ -1,6 +1,6 @@
-"""Driver: drives an engine by executing lines of Python, which are the script that is printed when a contract is broken.
+"""Driver: drives an engine by executing lines of Python. They are the script that a broken contract prints.
 
-So the script is what ran, and not a second telling of it.
+So the script is what ran, and not a second description of it.
 """
 
 import gc
@@ -13,14 +13,22 @@ from typing import Any
 from tests.conformance.engines.adapters import Target
 from tests.conformance.engines.models import source_of
 from tests.conformance.engines.oracle import are_greedy_choices
+from tests.support.counts import count_comparisons
 
 
 class Broken(AssertionError):
-    """A contract is broken. script: Python source that shows it."""
+    """A contract is broken. script: Python source that shows it. The engine's exception, if any, is the cause."""
 
     def __init__(self, expected: object, got: object, script: str) -> None:
         super().__init__(f"expected {expected}, got {got}")
         self.expected, self.got, self.script = expected, got, script
+
+    def traceback(self) -> str:
+        """Of the engine's exception, from the line of the script on; empty without one."""
+        cause = self.__cause__
+        if cause is None or cause.__traceback__ is None:
+            return ""
+        return "".join(traceback.format_exception(type(cause), cause, cause.__traceback__.tb_next))
 
 
 class NotApplicable(Exception):
@@ -70,7 +78,8 @@ class Driver:
         if "llm" in self.names:
             self.close()
         self.names.clear()
-        gc.collect()
+        if not self.adapter.close:
+            gc.collect()  # deleting it is how such an engine is closed
 
     # --- lines ---
 
@@ -80,7 +89,7 @@ class Driver:
         try:
             exec(compile(code, "<the scenario>", "exec"), self.names)
         except Exception as error:
-            self.fail(expected, "".join(traceback.format_exception(error)[-4:]).strip(), error)
+            self.fail(expected, "".join(traceback.format_exception_only(error)).strip(), error)
 
     def value(self, expression: str) -> Any:
         return eval(expression, self.names)
@@ -130,7 +139,9 @@ class Driver:
 
     def refuse(self, call: str) -> None:
         """Run a call that must raise ValueError or TypeError."""
-        code = f"try:\n    {call}\nexcept (ValueError, TypeError):\n    pass\nelse:\n    raise AssertionError('accepted')"
+        code = (
+            f"try:\n    {call}\nexcept (ValueError, TypeError):\n    pass\nelse:\n    raise AssertionError('accepted')"
+        )
         self.run(code, "ValueError or TypeError")
 
     def _read(self, source: str) -> tuple[list[int], str]:
@@ -149,6 +160,7 @@ class Driver:
         """Raises Broken if the tokens differ, but where both continue as rounding permits a greedy request to."""
         is_output = isinstance(expected, Output)
         tokens = expected.token_ids if is_output else list(expected)
+        count_comparisons("engine contracts: tokens against those that the contract expects", len(tokens))
         if got.token_ids == tokens or self._is_near_tie(got, tokens):
             return
         expression = self.adapter.token_ids.format(expected.source) if is_output else repr(tokens)

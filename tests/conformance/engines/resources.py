@@ -20,7 +20,7 @@ class Held(NamedTuple):
 
 
 class Watching:
-    """Call it for what the process holds now. stop() ends what it has changed to tell our shared memory from others'."""
+    """Call it for what the process holds now. Until stop(), the names of shared memory tell it from other programs'."""
 
     def __init__(self) -> None:
         self._stack = ExitStack()
@@ -39,7 +39,7 @@ class Watching:
 
 def growth(before: Held, after: Held) -> dict[str, Any]:
     """Field -> what `after` has and `before` has not: items of a set, or the difference of two numbers."""
-    pairs = [*zip(ResourceSnapshot._fields, before.of_system, after.of_system, strict=True)]
+    pairs: list[Any] = [*zip(ResourceSnapshot._fields, before.of_system, after.of_system, strict=True)]
     pairs.append(("tensor_bytes", before.tensor_bytes, after.tensor_bytes))
     differences = {name: new - old for name, old, new in pairs}
     return {name: value for name, value in differences.items() if value and not (isinstance(value, int) and value < 0)}
@@ -53,4 +53,3 @@ def _tensor_bytes() -> int:
 
 def _has_storage(tensor: torch.Tensor) -> bool:
     return tensor.device.type != "meta" and tensor.layout == torch.strided
-

@@ -1,4 +1,7 @@
-"""FAULTS: engines that break one contract each, in ways that engines of this kind have broken it."""
+"""FAULTS: engines that break one contract each, in ways that engines of this kind have broken it.
+
+One file, though it is long: each fault is a few lines, and they are read as a list.
+"""
 
 import contextlib
 import itertools
@@ -6,7 +9,7 @@ import os
 import subprocess
 import sys
 import weakref
-from typing import Any
+from typing import Any, ClassVar
 
 from tests.conformance.engines.fakes.plain import PlainLLM, SamplingParams
 
@@ -214,7 +217,7 @@ class CloseLeavesAProcess(PlainLLM):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        process = subprocess.Popen([sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE)
+        process = subprocess.Popen([sys.executable, "-S", "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
         weakref.finalize(self, process.communicate)
 
 
@@ -237,7 +240,7 @@ class IsHeldUntilItIsClosed(PlainLLM):
     """D34: something global, as an atexit handler, refers to the engine."""
 
     breaks = "E15"
-    held: list[PlainLLM] = []
+    held: ClassVar[list[PlainLLM]] = []
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)

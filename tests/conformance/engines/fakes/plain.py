@@ -26,6 +26,13 @@ class SamplingParams:
     stop_token_ids: Sequence[int] = ()
 
 
+class Sampler(torch.nn.Module):
+    """A module, since errors are planted where modules are called."""
+
+    def forward(self, *args: Any, **options: Any) -> int:
+        return sampling(*args, **options)
+
+
 class PlainLLM:
     """`prompts` and `params` are those of the running call; a fault may look at the company of a request there."""
 
@@ -35,6 +42,7 @@ class PlainLLM:
         self.num_blocks, self.block_size = num_blocks, block_size
         self.num_free_blocks = num_blocks
         self.kv_cache: Any = torch.zeros(num_blocks, block_size)  # so that there is memory to give back
+        self.sampler = Sampler()
         self.prompts: list[list[int]] = []
         self.params: list[SamplingParams] = []
 
@@ -93,7 +101,7 @@ class PlainLLM:
         params, context = self.params[index], self.context(index, generated)
         logits = _next_logits(self.model, tuple(context))
         position = len(self.prompts[index]) + len(generated)
-        return sampling(logits, params.temperature, params.top_k, seed=self.seed(index), position=position)
+        return self.sampler(logits, params.temperature, params.top_k, seed=self.seed(index), position=position)
 
     def context(self, index: int, generated: list[int]) -> list[int]:
         """The tokens that the model reads."""
