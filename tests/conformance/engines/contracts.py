@@ -11,8 +11,10 @@ from functools import partial
 from tests.conformance.engines import scenarios
 from tests.conformance.engines.adapters import ALL_ARCHITECTURES, Target
 from tests.conformance.engines.driver import Driver, NotApplicable, request
+from tests.support.tiny_models import EOS_TOKEN_ID
 
 Scenario = Callable[[Driver], None]
+OTHER_END = 291  # a second end-of-sequence token: no byte, and every tiny model soon generates it after some prompt
 
 
 @dataclass(frozen=True)
@@ -47,12 +49,12 @@ CONTRACTS = [
         "E01",
         "The tokens of a request do not depend on the other requests of the call.",
         "The answer to a prompt changes with what others ask at the same time; scores change with the batch size.",
-        [partial(scenarios.batch, number=2), partial(scenarios.batch, number=8)],
+        [partial(scenarios.batch, number=2), scenarios.batch_of_both, partial(scenarios.batch, number=8)],
     ),
     Contract(
         "E02",
         "Outputs come in the order of the prompts, and that order changes none of them.",
-        "An answer is given to somebody else's question.",
+        "An answer is given to another user's question.",
         [partial(scenarios.order, number=2), partial(scenarios.order, number=5)],
     ),
     Contract(
@@ -96,15 +98,19 @@ CONTRACTS = [
     ),
     Contract(
         "E08",
-        "With ignore_eos a request has exactly max_tokens tokens, and max_tokens changes none of them.",
-        "Answers are cut short, or cost more than was asked for.",
-        [partial(scenarios.max_tokens, number=number) for number in (1, 7)],
+        "With ignore_eos a request has exactly max_tokens tokens, or as many as fit in max_model_len.",
+        "Answers are cut short, cost more than was asked for, or run past what model and memory can hold.",
+        [partial(scenarios.max_tokens, number=1), partial(scenarios.max_tokens, number=7), scenarios.max_model_len],
     ),
     Contract(
         "E09",
-        "A text ends at the end-of-sequence token, and goes on after it with ignore_eos.",
+        "A text ends at any end-of-sequence token of the checkpoint, and goes on after it with ignore_eos.",
         "Answers run on into garbage until max_tokens; benchmarks with ignore_eos measure fewer tokens than they say.",
-        [scenarios.end_of_sequence],
+        [
+            partial(scenarios.end_of_sequence, end=EOS_TOKEN_ID),
+            partial(scenarios.end_of_sequence, end=OTHER_END, ends=(EOS_TOKEN_ID, OTHER_END)),
+            partial(scenarios.end_of_sequence, end=EOS_TOKEN_ID, ends=(OTHER_END, EOS_TOKEN_ID)),
+        ],
     ),
     Contract(
         "E10",
@@ -149,7 +155,7 @@ CONTRACTS = [
     Contract(
         "E16",
         "A request that needs more KV blocks than exist is refused with a ValueError, and later calls are unharmed.",
-        "One long request stops the server, or waits for ever.",
+        "One long request stops the server, or waits without end.",
         [scenarios.more_than_the_pool],
         needs=("small_pool",),
     ),

@@ -37,10 +37,14 @@ class NotApplicable(Exception):
 
 @dataclass(frozen=True)
 class Request:
-    """prompt: token ids or a text. params: of SamplingParams; without a seed the request is greedy."""
+    """prompt: token ids or a text. params: of SamplingParams; without a seed and a temperature it is greedy."""
 
     prompt: Sequence[int] | str
     params: Mapping[str, Any]
+
+    @property
+    def is_greedy(self) -> bool:
+        return not self.params.keys() & {"seed", "temperature"}
 
 
 def request(prompt: Sequence[int] | str, max_tokens: int = 12, **params: Any) -> Request:
@@ -122,7 +126,7 @@ class Driver:
     def call(self, requests: Sequence[Request], num_params: int | None = None) -> str:
         """Source of a call of generate, with the parameters of the first num_params requests if that is given."""
         prompts = [self._prompt(one.prompt) for one in requests]
-        params = [self._sampling_params(one.params) for one in requests[:num_params]]
+        params = [self._sampling_params(one) for one in requests[:num_params]]
         many = f"[{params[0]}] * {len(params)}" if len(params) > 1 and len({*params}) == 1 else f"[{', '.join(params)}]"
         return f"llm.generate([{', '.join(prompts)}], {many}, use_tqdm=False)"
 
@@ -150,9 +154,9 @@ class Driver:
     def _prompt(self, prompt: Sequence[int] | str) -> str:
         return repr(prompt) if isinstance(prompt, str) else self.adapter.prompt.format(list(prompt))
 
-    def _sampling_params(self, params: Mapping[str, Any]) -> str:
-        how = {"temperature": 1.0} if "seed" in params else self.adapter.greedy
-        return f"{self._params}({', '.join(f'{name}={value!r}' for name, value in {**how, **params}.items())})"
+    def _sampling_params(self, one: Request) -> str:
+        params = {**(self.adapter.greedy if one.is_greedy else {"temperature": 1.0}), **one.params}
+        return f"{self._params}({', '.join(f'{name}={value!r}' for name, value in params.items())})"
 
     # --- comparisons ---
 
@@ -181,7 +185,7 @@ class Driver:
             assert number > 0, f"the scenario needs a {event}, and there was none:\n" + "\n".join(self.lines)
 
     def _is_near_tie(self, got: Output, expected: list[int]) -> bool:
-        if "seed" in got.request.params or isinstance(got.request.prompt, str):
+        if not got.request.is_greedy or isinstance(got.request.prompt, str):
             return False
         pairs = zip(got.token_ids, expected, strict=False)
         same = next((index for index, (one, other) in enumerate(pairs) if one != other), None)

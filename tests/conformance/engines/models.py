@@ -8,16 +8,22 @@ import tempfile
 from pathlib import Path
 
 from tests.support.source_tree import ROOT
-from tests.support.tiny_models import tiny_model
+from tests.support.tiny_models import EOS_TOKEN_ID, tiny_model
 
 BUNDLED = ROOT / "nanovllm" / "assets" / "bundled_model"
 TINY = {"head_dim": 32, "max_position_embeddings": 1024}
 _sources: dict[Path, str] = {}
 
 
-def tiny(architecture: str, dtype: str = "float32") -> Path:
-    """A random model of two layers. Its head_dim and its length suit the kernels of engines on a GPU too."""
-    return _named(f"tiny({architecture!r}, {dtype!r})", tiny_model(architecture, **TINY, dtype=dtype))
+def tiny(architecture: str, dtype: str = "float32", ends: tuple[int, ...] = (EOS_TOKEN_ID,)) -> Path:
+    """A random model of two layers. Its head_dim and its length suit the kernels of engines on a GPU too.
+
+    ends: eos_token_id of its config.json and generation_config.json, a list if there are several.
+    """
+    is_default = ends == (EOS_TOKEN_ID,)
+    options = TINY if is_default else {**TINY, "eos_token_id": ends}
+    source = f"tiny({architecture!r}, {dtype!r}{'' if is_default else f', {ends}'})"
+    return _named(source, tiny_model(architecture, **options, dtype=dtype))
 
 
 @functools.cache

@@ -14,8 +14,9 @@ from tests.support.counts import count_comparisons
 from tests.support.tiny_models import EOS_TOKEN_ID, VOCAB_SIZE
 
 
-def first_model(driver: Driver) -> Path:
-    return tiny(driver.adapter.architectures[0], driver.adapter.dtype)
+def first_model(driver: Driver, ends: tuple[int, ...] = (EOS_TOKEN_ID,)) -> Path:
+    """ends: its end-of-sequence tokens, which change nothing else of it."""
+    return tiny(driver.adapter.architectures[0], driver.adapter.dtype, ends)
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
@@ -40,6 +41,14 @@ def batch(driver: Driver, number: int) -> None:
     driver.open(first_model(driver))
     expected = alone(driver, requests)
     compare(driver, driver.generate(requests), expected)
+
+
+def batch_of_both(driver: Driver) -> None:
+    greedy, other = request(prompt(5)), request(prompt(9))
+    driver.open(first_model(driver))
+    expected = alone(driver, [greedy, other])
+    got = driver.generate([greedy, request(prompt(7), temperature=1.0), other])
+    compare(driver, [got[0], got[2]], expected)
 
 
 def order(driver: Driver, number: int) -> None:
@@ -136,11 +145,13 @@ def seeds(driver: Driver) -> None:
 
 
 def seeds_in_company(driver: Driver) -> None:
-    one, *others = (request(prompt(6, seed=seed), max_tokens=16, seed=seed) for seed in range(4))
+    one, other = (request(prompt(6, seed=seed), max_tokens=16, seed=seed) for seed in (1, 2))
+    greedy = request(prompt(6, seed=3), max_tokens=16)
+    cold = request(prompt(6, seed=4), max_tokens=16, temperature=0.3, seed=4)
     driver.open(first_model(driver))
     expected = driver.generate([one])
     if driver.adapter.dtype == "float32":  # in half precision, another batch size may change a draw by rounding
-        compare(driver, driver.generate([*others, one])[-1:], expected)
+        compare(driver, driver.generate([other, greedy, one, cold])[2:3], expected)
 
 
 # --- where a text ends ---
@@ -154,10 +165,16 @@ def max_tokens(driver: Driver, number: int) -> None:
     driver.same_tokens(got, whole.token_ids[:number])
 
 
-def end_of_sequence(driver: Driver) -> None:
-    model_dir = first_model(driver)
-    text, tokens = prompt_that_ends(model_dir, EOS_TOKEN_ID)
-    driver.open(model_dir)
+def max_model_len(driver: Driver) -> None:
+    driver.open(first_model(driver), max_model_len=64)
+    (got,) = driver.generate([request(prompt(60), max_tokens=12)])
+    driver.same(f"len({driver.adapter.token_ids.format(got.source)})", "64 - 60")
+
+
+def end_of_sequence(driver: Driver, end: int, ends: tuple[int, ...] = (EOS_TOKEN_ID,)) -> None:
+    """A text that ends with `end`, one of the end-of-sequence tokens of the checkpoint."""
+    text, tokens = prompt_that_ends(first_model(driver), end)
+    driver.open(first_model(driver, ends))
     (ended,) = driver.generate([request(text, max_tokens=16, ignore_eos=False)])
     if ended.token_ids != tokens[:-1]:  # an engine may leave the end-of-sequence token out
         driver.same_tokens(ended, tokens)

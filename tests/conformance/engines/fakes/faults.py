@@ -1,6 +1,6 @@
 """FAULTS: engines that break one contract each, in ways that engines of this kind have broken it.
 
-One file, though it is long: each fault is a few lines, and they are read as a list.
+Why they are one file: each fault is a few lines, and they are read as a list.
 """
 
 import contextlib
@@ -20,6 +20,14 @@ class PaddingIsRead(PlainLLM):
     def context(self, index: int, generated: list[int]) -> list[int]:
         padding = max(map(len, self.prompts)) - len(self.prompts[index])
         return [0] * padding + super().context(index, generated)
+
+
+class OneSampledRequestSamplesAll(PlainLLM):
+    breaks = "E01"
+
+    def run(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[Any]:
+        top_k = 1 if all(one.top_k == 1 for one in params) else None
+        return super().run(prompts, [_changed(one, top_k=top_k) for one in params])
 
 
 class OutputsAsTheyFinish(PlainLLM):
@@ -117,6 +125,17 @@ class SeedOfThePlaceInTheBatch(PlainLLM):
         return super().seed(index) + 100 * index
 
 
+class TemperaturesLeaveGreedyRowsOut(PlainLLM):
+    """D57: the temperatures of the sampled requests are taken from the first rows of the batch."""
+
+    breaks = "E07"
+
+    def run(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[Any]:
+        sampled = [one.temperature for one in params if one.top_k is None]
+        sampled += [1.0] * (len(params) - len(sampled))
+        return super().run(prompts, [_changed(one, temperature=t) for one, t in zip(params, sampled, strict=True)])
+
+
 class OneSeedForAll(PlainLLM):
     breaks = "E07"
 
@@ -143,12 +162,31 @@ class CutsTheLastToken(PlainLLM):
         return output
 
 
+class OutgrowsMaxModelLen(PlainLLM):
+    """D11"""
+
+    breaks = "E08"
+
+    def max_tokens_that_fit(self, index: int) -> int:
+        return self.params[index].max_tokens
+
+
 class RunsOn(PlainLLM):
     breaks = "E09"
 
     def complete(self, index: int) -> dict[str, Any]:
         self.params = [_changed(params, ignore_eos=True) for params in self.params]
         return super().complete(index)
+
+
+class EndsAtOneTokenOnly(PlainLLM):
+    """D70"""
+
+    breaks = "E09"
+
+    @property
+    def ends(self) -> set[int]:
+        return {min(super().ends)}
 
 
 class NeverIgnoresTheEnd(PlainLLM):

@@ -89,13 +89,17 @@ class PlainLLM:
     def complete(self, index: int) -> dict[str, Any]:
         """The output of one request of the running call."""
         params, token_ids, text = self.params[index], [], ""
-        ending = {*params.stop_token_ids, *(() if params.ignore_eos else self.checkpoint.config.eos_token_ids)}
-        while len(token_ids) < params.max_tokens and not ending.intersection(token_ids[-1:]):
+        max_tokens = min(params.max_tokens, self.max_tokens_that_fit(index))
+        ending = {*params.stop_token_ids, *(() if params.ignore_eos else self.ends)}
+        while len(token_ids) < max_tokens and not ending.intersection(token_ids[-1:]):
             token_ids.append(self.next_token(index, token_ids))
             text = self.tokenizer.decode(token_ids)
             if params.stop is not None and params.stop in text:
                 return {"text": text.partition(params.stop)[0], "token_ids": token_ids}
         return {"text": text, "token_ids": token_ids}
+
+    def max_tokens_that_fit(self, index: int) -> int:
+        return self.max_model_len - len(self.prompts[index])
 
     def next_token(self, index: int, generated: list[int]) -> int:
         params, context = self.params[index], self.context(index, generated)
@@ -109,6 +113,10 @@ class PlainLLM:
 
     def seed(self, index: int) -> int:
         return self.params[index].seed or 0
+
+    @property
+    def ends(self) -> set[int]:
+        return {*self.checkpoint.config.eos_token_ids}
 
     @property
     def tokenizer(self) -> Any:
