@@ -32,6 +32,7 @@ class Adapter:
     prompt: str  # a list of token ids
     token_ids: str  # an output
     text: str  # an output
+    generate: str = "{}.generate({}, {}, use_tqdm=False)"  # the engine, a list of prompts, a list of parameters
     architectures: tuple[str, ...] = ALL_ARCHITECTURES
     dtype: str = "float32"
     block_size: int = 16

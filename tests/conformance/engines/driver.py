@@ -128,7 +128,7 @@ class Driver:
         prompts = [self._prompt(one.prompt) for one in requests]
         params = [self._sampling_params(one) for one in requests[:num_params]]
         many = f"[{params[0]}] * {len(params)}" if len(params) > 1 and len({*params}) == 1 else f"[{', '.join(params)}]"
-        return f"llm.generate([{', '.join(prompts)}], {many}, use_tqdm=False)"
+        return self.adapter.generate.format("llm", f"[{', '.join(prompts)}]", many)
 
     def generate(self, requests: Sequence[Request], code: str = "{}") -> list[Output]:
         """Call generate. code: the statement around the assignment. Raises Broken if the number of outputs is wrong."""

@@ -30,13 +30,14 @@ def tiny(architecture: str, dtype: str = "float32", ends: tuple[int, ...] = (EOS
 def bundled(dtype: str = "float32") -> Path:
     """The bundled model; in another dtype than its own a copy whose config.json says so."""
     config = json.loads((BUNDLED / "config.json").read_text())
+    source = f"bundled({dtype!r})"
     if config["dtype"] == dtype:
-        return BUNDLED
+        return _named(source, BUNDLED)
     folder = Path(tempfile.mkdtemp(prefix="nanovllm-bundled-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     shutil.copytree(BUNDLED, folder, dirs_exist_ok=True)
     (folder / "config.json").write_text(json.dumps({**config, "dtype": dtype, "torch_dtype": dtype}))
-    return _named(f"bundled({dtype!r})", folder)
+    return _named(source, folder)
 
 
 def source_of(model_dir: Path) -> str:

@@ -68,7 +68,7 @@ def chunks(driver: Driver) -> None:
 
 
 def cached_prompt(driver: Driver, num_more: int) -> None:
-    again = request(prompt(2 * driver.adapter.block_size + num_more), max_tokens=6)
+    again = request(prompt(2 * driver.adapter.block_size + num_more), max_tokens=4)
     driver.open(first_model(driver))
     expected = driver.generate([again])
     compare(driver, driver.generate([again]), expected)
@@ -78,8 +78,8 @@ def cached_prompt(driver: Driver, num_more: int) -> None:
 def shared_prefix(driver: Driver) -> None:
     size = driver.adapter.block_size
     prefix, same_block = prompt(size, seed=1), prompt(size, seed=2)
-    found = request([*prefix, *prompt(5, seed=3)], max_tokens=6)
-    not_found = request([*prompt(size, seed=4), *same_block, 1, 2, 3], max_tokens=6)
+    found = request([*prefix, *prompt(5, seed=3)], max_tokens=4)
+    not_found = request([*prompt(size, seed=4), *same_block, 1, 2, 3], max_tokens=4)
     driver.open(first_model(driver))
     expected = alone(driver, [found, not_found])
     driver.open(first_model(driver))
@@ -149,9 +149,9 @@ def seeds_in_company(driver: Driver) -> None:
     greedy = request(prompt(6, seed=3), max_tokens=16)
     cold = request(prompt(6, seed=4), max_tokens=16, temperature=0.3, seed=4)
     driver.open(first_model(driver))
-    expected = driver.generate([one])
+    expected = alone(driver, [one, cold])
     if driver.adapter.dtype == "float32":  # in half precision, another batch size may change a draw by rounding
-        compare(driver, driver.generate([other, greedy, one, cold])[2:3], expected)
+        compare(driver, driver.generate([other, greedy, one, cold])[2:], expected)
 
 
 # --- where a text ends ---
