@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from tests.conformance.engines.adapters import Target
 from tests.conformance.engines.models import source_of
@@ -70,10 +70,13 @@ class Driver:
         self.names: dict[str, Any] = {}
         self.model_dir = Path()  # of the last engine
         self._num_calls = 0
-        for module, name in (target.engine_class, target.sampling_params_class):
-            self.run(f"from {module} import {name}")
+        (engine_module, self._engine), (params_module, self._params) = target.engine_class, target.sampling_params_class
+        if engine_module == params_module:
+            self.run(f"from {engine_module} import {self._engine}, {self._params}")
+        else:
+            self.run(f"from {engine_module} import {self._engine}")
+            self.run(f"from {params_module} import {self._params}")
         self.run("from tests.conformance.engines.models import bundled, tiny")
-        self._engine, self._params = target.engine_class[1], target.sampling_params_class[1]
 
     def __enter__(self) -> "Driver":
         return self
@@ -98,7 +101,7 @@ class Driver:
     def value(self, expression: str) -> Any:
         return eval(expression, self.names)
 
-    def fail(self, expected: object, got: object, cause: BaseException | None = None) -> None:
+    def fail(self, expected: object, got: object, cause: BaseException | None = None) -> NoReturn:
         raise Broken(expected, got, "\n".join(self.lines) + "\n") from cause
 
     # --- engines ---
@@ -135,11 +138,15 @@ class Driver:
         self._num_calls += 1
         name = f"call_{self._num_calls}"
         self.run(code.format(f"{name} = {self.call(requests)}"))
-        number = len(self.names[name])
+        sources = [f"{name}[{index}]" for index in range(len(requests))]
+        try:
+            outputs = [Output(one, *self._read(source), source) for one, source in zip(requests, sources, strict=True)]
+            number = len(self.names[name])
+        except Exception as error:
+            self.fail(f"{len(requests)} outputs in the style of {self.adapter.name}", repr(self.names[name]), error)
         if number != len(requests):
             self.run(f"assert len({name}) == {len(requests)}, len({name})", f"{len(requests)} outputs, not {number}")
-        sources = [f"{name}[{index}]" for index in range(number)]
-        return [Output(one, *self._read(source), source) for one, source in zip(requests, sources, strict=True)]
+        return outputs
 
     def refuse(self, call: str) -> None:
         """Run a call that must raise ValueError or TypeError."""

@@ -11,6 +11,7 @@ import ast
 import difflib
 import importlib
 import inspect
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         places, sorted((items[place] for place in places), key=lambda item: item.nodeid), strict=True
     ):
         items[place] = item
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # around tests/conftest.py's, which writes how to repeat the test
+def pytest_runtest_makereport(item: pytest.Item) -> Any:
+    report = yield
+    option = item.config.option
+    if option.engine is not None:
+        pairs = [("--engine", option.engine), ("--engine-path", option.engine_path)]
+        pairs += [("--engine-adapter", option.engine_adapter)]
+        pairs += [("--engine-option", one) for one in option.engine_option]
+        command = shlex.join(["pytest", *(f"{name}={value}" for name, value in pairs if value is not None)])
+        report.sections = [
+            (title, text.replace("pytest", command, 1) if title == "repeat with" else text)
+            for title, text in report.sections
+        ]
+    return report
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

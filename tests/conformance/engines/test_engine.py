@@ -25,7 +25,9 @@ def target(pytestconfig: pytest.Config) -> Target:
 def test_contract(contract: Contract, target: Target) -> None:
     try:
         contract.check(target)
+        return
     except NotApplicable as reason:
         pytest.skip(f"{NOT_APPLICABLE}{reason}")
     except Broken as broken:
-        pytest.fail(explain(contract, target, broken), pytrace=False)
+        explanation = explain(contract, target, broken)
+    pytest.fail(explanation, pytrace=False)  # outside of `except`: pytest would print the exception too

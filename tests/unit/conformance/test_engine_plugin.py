@@ -1,5 +1,6 @@
 """The command `pytest tests/conformance/engines --engine MODULE:CLASS`: what it prints, and what it refuses."""
 
+import dataclasses
 import importlib.metadata
 import importlib.util
 import os
@@ -55,9 +56,11 @@ def test_a_fork_that_is_called_nanovllm_too_is_told_what_it_breaks(tmp_path: Pat
     result = run_engine("--engine", "nanovllm:LLM", "--engine-path", str(tmp_path), "-k", "E02 or E07 or E08")
     (broken,) = [contract for contract in CONTRACTS if contract.id == "E08"]
     assert result.returncode == 1, result.stdout + result.stderr
+    assert "Traceback" not in result.stdout
     assert f"E08 is broken by nanovllm:LLM: {broken.sentence}\nusers see: {broken.users_see}\n" in result.stdout
     assert "expected   1\ngot        0\n" in result.stdout
     assert "E02 kept\nE08 broken\nE07 not applicable: its SamplingParams has no seed\n" in result.stdout
+    assert f"pytest --engine=nanovllm:LLM --engine-path={tmp_path} --randomly-seed" in result.stdout
     script = tmp_path / "scenario.py"
     script.write_text(re.split("^-{40}\n", result.stdout, flags=re.MULTILINE)[1])
     again = run(str(script), path=str(tmp_path))
@@ -110,6 +113,12 @@ def test_an_engine_that_cannot_be_used_is_refused(
     (tmp_path / "odd_engine_without_params.py").write_text(ODD.partition("class SamplingParams")[0])
     with pytest.raises(ValueError, match=message):
         find_target(spec, folder and str(tmp_path / folder), None, {})
+
+
+def test_outputs_of_another_style_are_shown() -> None:
+    target = find_target(f"{NANO}:LLM", None, None, {})
+    with pytest.raises(Broken, match=r"expected 1 outputs in the style of nano-vllm, got \[\{'text': "):
+        check_usable(dataclasses.replace(target, adapter=dataclasses.replace(target.adapter, token_ids="{}.token_ids")))
 
 
 def test_an_engine_that_cannot_be_constructed_is_shown_how_it_was_called() -> None:
@@ -166,6 +175,7 @@ ON_A_GPU = {
 
 
 @pytest.mark.gpu
+@pytest.mark.whole_gpu  # the other engines fill part of its memory
 @pytest.mark.parametrize("name", ON_A_GPU)
 def test_on_a_gpu(name: str) -> None:
     """Ours keeps all contracts. Of another engine it is shown only that all contracts can be checked."""
