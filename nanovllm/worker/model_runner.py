@@ -109,7 +109,7 @@ class ModelRunner:
         if self.config.kv_cache_block_size is not None:
             return self.config.kv_cache_block_size
         if self.config.num_kv_cache_blocks is not None:
-            return AttentionBackend.default_block_size  # nano-vllm's: who counts blocks knows how large they are
+            return AttentionBackend.default_block_size  # of nano-vllm, for programs that count its blocks
         return -self.tp.all_reduce_min(-self.default_block_size)
 
     def compile_kernels(self) -> None:
