@@ -4,4 +4,5 @@ pytest_plugins = [
     "tests.support.report",
     "tests.support.replay.plugin",
     "tests.support.gpu_sharing",
+    "tests.support.kernels.own_plugin",  # after gpu_sharing: its hook of the command line comes first
 ]

@@ -13,6 +13,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 from tests.support.counts import COMPILED, count_kernel_comparisons
+from tests.support.kernels.own_kernels import NOT_JUDGED, NotJudged
 from tests.support.kernels.registry import Limits
 from tests.support.kernels.versions import tolerated_stack_bytes
 
@@ -41,8 +42,13 @@ class Compiled:
     variant: str = field(repr=False)
 
 
-def compile_launches(launch: Callable[[], object], capability: int = 90) -> list[Compiled]:
-    """What launch() would launch, in order, compiled for sm_`capability`. It must use meta tensors; nothing runs."""
+def compile_launches(
+    launch: Callable[[], object], capability: int = 90, is_wanted: Callable[[str], bool] = lambda module: True
+) -> list[Compiled]:
+    """What launch() would launch, in order, compiled for sm_`capability`. It must use meta tensors; nothing runs.
+
+    is_wanted: of the module of a kernel; others are not compiled.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.runtime.jit import JITFunction
@@ -63,6 +69,8 @@ def compile_launches(launch: Callable[[], object], capability: int = 90) -> list
     run = JITFunction.run
 
     def compile_only(self, *args, grid, warmup, **kwargs):
+        if not is_wanted(self.fn.__module__):
+            return
         kernels.append(run(self, *args, grid=grid, warmup=True, **kwargs))
         files.append(self.fn.__module__.rpartition(".")[2])
 
@@ -77,6 +85,25 @@ def compile_launches(launch: Callable[[], object], capability: int = 90) -> list
     files_of = dict(zip(kernels, files, strict=True))  # each kernel once, however often it was launched
     read = {kernel: _read_resources(kernel, file, capability) for kernel, file in files_of.items()}
     return [read[kernel] for kernel in kernels]
+
+
+def compile_own_launches(launch: Callable[[], object], capability: int) -> list[Compiled]:
+    """compile_launches of a callable that --kernel gave, without the kernels of nanovllm that launch() launches too.
+
+    Raises NotJudged if it cannot run on tensors without contents, or launches no Triton kernel.
+    """
+    from triton.errors import TritonError
+
+    try:
+        return compile_launches(launch, capability, lambda module: not module.startswith("nanovllm."))
+    except TritonError:
+        raise
+    except AssertionError as error:
+        raise NotJudged(f"{NOT_JUDGED}: on tensors without contents it launches no Triton kernel") from error
+    except Exception as error:  # whatever it raises where it looks at contents, or asks for a GPU
+        error = error.__cause__ if isinstance(error, NotJudged) and error.__cause__ is not None else error
+        reason = f"{type(error).__name__}: {error}".splitlines()[0].split(". ")[0]
+        raise NotJudged(f"{NOT_JUDGED}: it does not run on tensors without contents ({reason})") from error
 
 
 def names_of_launches(launch: Callable[[], object]) -> set[str]:
