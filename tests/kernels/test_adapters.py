@@ -20,7 +20,6 @@ from tests.kernels import paged_attention_cases, varlen_attention_cases
 from tests.support.kernels import adapters, own_kernels
 from tests.support.kernels.interpreting import failure_of
 from tests.support.kernels.plans import pages_of
-from tests.support.kernels.registry import REPLACED
 
 INT = torch.int32
 
@@ -136,7 +135,7 @@ PREFILL_PACKED = (flash_attn_varlen_func, ragged_prefill, BatchPrefillWithRagged
 @pytest.fixture(autouse=True)
 def _ours_again() -> Iterator[None]:
     yield
-    REPLACED.clear()
+    own_kernels.install([])
 
 
 def judged(kernel: str, function: Any, check: Any) -> str:

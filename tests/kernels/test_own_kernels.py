@@ -109,7 +109,7 @@ def file(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def _ours_again() -> Iterator[None]:
     yield
-    REPLACED.clear()
+    own_kernels.install([])
 
 
 def run_pytest(*arguments: str) -> tuple[int, str]:

@@ -2,7 +2,9 @@
 
 ADAPTERS is a table. A row says for which of our kernels it is, by which parameters a signature is recognised, and how
 the arguments follow from ours. A function gets those of the arguments that it has parameters for. It returns its
-output, alone or as the first of several, or writes it to `out`.
+output, alone or as the first of several, or writes it to `out`. layer_adapters.py has the other layers.
+
+It is one file, since a row of the table is understood with the functions that it names.
 """
 
 import inspect
@@ -119,6 +121,27 @@ def _flashinfer_paged(call: Call, plans: Plans) -> dict[str, Any]:
     }
 
 
+def _flashinfer_slots(call: Call, plans: Plans) -> dict[str, Any]:
+    """Pages of one token, without last_page_len: a slot is a page."""
+    tables, block_size = _paged(call), call.key.shape[1]
+
+    def slots() -> Pages:
+        positions = torch.arange(call.max_seqlen_k, device=tables.device)
+        of_positions = tables[:, positions // block_size] * block_size + positions % block_size
+        return pages_of(of_positions.int(), call.context_lens, 1)
+
+    pages = plans.get(tables, slots)
+    return {
+        "q": call.query,
+        "k_cache": call.key.flatten(0, 1)[:, None],
+        "v_cache": call.value.flatten(0, 1)[:, None],
+        "qo_indptr": call.cu_seqlens_q,
+        "kv_indptr": pages.indptr,
+        "kv_indices": pages.indices,
+        "sm_scale": call.scale,
+    }
+
+
 def _flashinfer_ragged(call: Call, _: Plans) -> dict[str, Any]:
     if call.block_tables is not None:
         raise NotImplementedError("keys in a paged cache")
@@ -153,7 +176,11 @@ ADAPTERS = (
     ),
     Adapter(
         "FlashInfer's pages", ("paged_attention", *PREFILL),
-        frozenset({"q", "k_cache", "v_cache", "kv_indptr", "kv_indices"}), _flashinfer_paged,
+        frozenset({"q", "k_cache", "v_cache", "kv_indptr", "kv_indices", "kv_last_page_len"}), _flashinfer_paged,
+    ),
+    Adapter(
+        "FlashInfer's pages of one token", ("paged_attention", *PREFILL),
+        frozenset({"q", "k_cache", "v_cache", "kv_indptr", "kv_indices"}), _flashinfer_slots,
     ),
     Adapter(
         "FlashInfer's packed keys", PREFILL,

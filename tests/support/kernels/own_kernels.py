@@ -1,10 +1,10 @@
 """Callables given by `--kernel NAME=SOURCE`, which take the place of our launchers in cases and benchmarks.
 
 NAME: a launcher, such as paged_attention or add_rms_norm. SOURCE: package.module:function, path/to/file.py:function, or
-path/to/solution.json, a Solution of FlashInfer-Trace (trace_solutions.py). docs/own_kernels.md has an example.
+path/to/solution.json, a Solution or Definition of FlashInfer-Trace (trace_solutions.py). docs/own_kernels.md: examples.
 
 A callable is called with our launcher's parameters, by name. What only says how to compute (tile sizes, numbers of
-splits) is left out if it has no such parameter. A signature of FlashInfer, flash-attn or vLLM is adapted (adapters.py).
+splits) is left out if it has no such parameter. adapters.py adapts signatures of FlashInfer, flash-attn and vLLM.
 A callable raises NotImplementedError for inputs that it does not support: that case is skipped and judges nothing.
 """
 
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.support.kernels import adapters, trace_solutions
+from tests.support.kernels import adapters, layer_adapters, sized_cases, trace_solutions
 from tests.support.kernels.registry import REPLACED, kernels, launchers
 
 NOT_JUDGED = "not judged"  # how the reason of such a skip begins
@@ -35,10 +35,14 @@ class NotJudged(Exception):
 
 @dataclass
 class OwnKernel:
-    """A callable in the place of the launcher `path`, with the launcher's parameters. spec: as --kernel was given."""
+    """A callable in the place of the launcher `path`. spec: as --kernel was given.
+
+    function: with the launcher's parameters. raw: as it was loaded, before it was adapted.
+    """
 
     path: str
     spec: str
+    raw: Callable[..., Any]
     function: Callable[..., Any]
     ours: inspect.Signature
     num_calls: int = 0
@@ -50,6 +54,11 @@ class OwnKernel:
     @property
     def source(self) -> str:
         return self.spec.partition("=")[2]
+
+    def call_raw(self, **inputs: Any) -> Any:
+        """Its own signature, for cases that our launcher's does not fit."""
+        self.num_calls += 1
+        return self.raw(**inputs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.num_calls += 1
@@ -70,11 +79,17 @@ def install(specs: Sequence[str]) -> None:
     if tuple(specs) == installed_specs():
         return
     REPLACED.clear()
+    for kernel in kernels().values():
+        kernel.cases.pop(sized_cases.NAME, None)
     for spec in specs:
         own = load(spec)
         if own.path in REPLACED:
             raise ValueError(f"--kernel {spec}: {own.name} is given twice; give one callable for each kernel")
         REPLACED[own.path] = own
+        if isinstance(own.raw, trace_solutions.TraceFunction):
+            case = sized_cases.sized_case(own.name, own.raw)
+            if case is not None:
+                kernels()[own.path.partition(".")[0]].cases[sized_cases.NAME] = case
 
 
 def installed() -> list[OwnKernel]:
@@ -123,13 +138,13 @@ def load(spec: str) -> OwnKernel:
     if name not in paths:
         raise ValueError(f"--kernel {spec}: there is no kernel {name!r}; the kernels are {', '.join(sorted(paths))}")
     try:
-        function = _find(name, source)
+        function = _find(source)
         ours = signature_of(paths[name])
-        adapted = adapters.adapt(name, function)
+        adapted = layer_adapters.adapt(name, adapters.adapt(name, function))
         _check_signature(name, adapted, ours)
     except ValueError as error:
         raise ValueError(f"--kernel {spec}: {error}") from error
-    return OwnKernel(paths[name], spec, adapted, ours)
+    return OwnKernel(paths[name], spec, function, adapted, ours)
 
 
 def signature_of(path: str) -> inspect.Signature:
@@ -138,9 +153,9 @@ def signature_of(path: str) -> inspect.Signature:
     return inspect.signature(getattr(importlib.import_module(f"nanovllm.kernels.{module}"), name))
 
 
-def _find(name: str, source: str) -> Any:
+def _find(source: str) -> Any:
     if source.endswith(".json"):
-        return trace_solutions.load(name, Path(source))
+        return trace_solutions.load(Path(source))
     place, colon, attribute = source.rpartition(":")
     if not colon:
         raise ValueError("SOURCE must be package.module:function, path/to/file.py:function or path/to/solution.json")

@@ -89,7 +89,7 @@ class Kernel:
 
     name: str
     launched: Mapping[str, Limits]
-    cases: Mapping[str, Check]
+    cases: dict[str, Check]
     compiled: Mapping[str, Compilation]
     drawn: Any
     refused: Refused | None
