@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -161,6 +162,35 @@ def test_a_wrong_option_ends_the_run_at_start_with_one_line() -> None:
     assert "there is no kernel 'paged_attenton'; the kernels are add_rms_norm, grouped_gemm, " in text
 
 
+FAKE_GPU = """
+import torch
+
+torch.cuda.is_available = lambda: True
+torch.cuda.device_count = lambda: 1
+torch.cuda.get_device_name = lambda *_: "fake"
+"""
+
+
+@pytest.mark.parametrize(
+    ("option", "wanted", "unwanted"),
+    [
+        ([], "test_on_a_gpu[silu_and_mul-7 x 24, float16]", "test_interpreted"),
+        (["--benchmark-only"], "test_bench_kernels.py::test_kernel[silu_and_mul-llama-3-8b, 64 tokens]", "rms_norm"),
+    ],
+)
+def test_where_there_is_a_gpu_it_is_used(
+    file: Path, monkeypatch: pytest.MonkeyPatch, option: list[str], wanted: str, unwanted: str
+) -> None:
+    """Collected only, for torch is told of a GPU that is not there."""
+    (file.parent / "fake_gpu.py").write_text(FAKE_GPU, encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(file.parent))
+    arguments = ["-p", "fake_gpu", "--collect-only", *option, f"--kernel=silu_and_mul={file}:silu_and_mul"]
+    code, text = run_pytest("tests/kernels", *arguments)
+    assert code == 0, text
+    assert wanted in text
+    assert unwanted not in text
+
+
 # --- the option's value ---
 
 
@@ -264,6 +294,26 @@ def test_a_case_that_does_not_call_it_judges_nothing(file: Path) -> None:
     with pytest.raises(own_kernels.NotJudged, match="does not call the given callable"):
         failure_of(lambda device: None, "cpu")
     assert "lazy" not in failure_of(lambda device: lazy("silu_and_mul.silu_and_mul")(torch.ones(1, 2)), "cpu")
+
+
+def test_a_row_of_the_benchmarks_names_it_and_has_ours_as_a_peer(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.kernels.test_bench_kernels import test_kernel as benchmark
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    point, rows = "llama-3-8b, 64 tokens", []
+    inputs = torch.ones(1, 4)
+    plain = Measured(
+        lambda index: (inputs,), lazy("silu_and_mul.silu_and_mul"), torch.relu, Work(1), {"torch": torch.relu}
+    )
+    kernel: Any = SimpleNamespace(name="silu_and_mul", capability=None, measured={"silu_and_mul": lambda *_: plain})
+    benchmark(lambda *row: rows.append(row), kernel, "silu_and_mul", point)
+    own_kernels.install([f"silu_and_mul={file}:relu"])
+    benchmark(lambda *row: rows.append(row), kernel, "silu_and_mul", point)
+    assert [row[:2] for row in rows] == [("silu_and_mul", point), (f"silu_and_mul by {file}:relu", point)]
+    assert [list(row[2].peers) for row in rows] == [["torch"], ["ours", "torch"]]
+    own_kernels.install([f"silu_and_mul={file}:unsupported"])
+    with pytest.raises(pytest.skip.Exception, match="does not support the inputs: planted"):
+        benchmark(lambda *row: rows.append(row), kernel, "silu_and_mul", point)
 
 
 def test_a_benchmark_measures_it_beside_ours(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

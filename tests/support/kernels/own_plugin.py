@@ -27,7 +27,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_cmdline_main(config: pytest.Config) -> None:
     """With --kernel and without -m: the tests for a GPU if there is one."""
     option = config.option
-    if option.kernel and option.markexpr in config.getini("addopts") and _has_gpu():
+    is_default = option.markexpr in config.getini("addopts")
+    if option.kernel and not option.benchmark_only and is_default and _has_gpu():
         option.markexpr = "gpu"
 
 
