@@ -127,8 +127,19 @@ class BatchPrefillWithRaggedKVCacheWrapper(BatchDecodeWithPagedKVCacheWrapper):
         return varlen_attention(q, k, v, *self.bounds, self.scale)
 
 
+def own_reference(query, k_cache, v_cache, block_tables, context_lens, cu_seqlens_q, scale):
+    """As the definition that tools.flashinfer_trace writes of reference.paged_attention for prefill."""
+    return paged_attention(query, k_cache, v_cache, block_tables, context_lens, cu_seqlens_q, scale)
+
+
 DECODE = (flash_attn_with_kvcache, unified_attention, paged_decode, BatchDecodeWithPagedKVCacheWrapper)
-PREFILL_PAGED = (flash_attn_varlen_func, unified_attention, paged_prefill, BatchPrefillWithPagedKVCacheWrapper)
+PREFILL_PAGED = (
+    flash_attn_varlen_func,
+    unified_attention,
+    paged_prefill,
+    BatchPrefillWithPagedKVCacheWrapper,
+    own_reference,
+)
 PREFILL_PACKED = (flash_attn_varlen_func, ragged_prefill, BatchPrefillWithRaggedKVCacheWrapper)
 
 

@@ -1,4 +1,7 @@
-"""--kernel: a callable of the tester's own in the place of our launcher, right and wrong; wrong uses of the option."""
+"""--kernel: a callable of the tester's own in the place of our launcher, right and wrong; wrong uses of the option.
+
+It is one file, since all tests give callables of one file.
+"""
 
 import re
 import subprocess
@@ -88,6 +91,14 @@ def relu(x):
     return x.relu()
 
 
+def attention_with_a_required_scale(query, k_cache, v_cache, block_tables, context_lens, scale):
+    return scale
+
+
+def attention_without_scale(query, k_cache, v_cache, block_tables, context_lens):
+    return "usual"
+
+
 NUMBER = 3
 """
 RIGHT = {"silu_and_mul": "silu_and_mul", "paged_attention": "paged_attention", "store_kvcache": "store_kvcache"}
@@ -128,7 +139,14 @@ def options(file: Path, functions: dict[str, str]) -> list[str]:
 
 @NEEDS_INTERPRETER
 def test_right_callables_pass_interpreted_and_compiled(file: Path) -> None:
-    code, text = run_pytest("tests/kernels", *options(file, RIGHT), "-k", RIGHT_CASES)
+    """silu_and_mul is the example of docs/own_kernels.md."""
+    page = (ROOT / "docs" / "own_kernels.md").read_text(encoding="utf-8")
+    example = file.parent / "example" / file.name
+    example.parent.mkdir()
+    example.write_text(page.split("```python\n")[1].split("```")[0], encoding="utf-8")
+    others = {name: function for name, function in RIGHT.items() if name != "silu_and_mul"}
+    arguments = [*options(example, {"silu_and_mul": "silu_and_mul"}), *options(file, others)]
+    code, text = run_pytest("tests/kernels", *arguments, "-k", RIGHT_CASES)
     assert code == 0, text
     for name in RIGHT:
         assert re.search(rf"{name} by .*my_kernels.py:{name}: \d+ tests passed, 0 failed, \d+ judged nothing", text), (
@@ -293,7 +311,24 @@ def test_a_case_that_does_not_call_it_judges_nothing(file: Path) -> None:
     own_kernels.install([f"silu_and_mul={file}:relu"])
     with pytest.raises(own_kernels.NotJudged, match="does not call the given callable"):
         failure_of(lambda device: None, "cpu")
-    assert "lazy" not in failure_of(lambda device: lazy("silu_and_mul.silu_and_mul")(torch.ones(1, 2)), "cpu")
+    assert not failure_of(lambda device: lazy("silu_and_mul.silu_and_mul")(torch.ones(1, 2)), "cpu")
+
+
+def test_a_failure_without_a_message_shows_the_line(file: Path) -> None:
+    own_kernels.install([f"silu_and_mul={file}:relu"])
+    text = failure_of(KERNELS["silu_and_mul"].cases["large gates"], "cpu")
+    assert "assert silu_and_mul(x).tolist() == [[0.0, 2000.0]]" in text
+
+
+def test_scale_is_given_as_a_number_and_left_out_where_it_is_the_usual_one(file: Path) -> None:
+    query, cache = torch.randn(1, 2, 4), torch.randn(2, 16, 2, 4)
+    arguments = query, cache, cache, torch.tensor([[1]]), torch.tensor([5])
+    required = installed(f"paged_attention={file}:attention_with_a_required_scale")
+    assert required(*arguments) == required(*arguments, scale=None) == required(*arguments, scale=0.5) == 0.5
+    absent = installed(f"paged_attention={file}:attention_without_scale")
+    assert absent(*arguments) == absent(*arguments, scale=0.5) == "usual"
+    with pytest.raises(own_kernels.NotJudged, match="has no parameter scale"):
+        absent(*arguments, scale=0.3)
 
 
 def test_a_row_of_the_benchmarks_names_it_and_has_ours_as_a_peer(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,8 @@ from tests.kernels.test_kernels import KERNELS, NEEDS_INTERPRETER
 from tests.support.kernels import own_kernels, sized_cases
 from tests.support.kernels.interpreting import INTERPRETER
 from tests.support.kernels.trace_solutions import TraceFunction, load
+from tools.flashinfer_trace.export import definition_of
+from tools.flashinfer_trace.recording import Call
 
 BF16, F32, I32, I64 = "bfloat16", "float32", "int32", "int64"
 HEADS = {"num_qo_heads": 4, "num_kv_heads": 2, "head_dim": 16}
@@ -282,6 +284,42 @@ def test_other_sizes_and_dtypes_than_the_definition_has_are_not_judged(tmp_path:
         function(torch.ones(3, 32).bfloat16(), torch.ones(32).bfloat16())
     with pytest.raises(NotImplementedError, match="its definition has hidden_states in bfloat16"):
         function(torch.ones(3, 48), torch.ones(48))
+
+
+CACHE = torch.ones(4, 16, 2, 16)
+PAGED_INPUTS = {
+    "query": torch.ones(3, 4, 16),
+    "k_cache": CACHE,
+    "v_cache": CACHE,
+    "block_tables": torch.tensor([[1, 0], [2, -1], [3, -1]], dtype=torch.int32),
+    "context_lens": torch.tensor([20, 3, 9], dtype=torch.int32),
+}
+BOUNDS = torch.tensor([0, 1, 2, 3], dtype=torch.int32)
+PACKED_INPUTS = {"query": torch.randn(3, 4, 16), "key": torch.randn(3, 2, 16), "value": torch.randn(3, 2, 16)}
+KEYS = {"key": CACHE[0, :3], "value": CACHE[1, :3], "k_cache": CACHE, "v_cache": CACHE}
+OWN = {
+    "rms_norm": ("rms_norm", {"x": torch.randn(3, 2, 16), "weight": torch.ones(16), "eps": 1e-6}),
+    "add_rms_norm": (
+        "add_rms_norm",
+        {"x": torch.randn(3, 48), "weight": torch.ones(48), "eps": 1e-6, "residual": torch.randn(3, 48)},
+    ),
+    "silu_and_mul": ("silu_and_mul", {"x": torch.randn(3, 48)}),
+    "store_kvcache": ("store_kvcache", {**KEYS, "slot_mapping": torch.tensor([5, -1, 20])}),
+    "varlen_attention": (
+        "varlen_attention",
+        {**PACKED_INPUTS, "cu_seqlens_q": BOUNDS, "cu_seqlens_k": BOUNDS, "scale": 0.25},
+    ),
+    "paged_attention_decode": ("paged_attention", {**PAGED_INPUTS, "scale": 0.25}),
+    "paged_attention_prefill": ("varlen_attention", {**PAGED_INPUTS, "cu_seqlens_q": BOUNDS, "scale": 0.25}),
+}
+
+
+@NEEDS_INTERPRETER
+@pytest.mark.parametrize("name", OWN)
+def test_a_definition_that_we_export_is_judged(name: str, tmp_path: Path) -> None:
+    launcher, inputs = OWN[name]
+    content, _ = definition_of(Call(name, inputs))
+    assert not sized_failure(launcher, write(tmp_path / "own.json", content))
 
 
 # --- solutions ---

@@ -142,6 +142,18 @@ def _flashinfer_slots(call: Call, plans: Plans) -> dict[str, Any]:
     }
 
 
+def _own_reference(call: Call, _: Plans) -> dict[str, Any]:
+    return {
+        "query": call.query,
+        "k_cache": call.key,
+        "v_cache": call.value,
+        "block_tables": _paged(call),
+        "context_lens": call.context_lens,
+        "cu_seqlens_q": call.cu_seqlens_q,
+        "scale": call.scale,
+    }
+
+
 def _flashinfer_ragged(call: Call, _: Plans) -> dict[str, Any]:
     if call.block_tables is not None:
         raise NotImplementedError("keys in a paged cache")
@@ -185,6 +197,10 @@ ADAPTERS = (
     Adapter(
         "FlashInfer's packed keys", PREFILL,
         frozenset({"q", "k", "v", "qo_indptr", "kv_indptr"}), _flashinfer_ragged,
+    ),
+    Adapter(
+        "our reference.paged_attention", PREFILL,
+        frozenset({"query", "k_cache", "v_cache", "block_tables", "context_lens", "cu_seqlens_q"}), _own_reference,
     ),
 )  # fmt: skip
 

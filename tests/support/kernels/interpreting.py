@@ -133,7 +133,7 @@ def failure_of(check: Check, device: str) -> str:
     except AssertionError as error:
         frames = traceback.extract_tb(error.__traceback__)
         frame = next(frame for frame in reversed(frames) if not frame.filename.endswith(("accuracy.py", "guards.py")))
-        return f"{name}\n{error or frame.line}\n(at {os.path.relpath(frame.filename)}:{frame.lineno})"
+        return f"{name}\n{str(error) or frame.line}\n(at {os.path.relpath(frame.filename)}:{frame.lineno})"
     except Exception:
         return f"{name}\n{traceback.format_exc()}"
     return ""

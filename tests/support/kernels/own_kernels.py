@@ -64,6 +64,7 @@ class OwnKernel:
         self.num_calls += 1
         given = self.ours.bind(*args, **kwargs).arguments
         names, takes_any = _names(self.function)
+        self._give_defaults(given, names)
         for name in [name for name in given if name not in names and not takes_any]:
             parameter, value = self.ours.parameters[name], given.pop(name)
             if not _is_hint(parameter) and value is not parameter.default:
@@ -72,6 +73,17 @@ class OwnKernel:
             return self.function(**given)
         except NotImplementedError as error:
             raise NotJudged(f"{NOT_JUDGED}: {self.source} does not support the inputs: {error}") from error
+
+    def _give_defaults(self, given: dict[str, Any], names: set[str]) -> None:
+        """Our defaults for what the callable requires and the call leaves out. scale is a number, never None."""
+        if "scale" in self.ours.parameters:
+            usual = given["query"].shape[-1] ** -0.5
+            if given.get("scale") in (None, usual):
+                given.pop("scale", None)
+                given |= {"scale": usual} if "scale" in names else {}
+        for name, parameter in inspect.signature(self.function).parameters.items():
+            if parameter.default is parameter.empty and name in self.ours.parameters and name not in given:
+                given[name] = self.ours.parameters[name].default
 
 
 def install(specs: Sequence[str]) -> None:
