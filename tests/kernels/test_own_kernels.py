@@ -284,7 +284,7 @@ def test_compiling_calls_it(kernel: Any, name: str, file: Path) -> None:
     compilation = next(iter(kernel.compiled.values()))
     capability, dtype = compilation.targets[0]
     with pytest.raises(own_kernels.NotJudged, match=r"does not run on tensors .*\(NotImplementedError: planted\)"):
-        compile_own_launches(lambda: compilation.launch(dtype, capability), capability)
+        compile_own_launches(lambda: compilation.launch(dtype, capability), capability, kernel.name)
 
 
 # --- calls ---

@@ -14,7 +14,7 @@ from unittest.mock import patch
 
 from tests.support.counts import COMPILED, count_kernel_comparisons
 from tests.support.kernels.own_kernels import NOT_JUDGED, NotJudged
-from tests.support.kernels.registry import Limits
+from tests.support.kernels.registry import Limits, kernels
 from tests.support.kernels.versions import tolerated_stack_bytes
 
 MAX_REGISTERS_OF_AN_SM = 65536
@@ -42,13 +42,8 @@ class Compiled:
     variant: str = field(repr=False)
 
 
-def compile_launches(
-    launch: Callable[[], object], capability: int = 90, is_wanted: Callable[[str], bool] = lambda module: True
-) -> list[Compiled]:
-    """What launch() would launch, in order, compiled for sm_`capability`. It must use meta tensors; nothing runs.
-
-    is_wanted: of the module of a kernel; others are not compiled.
-    """
+def compile_launches(launch: Callable[[], object], capability: int = 90) -> list[Compiled]:
+    """What launch() would launch, in order, compiled for sm_`capability`. It must use meta tensors; nothing runs."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.runtime.jit import JITFunction
@@ -69,8 +64,6 @@ def compile_launches(
     run = JITFunction.run
 
     def compile_only(self, *args, grid, warmup, **kwargs):
-        if not is_wanted(self.fn.__module__):
-            return
         kernels.append(run(self, *args, grid=grid, warmup=True, **kwargs))
         files.append(self.fn.__module__.rpartition(".")[2])
 
@@ -87,23 +80,28 @@ def compile_launches(
     return [read[kernel] for kernel in kernels]
 
 
-def compile_own_launches(launch: Callable[[], object], capability: int) -> list[Compiled]:
-    """compile_launches of a callable that --kernel gave, without the kernels of nanovllm that launch() launches too.
+def compile_own_launches(launch: Callable[[], object], capability: int, name: str) -> list[Compiled]:
+    """compile_launches of a callable that --kernel gave in the place of a launcher of kernel `name`.
 
-    Raises NotJudged if it cannot run on tensors without contents, or launches no Triton kernel.
+    Without those of our other kernels that launch() launches too. Raises NotJudged if the callable cannot run on
+    tensors without contents, or launches no Triton kernel.
     """
     from triton.errors import TritonError
 
+    none = f"{NOT_JUDGED}: on tensors without contents it launches no Triton kernel"
     try:
-        return compile_launches(launch, capability, lambda module: not module.startswith("nanovllm."))
+        compiled = [one for one in compile_launches(launch, capability) if one.file not in kernels().keys() - {name}]
     except TritonError:
         raise
     except AssertionError as error:
-        raise NotJudged(f"{NOT_JUDGED}: on tensors without contents it launches no Triton kernel") from error
+        raise NotJudged(none) from error
     except Exception as error:  # whatever it raises where it looks at contents, or asks for a GPU
         error = error.__cause__ if isinstance(error, NotJudged) and error.__cause__ is not None else error
         reason = f"{type(error).__name__}: {error}".splitlines()[0].split(". ")[0]
         raise NotJudged(f"{NOT_JUDGED}: it does not run on tensors without contents ({reason})") from error
+    if not compiled:
+        raise NotJudged(none)
+    return compiled
 
 
 def names_of_launches(launch: Callable[[], object]) -> set[str]:
