@@ -58,7 +58,9 @@ class TraceFunction:
             return self.given(*arguments)
         device = next(value.device for value in arguments if isinstance(value, torch.Tensor))
         outputs = tuple(
-            torch.empty([sizes[axis] for axis in spec["shape"]], dtype=getattr(torch, spec["dtype"]), device=device)
+            torch.empty(
+                [sizes[axis] for axis in spec["shape"] or ()], dtype=getattr(torch, spec["dtype"]), device=device
+            )
             for spec in self.definition["outputs"].values()
         )
         self.given(*arguments, *outputs)
