@@ -128,8 +128,8 @@ def test_every_launched_kernel_is_compiled(kernel: Kernel) -> None:
     for compilation in kernel.compiled.values():
         capability, dtype = compilation.targets[0]
         names |= names_of_launches(lambda c=compilation, d=dtype, sm=capability: c.launch(d, sm))
-    calls = (node.func for node in ast.walk(parse(kernel.file)) if isinstance(node, ast.Call))
-    launched = {ast.unparse(call.value) for call in calls if isinstance(call, ast.Subscript)}  # name[grid](...)
+    calls = (node for node in ast.walk(parse(kernel.file)) if isinstance(node, ast.Call))
+    launched = {ast.unparse(call.args[0]) for call in calls if ast.unparse(call.func) == "launch"}
     assert set(kernel.launched) == launched & set(jit_functions(kernel)) == names & set(jit_functions(kernel))
 
 

@@ -20,7 +20,9 @@ from nanovllm.context import Context
 from nanovllm.layers.ops import LayerOps, separate_steps
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
 from nanovllm.layers.torch_ops import TORCH_OPS
+from nanovllm.layers.torch_ops import silu_and_mul as silu_and_mul_in_torch
 from reference.attention import attention
+from reference.linear import linear
 from reference.moe import moe
 from reference.packing import varlen_attention
 from reference.paged_attention import paged_attention
@@ -50,6 +52,7 @@ OPERATIONS = {
     "paged_attention_prefill": Operation(paged_attention, "gqa_paged"),
     "slot_mapping": Operation(slot_mapping, "kv_cache", ("slots",)),
     "store_kvcache": Operation(store_kvcache, "kv_cache", ("new_k_cache", "new_v_cache")),
+    "linear": Operation(linear, "gemm"),
     "rms_norm": Operation(rms_norm, "rmsnorm"),
     "add_rms_norm": Operation(rms_norm, "rmsnorm", ("output", "total")),
     "rotary_embedding": Operation(rotary_embedding, "rope"),
@@ -100,9 +103,14 @@ class Recorder:
             self.note("store_kvcache", key=key, value=value, **caches, slot_mapping=slot_mapping)
             TORCH_OPS.store_kvcache(key, value, k_cache, v_cache, slot_mapping)
 
-        def noted_silu_and_mul(x: Tensor) -> Tensor:
-            self.note("silu_and_mul", x=x)
-            return TORCH_OPS.silu_and_mul(x)
+        def noted_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            self.note("linear", x=x, weight=weight, **({} if bias is None else {"bias": bias}))
+            return TORCH_OPS.linear(x, weight, bias)
+
+        def noted_linear_silu_and_mul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            gate_up = noted_linear(x, weight, bias)
+            self.note("silu_and_mul", x=gate_up)
+            return silu_and_mul_in_torch(gate_up)
 
         def noted_moe(
             x: Tensor, router_logits: Tensor, gate_up_proj: Tensor, down_proj: Tensor, top_k: int, norm_topk_prob: bool
@@ -127,7 +135,8 @@ class Recorder:
             rotary_embedding=noted_rotary_embedding,
             store_kvcache=noted_store,
             qk_norm_rope_store=separate_steps(noted_rms_norm, noted_rotary_embedding, noted_store),
-            silu_and_mul=noted_silu_and_mul,
+            linear=noted_linear,
+            linear_silu_and_mul=noted_linear_silu_and_mul,
             moe=noted_moe,
             sample_unfiltered=noted_sampling,
         )
