@@ -30,7 +30,7 @@ def gpu_idle_share(llm: Any, scenario: Scenario, seeds: Iterator[int]) -> float 
     wall, num_steps = _window(llm, scenario, next(seeds), nullcontext())
     if not num_steps:
         return None
-    profiler = profile(activities=[ProfilerActivity.CUDA])
+    profiler = profile(activities=[ProfilerActivity.CUDA], acc_events=True)
     _window(llm, scenario, next(seeds), profiler)
     intervals = [
         (event.time_range.start, event.time_range.end)
