@@ -21,7 +21,7 @@ class FlashAttentionBackend(AttentionBackend):
     @classmethod
     def unsupported_reason(cls, requirements: AttentionRequirements) -> str | None:
         device, dtype = requirements.device, requirements.dtype
-        head_dim, block_size = requirements.head_dim, requirements.block_size
+        head_dim, block_size = requirements.head_dim, requirements.block_size or cls.default_block_size
         if (reason := unsupported_device_reason(device)) is not None:
             return reason
         dtype_name = str(dtype).removeprefix("torch.")

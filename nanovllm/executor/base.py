@@ -38,12 +38,13 @@ class PendingTokens(Protocol):
 class Executor(ABC):
     """Runs scheduled batches.
 
-    num_kv_cache_blocks: KV blocks that were allocated, on every rank.
+    num_kv_cache_blocks, kv_cache_block_size: KV blocks that were allocated, on every rank, and their tokens.
     supports_async_scheduling: whether execute() returns before the step is computed, so that scheduling the next step
         meanwhile saves time.
     """
 
     num_kv_cache_blocks: int
+    kv_cache_block_size: int
     supports_async_scheduling: bool
 
     @abstractmethod

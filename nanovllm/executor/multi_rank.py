@@ -66,6 +66,7 @@ class MultiRankExecutor(Executor):
         except BaseException as error:
             self._fail(error)
         self.num_kv_cache_blocks = self._runner.num_kv_cache_blocks
+        self.kv_cache_block_size = self._runner.block_size
         self.supports_async_scheduling = self._tp is not None and self._tp.is_nccl
 
     def _start(self, spec: WorkerSpec) -> ModelRunner:

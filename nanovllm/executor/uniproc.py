@@ -21,6 +21,7 @@ class UniprocExecutor(Executor):
             raise
         self._runner: ModelRunner | None = runner
         self.num_kv_cache_blocks = runner.num_kv_cache_blocks
+        self.kv_cache_block_size = runner.block_size
         self.supports_async_scheduling = runner.device.type == "cuda"
 
     def execute(self, batch: ScheduledBatch, previous: PendingTokens | None = None) -> AsyncModelOutput:

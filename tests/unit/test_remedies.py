@@ -154,9 +154,9 @@ def test_of_variables_that_torchrun_would_set_otherwise(
             ["--max-num-batched-tokens", "2", "--max-num-seqs", "2"],
         ),
         (
-            ["--kv-cache-block-size", "16"],
+            ["--kv-cache-block-size", "8"],
             "--attention-backend torch powers",
-            ["--kv-cache-block-size", "16", "--attention-backend", "torch"],
+            ["--kv-cache-block-size", "8", "--attention-backend", "torch"],
         ),
         (["--greedy", "--top-k", "5"], "leave out --top-k", ["--greedy"]),
         (["--chat"], "leave out --chat", []),

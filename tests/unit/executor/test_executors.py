@@ -29,7 +29,7 @@ PLACEMENT = RankPlacement(0, 2, num_ranks_per_device=2)
 class Parts:
     """A runner, a group and other ranks that record what is called, and raise what `errors` has under that name."""
 
-    num_kv_cache_blocks = 5
+    num_kv_cache_blocks, block_size = 5, 256
     device = torch.device("cpu")
 
     def __init__(self) -> None:

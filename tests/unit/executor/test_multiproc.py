@@ -58,7 +58,7 @@ class Ranks:
         self.monkeypatch.setattr(multiproc, "require_importable_program", lambda: None)
         self.monkeypatch.setattr(MultiprocExecutor, "_start_workers", start_workers)
         self.monkeypatch.setattr(multiproc, "join_local_group", lambda placement, path, check: join())
-        runner: Any = SimpleNamespace(num_kv_cache_blocks=1, close=lambda: None)
+        runner: Any = SimpleNamespace(num_kv_cache_blocks=1, block_size=256, close=lambda: None)
         self.monkeypatch.setattr(WorkerSpec, "make_runner", lambda *_: runner)
         return MultiprocExecutor(SPEC)
 
