@@ -135,9 +135,9 @@ class MultiRankExecutor(Executor):
         finally:
             self._outputs.clear()
             self._free_runner()
+            self._release()
             if self._aborted is not None:
                 self._aborted.join(SHUTDOWN_TIMEOUT_S)
-            self._release()
             self._tp = self._aborted = None
 
     def _free_runner(self) -> None:

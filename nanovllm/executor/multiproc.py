@@ -154,6 +154,7 @@ class MultiprocExecutor(MultiRankExecutor):
         if self._connecting is not None:
             self._connecting.join(ROOT_CAUSE_TIMEOUT_S)
             self._connecting = None
+            self._abort_group()  # the ranks may have connected since _terminate()
         for process in self._processes:
             if _exit_code(process) is not None:
                 process.close()

@@ -107,11 +107,14 @@ def test_rank_0s_own_failure_kills_the_workers_and_aborts_the_group(ranks: Ranks
     assert executor._monitor.state is State.CLOSED
 
 
-def test_a_rank_that_fails_when_all_have_just_connected_is_noticed(ranks: Ranks) -> None:
+@pytest.mark.parametrize("num_kills", [1, 3], ids=["before rank 0 notices", "while rank 0 releases what it holds"])
+def test_a_group_that_connects_although_a_rank_has_failed_is_aborted(ranks: Ranks, num_kills: int) -> None:
     """D33: the monitor's thread, which knew no group to abort, leaves that to rank 0."""
 
     def join() -> TensorParallel:
         ranks.fail()
+        while ranks.num_kills < num_kills:
+            time.sleep(0.01)
         return TensorParallel(0, 2, group)
 
     group = Group("nccl")
