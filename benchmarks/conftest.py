@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks import regression, report
 from benchmarks.hosting import HostMeasurement
+from nanovllm.bench.machine import machine_info
 
 FOLDER = Path(__file__).resolve().parent
 RESULTS = FOLDER / "results"
@@ -98,7 +99,7 @@ def _free_gpu_memory() -> Any:
 
 def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, Any]:
     """Names and versions on which figures depend, and nothing that differs between two machines of one kind."""
-    return report.machine_info(gpu_name())
+    return machine_info(gpu_name())
 
 
 def pytest_benchmark_compare_machine_info(machine_info: dict[str, Any], compared_benchmark: dict[str, Any]) -> None:
@@ -145,7 +146,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         return
     terminalreporter.write_line(f"measured: {_what_is_measured()}")
     done = [bench.extra_info for bench in benchmarks.benchmarks if bench]
-    machine = report.machine_info(gpu_name())
+    machine = machine_info(gpu_name())
     results = []
     rows = [row for row in done if "kernel" in row]
     if rows:
@@ -156,7 +157,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         results.append(report.HostResult(machine, rows))
     for result in results:
         terminalreporter.write_line(report.table(result))
-        for path in report.write(result, RESULTS):
+        for path in report.write(result, RESULTS / "own_kernels" if config.option.kernel else RESULTS):
             terminalreporter.write_line(f"written: {path}")
     if DECISIONS in config.stash:
         terminalreporter.section("against the stored run")

@@ -5,9 +5,7 @@ python -m benchmarks.report benchmarks/results/kernels.json    (or host.json: pr
 """
 
 import json
-import platform
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,17 +25,6 @@ class HostResult(NamedTuple):
 
     machine: dict[str, Any]
     rows: list[dict[str, Any]]
-
-
-def machine_info(gpu: str | None) -> dict[str, Any]:
-    """What figures depend on: device and versions."""
-    versions = {}
-    for package in ("torch", "triton", "flash-attn"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
-    return {"gpu": gpu, "cpu": platform.machine(), "python": platform.python_version(), **versions}
 
 
 def worst_first(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -127,14 +114,15 @@ def draw(result: Result | HostResult, folder: Path) -> Path:
     names = [f"{row['kernel']}, {row['case']}" for row in rows]
     axes.barh(names, [row["fraction"] for row in rows], color=[colours[row["ceiling"]] for row in rows])
     for position, row in enumerate(rows):
-        for name, marker in (("flash-attn", "|"), ("torch", ".")):
+        for name, marker in (("flash-attn", "|"), ("torch", "."), ("ours", "x")):
             if name in row["peers"]:
                 axes.plot(row["floor_microseconds"] / row["peers"][name], position, marker, color="black")
     axes.axvline(1.0, color="gray")
     axes.set_xlim(0, 1.05)
     axes.tick_params(labelsize=6)
     axes.set_xlabel("fraction of the ceiling: " + ", ".join(f"{c} {n}" for n, c in colours.items()))
-    axes.set_title(f"{result.machine['gpu']}; | flash-attn, . plain PyTorch", fontsize=8)
+    ours = ", x our kernel" if any("ours" in row["peers"] for row in rows) else ""
+    axes.set_title(f"{result.machine['gpu']}; | flash-attn, . plain PyTorch{ours}", fontsize=8)
     return _saved(figure, folder / "kernels.png")
 
 

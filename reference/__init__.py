@@ -19,10 +19,12 @@ READING_ORDER = (
     ("slot_mapping", "where in the KV cache the token at a given position is stored"),
     ("store_kvcache", "new keys and values go to their slots"),
     ("paged_attention", "attention whose keys are looked up block by block"),
+    ("shared_prefix_attention", "sequences that begin alike read the keys of the beginning once"),
     ("block_hash", "a number that names a full block together with everything before it"),
     ("block_manager", "which sequence owns which block, and which blocks can be shared"),
     ("scheduler", "which sequences compute how many tokens in the next step"),
     ("postprocess", "its keys are in the cache, its tokens are appended, finished sequences leave"),
+    ("linear", "every output feature is a weighted sum of the input features"),
     ("rms_norm", "bring every token's vector to one length"),
     ("rotary_embedding", "turn queries and keys by an angle that grows with the position"),
     ("silu_and_mul", "one half of a vector decides how much of the other half passes"),
@@ -53,5 +55,5 @@ DIMENSION_LETTERS = {
 def reading_order() -> list[str]:
     """Every file: those of READING_ORDER, then all others by name."""
     names = [name for name, _ in READING_ORDER]
-    files = {path.stem for path in Path(__file__).parent.glob("*.py")} - {"__init__"}
+    files = {path.stem for path in Path(__file__).parent.glob("*.py")} - {"__init__", "__main__"}
     return [*names, *sorted(files - set(names))]

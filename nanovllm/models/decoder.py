@@ -3,13 +3,14 @@
 Letters: T packed tokens, E hidden size, H query heads, K key/value heads, D head_dim, V vocabulary.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import ClassVar
 
 import torch
 from torch import nn
 
 from nanovllm.distributed.tensor_parallel import SINGLE_RANK, TensorParallel
-from nanovllm.layers.activation import SiluAndMul
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from nanovllm.layers.layernorm import RMSNorm
@@ -33,9 +34,10 @@ class SelfAttention(nn.Module):
             config.num_key_value_heads,
             bias=config.qkv_bias,
             tp=tp,
+            ops=ops,
         )
         self.o_proj = RowParallelLinear(
-            config.num_attention_heads * config.head_dim, config.hidden_size, bias=config.o_bias, tp=tp
+            config.num_attention_heads * config.head_dim, config.hidden_size, bias=config.o_bias, tp=tp, ops=ops
         )
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, ops)
@@ -57,12 +59,15 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig, ops: LayerOps, tp: TensorParallel) -> None:
         super().__init__()
         sizes = [config.intermediate_size] * 2
-        self.gate_up_proj = MergedColumnParallelLinear(config.hidden_size, sizes, bias=config.mlp_bias, tp=tp)
-        self.act_fn = SiluAndMul(ops)
-        self.down_proj = RowParallelLinear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias, tp=tp)
+        self.gate_up_proj = MergedColumnParallelLinear(config.hidden_size, sizes, bias=config.mlp_bias, tp=tp, ops=ops)
+        self.ops = ops
+        self.down_proj = RowParallelLinear(
+            config.intermediate_size, config.hidden_size, bias=config.mlp_bias, tp=tp, ops=ops
+        )
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.gate_up_proj(hidden_states)))
+        gate_up = self.gate_up_proj
+        return self.down_proj(self.ops.linear_silu_and_mul(hidden_states, gate_up.weight, gate_up.bias))
 
 
 class DecoderLayer(nn.Module):
@@ -144,6 +149,17 @@ class DecoderForCausalLM(nn.Module):
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """[T, E] -> [T, V] on rank 0; None on the other ranks."""
         return self.lm_head(hidden_states)
+
+
+@contextmanager
+def one_layer_of_each_kind(model: DecoderForCausalLM) -> Iterator[None]:
+    """In the `with` block, `model` has one layer for each kind of MLP; all others launch the same kernels."""
+    decoder, layers = model.model, model.model.layers
+    decoder.layers = nn.ModuleList({type(layer.mlp): layer for layer in layers}.values())
+    try:
+        yield
+    finally:
+        decoder.layers = layers
 
 
 def _build_mlp(config: ModelConfig, layer_index: int, ops: LayerOps, tp: TensorParallel) -> nn.Module:

@@ -7,13 +7,15 @@ would launch, specialised as Triton would specialise it, and cannot depend on wh
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from unittest.mock import patch
 
 from tests.support.counts import COMPILED, count_kernel_comparisons
-from tests.support.kernels.registry import Limits
+from tests.support.kernels.own_kernels import NOT_JUDGED, NotJudged
+from tests.support.kernels.registry import Limits, kernels
 from tests.support.kernels.versions import tolerated_stack_bytes
 
 MAX_REGISTERS_OF_AN_SM = 65536
@@ -41,11 +43,11 @@ class Compiled:
     variant: str = field(repr=False)
 
 
-def compile_launches(launch: Callable[[], object], capability: int = 90) -> list[Compiled]:
-    """What launch() would launch, in order, compiled for sm_`capability`. It must use meta tensors; nothing runs."""
+@contextmanager
+def gpu_that_need_not_be_there(capability: int) -> Iterator[None]:
+    """Triton compiles for a GPU of this capability, into a folder of its own."""
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.runtime.jit import JITFunction
 
     class Driver:
         """Stands for a GPU: all that Triton asks before it compiles."""
@@ -59,6 +61,18 @@ def compile_launches(launch: Callable[[], object], capability: int = 90) -> list
         def get_current_stream(self, device: str) -> int:
             return 0
 
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        patch.dict("os.environ", TRITON_CACHE_DIR=folder),
+        patch.object(triton.runtime.driver, "_active", Driver()),
+    ):
+        yield
+
+
+def compile_launches(launch: Callable[[], object], capability: int = 90) -> list[Compiled]:
+    """What launch() would launch, in order, compiled for sm_`capability`. It must use meta tensors; nothing runs."""
+    from triton.runtime.jit import JITFunction
+
     kernels, files = [], []
     run = JITFunction.run
 
@@ -66,17 +80,36 @@ def compile_launches(launch: Callable[[], object], capability: int = 90) -> list
         kernels.append(run(self, *args, grid=grid, warmup=True, **kwargs))
         files.append(self.fn.__module__.rpartition(".")[2])
 
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        patch.dict("os.environ", TRITON_CACHE_DIR=folder),
-        patch.object(triton.runtime.driver, "_active", Driver()),
-        patch.object(JITFunction, "run", compile_only),
-    ):
+    with gpu_that_need_not_be_there(capability), patch.object(JITFunction, "run", compile_only):
         launch()
     assert kernels, "nothing was launched"
     files_of = dict(zip(kernels, files, strict=True))  # each kernel once, however often it was launched
     read = {kernel: _read_resources(kernel, file, capability) for kernel, file in files_of.items()}
     return [read[kernel] for kernel in kernels]
+
+
+def compile_own_launches(launch: Callable[[], object], capability: int, name: str) -> list[Compiled]:
+    """compile_launches of a callable that --kernel gave in the place of a launcher of kernel `name`.
+
+    Without those of our other kernels that launch() launches too. Raises NotJudged if the callable cannot run on
+    tensors without contents, or launches no Triton kernel.
+    """
+    from triton.errors import TritonError
+
+    none = f"{NOT_JUDGED}: on tensors without contents it launches no Triton kernel"
+    try:
+        compiled = [one for one in compile_launches(launch, capability) if one.file not in kernels().keys() - {name}]
+    except TritonError:
+        raise
+    except AssertionError as error:
+        raise NotJudged(none) from error
+    except Exception as error:  # whatever it raises where it looks at contents, or asks for a GPU
+        error = error.__cause__ if isinstance(error, NotJudged) and error.__cause__ is not None else error
+        reason = f"{type(error).__name__}: {error}".splitlines()[0].split(". ")[0]
+        raise NotJudged(f"{NOT_JUDGED}: it does not run on tensors without contents ({reason})") from error
+    if not compiled:
+        raise NotJudged(none)
+    return compiled
 
 
 def names_of_launches(launch: Callable[[], object]) -> set[str]:
