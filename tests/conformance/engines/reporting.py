@@ -1,5 +1,7 @@
 """What the owner of an engine reads when it breaks a contract."""
 
+import textwrap
+
 from tests.conformance.engines.adapters import Target
 from tests.conformance.engines.contracts import Contract
 from tests.conformance.engines.driver import Broken
@@ -29,6 +31,10 @@ def explain_unusable(target: Target, broken: Broken) -> str:
 def script(target: Target, broken: Broken) -> str:
     path = f"{target.path}:." if target.path else "."
     command = f"PYTHONPATH={path} python scenario.py"
-    return (
-        f"the smallest scenario, as scenario.py for the root of this checkout: {command}\n{LINE}\n{broken.script}{LINE}"
-    )
+    head = f"the smallest scenario, as scenario.py for the root of this checkout: {command}"
+    return f"{head}\n{LINE}\n{as_program(broken.script)}{LINE}"
+
+
+def as_program(script: str) -> str:
+    """The script as a file that other processes of an engine may import."""
+    return f"def main():\n{textwrap.indent(script, '    ')}\n\nif __name__ == '__main__':\n    main()\n"

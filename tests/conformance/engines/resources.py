@@ -5,7 +5,7 @@ import gc
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -22,7 +22,10 @@ class Held(NamedTuple):
 class Watching:
     """Call it for what the process holds now. Until stop(), the names of shared memory tell it from other programs'."""
 
+    running: ClassVar[list["Watching"]] = []
+
     def __init__(self) -> None:
+        self.running.append(self)
         self._stack = ExitStack()
         directory = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="nanovllm-watch-"))
         self._watch = self._stack.enter_context(Watch(Path(directory)).watching())
@@ -33,6 +36,7 @@ class Watching:
         return Held(snapshot, _tensor_bytes())
 
     def stop(self) -> None:
+        self.running.remove(self)
         atexit.unregister(self.stop)
         self._stack.close()
 

@@ -16,6 +16,8 @@ from tests.conformance.engines.contracts import CONTRACTS
 from tests.conformance.engines.driver import Broken, NotApplicable
 from tests.conformance.engines.fakes import faults, nano_vllm_like, plain, vllm_like
 from tests.conformance.engines.fakes.faults import FAULTS, IsHeldUntilItIsClosed
+from tests.conformance.engines.reporting import as_program
+from tests.conformance.engines.resources import Watching
 from tests.support.source_tree import ROOT
 
 PLAIN_ADAPTER = dataclasses.replace(
@@ -47,15 +49,14 @@ def results(target: Target) -> dict[str, Any]:
 
 
 def script_error(script: str) -> str:
-    """What a script raises; empty if nothing."""
-    names: dict[str, Any] = {}
+    """What a script raises as a program; empty if nothing."""
     try:
-        exec(script, names)
+        exec(as_program(script), {"__name__": "__main__"})
     except Exception as error:
         return repr(error)
     finally:
-        if "watching" in names:
-            names["watching"].stop()  # at the end of a script, the process ends
+        for watching in [*Watching.running]:  # a program that ends need not stop it
+            watching.stop()
     return ""
 
 

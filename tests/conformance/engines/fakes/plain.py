@@ -88,15 +88,14 @@ class PlainLLM:
 
     def complete(self, index: int) -> dict[str, Any]:
         """The output of one request of the running call."""
-        params, token_ids, text = self.params[index], [], ""
+        params, token_ids = self.params[index], []
         max_tokens = min(params.max_tokens, self.max_tokens_that_fit(index))
         ending = {*params.stop_token_ids, *(() if params.ignore_eos else self.ends)}
         while len(token_ids) < max_tokens and not ending.intersection(token_ids[-1:]):
             token_ids.append(self.next_token(index, token_ids))
-            text = self.tokenizer.decode(token_ids)
-            if params.stop is not None and params.stop in text:
+            if params.stop is not None and params.stop in (text := self.tokenizer.decode(token_ids)):
                 return {"text": text.partition(params.stop)[0], "token_ids": token_ids}
-        return {"text": text, "token_ids": token_ids}
+        return {"text": self.tokenizer.decode(token_ids), "token_ids": token_ids}
 
     def max_tokens_that_fit(self, index: int) -> int:
         return self.max_model_len - len(self.prompts[index])
