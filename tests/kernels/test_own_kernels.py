@@ -19,7 +19,7 @@ pytest.importorskip("triton")
 from benchmarks.arithmetic import Work
 from benchmarks.measuring import Measured, beside_ours
 from tests.kernels.test_kernels import KERNELS, NEEDS_INTERPRETER
-from tests.support.kernels import own_kernels
+from tests.support.kernels import own_kernels, own_plugin
 from tests.support.kernels.compiling import compile_own_launches
 from tests.support.kernels.interpreting import INTERPRETER, failure_of
 from tests.support.kernels.registry import REPLACED, launchers, lazy
@@ -146,7 +146,7 @@ def test_right_callables_pass_interpreted_and_compiled(file: Path) -> None:
     example.write_text(page.split("```python\n")[1].split("```")[0], encoding="utf-8")
     others = {name: function for name, function in RIGHT.items() if name != "silu_and_mul"}
     arguments = [*options(example, {"silu_and_mul": "silu_and_mul"}), *options(file, others)]
-    code, text = run_pytest("tests/kernels", *arguments, "-k", RIGHT_CASES)
+    code, text = run_pytest("tests/kernels/test_kernels.py", *arguments, "-k", RIGHT_CASES)
     assert code == 0, text
     for name in RIGHT:
         assert re.search(rf"{name} by .*my_kernels.py:{name}: \d+ tests passed, 0 failed, \d+ judged nothing", text), (
@@ -158,7 +158,7 @@ def test_right_callables_pass_interpreted_and_compiled(file: Path) -> None:
 
 @NEEDS_INTERPRETER
 def test_wrong_callables_fail_with_case_place_error_and_command(file: Path) -> None:
-    code, text = run_pytest("tests/kernels", *options(file, WRONG), "-k", WRONG_CASES)
+    code, text = run_pytest("tests/kernels/test_kernels.py", *options(file, WRONG), "-k", WRONG_CASES)
     assert code == 1, text
     for name, function in WRONG.items():
         assert f"kernel {name} by {file}:{function}, case " in text
@@ -174,7 +174,7 @@ def test_wrong_callables_fail_with_case_place_error_and_command(file: Path) -> N
 
 
 def test_a_wrong_option_ends_the_run_at_start_with_one_line() -> None:
-    code, text = run_pytest("tests/kernels", "--kernel", "paged_attenton=torch:add")
+    code, text = run_pytest("tests/kernels/test_kernels.py", "--kernel", "paged_attenton=torch:add")
     assert code == pytest.ExitCode.USAGE_ERROR
     assert text.count("\n") <= 2
     assert "there is no kernel 'paged_attenton'; the kernels are add_rms_norm, grouped_gemm, " in text
@@ -189,24 +189,35 @@ torch.cuda.get_device_name = lambda *_: "fake"
 """
 
 
-@pytest.mark.parametrize(
-    ("option", "wanted", "unwanted"),
-    [
-        ([], "test_on_a_gpu[silu_and_mul-7 x 24, float16]", "test_interpreted"),
-        (["--benchmark-only"], "test_bench_kernels.py::test_kernel[silu_and_mul-llama-3-8b, 64 tokens]", "rms_norm"),
-    ],
-)
-def test_where_there_is_a_gpu_it_is_used(
-    file: Path, monkeypatch: pytest.MonkeyPatch, option: list[str], wanted: str, unwanted: str
-) -> None:
+def test_benchmarks_take_the_place_of_the_tests(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Collected only, for torch is told of a GPU that is not there."""
     (file.parent / "fake_gpu.py").write_text(FAKE_GPU, encoding="utf-8")
     monkeypatch.setenv("PYTHONPATH", str(file.parent))
-    arguments = ["-p", "fake_gpu", "--collect-only", *option, f"--kernel=silu_and_mul={file}:silu_and_mul"]
+    arguments = ["-p", "fake_gpu", "--collect-only", "--benchmark-only", f"--kernel=silu_and_mul={file}:silu_and_mul"]
     code, text = run_pytest("tests/kernels", *arguments)
     assert code == 0, text
-    assert wanted in text
-    assert unwanted not in text
+    assert "test_bench_kernels.py::test_kernel[silu_and_mul-llama-3-8b, 64 tokens]" in text
+    assert "test_kernel[rms_norm" not in text
+
+
+@pytest.mark.parametrize(
+    ("has_gpu", "kernel", "markexpr", "benchmark_only", "expected"),
+    [
+        (True, ["a=b"], "not gpu", False, "gpu"),
+        (False, ["a=b"], "not gpu", False, "not gpu"),
+        (True, ["a=b"], "not gpu and slow", False, "not gpu and slow"),  # given by hand
+        (True, ["a=b"], "not gpu", True, "not gpu"),
+        (True, None, "not gpu", False, "not gpu"),
+    ],
+)
+def test_where_there_is_a_gpu_the_tests_for_it_run(
+    monkeypatch: pytest.MonkeyPatch, has_gpu: bool, kernel: Any, markexpr: str, benchmark_only: bool, expected: str
+) -> None:
+    monkeypatch.setattr(own_plugin, "_has_gpu", lambda: has_gpu)
+    option = SimpleNamespace(kernel=kernel, markexpr=markexpr, benchmark_only=benchmark_only)
+    config: Any = SimpleNamespace(option=option, getini=lambda name: ["-m", "not gpu"])
+    own_plugin.pytest_cmdline_main(config)
+    assert option.markexpr == expected
 
 
 # --- the option's value ---

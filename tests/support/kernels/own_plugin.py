@@ -48,9 +48,10 @@ def pytest_configure(config: pytest.Config) -> None:
     is_benchmark = bool(config.option.benchmark_only)
     if is_benchmark and not _has_gpu():
         raise pytest.UsageError("--kernel with --benchmark-only: it takes an NVIDIA GPU, and torch finds none here")
-    if is_benchmark:  # whatever folder was given: that of the tests too
-        config.args = [str(config.rootpath / "benchmarks" / "kernels")]
-    elif config.args_source is pytest.Config.ArgsSource.TESTPATHS:
+    names_none = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    if is_benchmark and (names_none or not any("benchmarks" in argument for argument in config.args)):
+        config.args = [str(config.rootpath / "benchmarks" / "kernels")]  # also in the place of tests/kernels
+    elif names_none:
         config.args = [str(config.rootpath / "tests" / "kernels")]
     if not hasattr(config, "workerinput"):  # xdist's workers send their reports to this process
         config.pluginmanager.register(Judgements(config), "nanovllm_own_kernels")
