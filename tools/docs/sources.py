@@ -1,0 +1,93 @@
+"""Links from the site to the files of the project: each linked file becomes a page with line numbers."""
+
+import ast
+import posixpath
+from functools import cache
+from pathlib import Path
+
+from tools.mutants.mutant import definitions
+
+ROOT = Path(__file__).resolve().parents[2]
+# Documents of the checkout that are pages of the site as they are.
+DOCUMENTS = {
+    "ARCHITECTURE.md": "How the engine works",
+    "TESTING.md": "What is proved, and how",
+    "docs/adding_a_model.md": "Adding a model",
+    "docs/adding_a_kernel.md": "Adding a kernel",
+    "docs/adding_a_test.md": "Adding a test",
+    "tests/DEFECTS.md": "Known defects",
+}
+_LANGUAGES = {".py": "python", ".md": "markdown", ".toml": "toml", ".txt": "text"}
+
+
+class Sources:
+    """The linked files of one build."""
+
+    def __init__(self) -> None:
+        self.linked: set[str] = set()
+
+    def link(self, page: str, path: str, place: str = "") -> str:
+        """A link from a page of the site to a file or folder; place: a function, class or method in it.
+
+        Raises ValueError when there is no such file or place.
+        """
+        target = ROOT / path
+        if not target.exists():
+            raise ValueError(f"{page} links {path}, which does not exist; correct the path")
+        if path in DOCUMENTS:
+            return posixpath.relpath(document_page(path), posixpath.dirname(page))
+        self.linked.add(path.rstrip("/"))
+        anchor = f"#__codelineno-0-{line_of(path, place)}" if place else ""
+        return posixpath.relpath(source_page(path), posixpath.dirname(page)) + anchor
+
+
+def document_page(path: str) -> str:
+    return f"documents/{Path(path).stem.lower()}.md"
+
+
+def source_page(path: str) -> str:
+    return f"source/{path.rstrip('/')}.md"
+
+
+def source_markdown(path: str) -> str:
+    """The page that shows a file, or the names of a folder's files."""
+    head = f"---\ntitle: {path}\nsearch:\n  exclude: true\nhide:\n  - toc\n---\n\n# `{path}`\n\n"
+    target = ROOT / path
+    if target.is_dir():
+        names = sorted(f"{child.name}/" if child.is_dir() else child.name for child in target.iterdir())
+        return head + "\n".join(f"- `{name}`" for name in names if not name.startswith(("__pycache__", ".")))
+    text = target.read_text(encoding="utf-8").rstrip("\n")
+    return f'{head}````{{.{_LANGUAGES.get(target.suffix, "text")} linenums="1"}}\n{text}\n````\n'
+
+
+def line_of(path: str, place: str) -> int:
+    """The line, from 1 on, where a definition begins. Raises ValueError when the file has none of that name."""
+    text = (ROOT / path).read_text(encoding="utf-8")
+    starts = [start for name, start, _ in definitions(text) if name == place]
+    if len(starts) != 1:
+        raise ValueError(f"{path} must define {place} once, not {len(starts)} times; correct the link")
+    return text.count("\n", 0, starts[0]) + 1
+
+
+@cache
+def tests_of(reference_name: str) -> dict[str, str]:
+    """Test files that import a file of reference/ -> the first sentence of their docstring."""
+    found = {}
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        if path.is_relative_to(ROOT / "tests/support") or path.stem in ("conftest", "test_reference_catalogue"):
+            continue
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        if f"reference.{reference_name}" in _imported(tree):
+            found[path.relative_to(ROOT).as_posix()] = first_sentence(ast.get_docstring(tree) or "")
+    return found
+
+
+def _imported(tree: ast.Module) -> set[str]:
+    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    modules = {node.module for node in nodes if node.module}
+    return modules | {f"{node.module}.{alias.name}" for node in nodes for alias in node.names}
+
+
+def first_sentence(docstring: str) -> str:
+    paragraph = " ".join(docstring.split("\n\n")[0].split())
+    return paragraph.partition(". ")[0].rstrip(".:")
