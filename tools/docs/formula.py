@@ -29,6 +29,7 @@ def formula_html(lines: tuple[str, ...], plain_text: str) -> str:
     for line in lines:
         left, right, note = (part.strip() for part in [*line.split("&"), "", ""][:3])
         note = f' <span class="formula-note">{html.escape(note)}</span>' if note else ""
+        right = "{} " + right if right[0] in "=\\\\" else right  # space after a relation needs something before it
         rows.append(f"<span>{svg(left)}</span><span>{svg(right)}{note}</span>")
     return f'<div class="formula" role="math" aria-label="{html.escape(plain_text)}">{"".join(rows)}</div>'
 

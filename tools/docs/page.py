@@ -98,7 +98,8 @@ def _examples(name: str) -> str:
 def _engine(name: str, sources: Sources) -> str:
     page = page_path(name)
     lines = ["## In the engine", ""]
-    for path, place, what in ENGINE.get(name, ()):
+    for file, place, what in ENGINE.get(name, ()):
+        path = f"nanovllm/{file}"
         lines.append(f"- [`{place or path}`]({sources.link(page, path, place)}) {what}")
     files, through = tests_of(name), ""
     held = {path: text for path, text in files.items() if not path.startswith("tests/unit/reference/")}
