@@ -13,7 +13,7 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.path import Path
 from matplotlib.textpath import text_to_path
 
-_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z][A-Za-z0-9]*(?:_[A-Za-z0-9]+)*(?<=\w\w)")
+_WORD = re.compile(r"(?<![\\A-Za-z0-9])(?:0x[0-9A-F]+|[A-Za-z][A-Za-z0-9]*(?:_[A-Za-z0-9]+)*(?<=\w\w))")
 _EM = 20  # units of the SVG per em
 _LETTERS = {Path.MOVETO: "M", Path.LINETO: "L", Path.CURVE3: "Q", Path.CURVE4: "C"}
 

@@ -6,8 +6,10 @@ FORMULAS: dict[str, tuple[tuple[str, ...], ...]] = {
     "attention": (
         (
             r"score_{i,h,j} & = scale \cdot \sum_{d} \, query_{i,h,d} \cdot key_{j,\lfloor h/G \rfloor,d}",
-            r"weight_{i,h,j} & = \dfrac{\exp(score_{i,h,j})}{\sum_{j'} \exp(score_{i,h,j'})} & over every j' that query i sees",
-            r"output_{i,h,d} & = \sum_{j} \, weight_{i,h,j} \cdot value_{j,\lfloor h/G \rfloor,d} & over the j that query i sees",
+            r"weight_{i,h,j} & = \dfrac{\exp(score_{i,h,j})}{\sum_{j'} \exp(score_{i,h,j'})}"
+            " & over every j' that query i sees",
+            r"output_{i,h,d} & = \sum_{j} \, weight_{i,h,j} \cdot value_{j,\lfloor h/G \rfloor,d}"
+            " & over the j that query i sees",
             r"i\ sees\ j & \Leftrightarrow\; j \leq k_len - q_len + i & query i, key j",
         ),
     ),
@@ -25,7 +27,8 @@ FORMULAS: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "store_kvcache": (
         (
-            r"k_cache\,[\,\lfloor slot_{i}\,/\,block_size \rfloor,\; slot_{i}\ mod\ block_size\,] & = key_{i} & for every"
+            r"k_cache\,[\,\lfloor slot_{i}\,/\,block_size \rfloor,\; slot_{i}\ mod\ block_size\,] & = key_{i}"
+            " & for every"
             " token i whose slot is not -1",
             r"v_cache\,[\,\lfloor slot_{i}\,/\,block_size \rfloor,\; slot_{i}\ mod\ block_size\,] & = value_{i}",
             r"slot_{i} & = slot_mapping_{i}",
@@ -34,8 +37,8 @@ FORMULAS: dict[str, tuple[tuple[str, ...], ...]] = {
     "paged_attention": (
         (
             r"slots_{b} & = slot_mapping(0 \ldots context_lens_{b} - 1,\; block_tables_{b})",
-            r"output_{b} & = attention(query_{b},\; k_cache\,[slots_{b}],\; v_cache\,[slots_{b}])"
-            " & query: the queries of sequence b",
+            r"output_{b} & = attention(queries_{b},\; k_cache\,[slots_{b}],\; v_cache\,[slots_{b}])"
+            " & for the queries of sequence b",
         ),
         (),
     ),
@@ -55,7 +58,8 @@ FORMULAS: dict[str, tuple[tuple[str, ...], ...]] = {
         (
             r"default & keep_{i} = 1",
             r"linear & keep_{i} = 0 & simple, but neighbours blur",
-            r"llama3 & keep_{i} = \dfrac{turns_{i} - low_freq_factor}{high_freq_factor - low_freq_factor} & within 0 .. 1",
+            r"llama3 & keep_{i} = \dfrac{turns_{i} - low_freq_factor}{high_freq_factor - low_freq_factor}"
+            " & within 0 .. 1",
             r"yarn & keep_{i}\ falls\ linearly & from 1, where turns = beta_fast, to 0, where turns = beta_slow",
         ),
     ),
@@ -75,23 +79,27 @@ FORMULAS: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "tensor_parallel": (
         (
-            r"column\ parallel & y = [\, x W_{0}' + b_{0} \;|\; x W_{1}' + b_{1} \;|\; \ldots \,] & rank r has some of the outputs: rows of W and b",
-            r"row\ parallel & y = x_{0} W_{0}' + x_{1} W_{1}' + \ldots + b & rank r has some of the inputs: columns of W",
-            r"vocabulary & y = \sum_{r} \, row_{r} & the token's row from the one rank whose range holds it, 0 from all others",
+            r"column\ parallel & y = [\, x W_{0}' + b_{0} \;|\; x W_{1}' + b_{1} \;|\; \ldots \,]"
+            " & rank r has some of the outputs: rows of W and b",
+            r"row\ parallel & y = x_{0} W_{0}' + x_{1} W_{1}' + \ldots + b"
+            " & rank r has some of the inputs: columns of W",
+            r"vocabulary & y = \sum_{r} \, row_{r}"
+            " & the token's row from the one rank whose range holds it, 0 from all others",
         ),
     ),
     "philox": (
         (
             r"2^{32}\, hi0 + lo0 & = 0xD2511F53 \cdot c0",
             r"2^{32}\, hi1 + lo1 & = 0xCD9E8D57 \cdot c2",
-            r"(c0, c1, c2, c3) & \rightarrow (hi1 \oplus c1 \oplus k0,\; lo1,\; hi0 \oplus c3 \oplus k1,\; lo0) & one round of ten",
+            r"(c0, c1, c2, c3) & \rightarrow (hi1 \oplus c1 \oplus k0,\; lo1,\; hi0 \oplus c3 \oplus k1,\; lo0)"
+            " & one round of ten",
             r"(k0, k1) & \rightarrow (k0 + 0x9E3779B9,\; k1 + 0xBB67AE85)\ mod\ 2^{32} & between two rounds",
         ),
     ),
     "sampling": (
         (
             r"z & = \dfrac{logits}{temperature}",
-            r"top_k & z_{v} \geq the\ k\ largest & keeps v if z is at least the k-th largest",
+            r"top_k & z_{v} \geq z_{(k)} & keeps v if z is at least the k-th largest",
             r"top_p & \sum_{w:\; p_{w} > p_{v}} p_{w} < top_p & keeps v; p is the softmax of what top_k left",
             r"min_p & p_{v} \geq min_p \cdot max\; p & keeps v",
             r"token & = argmax_{v} \; (z_{v} - \log e_{v}) & over the v that were kept",
@@ -102,8 +110,10 @@ FORMULAS: dict[str, tuple[tuple[str, ...], ...]] = {
         (
             r"x & = embed\,[token]",
             r"h & = rms_norm(x) & in each layer",
-            r"x & \leftarrow x + o_proj \cdot attention(rope(norm(q_proj \cdot h)),\; rope(norm(k_proj \cdot h)),\; v_proj \cdot h)",
-            r"x & \leftarrow x + feed_forward(rms_norm(x)) & feed_forward is down . silu_and_mul(gate, up), or a mixture",
+            r"x & \leftarrow x + o_proj \cdot attention(rope(norm(q_proj \cdot h)),\; rope(norm(k_proj \cdot"
+            r" h)),\; v_proj \cdot h)",
+            r"x & \leftarrow x + feed_forward(rms_norm(x))"
+            " & feed_forward is down . silu_and_mul(gate, up), or a mixture",
             r"logits & = lm_head \cdot rms_norm(x)",
         ),
     ),
@@ -111,12 +121,14 @@ FORMULAS: dict[str, tuple[tuple[str, ...], ...]] = {
         (
             r"logits & = transformer(tokens)\,[last]",
             r"token & = sampling(logits)",
-            r"tokens & = tokens + [token] & until the token ends the text (stop), or max_tokens or max_model_len is reached (length)",
+            r"tokens & = tokens + [token]"
+            " & until the token ends the text (stop), or max_tokens or max_model_len is reached (length)",
         ),
     ),
     "block_hash": (
         (
-            r"block_hash(tokens,\, parent) & = xxh64(parent \;\Vert\; tokens_{0} \;\Vert\; tokens_{1} \;\Vert\; \ldots) & 8 bytes each,"
+            r"block_hash(tokens,\, parent) & = xxh64(parent \;\Vert\; tokens_{0} \;\Vert\; tokens_{1} \;\Vert\; \ldots)"
+            " & 8 bytes each,"
             " little-endian; no parent for a first block",
         ),
     ),
@@ -124,9 +136,11 @@ FORMULAS: dict[str, tuple[tuple[str, ...], ...]] = {
         (
             r"ref_count(block) & = |\{\, sequences : block \in table \,\}|",
             r"free & = blocks - \cup\; table",
-            r"hits(tokens) & = the\ longest\ run & of full blocks, from the start, whose whole prefix some block holds already",
+            r"hits(tokens) & = the\ longest\ run"
+            " & of full blocks, from the start, whose whole prefix some block holds already",
             r"cached & = min(|hits| \cdot block_size,\; |tokens| - 1)",
-            r"to\ be\ taken & = blocks\ for\ all\ tokens - hits\ that\ another\ sequence\ owns & at most as many as are free, or it does not fit",
+            r"to\ be\ taken & = blocks\ for\ all\ tokens - hits\ that\ another\ sequence\ owns"
+            " & at most as many as are free, or it does not fit",
         ),
     ),
 }

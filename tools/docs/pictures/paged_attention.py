@@ -1,7 +1,7 @@
 """What the newest token of each of two sequences reads: its block table names the blocks, each slot has a weight.
 
-The weights in percent are those of paged_attention(). Grey slots are not read: no sequence owns them, or they come after
-its last token.
+The weights in percent are those of paged_attention(). Grey slots are not read: no sequence owns them, or they come
+after its last token.
 """
 
 import torch
