@@ -18,6 +18,7 @@ DOCUMENTS = {
     "tests/DEFECTS.md": "Known defects",
 }
 _LANGUAGES = {".py": "python", ".md": "markdown", ".toml": "toml", ".txt": "text"}
+_NOT_ABOUT_THE_ENGINE = ("conftest", "test_reference_catalogue", "test_docs_site")
 
 
 class Sources:
@@ -69,23 +70,25 @@ def line_of(path: str, place: str) -> int:
     return text.count("\n", 0, starts[0]) + 1
 
 
-@cache
 def tests_of(reference_name: str) -> dict[str, str]:
     """Test files that import a file of reference/ -> the first sentence of their docstring."""
-    found = {}
+    module = f"reference.{reference_name}"
+    return {path: sentence for path, modules, sentence in _test_files() if module in modules}
+
+
+@cache
+def _test_files() -> list[tuple[str, set[str], str]]:
+    """(path, imported modules, first sentence) of each test file that is about the engine or the reference."""
+    found = []
     for path in sorted((ROOT / "tests").rglob("*.py")):
-        if path.is_relative_to(ROOT / "tests/support") or path.stem in ("conftest", "test_reference_catalogue"):
+        if path.is_relative_to(ROOT / "tests/support") or path.stem in _NOT_ABOUT_THE_ENGINE:
             continue
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        if f"reference.{reference_name}" in _imported(tree):
-            found[path.relative_to(ROOT).as_posix()] = first_sentence(ast.get_docstring(tree) or "")
+        nodes = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+        modules = {f"{node.module}.{alias.name}" for node in nodes for alias in node.names}
+        modules |= {node.module for node in nodes if node.module}
+        found.append((path.relative_to(ROOT).as_posix(), modules, first_sentence(ast.get_docstring(tree) or "")))
     return found
-
-
-def _imported(tree: ast.Module) -> set[str]:
-    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-    modules = {node.module for node in nodes if node.module}
-    return modules | {f"{node.module}.{alias.name}" for node in nodes for alias in node.names}
 
 
 def first_sentence(docstring: str) -> str:
