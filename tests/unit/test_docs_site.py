@@ -22,18 +22,7 @@ from tools.docs.formulas import FORMULAS
 from tools.docs.prose import Part, markdown, parts
 
 NAMES = reference.reading_order()
-# Pages whose idea needs no picture.
-WITHOUT_PICTURE = {
-    "store_kvcache",
-    "block_hash",
-    "postprocess",
-    "rms_norm",
-    "silu_and_mul",
-    "philox",
-    "checkpoint",
-    "transformer",
-    "generate",
-}
+WITHOUT_PICTURE: set[str] = set()  # pages whose idea needs no picture
 
 
 # --- exercises ---
@@ -201,3 +190,11 @@ def test_every_link_to_a_line_leads_to_that_line(site: Path) -> None:
             )
             number += 1
     assert number > len(NAMES)
+
+
+def test_every_page_links_tests_of_the_engine(site: Path) -> None:
+    for name in NAMES:
+        page = (site / "reference" / f"{name}.html").read_text(encoding="utf-8")
+        held, laws = re.search(r"These tests hold the engine(.*?)And these hold(.*?)<h2", page, re.DOTALL).groups()
+        assert 'href="../source/tests/' in held, name
+        assert 'href="../source/tests/unit/reference/' in laws, name

@@ -100,7 +100,8 @@ def _engine(name: str, sources: Sources) -> str:
     lines = ["## In the engine", ""]
     for file, place, what in ENGINE.get(name, ()):
         path = f"nanovllm/{file}"
-        lines.append(f"- [`{place or path}`]({sources.link(page, path, place)}) {what}")
+        link = f"[`{place or file}`]({sources.link(page, path, place)})"
+        lines.append(f"- {link} in `{file}` {what}" if place else f"- {link} {what}")
     files, through = tests_of(name), ""
     held = {path: text for path, text in files.items() if not path.startswith("tests/unit/reference/")}
     if not held:

@@ -71,24 +71,44 @@ def line_of(path: str, place: str) -> int:
 
 
 def tests_of(reference_name: str) -> dict[str, str]:
-    """Test files that import a file of reference/ -> the first sentence of their docstring."""
+    """Test files that import a file of reference/, directly or through tests/support -> their first sentence.
+
+    If some import it directly, only those.
+    """
     module = f"reference.{reference_name}"
-    return {path: sentence for path, modules, sentence in _test_files() if module in modules}
+    direct = {path: sentence for path, (modules, sentence) in _test_files().items() if module in modules}
+    if any(not path.startswith("tests/unit/reference/") for path in direct):
+        return direct
+    through = {
+        path: sentence for path, (modules, sentence) in _test_files().items() if module in _with_support(modules)
+    }
+    return direct | through
 
 
 @cache
-def _test_files() -> list[tuple[str, set[str], str]]:
-    """(path, imported modules, first sentence) of each test file that is about the engine or the reference."""
-    found = []
-    for path in sorted((ROOT / "tests").rglob("*.py")):
-        if path.is_relative_to(ROOT / "tests/support") or path.stem in _NOT_ABOUT_THE_ENGINE:
-            continue
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        nodes = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-        modules = {f"{node.module}.{alias.name}" for node in nodes for alias in node.names}
-        modules |= {node.module for node in nodes if node.module}
-        found.append((path.relative_to(ROOT).as_posix(), modules, first_sentence(ast.get_docstring(tree) or "")))
-    return found
+def _test_files() -> dict[str, tuple[set[str], str]]:
+    """Path of each test file that is about the engine or the reference -> imported modules, first sentence."""
+    paths = [path for path in sorted((ROOT / "tests").rglob("*.py")) if path.stem not in _NOT_ABOUT_THE_ENGINE]
+    return {
+        path.relative_to(ROOT).as_posix(): _imports_and_sentence(path)
+        for path in paths
+        if not path.is_relative_to(ROOT / "tests/support")
+    }
+
+
+@cache
+def _imports_and_sentence(path: Path) -> tuple[set[str], str]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    modules = {f"{node.module}.{alias.name}" for node in nodes for alias in node.names}
+    modules |= {node.module for node in nodes if node.module}
+    return modules, first_sentence(ast.get_docstring(tree) or "")
+
+
+def _with_support(modules: set[str]) -> set[str]:
+    """The modules and what those of tests/support among them import."""
+    support = [ROOT / f"{module.replace('.', '/')}.py" for module in modules if module.startswith("tests.support.")]
+    return modules.union(*(_imports_and_sentence(path)[0] for path in support if path.exists()))
 
 
 def first_sentence(docstring: str) -> str:

@@ -30,7 +30,7 @@ _SHAPES = (
     ".picture .small{font-size:10.5px}.picture .bold{font-weight:bold}"
     ".picture rect,.picture circle{stroke:var(--grid);fill:none}.picture .free{fill:var(--free)}"
     ".picture path{stroke:var(--faint);fill:none;stroke-width:1.3}.picture path.head{fill:var(--faint);stroke:none}"
-    ".picture .dashed{stroke-dasharray:4 3}.picture .off{opacity:.55}"
+    ".picture .dashed{stroke-dasharray:4 3}.picture .bit{stroke-width:15}"
     + "".join(
         f".picture .{look}{{fill:var(--{look});stroke:var(--{look}-edge)}}"
         f".picture path.{look}{{fill:none}}.picture path.head.{look}{{fill:var(--{look}-edge)}}"
