@@ -56,7 +56,8 @@ def _with_pictures_and_links(page: str, sources: Sources, config: MkDocsConfig) 
 
 def _document(path: str, sources: Sources) -> str:
     text = (ROOT / path).read_text(encoding="utf-8")
-    return _with_source_links(text, document_page(path), posixpath.dirname(path), sources)
+    text = _with_source_links(text, document_page(path), posixpath.dirname(path), sources)
+    return f"---\nhide:\n  - toc\n---\n\n{text}"
 
 
 def _with_source_links(text: str, page: str, folder: str, sources: Sources) -> str:

@@ -1,7 +1,7 @@
 """Two texts in blocks of two tokens, and the first digits of the hash of each block.
 
-block_hash() takes a block's tokens and its parent's hash. The texts differ in their second token only; their last blocks
-hold the same tokens, but what comes before them differs, so the hashes differ and the blocks are not shared.
+block_hash() takes a block's tokens and its parent's hash. The texts differ in their second token only. Their last
+blocks hold the same tokens, but what comes before them differs, so the hashes differ and the blocks are not shared.
 """
 
 from reference.block_hash import block_hash
