@@ -86,7 +86,8 @@ benchmarks: ## time every kernel against the GPU's ceiling, and the host side (a
 	@$(NEEDS) pytest pytest_benchmark hypothesis torch
 	$(QUIET) "$(MACHINE_PYTHON)" -m pytest --benchmark-only $(ARGS)
 
-mutants: mutants-defects $(VENV)/.mutmut ## put errors into the code: do the tests notice? known defects, then those that mutmut makes (hours)
+mutants: mutants-defects $(VENV)/.mutmut ## put errors into the code: do the tests notice? known defects, the document's exercises, then those that mutmut makes (hours)
+	$(TEST_ENV) $(BIN)/python -m tools.mutants --workers $(WORKERS) --tests-pass --data docs/site/exercises
 	$(TEST_ENV) WORKERS=$(WORKERS) $(BIN)/python -m tools.mutants.generic
 
 mutants-defects: $(STAMP) ## put each known defect of tests/DEFECTS.md back (minutes)

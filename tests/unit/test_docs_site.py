@@ -19,6 +19,7 @@ from tests.support.source_tree import ROOT
 from tools.docs.engine import ENGINE
 from tools.docs.exercises import exercises, page_of
 from tools.docs.formulas import FORMULAS
+from tools.docs.pictures import draw, picture_names
 from tools.docs.prose import Part, markdown, parts
 
 NAMES = reference.reading_order()
@@ -50,14 +51,11 @@ def test_every_page_has_two_or_three_exercises_which_all_differ() -> None:
 
 
 def test_every_page_has_a_picture_or_is_listed_as_having_none() -> None:
-    pictures = pytest.importorskip("tools.docs.pictures", exc_type=ImportError)
-    assert set(NAMES) - set(pictures.picture_names()) == WITHOUT_PICTURE
+    assert set(NAMES) - set(picture_names()) == WITHOUT_PICTURE
 
 
 def test_committed_pictures_are_what_the_code_draws() -> None:
     """`python -m tools.docs` draws them anew. Numbers may differ by rounding between machines."""
-    from tools.docs.pictures import draw, picture_names
-
     folder = ROOT / "docs/site/pictures"
     assert sorted(path.stem for path in folder.glob("*.svg")) == picture_names()
     for name in picture_names():
@@ -80,11 +78,13 @@ def _blocks(name: str) -> list[Part]:
 @pytest.mark.parametrize("name", FORMULAS)
 def test_formulas_name_what_the_docstring_names(name: str) -> None:
     """Each name in the LaTeX occurs in the plain text, and each name that the plain text defines is in the LaTeX."""
-    formula = pytest.importorskip("tools.docs.formula", exc_type=ImportError)
+    pytest.importorskip("matplotlib", reason="could not import 'matplotlib': it sets the formulas")
+    from tools.docs.formula import names
+
     assert len(FORMULAS[name]) == len(_blocks(name))
     for lines, block in zip(FORMULAS[name], _blocks(name), strict=True):
         if lines:
-            used = set().union(*(formula.names(line) for line in lines))
+            used = set().union(*(names(line) for line in lines))
             assert used - {"mod"} <= set(re.findall(r"\w+", block.text))
             defined = re.findall(r"^(\w\w+)(?:\[.*?\]|\(.*?\))? *=", block.text, re.MULTILINE)
             assert set(defined) <= used, f"{name}: the formula leaves out what the docstring defines"
@@ -156,6 +156,7 @@ def test_code_of_the_first_page_does_what_it_says() -> None:
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The site, built with every warning an error: a link or an anchor that leads nowhere, an example that fails."""
     pytest.importorskip("material", reason="could not import 'material': it builds the document")
+    pytest.importorskip("matplotlib", reason="could not import 'matplotlib': it sets the formulas")
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANG_SECONDS)

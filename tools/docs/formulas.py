@@ -21,8 +21,8 @@ FORMULAS: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "slot_mapping": (
         (
-            r"slot & = block_table\,[\,\lfloor position\,/\,block_size \rfloor\,] \cdot block_size"
-            r" \;+\; position\ mod\ block_size",
+            r"b & = block_table\,[\,\lfloor position\,/\,block_size \rfloor\,]",
+            r"slot & = b \cdot block_size + position\ mod\ block_size",
         ),
     ),
     "store_kvcache": (
@@ -110,8 +110,8 @@ FORMULAS: dict[str, tuple[tuple[str, ...], ...]] = {
         (
             r"x & = embed\,[token]",
             r"h & = rms_norm(x) & in each layer",
-            r"x & \leftarrow x + o_proj \cdot attention(rope(norm(q_proj \cdot h)),\; rope(norm(k_proj \cdot"
-            r" h)),\; v_proj \cdot h)",
+            r"q,\, k & = rope(norm(q_proj \cdot h)),\; rope(norm(k_proj \cdot h))",
+            r"x & \leftarrow x + o_proj \cdot attention(q,\, k,\, v_proj \cdot h)",
             r"x & \leftarrow x + feed_forward(rms_norm(x))"
             " & feed_forward is down . silu_and_mul(gate, up), or a mixture",
             r"logits & = lm_head \cdot rms_norm(x)",
@@ -139,8 +139,8 @@ FORMULAS: dict[str, tuple[tuple[str, ...], ...]] = {
             r"hits(tokens) & = the\ longest\ run"
             " & of full blocks, from the start, whose whole prefix some block holds already",
             r"cached & = min(|hits| \cdot block_size,\; |tokens| - 1)",
-            r"to\ be\ taken & = blocks\ for\ all\ tokens - hits\ that\ another\ sequence\ owns"
-            " & at most as many as are free, or it does not fit",
+            r"to\ be\ taken & = blocks - hits & blocks for all tokens, without the hits that another sequence owns;"
+            " at most as many as are free, or it does not fit",
         ),
     ),
 }

@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 # What is code in a sentence: names with an underscore and sums of them, an index, a call, an operator between names.
 _CODE = re.compile(
-    r"(?P<code>\w+(?:\.\w+)*\[[^\]]*\](?:\.\w+)*|\w*[a-z]_\w+(?:\(\))?(?: (?:[-+*/%]|//|<=) \w+)*|\w+\([\w., *]*\)"
+    r"(?P<url>github\.com/[\w./-]+\w)"
+    r"|(?P<code>\w+(?:\.\w+)*\[[^\]]*\](?:\.\w+)*|\w*[a-z]_\w+(?:\(\))?(?: (?:[-+*/%]|//|<=) \w+)*|\w+\([\w., *]*\)"
     r"|-1\b|\b\w+ // \w+)"
     r"|(?P<arxiv>arXiv (?P<number>\d{4}\.\d{5}))"
     r"|(?P<special>[\\*_<>\[\]`#|])"
@@ -49,6 +50,8 @@ def markdown(text: str, pages: tuple[str, ...] = ()) -> str:
     def replace(match: re.Match[str]) -> str:
         if match["special"]:
             return f"&#{ord(match[0])};"
+        if match["url"]:
+            return f"[{match[0]}](https://{match[0]})"
         if match["arxiv"]:
             return f"[{match[0]}](https://arxiv.org/abs/{match['number']})"
         return f"[`{match[0]}`]({match[0]}.md)" if match[0] in pages else f"`{match[0]}`"
