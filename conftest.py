@@ -1,5 +1,9 @@
 """The plugins of the suite, loaded wherever pytest is pointed at: `pytest --report` names no folder of tests."""
 
+import pytest
+
+pytest.register_assert_rewrite("tests.support")  # so that a failing assert there shows its values
+
 pytest_plugins = [
     "tests.support.report",
     "tests.support.replay.plugin",

@@ -97,6 +97,21 @@ def prefills_of_models() -> Points:
     }
 
 
+def few_rows() -> Points:
+    """(number of rows, output features, input features, whether silu_and_mul follows) of qwen3-0.6b's matrices."""
+    matrices = {"qkv": (4096, 1024), "o": (1024, 2048), "gate_up": (6144, 1024, True), "down": (1024, 3072)}
+    return {f"{n} rows, {name}": (n, *matrix) for name, matrix in matrices.items() for n in (1, 8, 16)}
+
+
+def shared_prefixes() -> Points:
+    """(sequences, tokens that all share, tokens of each alone, H, K)"""
+    return {
+        "256 x (2048 + 256), 16/8": (256, 2048, 256, 16, 8),
+        "64 x (1024 + 256), 16/8": (64, 1024, 256, 16, 8),
+        "64 x (1024 + 256), 32/8": (64, 1024, 256, 32, 8),
+    }
+
+
 # A benchmark of tests/kernels/*_cases.py -> its points.
 POINTS: dict[str, Points] = {
     "add_rms_norm": steps_of_models(),
@@ -109,6 +124,8 @@ POINTS: dict[str, Points] = {
     "rotary_embedding": steps_of_models(),
     "sampling": rows_of_logits(),
     "silu_and_mul": steps_of_models(),
+    "shared_prefix_attention": shared_prefixes(),
+    "skinny_linear": few_rows(),
     "store_kvcache": steps_of_models(),
     "varlen_attention": named_prefills(),
     "varlen_attention_hopper": named_prefills(),

@@ -37,8 +37,10 @@ class Config:
     enforce_eager: True never captures CUDA graphs.
     async_scheduling: True begins a decode step while the one before is still being computed, so that the GPU does not
         wait for the host. None does so where it gains time: on a GPU, with several ranks where each has its own.
-    kv_cache_block_size: number of tokens in a KV block. A multiple of 256 for "auto" and "flash_attn"; "triton" also
-        takes powers of two from 16, "torch" powers of two from 1. LLM accepts nano-vllm's name kvcache_block_size too.
+    kv_cache_block_size: number of tokens in a KV block. A multiple of 256 for "flash_attn"; "auto" and "triton" also
+        take powers of two from 16, "torch" powers of two from 1. None takes the attention backend's own: 64 for triton,
+        since the prefix cache finds whole blocks; else, or with num_kv_cache_blocks, 256. LLM accepts nano-vllm's name
+        kvcache_block_size too.
     num_kv_cache_blocks: number of KV blocks; None sizes the cache from free memory. LLM accepts nano-vllm's name
         num_kvcache_blocks too, and -1 for None under that name.
     attention_backend: "auto" is the fastest one that is installed and supports the device, dtype and sizes.
@@ -57,7 +59,7 @@ class Config:
     tensor_parallel_size: int = 1
     enforce_eager: bool = False
     async_scheduling: bool | None = None
-    kv_cache_block_size: int = 256
+    kv_cache_block_size: int | None = None
     num_kv_cache_blocks: int | None = None
     attention_backend: str = "auto"
     dtype: str = "auto"
@@ -94,7 +96,8 @@ class Config:
         if self.num_kv_cache_blocks is not None:
             remedy = "use None to size it from memory"
             require_int("num_kv_cache_blocks", self.num_kv_cache_blocks, 1, MAX_KV_CACHE_BLOCKS, remedy)
-        _check_block_size(self.kv_cache_block_size, self.attention_backend)
+        if self.kv_cache_block_size is not None:
+            _check_block_size(self.kv_cache_block_size, self.attention_backend)
         convert_numpy_integers(self)
 
 
@@ -117,10 +120,12 @@ def _check_block_size(block_size: int, backend: str) -> None:
     if block_size % FLASH_ATTENTION_BLOCK_SIZE == 0:
         return
     is_power_of_two = block_size & (block_size - 1) == 0
-    if is_power_of_two and (backend == "torch" or (backend == "triton" and block_size >= MIN_TRITON_BLOCK_SIZE)):
+    if is_power_of_two and (
+        backend == "torch" or (backend in ("auto", "triton") and block_size >= MIN_TRITON_BLOCK_SIZE)
+    ):
         return
     raise ValueError(
         f"kv_cache_block_size must be a multiple of {FLASH_ATTENTION_BLOCK_SIZE} with attention_backend={backend!r}, "
-        f"got {block_size}; attention_backend='triton' also takes powers of two from {MIN_TRITON_BLOCK_SIZE}, "
-        "attention_backend='torch' powers of two from 1"
+        f"got {block_size}; attention_backend='triton' also takes powers of two from {MIN_TRITON_BLOCK_SIZE}, as "
+        "'auto' does, attention_backend='torch' powers of two from 1"
     )

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+SEQS_PER_TILE = 32  # sequences that read a shared prefix together
+
 
 @dataclass(frozen=True)
 class Context:
@@ -26,6 +28,8 @@ class Context:
     block_tables: [num_seqs, max_blocks] int32, padded with -1. None in a prefill in which no sequence has cached
         keys: then the keys are exactly this step's.
     sequence_order: [num_seqs] int32, the sequences by falling key length; None if they are not sorted.
+    shared_prefix_order, shared_prefix_lens: [num_seqs] int32, see engine.shared_prefix.SharedPrefixes; None if this
+        step shares no reading.
     """
 
     is_prefill: bool
@@ -37,6 +41,8 @@ class Context:
     context_lens: "torch.Tensor"
     block_tables: "torch.Tensor | None"
     sequence_order: "torch.Tensor | None" = None
+    shared_prefix_order: "torch.Tensor | None" = None
+    shared_prefix_lens: "torch.Tensor | None" = None
 
 
 _current: ContextVar[Context | None] = ContextVar("nanovllm_context", default=None)

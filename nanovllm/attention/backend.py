@@ -12,12 +12,12 @@ from nanovllm.context import Context
 
 @dataclass(frozen=True)
 class AttentionRequirements:
-    """What an engine requires of its attention backend. block_size: tokens per KV block."""
+    """What an engine requires of its attention backend. block_size: tokens per KV block; None is default_block_size."""
 
     device: torch.device
     dtype: torch.dtype
     head_dim: int
-    block_size: int
+    block_size: int | None
 
 
 class KVCache(NamedTuple):
@@ -31,11 +31,15 @@ class AttentionBackend(ABC):
     """Computes attention for the queries of one step. It reads only the cache slots of the sequences' own tokens.
 
     name: the value of Config.attention_backend that selects this backend.
+    default_block_size: tokens per KV block where the user chose none.
     is_graph_safe: whether a CUDA graph can capture decode(), which then never synchronises with the device.
+    shares_prefixes: whether decode() reads the keys of a shared prefix once, if context.shared_prefix_order is set.
     """
 
     name: ClassVar[str]
+    default_block_size: ClassVar[int] = 256
     is_graph_safe: ClassVar[bool]
+    shares_prefixes: ClassVar[bool] = False
 
     @classmethod
     def unsupported_reason(cls, requirements: AttentionRequirements) -> str | None:
@@ -58,8 +62,10 @@ class AttentionBackend(ABC):
 MIN_COMPUTE_CAPABILITY = (8, 0)  # Ampere
 
 
-def old_gpu_reason(device: torch.device) -> str | None:
-    """Why a GPU is too old for the backends "triton" and "flash_attn"; None if it is not."""
+def unsupported_device_reason(device: torch.device) -> str | None:
+    """Why the backends "triton" and "flash_attn" cannot compute on `device`; None if they can."""
+    if device.type != "cuda":
+        return f"it needs an NVIDIA GPU, the device is {device}"
     capability = torch.cuda.get_device_capability(device)
     if capability < MIN_COMPUTE_CAPABILITY:
         return f"it needs compute capability {MIN_COMPUTE_CAPABILITY}, the GPU has {capability}"

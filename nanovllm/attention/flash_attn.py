@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from nanovllm import kernels
-from nanovllm.attention.backend import AttentionBackend, AttentionRequirements, KVCache, old_gpu_reason
+from nanovllm.attention.backend import AttentionBackend, AttentionRequirements, KVCache, unsupported_device_reason
 from nanovllm.config import FLASH_ATTENTION_BLOCK_SIZE
 from nanovllm.context import Context
 from nanovllm.kernels import flash_attention
@@ -21,9 +21,9 @@ class FlashAttentionBackend(AttentionBackend):
     @classmethod
     def unsupported_reason(cls, requirements: AttentionRequirements) -> str | None:
         device, dtype = requirements.device, requirements.dtype
-        head_dim, block_size = requirements.head_dim, requirements.block_size
-        if device.type != "cuda":
-            return f"it needs an NVIDIA GPU, the device is {device}"
+        head_dim, block_size = requirements.head_dim, requirements.block_size or cls.default_block_size
+        if (reason := unsupported_device_reason(device)) is not None:
+            return reason
         dtype_name = str(dtype).removeprefix("torch.")
         if dtype not in HEAD_DIMS:
             return f"it computes in bfloat16 or float16, the dtype is {dtype_name}"
@@ -31,8 +31,6 @@ class FlashAttentionBackend(AttentionBackend):
             return f"with {dtype_name} it takes a head_dim in {HEAD_DIMS[dtype]}, the model's is {head_dim}"
         if block_size % FLASH_ATTENTION_BLOCK_SIZE:
             return f"kv_cache_block_size must be a multiple of {FLASH_ATTENTION_BLOCK_SIZE}, got {block_size}"
-        if (reason := old_gpu_reason(device)) is not None:
-            return reason
         if (error := flash_attention.import_error()) is not None:
             return f"flash-attn cannot be imported ({error}), see `pip install flash-attn`"
         return kernels.unsupported_reason(device, dtype)  # a Triton kernel stores the keys and values

@@ -1,38 +1,48 @@
 """Attention backend "triton": this package's own kernels for prefill and decode. NVIDIA GPUs, without flash-attn."""
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
 from nanovllm import kernels
-from nanovllm.attention.backend import AttentionBackend, AttentionRequirements, KVCache, old_gpu_reason
+from nanovllm.attention.backend import AttentionBackend, AttentionRequirements, KVCache, unsupported_device_reason
 from nanovllm.config import MIN_TRITON_BLOCK_SIZE
-from nanovllm.context import Context
+from nanovllm.context import SEQS_PER_TILE, Context
 
 HEAD_DIMS = (32, 64, 128, 256)
 
 
 class TritonAttentionBackend(AttentionBackend):
-    """AttentionBackend through the kernels varlen_attention and paged_attention, which it is constructed with."""
+    """AttentionBackend through the kernels that it is constructed with."""
 
     name = "triton"
+    default_block_size = 64  # on an H200 as fast as 256 or faster, and the prefix cache finds more
     is_graph_safe = True
+    shares_prefixes = True
 
-    def __init__(self, varlen_attention: Callable[..., Tensor], paged_attention: Callable[..., Tensor]) -> None:
+    def __init__(
+        self,
+        varlen_attention: Callable[..., Tensor],
+        paged_attention: Callable[..., Tensor],
+        shared_prefix_attention: Callable[..., Any],
+    ) -> None:
         self._varlen_attention = varlen_attention
         self._paged_attention = paged_attention
+        self._shared_prefix_attention = shared_prefix_attention
 
     @classmethod
     def unsupported_reason(cls, requirements: AttentionRequirements) -> str | None:
-        reason = kernels.unsupported_reason(requirements.device, requirements.dtype)
+        device, dtype = requirements.device, requirements.dtype
+        reason = unsupported_device_reason(device) or kernels.unsupported_reason(device, dtype)
         if reason is not None:
             return reason
         if requirements.head_dim not in HEAD_DIMS:
             return f"it takes a head_dim in {HEAD_DIMS}, the model's is {requirements.head_dim}"
-        block_size = requirements.block_size
+        block_size = requirements.block_size or cls.default_block_size
         if block_size < MIN_TRITON_BLOCK_SIZE or block_size & (block_size - 1):
             return f"kv_cache_block_size must be a power of two from {MIN_TRITON_BLOCK_SIZE}, got {block_size}"
-        return old_gpu_reason(requirements.device)
+        return None
 
     def prefill(self, query: Tensor, key: Tensor, value: Tensor, context: Context, scale: float) -> Tensor:
         return self._varlen_attention(
@@ -47,6 +57,18 @@ class TritonAttentionBackend(AttentionBackend):
         )
 
     def decode(self, query: Tensor, cache: KVCache, context: Context, scale: float) -> Tensor:
+        shared_prefix = None
+        if context.shared_prefix_order is not None:
+            shared_prefix = self._shared_prefix_attention(
+                query,
+                cache.k,
+                cache.v,
+                context.block_tables,
+                context.shared_prefix_order,
+                context.shared_prefix_lens,
+                scale,
+                seqs_per_tile=SEQS_PER_TILE,
+            )
         return self._paged_attention(
             query,
             cache.k,
@@ -55,4 +77,5 @@ class TritonAttentionBackend(AttentionBackend):
             context.context_lens,
             scale,
             sequence_order=context.sequence_order,
+            shared_prefix=shared_prefix,
         )

@@ -1,8 +1,8 @@
 """Creation, orderly destruction and abort of the ranks' process group, a gloo or NCCL backend of torch.distributed."""
 
 import threading
+import traceback
 from collections.abc import Callable
-from concurrent.futures import Future
 from datetime import timedelta
 from typing import Any
 
@@ -54,11 +54,11 @@ def destroy_process_group(tp: TensorParallel) -> None:
     tp.group.shutdown()
 
 
-def abort_process_group(tp: TensorParallel) -> "Future[None]":
+def abort_process_group(tp: TensorParallel) -> "DaemonThread":
     """Start to abort this rank's end of a group in which a rank has failed: collectives raise RuntimeError from now on,
     and those that wait return.
 
-    The result is there when the abort has ended. NCCL's waits for the CUDA graphs that recorded its collectives to be
+    The thread ends when the abort has ended. NCCL's waits until the CUDA graphs that recorded its collectives are
     freed, so it runs in a thread of its own while the caller frees them.
     """
 
@@ -66,28 +66,33 @@ def abort_process_group(tp: TensorParallel) -> "Future[None]":
         tp.guard.close(ABORT_DRAIN_TIMEOUT_S)
         tp.group.abort()
 
-    return run_in_daemon_thread(abort)
+    return DaemonThread(abort)
 
 
-def run_in_daemon_thread(work: Callable[[], Any]) -> "Future[Any]":
-    """Future of work(), which runs in a daemon thread: the interpreter exits without waiting for it.
+class DaemonThread(threading.Thread):
+    """A running thread that calls work(). The interpreter exits without waiting for it.
 
-    The thread holds no reference to what `work` refers to when the future is done.
+    When it has ended, neither it nor the traceback of its error refers to what `work` used.
     """
-    result: Future[Any] = Future()
 
-    def run() -> None:
-        nonlocal work
-        value = failure = None
+    def __init__(self, work: Callable[[], Any]) -> None:
+        super().__init__(daemon=True)
+        self._work = work
+        self._value: Any = None
+        self._error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
         try:
-            value = work()
+            self._value = self._work()
         except BaseException as error:
-            failure = error
-        del work
-        if failure is None:
-            result.set_result(value)
-        else:
-            result.set_exception(failure)
+            traceback.clear_frames(error.__traceback__)
+            self._error = error
+        finally:
+            del self._work
 
-    threading.Thread(target=run, daemon=True).start()
-    return result
+    def result(self) -> Any:
+        """What work() returned, when the thread has ended. Raises what work() raised."""
+        if self._error is not None:
+            raise self._error
+        return self._value

@@ -160,6 +160,12 @@ class BlockManager:
             self._cache(block, seq.block_hashes[index], seq.block_token_ids(index), parent)
             parent = block.prefix_id
 
+    def clear_prefix_cache(self) -> None:
+        """No block is found any more by its tokens. Sequences keep their blocks."""
+        for block in self.blocks:
+            if block.is_cached:
+                self._evict(block)
+
     def _hash_full_blocks(self, seq: Sequence) -> None:
         hashes = seq.block_hashes
         for index in range(len(hashes), len(seq) // self.block_size):

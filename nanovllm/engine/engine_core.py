@@ -3,7 +3,6 @@
 from nanovllm.engine.request_registry import RequestOwner, RequestRegistry
 from nanovllm.engine.request_state import RequestState
 from nanovllm.engine.scheduler import ScheduledBatch, Scheduler
-from nanovllm.engine.sequence import SequenceStatus
 from nanovllm.executor.base import Executor, PendingTokens
 
 
@@ -93,8 +92,7 @@ class EngineCore:
                 owner.error = f"a step of another call failed: {_one_line(error)}; {owner.remedy}"
         if self.executor.is_closed:
             self._why_closed = f", since a step failed: {_one_line(error)}"
-        while any(seq.status is SequenceStatus.RUNNING for seq in batch.sequences):
-            self.scheduler.preempt(self.scheduler.running[-1])  # the last one first, to keep the order of arrival
+        self.scheduler.preempt_failed(batch)
 
     # --- close ---
 

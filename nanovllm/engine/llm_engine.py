@@ -57,11 +57,12 @@ class LLMEngine:
         self.tokenizer = load_tokenizer(model_dir, model_config)
         self.vocab_size = model_config.vocab_size
         executor = make_executor(self.config, model_config, model_dir, owner=self)
+        self.config = replace(self.config, kv_cache_block_size=executor.kv_cache_block_size)
         if self.config.async_scheduling is None:
             self.config = replace(self.config, async_scheduling=executor.supports_async_scheduling)
         tokenizer_eos = getattr(self.tokenizer, "eos_token_id", None)
         self.scheduler = Scheduler(
-            BlockManager(executor.num_kv_cache_blocks, config.kv_cache_block_size),
+            BlockManager(executor.num_kv_cache_blocks, executor.kv_cache_block_size),
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_model_len=self.config.max_model_len,

@@ -11,6 +11,7 @@ from itertools import chain
 import numpy as np
 
 from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.shared_prefix import SharedPrefixes, find_shared_prefixes
 from nanovllm.sampling_metadata import SamplingMetadata, make_sampling_metadata
 
 PADDING_SLOT = -1  # in slot_mapping: compute the token, do not store its key and value
@@ -34,6 +35,7 @@ class ModelInput:
     sampling: the SamplingMetadata of these num_samples rows.
     input_ids_source: [num_tokens] int64: for a PLACEHOLDER_TOKEN, its row among the tokens that the previous step
         samples; -1 for a token that input_ids holds. None if input_ids holds all.
+    shared_prefixes: of a decode step whose sequences share enough of their beginnings, else None.
     """
 
     is_prefill: bool
@@ -50,6 +52,7 @@ class ModelInput:
     sample_indices: np.ndarray
     sampling: SamplingMetadata[np.ndarray]
     input_ids_source: np.ndarray | None = None
+    shared_prefixes: SharedPrefixes | None = None
 
 
 def prepare_prefill(sequences: Sequences[Sequence]) -> ModelInput:
@@ -57,12 +60,18 @@ def prepare_prefill(sequences: Sequences[Sequence]) -> ModelInput:
     return _prepare_scheduled(sequences, is_prefill=True)
 
 
-def prepare_decode(sequences: Sequences[Sequence]) -> ModelInput:
-    """The last token of each sequence: position len-1, slot block * block_size + (len-1) % block_size."""
-    return _prepare_scheduled(sequences, is_prefill=False)
+def prepare_decode(sequences: Sequences[Sequence], shares_prefixes: bool = False) -> ModelInput:
+    """The last token of each sequence: position len-1, slot block * block_size + (len-1) % block_size.
+
+    shares_prefixes: whether to look for sequences that begin with the same blocks.
+    """
+    model_input = _prepare_scheduled(sequences, is_prefill=False)
+    return _with_shared_prefixes(model_input, sequences[0].block_size) if shares_prefixes else model_input
 
 
-def prepare_decode_async(sequences: Sequences[Sequence], sampled: Sequences[Sequence]) -> ModelInput:
+def prepare_decode_async(
+    sequences: Sequences[Sequence], sampled: Sequences[Sequence], shares_prefixes: bool = False
+) -> ModelInput:
     """The decode step after the scheduled one, whose tokens are not known yet.
 
     Equals what prepare_decode returns once the scheduled step is postprocessed, but for the tokens that the scheduled
@@ -79,7 +88,14 @@ def prepare_decode_async(sequences: Sequences[Sequence], sampled: Sequences[Sequ
         token_ids=[PLACEHOLDER_TOKEN if seq in row_of else seq.last_token for seq in sequences],
         sampled=list(range(len(sequences))),
     )
-    return replace(model_input, input_ids_source=source if (source >= 0).any() else None)
+    model_input = replace(model_input, input_ids_source=source if (source >= 0).any() else None)
+    return _with_shared_prefixes(model_input, sequences[0].block_size) if shares_prefixes else model_input
+
+
+def _with_shared_prefixes(model_input: ModelInput, block_size: int) -> ModelInput:
+    assert model_input.block_tables is not None
+    shared_prefixes = find_shared_prefixes(model_input.block_tables, model_input.context_lens, block_size)
+    return model_input if shared_prefixes is None else replace(model_input, shared_prefixes=shared_prefixes)
 
 
 def prepare_sample(sequences: Sequences[Sequence], positions: np.ndarray) -> SamplingMetadata[np.ndarray]:

@@ -69,6 +69,7 @@ class Scheduler:
         self.num_preemptions = 0
         self.num_prefill_chunks = 0
         self._num_consecutive_prefills = 0
+        self._cached_early: ScheduledBatch | None = None  # a prefill that was counted as computed when it was submitted
 
     @property
     def is_finished(self) -> bool:
@@ -150,7 +151,7 @@ class Scheduler:
             scheduled.append(seq)
 
         for seq in self.running:
-            if budget and not seq.is_decodable:
+            if budget and seq.num_uncached_tokens > 1:
                 schedule_chunk(seq)
         while budget and self._can_admit():
             seq = self.waiting.popleft()
@@ -214,36 +215,45 @@ class Scheduler:
         were aborted since schedule() are skipped.
         completes_stop_string: whether the last token of a sequence completes one of its stop strings.
         """
-        new_tokens = dict(zip(batch.sampled_sequences, token_ids, strict=True))
-        for seq in batch.sequences:
+        if batch is not self._cached_early:
+            self._cache_computed(batch)
+        self._cached_early = None
+        for seq, token_id in zip(batch.sampled_sequences, token_ids, strict=True):
             if seq.is_finished:
                 continue
-            seq.num_cached_tokens += seq.num_scheduled_tokens
-            seq.num_tokens_with_kv = max(seq.num_tokens_with_kv, seq.num_cached_tokens)
-            seq.num_scheduled_tokens = 0
-            self.block_manager.cache_full_blocks(seq)
-            if seq in new_tokens:
-                seq.append_token(new_tokens[seq])
-                cause = finish_cause(
-                    seq,
-                    eos_token_ids=self.eos_token_ids,
-                    max_model_len=self.max_model_len,
-                    completes_stop_string=completes_stop_string,
-                )
-                if cause is not None:
-                    self.finish(seq, cause)
+            seq.append_token(token_id)
+            cause = finish_cause(
+                seq,
+                eos_token_ids=self.eos_token_ids,
+                max_model_len=self.max_model_len,
+                completes_stop_string=completes_stop_string,
+            )
+            if cause is not None:
+                self.finish(seq, cause)
+
+    def _cache_computed(self, batch: ScheduledBatch) -> None:
+        """Count the scheduled tokens of `batch` as computed, and enter the blocks that they fill into the cache."""
+        for seq in batch.sequences:
+            if not seq.is_finished:
+                seq.num_cached_tokens += seq.num_scheduled_tokens
+                seq.num_tokens_with_kv = max(seq.num_tokens_with_kv, seq.num_cached_tokens)
+                seq.num_scheduled_tokens = 0
+                self.block_manager.cache_full_blocks(seq)
 
     # --- async scheduling ---
 
     def schedule_next_async(self, batch: ScheduledBatch) -> ScheduledBatch | None:
-        """The decode step after `batch`, which has been scheduled and not postprocessed. Allocates its blocks.
+        """The step after `batch`, which has been submitted and not postprocessed. Allocates its blocks.
 
-        The tokens of `batch` are not known yet: a sequence that finishes on one of them is computed one extra,
-        discarded step. Returns None where schedule() may choose another step: when a prompt has tokens left, when a
-        waiting sequence can be admitted, now or after `batch` has ended another one by length, when blocks are short,
-        and when no sequence is left to decode.
+        The tokens of `batch` are not known yet. After a prefill it may be another prefill, which does not need them.
+        In a decode step, a sequence that finishes on one of them is computed one extra, discarded step.
+        Returns None where schedule() may choose another step: when a prompt has tokens left or a waiting sequence can
+        be admitted after a decode step, when `batch` ends a sequence by length while another waits, when blocks are
+        short, and when no sequence is left to decode.
         Call postprocess(batch) and then commit_async_batch; schedule() must not be called in between.
         """
+        if batch.is_prefill and (prefill := self._schedule_next_prefill(batch)) is not None:
+            return prefill
         sampled = set(batch.sampled_sequences)
         sequences: list[Sequence] = []
         for seq in self.running:
@@ -268,12 +278,38 @@ class Scheduler:
             sampled_sequences=tuple(sequences),
         )
 
+    def _schedule_next_prefill(self, batch: ScheduledBatch) -> ScheduledBatch | None:
+        """The prefill after the prefill `batch`, if it does not depend on the tokens of `batch`.
+
+        The blocks that `batch` fills are entered into the prefix cache before it has computed them. The device computes
+        steps in the order of their submission, so a sequence of a later step may share these blocks.
+        """
+        ends = any(has_full_length(seq, seq.num_tokens + 1, self.max_model_len) for seq in batch.sampled_sequences)
+        if ends or self._num_consecutive_prefills >= MAX_CONSECUTIVE_PREFILLS:
+            return None
+        self._cache_computed(batch)
+        self._cached_early = batch
+        sequences = self._schedule_prefill()
+        if not sequences:
+            return None
+        self._num_consecutive_prefills += 1
+        return self._batch(sequences, is_prefill=True)
+
     def commit_async_batch(self, async_batch: ScheduledBatch) -> ScheduledBatch:
         """The step that schedule_next_async chose, without the sequences that no longer run. May be empty."""
         sequences = [seq for seq in async_batch.sequences if seq.status is SequenceStatus.RUNNING]
-        for seq in sequences:
-            seq.num_scheduled_tokens = 1
-        return self._batch(sequences, is_prefill=False)
+        if not async_batch.is_prefill:
+            for seq in sequences:
+                seq.num_scheduled_tokens = 1
+        return self._batch(sequences, async_batch.is_prefill)
+
+    def preempt_failed(self, batch: ScheduledBatch) -> None:
+        """Preempt the sequences of `batch`, which was not computed, and of a step that was scheduled after it."""
+        while any(seq in batch.sequences or seq.num_scheduled_tokens for seq in self.running):
+            self.preempt(self.running[-1])  # the last one first, to keep the order of arrival
+        if self._cached_early is not None:
+            self.block_manager.clear_prefix_cache()
+            self._cached_early = None
 
     # --- finish ---
 

@@ -38,12 +38,13 @@ class PendingTokens(Protocol):
 class Executor(ABC):
     """Runs scheduled batches.
 
-    num_kv_cache_blocks: KV blocks that were allocated, on every rank.
+    num_kv_cache_blocks, kv_cache_block_size: KV blocks that were allocated, on every rank, and their tokens.
     supports_async_scheduling: whether execute() returns before the step is computed, so that scheduling the next step
         meanwhile saves time.
     """
 
     num_kv_cache_blocks: int
+    kv_cache_block_size: int
     supports_async_scheduling: bool
 
     @abstractmethod
@@ -80,8 +81,8 @@ def make_executor(config: Config, model_config: ModelConfig, model_dir: Path, ow
 
 
 def _start(config: Config, model_config: ModelConfig, model_dir: Path) -> Executor:
-    # The implementations import torch, which `import nanovllm` must not. nanovllm.worker imports it as it should be.
-    import nanovllm.worker  # noqa: F401
+    # Modules that import torch are imported here, because `import nanovllm` must not import torch.
+    import nanovllm.distributed  # noqa: F401  (before the others, because it sets OpenMP's wait policy)
 
     if config.tensor_parallel_size == 1:
         from nanovllm.executor.uniproc import UniprocExecutor

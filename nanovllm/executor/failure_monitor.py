@@ -5,6 +5,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import dataclass
 from enum import Enum, auto
 from multiprocessing import Pipe, connection
@@ -79,10 +80,14 @@ class FailureMonitor:
             return self._state
 
     def check(self) -> None:
-        """Raise the root cause if a rank has failed; RuntimeError if rank 0 itself has."""
+        """Raise the root cause if a rank has failed; RuntimeError if rank 0 itself has.
+
+        Each call raises an exception of its own. If threads shared one, the traceback that the user gets would refer to
+        the frames of all of them, and to the process group that a frame of the connecting thread holds.
+        """
         with self._changed:
             if self._state is State.FAILED:
-                raise self._root_cause or RuntimeError("rank 0 has failed, and the other ranks were terminated")
+                raise copy(self._root_cause or RuntimeError("rank 0 has failed, and the other ranks were terminated"))
 
     def wait_for_root_cause(self, timeout: float) -> RankError | None:
         """The failure of the rank that failed first; None if none has failed after `timeout` seconds."""

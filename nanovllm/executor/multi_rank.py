@@ -5,16 +5,15 @@ import weakref
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, wait
 from typing import NoReturn
 
 import torch
 
 from nanovllm.distributed.placement import RankPlacement
-from nanovllm.distributed.process_group import abort_process_group, destroy_process_group
+from nanovllm.distributed.process_group import DaemonThread, abort_process_group, destroy_process_group
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.engine.scheduler import ScheduledBatch
-from nanovllm.executor.base import Executor, PendingTokens, free_frames
+from nanovllm.executor.base import Executor, PendingTokens, RankError, free_frames
 from nanovllm.executor.failure_monitor import State
 from nanovllm.executor.worker_main import StepMessage, WorkerSpec
 from nanovllm.worker.async_output import AsyncModelOutput
@@ -60,13 +59,14 @@ class MultiRankExecutor(Executor):
         self._tp: TensorParallel | None = None
         self._runner: ModelRunner | None = None
         self._abort_lock = threading.Lock()  # guards _aborted: rank 0 and a monitor thread may abort at once
-        self._aborted: Future[None] | None = None
+        self._aborted: DaemonThread | None = None
         self._outputs: deque[AsyncModelOutput] = deque(maxlen=2)  # of the step in flight and the one before
         try:
             self._runner = self._start(spec)
         except BaseException as error:
             self._fail(error)
         self.num_kv_cache_blocks = self._runner.num_kv_cache_blocks
+        self.kv_cache_block_size = self._runner.block_size
         self.supports_async_scheduling = self._tp is not None and self._tp.is_nccl
 
     def _start(self, spec: WorkerSpec) -> ModelRunner:
@@ -77,17 +77,17 @@ class MultiRankExecutor(Executor):
             raise RuntimeError(ENDED)
         try:
             self._send(StepMessage(batch, None if previous is None else previous.batch.sampled_sequences))
-            self._outputs.append(self._launch(self._runner, batch, previous))
+            self._outputs.append(self._run(self._runner, batch, previous))
         except BaseException as error:
             self._fail(error)
         return MultiRankPendingTokens(self._outputs[-1], self._collect)
 
     @staticmethod
-    def _launch(runner: ModelRunner, batch: ScheduledBatch, previous: PendingTokens | None) -> AsyncModelOutput:
+    def _run(runner: ModelRunner, batch: ScheduledBatch, previous: PendingTokens | None) -> AsyncModelOutput:
         if previous is None:
-            return runner.launch(batch)
+            return runner.run(batch)
         assert isinstance(previous, MultiRankPendingTokens)
-        return runner.launch(batch, previous.batch.sampled_sequences, previous.output.sampled)
+        return runner.run(batch, previous.batch.sampled_sequences, previous.output.sampled)
 
     def _collect(self, pending: MultiRankPendingTokens) -> list[int]:
         try:
@@ -105,14 +105,15 @@ class MultiRankExecutor(Executor):
         """Shut down and raise `error`, or the root cause from it."""
         root_cause: BaseException | None = None
         try:
-            # Neither ValueError nor KeyboardInterrupt nor rank 0's own lack of memory follows from another rank's end.
-            if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
+            # Neither ValueError nor KeyboardInterrupt nor rank 0's own lack of memory follows from another rank's end,
+            # and a RankError is the root cause itself.
+            if isinstance(error, RuntimeError) and not isinstance(error, (torch.OutOfMemoryError, RankError)):
                 root_cause = self._wait_for_root_cause(ROOT_CAUSE_TIMEOUT_S)
         finally:  # also when Ctrl-C ends the waiting
             self._terminate()
             free_frames(error)
             self.close()
-        if root_cause is None or root_cause is error:
+        if root_cause is None:
             raise error
         raise root_cause from error
 
@@ -135,7 +136,7 @@ class MultiRankExecutor(Executor):
             self._outputs.clear()
             self._free_runner()
             if self._aborted is not None:
-                wait([self._aborted], SHUTDOWN_TIMEOUT_S)
+                self._aborted.join(SHUTDOWN_TIMEOUT_S)
             self._release()
             self._tp = self._aborted = None
 

@@ -12,7 +12,6 @@ import tempfile
 import time
 import weakref
 from collections.abc import Iterator
-from concurrent.futures import Future, wait
 from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnContext
@@ -20,7 +19,7 @@ from typing import Any
 
 from nanovllm.distributed.message_queue import MessageQueueWriter
 from nanovllm.distributed.placement import local_placements, resolve_device
-from nanovllm.distributed.process_group import run_in_daemon_thread
+from nanovllm.distributed.process_group import DaemonThread
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.executor.base import RankError
 from nanovllm.executor.failure_monitor import FailureMonitor, State
@@ -56,7 +55,7 @@ class MultiprocExecutor(MultiRankExecutor):
             resolve_device(spec.config.device), spec.config.tensor_parallel_size
         )
         self._processes: list[Any] = []  # those of ranks 1, 2, ..., in this order
-        self._connecting: Future[TensorParallel] | None = None
+        self._connecting: DaemonThread | None = None
         context = SpawnContext()
         with ExitStack() as stack:
             self._queue = MessageQueueWriter(len(self._worker_placements), context)
@@ -77,8 +76,9 @@ class MultiprocExecutor(MultiRankExecutor):
     def _connect(self, spec: WorkerSpec) -> TensorParallel:
         self._start_workers(spec)
         # _join_group runs in a thread, because connecting to a rank that has died cannot be interrupted.
-        self._connecting = run_in_daemon_thread(self._join_group)
-        while not wait([self._connecting], CHECK_INTERVAL_S).done:
+        self._connecting = DaemonThread(self._join_group)
+        while self._connecting.is_alive():
+            self._connecting.join(CHECK_INTERVAL_S)
             self._monitor.check()
         tp = self._connecting.result()
         self._connecting = None
@@ -152,8 +152,8 @@ class MultiprocExecutor(MultiRankExecutor):
     def _release(self) -> None:
         self._kill_workers()
         if self._connecting is not None:
-            wait([self._connecting], ROOT_CAUSE_TIMEOUT_S)
-            self._connecting = None  # its traceback refers to this executor
+            self._connecting.join(ROOT_CAUSE_TIMEOUT_S)
+            self._connecting = None
         for process in self._processes:
             if _exit_code(process) is not None:
                 process.close()

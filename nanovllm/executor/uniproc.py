@@ -21,15 +21,16 @@ class UniprocExecutor(Executor):
             raise
         self._runner: ModelRunner | None = runner
         self.num_kv_cache_blocks = runner.num_kv_cache_blocks
+        self.kv_cache_block_size = runner.block_size
         self.supports_async_scheduling = runner.device.type == "cuda"
 
     def execute(self, batch: ScheduledBatch, previous: PendingTokens | None = None) -> AsyncModelOutput:
         if self._runner is None:
             raise RuntimeError("this engine is closed: make a new one")
         if previous is None:
-            return self._runner.launch(batch)
+            return self._runner.run(batch)
         assert isinstance(previous, AsyncModelOutput)
-        return self._runner.launch(batch, previous.batch.sampled_sequences, previous.sampled)
+        return self._runner.run(batch, previous.batch.sampled_sequences, previous.sampled)
 
     @property
     def is_closed(self) -> bool:

@@ -103,7 +103,7 @@ def worker_busy_loop(
     """Compute each step that `receive` returns, until it returns None."""
     runner = spec.make_runner(placement, tp)
     while (message := receive()) is not None:
-        runner.launch(message.batch, message.previous_sequences)
+        runner.run(message.batch, message.previous_sequences)
     runner.close()
     destroy_process_group(tp)
 

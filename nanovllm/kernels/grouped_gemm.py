@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanovllm.kernels.launching import launch
 from nanovllm.kernels.moe_routing import Routing
 
 
@@ -84,7 +85,9 @@ def _multiply(
 ) -> None:
     num_columns, inner_size = weight.shape[1:]
     num_column_tiles = triton.cdiv(num_columns, tiles.columns)
-    grouped_gemm_kernel[(routing.block_experts.numel() * num_column_tiles,)](
+    launch(
+        grouped_gemm_kernel,
+        (routing.block_experts.numel() * num_column_tiles,),
         x,
         weight,
         routing.weights,

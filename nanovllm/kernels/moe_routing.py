@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from nanovllm.kernels.launching import launch
+
 TILE_SIZE = 1024  # logits that one program of the first launch looks at
 CHUNK_SIZE = 4096  # assignments that one step of the second looks at
 
@@ -88,7 +90,9 @@ def moe_routing(
     )
     row_size = triton.next_power_of_2(num_experts)
     tile_rows = max(1, min(tile_size // row_size, triton.next_power_of_2(num_tokens)))
-    choose_experts_kernel[(triton.cdiv(num_tokens, tile_rows),)](
+    launch(
+        choose_experts_kernel,
+        (triton.cdiv(num_tokens, tile_rows),),
         router_logits,
         routing.weights,
         routing.experts,
@@ -100,7 +104,9 @@ def moe_routing(
         TILE_ROWS=tile_rows,  # pyright: ignore[reportArgumentType]
         ROW_SIZE=row_size,  # pyright: ignore[reportArgumentType]
     )
-    sort_assignments_kernel[(num_experts,)](
+    launch(
+        sort_assignments_kernel,
+        (num_experts,),
         routing.experts,
         routing.sorted_assignments,
         routing.block_experts,

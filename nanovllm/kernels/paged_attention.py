@@ -18,6 +18,10 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from nanovllm.kernels.early_launch import can_launch_early
+from nanovllm.kernels.launching import launch
+from nanovllm.kernels.paged_softmax import attend_to_paged_keys
+
 HEAD_DIMS = (32, 64, 128, 256)
 MIN_BLOCK_SIZE = 16
 DIMS_TO_COMBINE = 32
@@ -29,6 +33,21 @@ class TileConfig(NamedTuple):
     tile_size: int
     num_warps: int
     num_stages: int
+
+
+class SharedPrefixPart(NamedTuple):
+    """What shared_prefix_attention found, in up to num_splits parts of the shared keys.
+
+    lens: [B] int32, how many of each sequence's first keys are in it, 0 for none.
+    out: [B, H, num_splits, D], lse: [B, H, num_splits], each part's output and log2 of the sum of its weights, float32
+        (float64 of a float32 query). Parts without keys are not written.
+    tile_size: a part has a multiple of so many keys.
+    """
+
+    lens: torch.Tensor
+    out: torch.Tensor
+    lse: torch.Tensor
+    tile_size: int
 
 
 def paged_attention(
@@ -44,6 +63,7 @@ def paged_attention(
     num_splits: int | None = None,
     tiles: TileConfig | None = None,
     starts_early: bool | None = None,
+    shared_prefix: SharedPrefixPart | None = None,
 ) -> torch.Tensor:
     """Attention [B, H, D] of one query a sequence to its first context_lens[b] cached keys; zeros if there are none.
 
@@ -57,6 +77,8 @@ def paged_attention(
     num_splits: the number of parts that each sequence's keys are split into. tiles: see TileConfig.
     starts_early: programmatic dependent launch: the kernels start before the preceding kernels end, and wait for them.
         By default if keys are split and the GPU supports it; unsplit, long sequences would share a multiprocessor.
+    shared_prefix: the attention to each sequence's first keys, which shared_prefix_attention computed. Only the keys
+        after them are read, and split.
 
     The result is deterministic. What is launched depends on shapes and strides only, so a CUDA graph may hold it.
     Raises ValueError for other shapes, strides and dtypes.
@@ -75,14 +97,16 @@ def paged_attention(
     if tiles is None:
         tiles = choose_tile_config(head_dim, query.element_size(), is_split)
     if starts_early is None:
-        starts_early = is_split and can_start_early(query.device)
+        starts_early = is_split and can_launch_early(query.device)
     partial_out, partial_lse = out, None
     if is_split:
         wide = torch.float64 if query.dtype == torch.float32 else torch.float32
         partial_out = torch.empty(num_seqs, num_heads, num_splits, head_dim, dtype=wide, device=query.device)
         partial_lse = torch.empty(num_seqs, num_heads, num_splits, dtype=wide, device=query.device)
     group_size = num_heads // num_kv_heads
-    paged_attention_kernel[(num_kv_heads, num_splits, num_seqs)](
+    launch(
+        paged_attention_kernel,
+        (num_kv_heads, num_splits, num_seqs),
         query,
         k_cache,
         v_cache,
@@ -92,6 +116,9 @@ def paged_attention(
         out,
         partial_out,
         partial_lse,
+        None if shared_prefix is None else shared_prefix.lens,
+        None if shared_prefix is None else shared_prefix.out,
+        None if shared_prefix is None else shared_prefix.lse,
         (head_dim**-0.5 if scale is None else scale) * log2(e),
         *query.stride()[:2],
         *k_cache.stride()[:3],
@@ -103,16 +130,21 @@ def paged_attention(
         GROUP_SIZE=group_size,  # pyright: ignore[reportArgumentType]
         ROWS=max(16, triton.next_power_of_2(group_size)),
         TILE_SIZE=tiles.tile_size,
+        SHARED_SPLITS=0 if shared_prefix is None else shared_prefix.lse.shape[2],
+        SHARED_TILE_SIZE=0 if shared_prefix is None else shared_prefix.tile_size,
         STARTS_EARLY=starts_early,
         launch_pdl=starts_early,  # pyright: ignore[reportCallIssue]
         num_warps=tiles.num_warps,  # pyright: ignore[reportCallIssue]
         num_stages=tiles.num_stages,  # pyright: ignore[reportCallIssue]
     )
     if is_split:
-        combine_splits_kernel[(head_dim // DIMS_TO_COMBINE, num_heads, num_seqs)](
+        launch(
+            combine_splits_kernel,
+            (head_dim // DIMS_TO_COMBINE, num_heads, num_seqs),
             partial_out,
             partial_lse,
             context_lens,
+            None if shared_prefix is None else shared_prefix.lens,
             out,
             *out.stride()[:2],
             num_splits,  # pyright: ignore[reportCallIssue]
@@ -144,11 +176,6 @@ def choose_num_splits(num_seqs: int, num_kv_heads: int, max_context_len: int, nu
 def num_multiprocessors(device: torch.device) -> int:
     """That of the GPU; for other devices, on which kernels are interpreted or only compiled, that of an H200."""
     return _properties(device).multi_processor_count if device.type == "cuda" else 132
-
-
-def can_start_early(device: torch.device) -> bool:
-    """Whether the GPU has programmatic dependent launch: Hopper and later."""
-    return device.type == "cuda" and torch.version.hip is None and _properties(device).major >= 9
 
 
 @cache
@@ -197,6 +224,9 @@ def paged_attention_kernel(
     out_ptr,
     partial_out_ptr,
     partial_lse_ptr,  # or None: not split
+    shared_lens_ptr,  # or None: no shared prefix
+    shared_out_ptr,
+    shared_lse_ptr,
     scale_log2_e,
     query_seq_stride,
     query_head_stride,
@@ -214,6 +244,8 @@ def paged_attention_kernel(
     GROUP_SIZE: tl.constexpr,
     ROWS: tl.constexpr,
     TILE_SIZE: tl.constexpr,
+    SHARED_SPLITS: tl.constexpr,
+    SHARED_TILE_SIZE: tl.constexpr,
     STARTS_EARLY: tl.constexpr,
 ):
     if STARTS_EARLY:
@@ -226,14 +258,16 @@ def paged_attention_kernel(
     if sequence_order_ptr is not None:
         seq = tl.load(sequence_order_ptr + seq)
     context_len = tl.load(context_lens_ptr + seq)
-    split_len = tl.cdiv(tl.cdiv(context_len, TILE_SIZE), tl.num_programs(1)) * TILE_SIZE
-    start = split * split_len
+    shared_len = 0
+    if shared_lens_ptr is not None:
+        shared_len = tl.load(shared_lens_ptr + seq)
+    split_len = tl.cdiv(tl.cdiv(context_len - shared_len, TILE_SIZE), tl.num_programs(1)) * TILE_SIZE
+    start = shared_len + split * split_len
     end = tl.minimum(start + split_len, context_len)
     seq = seq.to(tl.int64)  # int64: what is multiplied by a stride here passes 2**31 on large GPUs
     if (start < end) | (split == 0):  # the first writes zeros if there are no keys
         row = tl.arange(0, ROWS)  # the query heads of the group, padded for tl.dot
         dim = tl.arange(0, HEAD_DIM)
-        token = tl.arange(0, TILE_SIZE)
         in_group = row < GROUP_SIZE
         head = kv_head * GROUP_SIZE + row
         query = tl.load(
@@ -241,9 +275,6 @@ def paged_attention_kernel(
             mask=in_group[:, None],
             other=0.0,
         )
-        # What is summed has twice the bits of float32 where that is the dtype: tl.dot adds product after product, which
-        # over long heads and contexts errs by far more than the partial sums of a matrix library.
-        multiplied: tl.constexpr = tl.float64 if query.dtype == tl.float32 else query.dtype
         summed: tl.constexpr = tl.float64 if query.dtype == tl.float32 else tl.float32
         k_ptr = k_cache_ptr + kv_head.to(tl.int64) * k_head_stride + dim[None, :]
         v_ptr = v_cache_ptr + kv_head.to(tl.int64) * v_head_stride + dim[None, :]
@@ -252,40 +283,40 @@ def paged_attention_kernel(
         highest = tl.full([ROWS], float("-inf"), summed)  # score so far, times log2(e)
         total = tl.zeros([ROWS], summed)  # of the weights, relative to 2**highest
         accumulator = tl.zeros([ROWS, HEAD_DIM], summed)
-        if TILE_SIZE <= BLOCK_SIZE:
-            next_block = tl.load(table_ptr + start // BLOCK_SIZE, mask=start < end, other=0)
-        else:
-            next_block = tl.load(table_ptr + (start + token) // BLOCK_SIZE, mask=start + token < end, other=0)
-        for position in range(start, end, TILE_SIZE):
-            in_context = position + token < end
-            block = next_block.to(tl.int64)
-            # Known one tile ahead, so that keys and values need not wait for it.
-            following = position + TILE_SIZE
-            if TILE_SIZE <= BLOCK_SIZE:  # a tile lies in one block
-                next_block = tl.load(table_ptr + following // BLOCK_SIZE, mask=following < end, other=0)
-                slot = position % BLOCK_SIZE + token
-            else:
-                next_block = tl.load(
-                    table_ptr + (following + token) // BLOCK_SIZE, mask=following + token < end, other=0
-                )
-                slot = token % BLOCK_SIZE
-            # A slot beyond the context may hold NaN, and 0 * NaN is NaN: it is not read.
-            k_row = block * k_block_stride + slot * k_slot_stride
-            key = tl.load(k_ptr + k_row[:, None], mask=in_context[:, None], other=0.0)
-            v_row = block * v_block_stride + slot * v_slot_stride
-            value = tl.load(v_ptr + v_row[:, None], mask=in_context[:, None], other=0.0)
+        if shared_lens_ptr is not None:  # noqa: SIM102 (Triton decides this one when it compiles)
+            if (shared_len > 0) & (split == 0):  # the running softmax continues that of the shared prefix
+                shared_split_len = tl.cdiv(tl.cdiv(shared_len, SHARED_TILE_SIZE), SHARED_SPLITS) * SHARED_TILE_SIZE
+                first_part = (seq * tl.num_programs(0) * GROUP_SIZE + head) * SHARED_SPLITS
+                for index in range(0, tl.cdiv(shared_len, shared_split_len)):
+                    part = first_part + index
+                    lse = tl.load(shared_lse_ptr + part, mask=in_group, other=0.0)
+                    part_ptr = shared_out_ptr + part[:, None] * HEAD_DIM + dim[None, :]
+                    part_out = tl.load(part_ptr, mask=in_group[:, None], other=0.0)
+                    new_highest = tl.maximum(highest, lse)
+                    weight, decay = tl.exp2(lse - new_highest), tl.exp2(highest - new_highest)
+                    total = total * decay + weight
+                    accumulator = accumulator * decay[:, None] + part_out * weight[:, None]
+                    highest = new_highest
+        highest, total, accumulator = attend_to_paged_keys(
+            query,
+            k_ptr,
+            v_ptr,
+            table_ptr,
+            start,
+            end,
+            scale_log2_e,
+            k_block_stride,
+            k_slot_stride,
+            v_block_stride,
+            v_slot_stride,
+            highest,
+            total,
+            accumulator,
+            BLOCK_SIZE,
+            TILE_SIZE,
+        )
 
-            score = tl.dot(query.to(multiplied), tl.trans(key.to(multiplied)), out_dtype=summed) * scale_log2_e
-            score = tl.where(in_context[None, :], score, float("-inf"))
-            new_highest = tl.maximum(highest, tl.max(score, axis=1))
-            weight = tl.exp2(score - new_highest[:, None])
-            decay = tl.exp2(highest - new_highest)
-            total = total * decay + tl.sum(weight, axis=1)
-            accumulator = accumulator * decay[:, None]
-            accumulator = tl.dot(weight.to(multiplied), value.to(multiplied), accumulator, out_dtype=summed)
-            highest = new_highest
-
-        is_whole = split_len >= context_len
+        is_whole = split_len >= context_len - shared_len
         result = accumulator / tl.where(total > 0, total, 1.0)[:, None]
         if partial_lse_ptr is not None and not is_whole:
             part = (seq * tl.num_programs(0) * GROUP_SIZE + head) * tl.num_programs(1) + split
@@ -305,6 +336,7 @@ def combine_splits_kernel(
     partial_out_ptr,
     partial_lse_ptr,
     context_lens_ptr,
+    shared_lens_ptr,  # or None
     out_ptr,
     out_seq_stride,
     out_head_stride,
@@ -323,9 +355,9 @@ def combine_splits_kernel(
     head = tl.program_id(1)
     seq = tl.program_id(2)
     context_len = tl.load(context_lens_ptr + seq)
-    split_len = (
-        tl.cdiv(tl.cdiv(context_len, TILE_SIZE), num_splits) * TILE_SIZE
-    )  # the same as in paged_attention_kernel
+    if shared_lens_ptr is not None:
+        context_len -= tl.load(shared_lens_ptr + seq)
+    split_len = tl.cdiv(tl.cdiv(context_len, TILE_SIZE), num_splits) * TILE_SIZE  # as in paged_attention_kernel
     seq = seq.to(tl.int64)
     if split_len < context_len:  # else one split had all keys and wrote out itself
         num_used = tl.cdiv(context_len, split_len)

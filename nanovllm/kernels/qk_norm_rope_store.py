@@ -10,8 +10,11 @@ stores key and value in the cache: rms_norm, rotary_embedding and store_kvcache 
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nanovllm.kernels import DTYPES
+from nanovllm.kernels.early_launch import pays_between_linear_layers
+from nanovllm.kernels.launching import launch
 from nanovllm.kernels.rms_norm import scale_and_weight
 from nanovllm.kernels.rotary_embedding import check_cos_and_sin, rotate
 
@@ -71,7 +74,10 @@ def qk_norm_rope_store(
     key = torch.empty(num_tokens, num_kv_heads, head_dim, dtype=qkv.dtype, device=qkv.device) if returns_key else None
     if num_tokens == 0:
         return query, key
-    qk_norm_rope_store_kernel[(num_tokens,)](
+    launches_early = pays_between_linear_layers(qkv.device, num_tokens, row)
+    launch(
+        qk_norm_rope_store_kernel,
+        (num_tokens,),
         qkv,
         cos,
         sin,
@@ -93,6 +99,8 @@ def qk_norm_rope_store(
         HAS_NORM=q_weight is not None,
         HAS_CACHE=k_cache is not None,
         RETURNS_KEY=returns_key,
+        LAUNCHES_EARLY=launches_early,
+        launch_pdl=launches_early,
         num_warps=choose_num_warps(num_tokens, row) if num_warps is None else num_warps,
     )
     return query, key
@@ -128,7 +136,11 @@ def qk_norm_rope_store_kernel(
     HAS_NORM: tl.constexpr,
     HAS_CACHE: tl.constexpr,
     RETURNS_KEY: tl.constexpr,
+    LAUNCHES_EARLY: tl.constexpr,
 ):
+    if LAUNCHES_EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     D: tl.constexpr = 2 * HALF
     token = tl.program_id(0).to(tl.int64)
     dim = tl.arange(0, PADDED_HALF)[None, :]

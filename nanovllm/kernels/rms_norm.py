@@ -7,8 +7,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nanovllm.kernels import DTYPES
+from nanovllm.kernels.early_launch import pays_between_linear_layers
+from nanovllm.kernels.launching import launch
 
 MANY_ROWS = 4096  # programs of several rows still fill the GPU
 
@@ -72,7 +75,10 @@ def _launch(
         return normed, total
     default_rows, default_warps = choose_launch(num_rows, size)
     rows = default_rows if rows is None else rows
-    rms_norm_kernel[(triton.cdiv(num_rows, rows),)](
+    launches_early = pays_between_linear_layers(x.device, len(x), size)
+    launch(
+        rms_norm_kernel,
+        (triton.cdiv(num_rows, rows),),
         x,
         residual,
         weight,
@@ -89,6 +95,8 @@ def _launch(
         PADDED_SIZE=triton.next_power_of_2(size),
         ROWS=rows,
         HAS_RESIDUAL=residual is not None,
+        LAUNCHES_EARLY=launches_early,
+        launch_pdl=launches_early,
         num_warps=default_warps if num_warps is None else num_warps,
     )
     return normed, total
@@ -112,7 +120,11 @@ def rms_norm_kernel(
     PADDED_SIZE: tl.constexpr,
     ROWS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    LAUNCHES_EARLY: tl.constexpr,
 ):
+    if LAUNCHES_EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     token, head = row // num_heads, row % num_heads
     element = tl.arange(0, PADDED_SIZE)[None, :]

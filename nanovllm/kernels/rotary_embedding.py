@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from nanovllm.kernels import DTYPES
+from nanovllm.kernels.launching import launch
 
 
 def rotary_embedding(
@@ -36,7 +37,9 @@ def rotary_embedding(
     rotated_key = torch.empty(key.shape, dtype=key.dtype, device=key.device)
     if num_tokens == 0:
         return rotated_query, rotated_key
-    rotary_embedding_kernel[(num_tokens,)](
+    launch(
+        rotary_embedding_kernel,
+        (num_tokens,),
         query,
         key,
         cos,

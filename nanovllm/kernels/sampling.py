@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from triton import knobs
 
+from nanovllm.kernels.launching import launch
+
 TILE_SIZE = 2048
 EXACT_SIZE = 512  # tokens whose scores are computed in float64 together
 WORDS_PER_CALL: tl.constexpr = tl.constexpr(4)
@@ -58,7 +60,9 @@ def sampling(
     row_arguments = (temperature, seed_low, seed_high, position, is_greedy)
     shape = (logits.stride(0), vocab_size, num_tiles)
     constants = {"LARGEST": torch.finfo(logits.dtype).max, "TILE_SIZE": tile_size}
-    sampling_tile_kernel[(num_rows * num_tiles,)](
+    launch(
+        sampling_tile_kernel,
+        (num_rows * num_tiles,),
         logits,
         *row_arguments,
         maxima,
@@ -66,7 +70,9 @@ def sampling(
         **constants,
         num_warps=num_warps,  # pyright: ignore[reportCallIssue]
     )
-    sampling_row_kernel[(num_rows,)](
+    launch(
+        sampling_row_kernel,
+        (num_rows,),
         logits,
         *row_arguments,
         maxima,

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from nanovllm.kernels import DTYPES
+from nanovllm.kernels.launching import launch
 
 
 def silu_and_mul(x: torch.Tensor, *, tile_size: int = 2048, num_warps: int = 8) -> torch.Tensor:
@@ -26,7 +27,9 @@ def silu_and_mul(x: torch.Tensor, *, tile_size: int = 2048, num_warps: int = 8) 
     y = torch.empty(num_tokens, size, dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
-    silu_and_mul_kernel[(num_tokens, triton.cdiv(size, tile_size))](
+    launch(
+        silu_and_mul_kernel,
+        (num_tokens, triton.cdiv(size, tile_size)),
         x,
         y,
         x.stride(0),

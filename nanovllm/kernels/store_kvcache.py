@@ -7,6 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
+from nanovllm.kernels.launching import launch
+
 
 def store_kvcache(
     key: torch.Tensor,
@@ -46,7 +48,9 @@ def store_kvcache(
     row_size = num_kv_heads * head_dim
     elements = min(triton.next_power_of_2(row_size), tile_size)
     tokens = tile_size // elements
-    store_kvcache_kernel[(triton.cdiv(num_tokens, tokens), triton.cdiv(row_size, elements))](
+    launch(
+        store_kvcache_kernel,
+        (triton.cdiv(num_tokens, tokens), triton.cdiv(row_size, elements)),
         key,
         value,
         k_cache,

@@ -25,6 +25,8 @@ import torch
 import triton
 import triton.language as tl
 
+from nanovllm.kernels.launching import launch
+
 HEAD_DIMS = (32, 64, 128, 256)
 MIN_BLOCK_SIZE = 16
 HOPPER = (9, 0)
@@ -115,7 +117,9 @@ def varlen_attention(
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     group_size = num_heads // num_kv_heads
     grid = (triton.cdiv(max_seqlen_q * group_size, tiles.rows), num_kv_heads, len(cu_seqlens_q) - 1)
-    varlen_attention_kernel[grid](
+    launch(
+        varlen_attention_kernel,
+        grid,
         query,
         key,
         value,

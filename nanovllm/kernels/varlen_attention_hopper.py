@@ -35,6 +35,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from nanovllm.kernels.launching import launch
+
 ROWS = gl.constexpr(128)  # query rows of a program, half for each consumer
 HALF = gl.constexpr(64)
 HEAD_DIMS = (64, 128)
@@ -90,7 +92,9 @@ def varlen_attention_hopper(
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     group_size = num_heads // num_kv_heads
     grid = (triton.cdiv(max_seqlen_q * group_size, ROWS.value), num_kv_heads, len(cu_seqlens_q) - 1)
-    varlen_attention_hopper_kernel[grid](
+    launch(
+        varlen_attention_hopper_kernel,
+        grid,
         query,
         _descriptor(key, copied_keys),
         _descriptor(value, copied_keys),

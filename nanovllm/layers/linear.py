@@ -8,30 +8,40 @@ Paper: Shoeybi et al. 2019 (arXiv 1909.08053).
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from nanovllm.distributed.tensor_parallel import SINGLE_RANK, TensorParallel
+from nanovllm.layers.ops import LayerOps
 from nanovllm.layers.parameter import load_replicated, load_shard, make_parameter
+from nanovllm.layers.torch_ops import TORCH_OPS
 
 
 class ReplicatedLinear(nn.Module):
     """Every rank holds and computes the whole layer."""
 
-    def __init__(self, input_size: int, output_size: int, bias: bool = False) -> None:
+    def __init__(self, input_size: int, output_size: int, bias: bool = False, ops: LayerOps = TORCH_OPS) -> None:
         super().__init__()
+        self.ops = ops
         self.weight = make_parameter((output_size, input_size), load_replicated)
         self.bias = make_parameter((output_size,), load_replicated) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [T, input_size] -> [T, output_size]
-        return functional.linear(x, self.weight, self.bias)
+        return self.ops.linear(x, self.weight, self.bias)
 
 
 class ColumnParallelLinear(nn.Module):
     """Each rank computes and keeps its shard of the outputs: [T, input_size] -> [T, output_size / size]."""
 
-    def __init__(self, input_size: int, output_size: int, bias: bool = False, tp: TensorParallel = SINGLE_RANK) -> None:
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        bias: bool = False,
+        tp: TensorParallel = SINGLE_RANK,
+        ops: LayerOps = TORCH_OPS,
+    ) -> None:
         super().__init__()
         self.tp = tp
+        self.ops = ops
         shard_size = tp.divide("output_size", output_size)
         self.weight = make_parameter((shard_size, input_size), self.weight_loader)
         self.bias = make_parameter((shard_size,), self.weight_loader) if bias else None
@@ -41,7 +51,7 @@ class ColumnParallelLinear(nn.Module):
         load_shard(param, loaded_weight, 0, self.tp.rank, self.tp.size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return functional.linear(x, self.weight, self.bias)
+        return self.ops.linear(x, self.weight, self.bias)
 
 
 class MergedColumnParallelLinear(nn.Module):
@@ -51,10 +61,16 @@ class MergedColumnParallelLinear(nn.Module):
     """
 
     def __init__(
-        self, input_size: int, output_sizes: list[int], bias: bool = False, tp: TensorParallel = SINGLE_RANK
+        self,
+        input_size: int,
+        output_sizes: list[int],
+        bias: bool = False,
+        tp: TensorParallel = SINGLE_RANK,
+        ops: LayerOps = TORCH_OPS,
     ) -> None:
         super().__init__()
         self.tp = tp
+        self.ops = ops
         self.shard_sizes = [tp.divide(f"output_sizes[{i}]", output_size) for i, output_size in enumerate(output_sizes)]
         shard_ids = tuple(range(len(output_sizes)))
         self.weight = make_parameter((sum(self.shard_sizes), input_size), self.weight_loader, shard_ids)
@@ -65,7 +81,7 @@ class MergedColumnParallelLinear(nn.Module):
         load_shard(target, loaded_weight, 0, self.tp.rank, self.tp.size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [T, input_size] -> [T, sum(output_sizes) / size]
-        return functional.linear(x, self.weight, self.bias)
+        return self.ops.linear(x, self.weight, self.bias)
 
 
 class QKVParallelLinear(nn.Module):
@@ -84,9 +100,11 @@ class QKVParallelLinear(nn.Module):
         total_num_kv_heads: int,
         bias: bool = False,
         tp: TensorParallel = SINGLE_RANK,
+        ops: LayerOps = TORCH_OPS,
     ) -> None:
         super().__init__()
         self.tp = tp
+        self.ops = ops
         self.head_dim = head_dim
         self.num_heads = tp.divide("num_attention_heads", total_num_heads)
         if tp.size > total_num_kv_heads and tp.size % total_num_kv_heads == 0:
@@ -104,7 +122,7 @@ class QKVParallelLinear(nn.Module):
         load_shard(target, loaded_weight, 0, self.tp.rank // replicas, self.tp.size // replicas)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return functional.linear(x, self.weight, self.bias)
+        return self.ops.linear(x, self.weight, self.bias)
 
 
 class RowParallelLinear(nn.Module):
@@ -113,9 +131,17 @@ class RowParallelLinear(nn.Module):
     Every rank holds the bias, but only rank 0 adds it, so that the sum contains it once.
     """
 
-    def __init__(self, input_size: int, output_size: int, bias: bool = False, tp: TensorParallel = SINGLE_RANK) -> None:
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        bias: bool = False,
+        tp: TensorParallel = SINGLE_RANK,
+        ops: LayerOps = TORCH_OPS,
+    ) -> None:
         super().__init__()
         self.tp = tp
+        self.ops = ops
         self.weight = make_parameter((output_size, tp.divide("input_size", input_size)), self.weight_loader)
         self.bias = make_parameter((output_size,), load_replicated) if bias else None
 
@@ -123,4 +149,4 @@ class RowParallelLinear(nn.Module):
         load_shard(param, loaded_weight, 1, self.tp.rank, self.tp.size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.tp.all_reduce(functional.linear(x, self.weight, self.bias if self.tp.rank == 0 else None))
+        return self.tp.all_reduce(self.ops.linear(x, self.weight, self.bias if self.tp.rank == 0 else None))

@@ -82,7 +82,7 @@ class SparseMoeBlock(nn.Module):
         self.tp = tp
         self.top_k = moe.num_experts_per_tok
         self.norm_topk_prob = moe.norm_topk_prob
-        self.gate = ReplicatedLinear(hidden_size, moe.num_experts)
+        self.gate = ReplicatedLinear(hidden_size, moe.num_experts, ops=ops)
         self.experts = Experts(moe.num_experts, hidden_size, moe.moe_intermediate_size, tp)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -21,15 +21,18 @@ class LayerOps:
     """
 
     attention: AttentionBackend
+    linear: Callable[..., Tensor]  # (x [T, E], weight [N, E], bias [N] or None) -> x weight' + bias
+    linear_silu_and_mul: Callable[..., Tensor]  # (x [T, E], weight [2 * F, E], bias) -> silu_and_mul of linear, [T, F]
     rms_norm: Callable[..., Tensor]  # (x [T, E] or [T, heads, E], weight [E], eps) -> normalised x
     add_rms_norm: Callable[..., tuple[Tensor, Tensor]]  # (x, residual, weight, eps) -> normalised x + residual, the sum
     rotary_embedding: Callable[..., tuple[Tensor, Tensor]]  # (query [T, H, D], key [T, K, D], cos [T, D / 2], sin)
     store_kvcache: Callable[..., None]  # (key [T, K, D], value, k_cache, v_cache, slot_mapping [T]); skips slot -1
     qk_norm_rope_store: Callable[..., tuple[Tensor, Any]]  # these three in one: see separate_steps
-    silu_and_mul: Callable[[Tensor], Tensor]  # [T, 2 * F] -> [T, F]
     moe: Callable[..., Tensor]  # (x, router_logits [T, N], gate_up_proj, down_proj, top_k, norm_topk_prob) -> [T, E]
     sample_unfiltered: Callable[..., Tensor]  # (logits [T, V], SamplingMetadata) -> ids [T], undefined in filtered rows
     waits_for_device: bool
+    # (run) calls run, which runs the model, and compiles the kernels and launches none; None if that cannot be.
+    compile_ahead: Callable[[Callable[[], None]], None] | None = None
 
     @property
     def is_graph_safe(self) -> bool:

@@ -24,7 +24,7 @@ def select_ops(attention_backend: str, requirements: AttentionRequirements) -> L
     from nanovllm.layers.triton_ops import TRITON_OPS
 
     if backend is TorchAttentionBackend:
-        return replace(TRITON_OPS, attention=TorchAttentionBackend())
+        return replace(TRITON_OPS, attention=TorchAttentionBackend(), compile_ahead=None)
     if backend is FlashAttentionBackend:
         return flash_attn_ops(TRITON_OPS, is_fused=attention_backend != "flash_attn")
     return TRITON_OPS
@@ -32,7 +32,7 @@ def select_ops(attention_backend: str, requirements: AttentionRequirements) -> L
 
 def flash_attn_ops(ops: LayerOps, is_fused: bool) -> LayerOps:
     """`ops` with flash-attn's attention; without is_fused, norm, rotation and store are separate steps of `ops`."""
-    ops = replace(ops, attention=FlashAttentionBackend())
+    ops = replace(ops, attention=FlashAttentionBackend(), compile_ahead=None)  # flash-attn would compute
     if is_fused:
         return ops
     return replace(ops, qk_norm_rope_store=separate_steps(ops.rms_norm, ops.rotary_embedding, ops.store_kvcache))

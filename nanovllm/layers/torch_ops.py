@@ -51,6 +51,14 @@ def silu_and_mul(x: Tensor) -> Tensor:
     return functional.silu(gate) * up
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return functional.linear(x, weight, bias)
+
+
+def linear_silu_and_mul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return silu_and_mul(linear(x, weight, bias))
+
+
 def moe(
     x: Tensor, router_logits: Tensor, gate_up_proj: Tensor, down_proj: Tensor, top_k: int, norm_topk_prob: bool
 ) -> Tensor:
@@ -78,12 +86,13 @@ def apply_experts(x: Tensor, experts: Tensor, weights: Tensor, gate_up_proj: Ten
 
 TORCH_OPS = LayerOps(
     attention=TorchAttentionBackend(),
+    linear=linear,
+    linear_silu_and_mul=linear_silu_and_mul,
     rms_norm=rms_norm,
     add_rms_norm=add_rms_norm,
     rotary_embedding=rotary_embedding,
     store_kvcache=store_kvcache,
     qk_norm_rope_store=separate_steps(rms_norm, rotary_embedding, store_kvcache),
-    silu_and_mul=silu_and_mul,
     moe=moe,
     sample_unfiltered=sample_unfiltered_in_torch,
     waits_for_device=True,

@@ -1,20 +1,46 @@
 """LayerOps of Triton kernels: NVIDIA GPUs, kernels.DTYPES. Importing this module imports triton: see select_ops."""
 
 from torch import Tensor
+from torch.nn import functional
 
 from nanovllm.attention.triton import TritonAttentionBackend
 from nanovllm.kernels.grouped_gemm import choose_tile_config, grouped_gemm
+from nanovllm.kernels.launching import compile_ahead
 from nanovllm.kernels.moe_routing import moe_routing
 from nanovllm.kernels.paged_attention import paged_attention
 from nanovllm.kernels.qk_norm_rope_store import qk_norm_rope_store
 from nanovllm.kernels.rms_norm import add_rms_norm, rms_norm
 from nanovllm.kernels.rotary_embedding import rotary_embedding
 from nanovllm.kernels.sampling import sampling
+from nanovllm.kernels.shared_prefix_attention import shared_prefix_attention
 from nanovllm.kernels.silu_and_mul import silu_and_mul
+from nanovllm.kernels.skinny_linear import DTYPES as SKINNY_DTYPES
+from nanovllm.kernels.skinny_linear import skinny_linear, skinny_linear_silu_and_mul
 from nanovllm.kernels.store_kvcache import store_kvcache
 from nanovllm.kernels.varlen_attention import varlen_attention
 from nanovllm.layers.ops import LayerOps
 from nanovllm.sampling_metadata import SamplingMetadata
+
+# Measured on an H200, in decode steps of four models: cuBLAS is as fast or faster for more rows and larger matrices.
+MAX_SKINNY_ROWS = 16
+MAX_SKINNY_ROWS_WITH_SILU = 8
+MAX_SKINNY_WEIGHTS = 2**24
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if is_skinny(x, weight, MAX_SKINNY_ROWS):
+        return skinny_linear(x, weight, bias)
+    return functional.linear(x, weight, bias)
+
+
+def linear_silu_and_mul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if bias is None and is_skinny(x, weight, MAX_SKINNY_ROWS_WITH_SILU):
+        return skinny_linear_silu_and_mul(x, weight)
+    return silu_and_mul(linear(x, weight, bias))
+
+
+def is_skinny(x: Tensor, weight: Tensor, max_rows: int) -> bool:
+    return len(x) <= max_rows and weight.numel() < MAX_SKINNY_WEIGHTS and x.dtype in SKINNY_DTYPES
 
 
 def moe(
@@ -32,14 +58,16 @@ def sample_unfiltered(logits: Tensor, rows: SamplingMetadata) -> Tensor:
 
 
 TRITON_OPS = LayerOps(
-    attention=TritonAttentionBackend(varlen_attention, paged_attention),
+    attention=TritonAttentionBackend(varlen_attention, paged_attention, shared_prefix_attention),
+    linear=linear,
+    linear_silu_and_mul=linear_silu_and_mul,
     rms_norm=rms_norm,
     add_rms_norm=add_rms_norm,
     rotary_embedding=rotary_embedding,
     store_kvcache=store_kvcache,
     qk_norm_rope_store=qk_norm_rope_store,
-    silu_and_mul=silu_and_mul,
     moe=moe,
     sample_unfiltered=sample_unfiltered,
     waits_for_device=False,
+    compile_ahead=compile_ahead,
 )

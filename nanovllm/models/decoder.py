@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from nanovllm.distributed.tensor_parallel import SINGLE_RANK, TensorParallel
-from nanovllm.layers.activation import SiluAndMul
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from nanovllm.layers.layernorm import RMSNorm
@@ -33,9 +32,10 @@ class SelfAttention(nn.Module):
             config.num_key_value_heads,
             bias=config.qkv_bias,
             tp=tp,
+            ops=ops,
         )
         self.o_proj = RowParallelLinear(
-            config.num_attention_heads * config.head_dim, config.hidden_size, bias=config.o_bias, tp=tp
+            config.num_attention_heads * config.head_dim, config.hidden_size, bias=config.o_bias, tp=tp, ops=ops
         )
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, ops)
@@ -57,12 +57,15 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig, ops: LayerOps, tp: TensorParallel) -> None:
         super().__init__()
         sizes = [config.intermediate_size] * 2
-        self.gate_up_proj = MergedColumnParallelLinear(config.hidden_size, sizes, bias=config.mlp_bias, tp=tp)
-        self.act_fn = SiluAndMul(ops)
-        self.down_proj = RowParallelLinear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias, tp=tp)
+        self.gate_up_proj = MergedColumnParallelLinear(config.hidden_size, sizes, bias=config.mlp_bias, tp=tp, ops=ops)
+        self.ops = ops
+        self.down_proj = RowParallelLinear(
+            config.intermediate_size, config.hidden_size, bias=config.mlp_bias, tp=tp, ops=ops
+        )
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.gate_up_proj(hidden_states)))
+        gate_up = self.gate_up_proj
+        return self.down_proj(self.ops.linear_silu_and_mul(hidden_states, gate_up.weight, gate_up.bias))
 
 
 class DecoderLayer(nn.Module):

@@ -41,12 +41,17 @@ def graph_batch_sizes(max_num_seqs: int) -> list[int]:
     return sorted({size for size in (1, 2, 4, 8, *range(16, largest, 16)) if size < largest} | {largest})
 
 
+def shared_prefix_batch_sizes(batch_sizes: list[int]) -> list[int]:
+    """The sizes that get a second graph, which reads shared prefixes once: the multiples of 64, and the largest."""
+    return [size for size in batch_sizes if size % 64 == 0 or (size == batch_sizes[-1] and size > 32)]
+
+
 @dataclass(frozen=True)
 class DecodeBuffers(Generic[Array]):
     """The integers of a decode step, as views of one buffer of bytes in this order, so that one copy moves them all.
 
     input_ids, positions, slot_mapping: [max_batch_size] int64.
-    context_lens, sequence_order: [max_batch_size] int32.
+    context_lens, sequence_order, shared_prefix_order, shared_prefix_lens: [max_batch_size] int32.
     block_tables: [max_batch_size, max_blocks_per_seq] int32; last, since a smaller batch needs its first rows only.
     """
 
@@ -55,17 +60,20 @@ class DecodeBuffers(Generic[Array]):
     slot_mapping: Array
     context_lens: Array
     sequence_order: Array
+    shared_prefix_order: Array
+    shared_prefix_lens: Array
     block_tables: Array
 
 
 def _views(packed: torch.Tensor, max_batch_size: int) -> DecodeBuffers[torch.Tensor]:
     """The DecodeBuffers in `packed`, a uint8 tensor."""
     int64s, int32s = packed.tensor_split((max_batch_size * 3 * 8,))
-    lens_and_order, block_tables = int32s.view(torch.int32).tensor_split((max_batch_size * 2,))
+    columns, block_tables = int32s.view(torch.int32).tensor_split((max_batch_size * 4,))
     input_ids, positions, slot_mapping = int64s.view(torch.int64).view(3, max_batch_size)
-    context_lens, sequence_order = lens_and_order.view(2, max_batch_size)
     block_tables = block_tables.view(max_batch_size, -1)
-    return DecodeBuffers(input_ids, positions, slot_mapping, context_lens, sequence_order, block_tables)
+    context_lens, sequence_order, shared_order, shared_lens = columns.view(4, max_batch_size)
+    int32_views = (context_lens, sequence_order, shared_order, shared_lens, block_tables)
+    return DecodeBuffers(input_ids, positions, slot_mapping, *int32_views)
 
 
 def _fill(rows: np.ndarray, values: np.ndarray, padding: int | np.ndarray) -> None:
@@ -75,6 +83,8 @@ def _fill(rows: np.ndarray, values: np.ndarray, padding: int | np.ndarray) -> No
 
 class CUDAGraphRunner:
     """Captures a graph of `forward` for each of `batch_sizes`; they share one memory pool and one set of buffers.
+
+    A second graph for each of shared_prefix_sizes is for batches whose sequences share enough of their beginnings.
 
     forward: (input_ids [B], positions [B], Context) -> logits [B, V] (None on ranks but 0). It must not wait for the
     device, and its memory and launches must depend on B alone.
@@ -86,15 +96,17 @@ class CUDAGraphRunner:
         self,
         forward: Forward,
         batch_sizes: list[int],
+        shared_prefix_sizes: list[int],
         max_blocks_per_seq: int,
         max_model_len: int,
         device: torch.device,
         use_tqdm: bool = True,
     ) -> None:
         self.batch_sizes = batch_sizes
+        self.shared_prefix_sizes = shared_prefix_sizes
         self._max_model_len = max_model_len
         max_batch_size = batch_sizes[-1]
-        num_bytes = max_batch_size * (3 * 8 + 2 * 4 + max_blocks_per_seq * 4)
+        num_bytes = max_batch_size * (3 * 8 + 4 * 4 + max_blocks_per_seq * 4)
         self._packed_on_host = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=True)
         views = _views(self._packed_on_host, max_batch_size)
         self._host = DecodeBuffers(*(view.numpy() for view in vars(views).values()))
@@ -104,23 +116,24 @@ class CUDAGraphRunner:
         self._packed = self._packed_on_host.to(device)
         self._buffers = _views(self._packed, max_batch_size)
         self._cu_seqlens = torch.arange(max_batch_size + 1, dtype=torch.int32, device=device)
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self._logits: dict[int, torch.Tensor | None] = {}
+        self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}  # by size, and whether a prefix is shared
+        self._logits: dict[tuple[int, bool], torch.Tensor | None] = {}
         self._capture(forward, _capture_stream(device), use_tqdm)
 
     def _capture(self, forward: Forward, stream: torch.cuda.Stream, use_tqdm: bool) -> None:
         pool: Any = None
-        with Progress("Capturing CUDA graphs", len(self.batch_sizes), is_shown=use_tqdm) as progress:
-            for size in self.batch_sizes[::-1]:  # the largest first: the smaller graphs reuse its memory
+        keys = [(size, False) for size in self.batch_sizes] + [(size, True) for size in self.shared_prefix_sizes]
+        with Progress("Capturing CUDA graphs", len(keys), is_shown=use_tqdm) as progress:
+            for key in sorted(keys, reverse=True):  # the largest first: the smaller graphs reuse its memory
                 graph = torch.cuda.CUDAGraph()
-                inputs = self._inputs(size)
+                inputs = self._inputs(*key)
                 with gpu_lock:
                     self._warm_up(forward, inputs, stream)
                     # thread_local: GPU calls of the program's other threads do not invalidate the capture.
                     with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                         logits = forward(*inputs)
                 pool = pool or graph.pool()
-                self._graphs[size], self._logits[size] = graph, logits
+                self._graphs[key], self._logits[key] = graph, logits
                 progress.update()
 
     @staticmethod
@@ -133,7 +146,7 @@ class CUDAGraphRunner:
             forward(*inputs)
         torch.cuda.current_stream().wait_stream(stream)
 
-    def _inputs(self, size: int) -> tuple[torch.Tensor, torch.Tensor, Context]:
+    def _inputs(self, size: int, shares_prefix: bool) -> tuple[torch.Tensor, torch.Tensor, Context]:
         buffers = self._buffers
         context = Context(
             is_prefill=False,
@@ -145,6 +158,8 @@ class CUDAGraphRunner:
             context_lens=buffers.context_lens[:size],
             block_tables=buffers.block_tables[:size],
             sequence_order=buffers.sequence_order[:size],
+            shared_prefix_order=buffers.shared_prefix_order[:size] if shares_prefix else None,
+            shared_prefix_lens=buffers.shared_prefix_lens[:size] if shares_prefix else None,
         )
         return buffers.input_ids[:size], buffers.positions[:size], context
 
@@ -158,7 +173,10 @@ class CUDAGraphRunner:
         input_ids: [num_seqs] int64 on the device, in place of model_input.input_ids.
         """
         num_seqs = len(model_input.input_ids)
-        size = self.batch_sizes[bisect_left(self.batch_sizes, num_seqs)]
+        shared = model_input.shared_prefixes
+        shares_prefix = shared is not None and num_seqs <= max(self.shared_prefix_sizes, default=0)
+        sizes = self.shared_prefix_sizes if shares_prefix else self.batch_sizes
+        size = sizes[bisect_left(sizes, num_seqs)]
         self._copy_done.synchronize()
         host, block_tables = self._host, model_input.block_tables
         assert block_tables is not None
@@ -166,15 +184,19 @@ class CUDAGraphRunner:
         _fill(host.positions, model_input.positions, padding=0)
         _fill(host.slot_mapping, model_input.slot_mapping, padding=PADDING_SLOT)
         _fill(host.context_lens, model_input.context_lens, padding=0)
-        _fill(host.sequence_order, model_input.sequence_order, padding=np.arange(num_seqs, len(host.sequence_order)))
+        padding_rows = np.arange(num_seqs, len(host.sequence_order))
+        _fill(host.sequence_order, model_input.sequence_order, padding=padding_rows)
+        if shared is not None:
+            _fill(host.shared_prefix_order, shared.order, padding=padding_rows)
+            _fill(host.shared_prefix_lens, shared.lens, padding=0)
         host.block_tables[:num_seqs, : block_tables.shape[1]] = block_tables
         num_bytes = self._packed.nbytes - host.block_tables[size:].nbytes
         self._packed[:num_bytes].copy_(self._packed_on_host[:num_bytes], non_blocking=True)
         self._copy_done.record()
         if input_ids is not None:
             self._buffers.input_ids[:num_seqs].copy_(input_ids)
-        self._graphs[size].replay()
-        logits = self._logits[size]
+        self._graphs[size, shares_prefix].replay()
+        logits = self._logits[size, shares_prefix]
         return None if logits is None else logits[:num_seqs]
 
     def close(self) -> None:

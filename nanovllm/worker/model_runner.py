@@ -12,7 +12,7 @@ import numpy as np
 import psutil
 import torch
 
-from nanovllm.attention.backend import AttentionRequirements
+from nanovllm.attention.backend import AttentionBackend, AttentionRequirements
 from nanovllm.config import Config
 from nanovllm.context import Context, set_context
 from nanovllm.distributed.placement import resolve_device
@@ -27,10 +27,11 @@ from nanovllm.models.decoder import build_model
 from nanovllm.models.loader import load_model
 from nanovllm.worker.async_output import AsyncModelOutput
 from nanovllm.worker.cpu_threads import choose_num_threads, torch_threads
-from nanovllm.worker.cuda_graph import CUDAGraphRunner, graph_batch_sizes
+from nanovllm.worker.cuda_graph import CUDAGraphRunner, graph_batch_sizes, shared_prefix_batch_sizes
+from nanovllm.worker.device_input import make_context
 from nanovllm.worker.kv_cache import block_bytes, empty_cache, num_blocks_on_cpu, num_blocks_that_fit
 from nanovllm.worker.torch_state import gpu_lock, plain_torch_state
-from nanovllm.worker.warmup import dummy_prefill, prefill_warmup_shapes, prepare_profile_run
+from nanovllm.worker.warmup import dummy_decode, dummy_prefill, prefill_warmup_shapes, prepare_profile_run
 
 if TYPE_CHECKING:
     from nanovllm.engine.sequence import Sequence
@@ -68,6 +69,9 @@ class ModelRunner:
         self.graphs: CUDAGraphRunner | None = None
         with plain_torch_state(self.device, is_inference=False):
             self.load_model(model_dir, on_tensor_loaded)
+            self.block_size = self._choose_block_size()
+            if self.device.type == "cuda":
+                self.compile_kernels()
             self.num_kv_cache_blocks = self.profile_memory()
             self.kv_cache = self.allocate_kv_cache(self.num_kv_cache_blocks)
             if self.device.type == "cuda":
@@ -91,11 +95,47 @@ class ModelRunner:
         load_model(self.model, model_dir, use_tqdm=self.tp.rank == 0, on_tensor_loaded=on_tensor_loaded)
         self.model.eval()
         self.sampler = Sampler(ops.sample_unfiltered)
+        self.shares_prefixes = ops.attention.shares_prefixes
+        self.compile_ahead = ops.compile_ahead
+        self.default_block_size = ops.attention.default_block_size
         is_graph_safe = self.tp.is_graph_safe and ops.is_graph_safe
         self.can_capture = self.device.type == "cuda" and not config.enforce_eager and is_graph_safe
 
     def _attention_layers(self) -> list[Attention]:
         return [module for module in self.model.modules() if isinstance(module, Attention)]
+
+    def _choose_block_size(self) -> int:
+        """The user's; else the largest of the ranks' defaults, which are powers of two. Equal on all ranks."""
+        if self.config.kv_cache_block_size is not None:
+            return self.config.kv_cache_block_size
+        if self.config.num_kv_cache_blocks is not None:
+            return AttentionBackend.default_block_size  # nano-vllm's: who counts blocks knows how large they are
+        return -self.tp.all_reduce_min(-self.default_block_size)
+
+    def compile_kernels(self) -> None:
+        """Compile the kernels of all kinds of steps in parallel, which one after another would take half a minute.
+
+        What is left out here is compiled when it is first launched, in warmup_model or before the capture of a graph.
+        """
+        if self.compile_ahead is not None:
+            self.compile_ahead(self._run_all_kinds_of_steps)
+
+    def _run_all_kinds_of_steps(self) -> None:
+        config, block_size = self.config, self.block_size
+        limits = (config.max_num_batched_tokens, config.max_model_len, config.max_num_seqs)
+        num_blocks = config.num_kv_cache_blocks or math.ceil(config.max_model_len / block_size)
+        self._execute(prepare_profile_run(*limits, block_size))
+        cache = self.allocate_kv_cache(1)  # of the right strides; nothing is read or written
+        for query_lens, num_cached_tokens in prefill_warmup_shapes(*limits, num_blocks, block_size):
+            self._execute(dummy_prefill(query_lens, num_cached_tokens, block_size))
+        batch_sizes = graph_batch_sizes(config.max_num_seqs)
+        for batch_size in {1, 2, 16, 32, batch_sizes[-1]}.intersection(batch_sizes):
+            self._execute(dummy_decode(batch_size, block_size))
+        for batch_size in shared_prefix_batch_sizes(batch_sizes)[:1] if self.shares_prefixes else ():
+            self._execute(dummy_decode(batch_size, block_size, shares_prefix=True))
+        del cache
+        for layer in self._attention_layers():
+            layer.kv_cache = None
 
     def profile_memory(self) -> int:
         """The number of KV blocks: the user's, or as many as fit on every rank. A GPU runs the largest step before."""
@@ -110,7 +150,7 @@ class ModelRunner:
     def _run_largest_step(self) -> None:
         config = self.config
         model_input = prepare_profile_run(
-            config.max_num_batched_tokens, config.max_model_len, config.max_num_seqs, config.kv_cache_block_size
+            config.max_num_batched_tokens, config.max_model_len, config.max_num_seqs, self.block_size
         )
         with gpu_lock:
             torch.cuda.empty_cache()
@@ -134,7 +174,7 @@ class ModelRunner:
         return free_before - free_after + DRIVER_BYTES_PER_GRAPH * len(batch_sizes)
 
     def _num_blocks_that_fit(self, graph_bytes: int) -> int:
-        model, config, block_size = self.model_config, self.config, self.config.kv_cache_block_size
+        model, config, block_size = self.model_config, self.config, self.block_size
         bytes_per_block = self.num_ranks_per_device * block_bytes(
             model.num_hidden_layers, block_size, self.num_kv_heads, model.head_dim, self.dtype.itemsize
         )
@@ -156,7 +196,7 @@ class ModelRunner:
 
     def allocate_kv_cache(self, num_blocks: int) -> torch.Tensor:
         """The cache tensor, bound to the model's attention layers. Slots that were never written are uninitialised."""
-        model, block_size = self.model_config, self.config.kv_cache_block_size
+        model, block_size = self.model_config, self.block_size
         shape = (2, model.num_hidden_layers, num_blocks, block_size, self.num_kv_heads, model.head_dim)
         kv_cache = empty_cache(shape, self.dtype, self.device, is_given=self.config.num_kv_cache_blocks is not None)
         for layer, k_cache, v_cache in zip(self._attention_layers(), kv_cache[0], kv_cache[1], strict=True):
@@ -166,7 +206,7 @@ class ModelRunner:
     def warmup_model(self) -> None:
         """Compile the kernels of every kind of prefill on a GPU, so that no request waits for the compiler."""
         limits = (self.config.max_num_batched_tokens, self.config.max_model_len, self.config.max_num_seqs)
-        block_size = self.config.kv_cache_block_size
+        block_size = self.block_size
         for query_lens, num_cached_tokens in prefill_warmup_shapes(*limits, self.num_kv_cache_blocks, block_size):
             self._execute(dummy_prefill(query_lens, num_cached_tokens, block_size))
         with gpu_lock:
@@ -181,9 +221,12 @@ class ModelRunner:
                 return self.model.compute_logits(self.model(input_ids, positions))
 
         max_model_len = self.config.max_model_len
-        max_blocks_per_seq = math.ceil(max_model_len / self.config.kv_cache_block_size)
+        max_blocks_per_seq = math.ceil(max_model_len / self.block_size)
         use_tqdm = use_tqdm and self.tp.rank == 0
-        return CUDAGraphRunner(forward, batch_sizes, max_blocks_per_seq, max_model_len, self.device, use_tqdm)
+        shared_sizes = shared_prefix_batch_sizes(batch_sizes) if self.shares_prefixes else []
+        return CUDAGraphRunner(
+            forward, batch_sizes, shared_sizes, max_blocks_per_seq, max_model_len, self.device, use_tqdm
+        )
 
     # --- one step: sequences -> ModelInput -> logits -> token ids ---
 
@@ -192,33 +235,31 @@ class ModelRunner:
     prepare_decode = staticmethod(prepare_decode)
     prepare_decode_async = staticmethod(prepare_decode_async)
 
-    def run(self, batch: ScheduledBatch) -> list[int]:
-        """Compute `batch`; the new token ids of batch.sampled_sequences, in their order (none on ranks but 0)."""
-        with plain_torch_state(self.device, is_inference=True):
-            return self._execute(self._prepare(batch)).tolist()
-
-    def launch(
+    def run(
         self,
         batch: ScheduledBatch,
         previous_sequences: "tuple[Sequence, ...] | None" = None,
         previous_token_ids: torch.Tensor | None = None,
     ) -> AsyncModelOutput:
-        """As run, without waiting for the device.
+        """Compute the new token ids of batch.sampled_sequences, in their order (none on ranks other than 0), without
+        waiting for the device.
 
         previous_sequences: those that the step submitted last samples, if Scheduler.schedule_next_async chose `batch`
             before their tokens were known. previous_token_ids: these tokens, int64, on the device; None on ranks other
             than 0, to which rank 0 broadcasts them.
         """
         with plain_torch_state(self.device, is_inference=True):
-            if previous_sequences is None:
+            if previous_sequences is None or batch.is_prefill:  # a prefill needs no token of the step before
                 return AsyncModelOutput(batch, self._execute(self._prepare(batch)))
-            model_input = self.prepare_decode_async(batch.sequences, previous_sequences)
+            model_input = self.prepare_decode_async(batch.sequences, previous_sequences, self.shares_prefixes)
             if previous_token_ids is None:
                 previous_token_ids = torch.empty(len(previous_sequences), dtype=torch.int64, device=self.device)
             return AsyncModelOutput(batch, self._execute(model_input, previous_token_ids))
 
     def _prepare(self, batch: ScheduledBatch) -> ModelInput:
-        return (self.prepare_prefill if batch.is_prefill else self.prepare_decode)(batch.sequences)
+        if batch.is_prefill:
+            return self.prepare_prefill(batch.sequences)
+        return self.prepare_decode(batch.sequences, self.shares_prefixes)
 
     @torch.inference_mode()
     def _execute(self, model_input: ModelInput, previous_token_ids: torch.Tensor | None = None) -> torch.Tensor:
@@ -262,22 +303,8 @@ class ModelRunner:
         """
         if input_ids is None:
             input_ids = self._tensor(model_input.input_ids)
-        with set_context(self._context(model_input)):
+        with set_context(make_context(model_input, self._tensor)):
             return self.model(input_ids, self._tensor(model_input.positions))
-
-    def _context(self, model_input: ModelInput) -> Context:
-        block_tables = model_input.block_tables
-        return Context(
-            is_prefill=model_input.is_prefill,
-            slot_mapping=self._tensor(model_input.slot_mapping),
-            cu_seqlens_q=self._tensor(model_input.cu_seqlens_q),
-            cu_seqlens_k=self._tensor(model_input.cu_seqlens_k),
-            max_seqlen_q=model_input.max_seqlen_q,
-            max_seqlen_k=model_input.max_seqlen_k,
-            context_lens=self._tensor(model_input.context_lens),
-            block_tables=None if block_tables is None else self._tensor(block_tables),
-            sequence_order=self._tensor(model_input.sequence_order),
-        )
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         tensor = torch.from_numpy(array)

@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from nanovllm.engine.model_input import ModelInput, prepare_prefill, prepare_sample
+from nanovllm.engine.model_input import ModelInput, prepare_decode, prepare_prefill, prepare_sample
 from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.shared_prefix import SharedPrefixes
 from nanovllm.sampling_params import SamplingParams
 
 LONG_CONTEXT = 512  # the smallest number of keys for which varlen_attention launches its kernel for Hopper GPUs
@@ -60,6 +61,17 @@ def warmup_lengths(num_tokens: int, max_model_len: int, max_num_seqs: int) -> li
     """
     num_full, remainder = divmod(num_tokens, max_model_len)
     return ([max_model_len] * num_full + [remainder] * (remainder > 0))[:max_num_seqs]
+
+
+def dummy_decode(num_seqs: int, block_size: int, shares_prefix: bool = False) -> ModelInput:
+    """A decode step of sequences that all have the same two tokens. It must not be computed."""
+    seq = Sequence([0, 0], block_size=block_size)
+    seq.block_table, seq.num_cached_tokens, seq.num_scheduled_tokens = [0], 1, 1
+    model_input = prepare_decode([seq] * num_seqs)
+    if not shares_prefix:
+        return model_input
+    order = np.arange(num_seqs, dtype=np.int32)
+    return replace(model_input, shared_prefixes=SharedPrefixes(order, lens=np.zeros_like(order)))
 
 
 def dummy_prefill(query_lens: list[int], num_cached_tokens: int, block_size: int) -> ModelInput:

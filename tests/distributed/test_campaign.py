@@ -20,9 +20,9 @@ import pytest
 from nanovllm.executor import multiproc
 from nanovllm.executor.base import RankError
 from nanovllm.executor.failure_monitor import State
-from tests.distributed.test_failures import ERRORS, MAX_SECONDS, check_failure, engine, generate
 from tests.support.counts import count_event, record_error
-from tests.support.rank_faults import CONNECTING, PLACES, Fault, plant
+from tests.support.rank_engines import MAX_SECONDS, check_failure, engine, generate
+from tests.support.rank_faults import CONNECTED, CONNECTING, ERRORS, PLACES, Fault, plant
 from tests.support.resource_snapshot import Watch
 
 pytestmark = pytest.mark.campaign
@@ -55,8 +55,7 @@ def test_a_hundred_starts_and_stops_leave_nothing(nothing_left: Watch) -> None:
 @pytest.mark.parametrize(
     ("place", "what"),
     [
-        (CONNECTING, "kill"),
-        (CONNECTING, "exit"),
+        *((place, what) for place in (CONNECTING, CONNECTED) for what in ("kill", "exit")),
         *((place, what) for place in PLACES for what in ("kill", "exit", *ERRORS)),
     ],
 )
@@ -65,9 +64,7 @@ def test_one_of_four_ranks_fails(
     nothing_left: Watch, monkeypatch: pytest.MonkeyPatch, log: Path, rank: int, what: str, place: str
 ) -> None:
     """D33: the two others have done nothing wrong, and are not blamed."""
-    fault = Fault(rank, place, what, log)
-    plant(monkeypatch, fault)
-    check_failure(fault, 4, nothing_left)
+    check_failure(monkeypatch, nothing_left, Fault(rank, place, what, log), size=4)
 
 
 @pytest.mark.parametrize("place", [CONNECTING, *PLACES])

@@ -21,6 +21,7 @@ from tests.support.counts import count_comparisons, count_event, record_error
 from tests.support.oracle import ERROR_RATIO, Oracle
 from tests.support.rank_faults import MEMORY, plant_memory
 from tests.support.resource_snapshot import Watch
+from tests.support.serving import recorded
 from tests.support.tiny_models import tiny_model
 
 # Four query heads and two key/value heads: shared by two ranks, replicated among four.
@@ -38,28 +39,6 @@ REQUESTS = [
 ]
 ABORTED = 4  # index of the request that is aborted, after NUM_TOKENS_OF_ABORTED tokens
 NUM_TOKENS_OF_ABORTED = 3
-
-
-def record_logits(llm: LLM) -> dict[int, list[torch.Tensor]]:
-    """The logits of every sampled token, by seq_id, as rank 0 gathers them from now on."""
-    recorded: dict[int, list[torch.Tensor]] = {}
-    executor: Any = llm._core.executor
-    execute, compute_logits = executor.execute, executor._runner.model.compute_logits
-    rows: list[torch.Tensor] = []
-
-    def recording_logits(hidden_states: torch.Tensor) -> torch.Tensor:
-        rows[:] = compute_logits(hidden_states)
-        return torch.stack(rows)
-
-    def recording_execute(batch: ScheduledBatch) -> Any:
-        rows.clear()
-        pending = execute(batch)
-        for seq, row in zip(batch.sampled_sequences, rows, strict=True):
-            recorded.setdefault(seq.seq_id, []).append(row)
-        return pending
-
-    executor._runner.model.compute_logits, executor.execute = recording_logits, recording_execute
-    return recorded
 
 
 def open_engine(architecture: str, size: int, is_async: bool = False) -> LLM:
@@ -89,8 +68,7 @@ def test_ranks_give_what_the_reference_gives(architecture: str) -> None:
     oracle = Oracle(tiny_model(architecture), MAX_MODEL_LEN)
     tokens: dict[int, list[list[int]]] = {}
     for size in (1, 2, 4):
-        with open_engine(architecture, size) as llm:
-            logits = record_logits(llm)
+        with open_engine(architecture, size) as llm, recorded(llm) as logits:
             outputs = run_scenario(llm)
             events = {
                 "preemption with several ranks": llm.scheduler.num_preemptions,
@@ -142,13 +120,15 @@ def check_outputs(oracle: Oracle, outputs: dict[int, Any]) -> None:
         oracle.check(list(prompt), params, seed, outputs[index]["token_ids"], outputs[index]["finish_reason"])
 
 
-def check_logits(oracle: Oracle, outputs: dict[int, Any], logits: dict[int, list[torch.Tensor]], size: int) -> None:
+def check_logits(
+    oracle: Oracle, outputs: dict[int, Any], logits: dict[tuple[int, int], torch.Tensor], size: int
+) -> None:
     """Every token's logits, against one float64 pass over the whole text."""
     for index, (prompt, _) in enumerate(REQUESTS):
-        ours = torch.stack(logits[index]).double()
         token_ids = [*prompt, *outputs[index]["token_ids"]]
-        exact = transformer(token_ids, *oracle.exact)[len(prompt) - 1 :][: len(ours)]
-        single = transformer(token_ids, *oracle.single)[len(prompt) - 1 :][: len(ours)]
+        ours = torch.stack([logits[index, position] for position in range(len(prompt), len(token_ids))]).double()
+        exact = transformer(token_ids, *oracle.exact)[len(prompt) - 1 : -1]
+        single = transformer(token_ids, *oracle.single)[len(prompt) - 1 : -1]
         error, bound = float((ours - exact).abs().max()), ERROR_RATIO * float((single - exact).abs().max())
         if size > 1:
             record_error(f"logits of {size} ranks, float32", error, bound)

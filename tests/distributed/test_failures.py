@@ -10,69 +10,17 @@ from typing import Any
 import pytest
 import torch
 
-from nanovllm import LLM, SamplingParams, bundled_model_path
+from nanovllm import LLM, bundled_model_path
+from nanovllm.distributed import rendezvous
 from nanovllm.distributed.rendezvous import ADDRESS_TIMEOUT_S, CONNECT_TIMEOUT_S
-from nanovllm.executor.base import RankError
 from nanovllm.executor.failure_monitor import FAILURE_COLLECT_S
 from nanovllm.executor.multi_rank import ROOT_CAUSE_TIMEOUT_S
-from tests.support.counts import count_event, record_error
-from tests.support.rank_faults import CONNECTING, PLACES, WORDS, Fault, plant
+from nanovllm.executor.multiproc import CHECK_INTERVAL_S
+from tests.support.rank_engines import MAX_SECONDS, OPTIONS, check_failure, engine, generate
+from tests.support.rank_faults import CONNECTED, CONNECTING, PLACES, Fault
 from tests.support.resource_snapshot import Watch
 
-OPTIONS: dict[str, Any] = {
-    "device": "cpu", "attention_backend": "torch", "kv_cache_block_size": 16, "num_kv_cache_blocks": 32,
-    "max_model_len": 64, "max_num_seqs": 8, "max_num_batched_tokens": 64,
-}  # fmt: skip
-PROMPTS = [[5, 6, 7], [8, 9]]
-GREEDY = SamplingParams.greedy(max_tokens=4, ignore_eos=True)
-MAX_SECONDS = 10
-ERRORS: dict[str, type[Exception]] = {
-    "raise": ArithmeticError,
-    "value": ValueError,
-    "host memory": MemoryError,
-    "device memory": torch.OutOfMemoryError,
-}
 CLOSED = "this engine is closed: make a new one"
-
-
-def engine(size: int = 2, **options: Any) -> LLM:
-    return LLM(str(bundled_model_path()), tensor_parallel_size=size, **{**OPTIONS, **options})
-
-
-def generate(llm: LLM) -> list[list[int]]:
-    return [output["token_ids"] for output in llm.generate(PROMPTS, GREEDY, use_tqdm=False)]
-
-
-def start_and_generate(size: int, **options: Any) -> None:
-    with engine(size, **options) as llm:
-        generate(llm)
-
-
-def message_of(fault: Fault, size: int) -> str:
-    if fault.what == "kill":
-        return f"rank {fault.rank} of {size} was killed by SIGKILL"
-    if fault.what == "exit":
-        return f"rank {fault.rank} of {size} ended with exit code 3"
-    return f"rank {fault.rank} of {size} failed: {ERRORS[fault.what].__name__}: {WORDS}"
-
-
-def check_failure(fault: Fault, size: int, watch: Watch, **options: Any) -> None:
-    """In time, with the cause, and nothing is left although the error, and so its traceback, is still referenced."""
-    before = watch.snapshot()
-    with pytest.raises(RankError if fault.rank else ERRORS[fault.what]) as caught:
-        start_and_generate(size, **options)
-    seconds = fault.seconds_since()
-    assert watch.snapshot() == before
-    record_error("seconds from a rank's failure to the error", seconds, MAX_SECONDS)
-    assert seconds < MAX_SECONDS
-    if fault.rank:
-        assert str(caught.value).startswith(message_of(fault, size))
-        assert isinstance(caught.value, ValueError) == (fault.what == "value")
-        if fault.what in ERRORS:
-            assert "in trigger\n" in str(caught.value), "the traceback of the rank that failed"
-    else:
-        assert str(caught.value) == WORDS
-    count_event(f"a rank that failed: {fault.what} at {fault.place}")
 
 
 @pytest.mark.parametrize(
@@ -88,9 +36,13 @@ def test_rank_0_raises_which_rank_failed_and_why(
     nothing_left: Watch, monkeypatch: pytest.MonkeyPatch, log: Path, rank: int, place: str, what: str
 ) -> None:
     """D33: an error of rank 0 is raised as it is."""
-    fault = Fault(rank, place, what, log)
-    plant(monkeypatch, fault)
-    check_failure(fault, 2, nothing_left)
+    check_failure(monkeypatch, nothing_left, Fault(rank, place, what, log))
+
+
+def test_a_rank_killed_when_it_has_connected(nothing_left: Watch, monkeypatch: pytest.MonkeyPatch, log: Path) -> None:
+    """D33 D34: rank 0's thread, which has a group then, notices it later than rank 0 does."""
+    monkeypatch.setattr(rendezvous, "POLL_S", 10 * CHECK_INTERVAL_S)
+    check_failure(monkeypatch, nothing_left, Fault(1, CONNECTED, "kill", log))
 
 
 @pytest.mark.parametrize("what", ["raise", "kill"])
@@ -98,9 +50,7 @@ def test_a_rank_fails_in_a_step_that_async_scheduling_submitted(
     nothing_left: Watch, monkeypatch: pytest.MonkeyPatch, log: Path, what: str
 ) -> None:
     """D33: while the tokens of the step before are pending."""
-    fault = Fault(1, "decode", what, log)
-    plant(monkeypatch, fault)
-    check_failure(fault, 2, nothing_left, async_scheduling=True)
+    check_failure(monkeypatch, nothing_left, Fault(1, "decode", what, log), async_scheduling=True)
 
 
 def test_an_error_of_rank_0_closes_the_engine_and_a_new_one_starts(
@@ -114,7 +64,7 @@ def test_an_error_of_rank_0_closes_the_engine_and_a_new_one_starts(
         raise torch.OutOfMemoryError("planted on rank 0")
 
     with monkeypatch.context() as planted:
-        planted.setattr(llm._core.executor._runner, "launch", fail)
+        planted.setattr(llm._core.executor._runner, "run", fail)
         with pytest.raises(torch.OutOfMemoryError, match="planted on rank 0"):
             generate(llm)
     with pytest.raises(RuntimeError, match=CLOSED):
@@ -139,7 +89,7 @@ def test_ctrl_c_while_rank_0_waits_for_the_root_cause_closes_the_engine(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as planted:
-        planted.setattr(llm._core.executor._runner, "launch", fail)
+        planted.setattr(llm._core.executor._runner, "run", fail)
         planted.setattr(llm._core.executor, "_wait_for_root_cause", interrupt)
         with pytest.raises(KeyboardInterrupt):
             generate(llm)

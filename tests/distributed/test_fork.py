@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from nanovllm import LLM
-from tests.distributed.test_failures import GREEDY, PROMPTS, engine, generate
 from tests.support.limits import HANG_SECONDS
+from tests.support.rank_engines import GREEDY, PROMPTS, engine, generate
 from tests.support.source_tree import ROOT
 
 # A program of its own, since a child of pytest would run pytest's end.

@@ -16,9 +16,9 @@ import pytest
 
 from nanovllm import LLM, SamplingParams, bundled_model_path
 from nanovllm.executor.multiproc import MultiprocExecutor
-from tests.distributed.test_failures import OPTIONS, engine, generate
 from tests.support.counts import count_event
 from tests.support.limits import HANG_SECONDS
+from tests.support.rank_engines import OPTIONS, engine, generate
 from tests.support.resource_snapshot import SHARED_MEMORY, Watch
 from tests.support.source_tree import ROOT
 
@@ -204,7 +204,7 @@ def test_ranks_end_when_rank_0_is_killed(start_program: Callable[[str], Program]
         child = ["sleep", "{2 * HANG_SECONDS}"]
         subprocess.Popen(child, pass_fds=files, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     if {"in a collective" in where}:
-        executor._runner.launch = lambda *step: print("sent", flush=True) or time.sleep({2 * HANG_SECONDS})
+        executor._runner.run = lambda *step: print("sent", flush=True) or time.sleep({2 * HANG_SECONDS})
         {GENERATE_LONG}
     print("idle", flush=True)
     time.sleep({2 * HANG_SECONDS})

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from nanovllm import LLM, SamplingParams, bundled_model_path
-from tests.distributed.test_failures import OPTIONS
 from tests.support.counts import count_comparisons
 from tests.support.limits import HANG_SECONDS
+from tests.support.rank_engines import OPTIONS
 from tests.support.rank_faults import WORDS
 from tests.support.source_tree import ROOT
 

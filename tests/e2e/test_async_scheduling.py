@@ -50,8 +50,8 @@ def test_the_next_step_begins_before_the_tokens_are_waited_for(monkeypatch: pyte
     """Five tokens, of a prefill and four decode steps; the last is known to be the last."""
     events: list[str] = []
     with bundled_llm(async_scheduling=True) as llm:
-        launch, token_ids = llm._core.executor.execute, AsyncModelOutput.token_ids
-        monkeypatch.setattr(llm._core.executor, "execute", lambda *args: events.append("begin") or launch(*args))
+        execute, token_ids = llm._core.executor.execute, AsyncModelOutput.token_ids
+        monkeypatch.setattr(llm._core.executor, "execute", lambda *args: events.append("begin") or execute(*args))
         monkeypatch.setattr(AsyncModelOutput, "token_ids", lambda self: events.append("wait") or token_ids(self))
         llm.generate([[5, 6, 7]], SamplingParams.greedy(max_tokens=5, ignore_eos=True), use_tqdm=False)
     assert events == ["begin", *["begin", "wait"] * 4, "wait"]
@@ -67,16 +67,16 @@ def test_a_step_that_fails_ends_the_requests_of_its_caller_and_no_others(
     other = llm.add_request(PROMPTS[0], GREEDY)
     for _ in range(3):
         llm.step()
-    launch, calls = llm._core.executor.execute, []
+    execute, calls = llm._core.executor.execute, []
 
-    def failing_launch(*args: Any) -> AsyncModelOutput:
+    def failing_execute(*args: Any) -> AsyncModelOutput:
         calls.append(args)
         if len(calls) == number:
             raise error
-        return launch(*args)
+        return execute(*args)
 
     with monkeypatch.context() as planted:
-        planted.setattr(llm._core.executor, "execute", failing_launch)
+        planted.setattr(llm._core.executor, "execute", failing_execute)
         with pytest.raises(type(error)):
             llm.generate(PROMPTS[1:3], GREEDY, use_tqdm=False)
     outputs = run_to_end(llm)

@@ -3,24 +3,19 @@ tokens and logits stay the same. Under poison: what may not be read is NaN.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
-from unittest import mock
 
 import hypothesis.strategies as st
 import pytest
-import torch
 from hypothesis import example, given, settings
 
-from nanovllm import LLM, SamplingParams
+from nanovllm import SamplingParams
 from nanovllm.engine.input_processor import request_seed
-from nanovllm.engine.scheduler import ScheduledBatch
 from tests.support.counts import count_event
 from tests.support.engine_events import assert_occurred, scheduler_events
 from tests.support.oracle import Oracle
 from tests.support.poison import poisoned_llm
+from tests.support.serving import recorded
 from tests.support.tiny_models import tiny_model
 
 MAX_MODEL_LEN = 40
@@ -97,30 +92,6 @@ CROWDED = Scenario(
 )
 
 
-@contextmanager
-def recorded_logits(llm: LLM) -> Iterator[dict[tuple[int, int], torch.Tensor]]:
-    """(seq_id, position) -> the logits that the token at this position was sampled from."""
-    runner: Any = llm._core.executor._runner
-    logits: dict[tuple[int, int], torch.Tensor] = {}
-    batch: list[ScheduledBatch] = []
-
-    def remembering(method: Callable[..., Any]) -> Callable[..., Any]:
-        def run(scheduled: ScheduledBatch, *others: Any) -> Any:
-            batch[:] = [scheduled]
-            return method(scheduled, *others)
-
-        return run
-
-    def sample(rows: torch.Tensor, params: Any) -> torch.Tensor:
-        for seq, row, position in zip(batch[0].sampled_sequences, rows, params.position.tolist(), strict=True):
-            logits[seq.seq_id, position] = row.clone()
-        return sampler(rows, params)
-
-    run, launch, sampler = remembering(runner.run), remembering(runner.launch), runner.sampler
-    with mock.patch.multiple(runner, run=run, launch=launch, sampler=sample):
-        yield logits
-
-
 def run(model_dir: str, scenario: Scenario, oracle: Oracle) -> Counter[str]:
     """Play the scenario, check every output, and count the events."""
     largest = max(
@@ -138,7 +109,7 @@ def run(model_dir: str, scenario: Scenario, oracle: Oracle) -> Counter[str]:
         max_num_batched_tokens=scenario.max_num_seqs + scenario.num_spare_tokens,
         async_scheduling=scenario.is_async,
     )
-    with poisoned as llm, recorded_logits(llm) as logits:
+    with poisoned as llm, recorded(llm) as logits:
         arrivals, outputs, step = {}, {}, 0
         pending = list(scenario.arrivals)
         while pending or not llm.is_finished():

@@ -1,9 +1,6 @@
 """LLM.generate, add_request, step and abort on the bundled model: which outputs come back, and in which order."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +8,6 @@ import pytest
 from nanovllm import LLM, SamplingParams, bundled_model_path
 from nanovllm.models.registry import load_model_config
 from tests.e2e.conftest import GREEDY, PROMPTS, bundled_llm, change_json, contents, run_to_end, tokens
-from tests.support.source_tree import ROOT
 
 
 @pytest.mark.parametrize("counts", [(3, 1, 7), (7, 1, 3), (3, 7, 1)])
@@ -126,32 +122,3 @@ def test_abort_of_a_request_that_waits_runs_or_is_unknown(llm: LLM) -> None:
     assert llm.abort(seq_id)
     assert not llm.is_finished(), "its output is still to be returned"
     assert run_to_end(llm).keys() == {seq_id}
-
-
-def test_a_program_for_nano_vllm_runs_unchanged(tmp_path: Path) -> None:
-    program = tmp_path / "example.py"
-    program.write_text(
-        "import sys\n"
-        "from nanovllm import LLM, SamplingParams\n"
-        "llm = LLM(sys.argv[1], enforce_eager=True, tensor_parallel_size=1)\n"
-        "sampling_params = SamplingParams(temperature=0.6, max_tokens=8)\n"
-        "outputs = llm.generate(['In the beginning', 'Blessed are'], sampling_params)\n"
-        "for output in outputs:\n"
-        "    print(repr(output['text']), len(output['token_ids']))\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(program), str(bundled_model_path())]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert result.returncode == 0, result.stderr
-    assert len(result.stdout.splitlines()) == 2
-    assert "tok/s" in result.stderr
-
-
-@pytest.mark.parametrize("options", [{}, {"use_tqdm": True}, {"use_tqdm": False}])
-def test_the_progress_bar_can_be_switched_off(
-    llm: LLM, options: dict[str, bool], capsys: pytest.CaptureFixture[str]
-) -> None:
-    llm.generate(PROMPTS, GREEDY, **options)
-    shown = capsys.readouterr().err
-    for part in ("Generating: ", " 3/3 prompts", " tok/s", "decode"):
-        assert (part in shown) is options.get("use_tqdm", True)

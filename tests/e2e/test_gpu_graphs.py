@@ -2,12 +2,15 @@
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from nanovllm import LLM, SamplingParams, bundled_model_path
 from nanovllm.demo_prompts import DEMO_PROMPTS
+from nanovllm.engine import model_input as model_input_module
+from nanovllm.engine import shared_prefix
 from nanovllm.engine.model_input import ModelInput, prepare_decode, prepare_prefill
 from nanovllm.engine.sequence import Sequence
 from nanovllm.worker.model_runner import ModelRunner
@@ -111,6 +114,36 @@ def test_graphs_change_no_token(backend: str, dtype: str) -> None:
             return tokens(llm, list(DEMO_PROMPTS), params)
 
     assert generated(enforce_eager=False) == generated(enforce_eager=True)
+
+
+@pytest.mark.parametrize("enforce_eager", [True, False])
+def test_reading_a_shared_prefix_once_changes_no_token(enforce_eager: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three prefixes, one of them of a single sequence, in batches that shrink."""
+    prefixes = [[3 + (7 * position + index) % 400 for position in range(200 + index)] for index in range(3)]
+    prompts = [prefixes[0 if index == 9 else 1 + index % 2] + [5 + index] * (1 + index % 20) for index in range(50)]
+    params = [SamplingParams.greedy(max_tokens=3 + index % 30, ignore_eos=True) for index in range(50)]
+
+    def generated(min_saved_tokens: int) -> list[list[int]]:
+        monkeypatch.setattr(shared_prefix, "MIN_SAVED_TOKENS", min_saved_tokens)
+        with LLM(
+            str(bundled_model_path()), device="cuda", dtype="float32", attention_backend="triton", max_model_len=512,
+            max_num_seqs=48, kv_cache_block_size=16, num_kv_cache_blocks=2000, enforce_eager=enforce_eager,
+        ) as llm:  # fmt: skip
+            tokens(llm, [[*prefix, 9] for prefix in prefixes], SamplingParams.greedy(max_tokens=1))  # into the cache
+            return tokens(llm, prompts, params)
+
+    found: list[bool] = []
+    find = shared_prefix.find_shared_prefixes
+
+    def noting(*arguments: Any) -> Any:
+        prefixes_of_step = find(*arguments)
+        found.append(prefixes_of_step is not None)
+        return prefixes_of_step
+
+    monkeypatch.setattr(model_input_module, "find_shared_prefixes", noting)
+    shared = generated(1)
+    assert any(found)
+    assert shared == generated(10**9)
 
 
 @pytest.mark.whole_gpu

@@ -12,33 +12,26 @@ from typing import Any
 import pytest
 import torch
 
-from nanovllm import LLM, SamplingParams, bundled_model_path
-from nanovllm.demo_prompts import DEMO_PROMPTS
+from nanovllm import LLM, SamplingParams
 from tests.e2e.conftest import tokens
 from tests.support.comparing import assert_within
 from tests.support.counts import count_comparisons, record_error
-from tests.support.hugging_face import (
-    check_greedy_choices,
-    first_module_that_differs,
-    hugging_face_logits,
-    load_hugging_face,
-)
+from tests.support.hugging_face import check_greedy_choices, first_module_that_differs, hugging_face_logits
 from tests.support.model_probe import make_runner, teacher_forced_logits
 from tests.support.oracle import ERROR_RATIO
 from tests.support.tiny_models import VARIANTS, VOCAB_SIZE, tiny_model
 
 FACTORS = {"float32": ERROR_RATIO, "bfloat16": 2.0}
 OPTIONS: dict[str, Any] = {"device": "cpu", "dtype": "float32", "attention_backend": "torch"}
-variants = pytest.mark.parametrize("variant", [variant for _, variant in VARIANTS], ids=[name for name, _ in VARIANTS])
 
 
 def random_tokens(count: int, seed: int) -> list[int]:
     return torch.randint(VOCAB_SIZE, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-@variants
+@pytest.mark.parametrize("variant", [variant for _, variant in VARIANTS], ids=[name for name, _ in VARIANTS])
 def test_teacher_forced_logits(variant: dict[str, Any]) -> None:
-    """D01 D07 D64 D65: every position of a prompt in two chunks and a continuation decoded token by token."""
+    """D01 D07 D64 D65 D66: every position of a prompt in two chunks and a continuation decoded token by token."""
     model_dir = tiny_model(**variant)
     token_ids = random_tokens(100, seed=1)
     exact = hugging_face_logits(model_dir, token_ids, torch.float64)
@@ -70,19 +63,6 @@ def test_a_mismatch_names_the_first_module_that_differs(module: str) -> None:
 
     message = first_module_that_differs(model_dir, runner.model.model, compute, token_ids, ERROR_RATIO)
     assert message.startswith(f"the first module whose output differs is {module}, most at position ")
-
-
-def test_the_bundled_model_generates_what_transformers_generates() -> None:
-    """Token for token: its margins are far above rounding, so nothing is excused."""
-    model = load_hugging_face(bundled_model_path(), torch.float32)
-    with LLM(str(bundled_model_path()), max_model_len=512, **OPTIONS) as llm:
-        for prompt, token_ids in zip(
-            DEMO_PROMPTS, tokens(llm, list(DEMO_PROMPTS), SamplingParams.greedy(max_tokens=48)), strict=True
-        ):
-            inputs = torch.tensor([llm.tokenizer.encode(prompt)])
-            generated = model.generate(inputs, max_new_tokens=48, do_sample=False)[0, inputs.shape[1] :]
-            assert token_ids == generated.tolist()
-            count_comparisons("engine: greedy tokens against transformers' generate", len(generated))
 
 
 # --- preemptions, prefix hits and chunks at once ---

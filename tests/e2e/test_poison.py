@@ -100,8 +100,8 @@ def test_a_wrong_model_input_is_named(
     runner = llm._core.executor._runner
     prepare, inputs = runner.prepare_decode, []
 
-    def faulty(sequences: Any) -> ModelInput:
-        inputs.append(prepare(sequences))
+    def faulty(*args: Any) -> ModelInput:
+        inputs.append(prepare(*args))
         return replace(inputs[-1], **fault(inputs[-1], inputs[max(0, len(inputs) - 2)]))
 
     monkeypatch.setattr(runner, "prepare_decode", faulty)

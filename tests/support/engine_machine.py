@@ -229,7 +229,11 @@ class EngineMachine(RuleBasedStateMachine):
         self.next_batch = self.scheduler.schedule_next_async(batch)
         if self.next_batch is None:
             return []
-        inputs = prepare_decode_async(self.next_batch.sequences, batch.sampled_sequences)
+        if self.next_batch.is_prefill:
+            inputs = prepare_prefill(self.next_batch.sequences)
+            self.count("async prefill")
+        else:
+            inputs = prepare_decode_async(self.next_batch.sequences, batch.sampled_sequences)
         self.check_writes(inputs)
         if inputs.input_ids_source is not None:
             known = np.where(inputs.input_ids_source >= 0, np.array(tokens)[inputs.input_ids_source], inputs.input_ids)

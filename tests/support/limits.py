@@ -1,6 +1,6 @@
 """HANG_SECONDS: the one limit of waits that end only when a test hangs.
 
-The suite's other limits in seconds are promises (tests/distributed/test_failures.py: MAX_SECONDS from a rank's failure
+The suite's other limits in seconds are promises (tests/support/rank_engines.py: MAX_SECONDS from a rank's failure
 to the error), or short waits in which something must not happen. pyproject.toml's `timeout` ends a test that hangs.
 """
 

@@ -24,7 +24,7 @@ def teacher_forced_logits(
 
     block_table: any distinct block ids, enough for the tokens.
     """
-    seq = Sequence(token_ids, block_size=runner.config.kv_cache_block_size)
+    seq = Sequence(token_ids, block_size=runner.block_size)
     seq.block_table = block_table
     logits = []
     sizes = [*chunks, *[1] * (len(token_ids) - sum(chunks))]

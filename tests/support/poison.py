@@ -33,6 +33,7 @@ from nanovllm.engine.model_input import PADDING_BLOCK, ModelInput
 from nanovllm.engine.scheduler import ScheduledBatch
 from nanovllm.engine.sequence import Sequence
 from nanovllm.worker import model_runner
+from nanovllm.worker.async_output import AsyncModelOutput
 from tests.support.counts import count_comparisons, count_event
 
 UNINITIALISED = {
@@ -100,7 +101,6 @@ class Poison:
             (self._manager, "append_block", self._open_block),
             (self._manager, "deallocate", self._deallocate),
             (self._runner, "run", self._step),
-            (self._runner, "launch", self._step),
             (self._runner, "run_model", self._run_model),
         ]
         if self._runner.graphs is not None:
@@ -140,17 +140,16 @@ class Poison:
 
     # --- a step ---
 
-    def _step(self, method: Callable[..., Any], batch: ScheduledBatch, *others: Any) -> Any:
+    def _step(self, run: Callable[..., AsyncModelOutput], batch: ScheduledBatch, *previous: Any) -> AsyncModelOutput:
         self._num_steps += 1
         self._batch = batch
         with poisoned_empty():
-            result = method(batch, *others)
-        token_ids = result if isinstance(result, list) else result.token_ids()
-        for seq, token_id in zip(batch.sampled_sequences, token_ids, strict=True):
+            output = run(batch, *previous)
+        for seq, token_id in zip(batch.sampled_sequences, output.token_ids(), strict=True):
             if not 0 <= token_id < self._llm.vocab_size:
                 raise PoisonError(f"step {self._num_steps}: sequence {seq.seq_id} got {token_id}, which is no token")
         self._batch = None
-        return result
+        return output
 
     def _run_model(self, run_model: Callable[..., torch.Tensor], model_input: ModelInput, *others: Any) -> torch.Tensor:
         if (tables := model_input.block_tables) is not None:

@@ -19,14 +19,21 @@ from nanovllm.worker import model_runner
 
 PLACES = ("joining", "load", "sizing", "prefill", "decode")  # in the order in which a rank reaches them
 CONNECTING = "connecting"  # after "joining": the others know this rank's address, and it does not connect
+CONNECTED = "connected"  # after that: it has connected, and does not say so
 WARM_UP = "warm-up"  # after "load", on GPUs only
 MEMORY = 2**30  # holds fewer blocks of the bundled model than its 512 sequences could use
 WORDS = "planted on purpose"
+ERRORS: dict[str, type[Exception]] = {
+    "raise": ArithmeticError,
+    "value": ValueError,
+    "host memory": MemoryError,
+    "device memory": torch.OutOfMemoryError,
+}
 
 
 @dataclass(frozen=True)
 class Fault:
-    """Rank `rank` does `what` when it reaches `place`: raise, kill, exit, run out of memory, stop.
+    """Rank `rank` does `what` when it reaches `place`: kill, exit, stop, or raise that of ERRORS.
 
     log: a file to which the rank writes the time of it.
     """
@@ -39,10 +46,8 @@ class Fault:
     def trigger(self) -> None:
         if self.log is not None:
             self.log.write_text(repr(time.monotonic()))
-        errors = {"raise": ArithmeticError, "value": ValueError, "host memory": MemoryError}
-        errors["device memory"] = torch.OutOfMemoryError
-        if self.what in errors:
-            raise errors[self.what](WORDS)
+        if self.what in ERRORS:
+            raise ERRORS[self.what](WORDS)
         if self.what == "exit":
             os._exit(3)
         os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[self.what])
@@ -88,11 +93,12 @@ def plant_here(fault: Fault, patch: Callable[[Any, str, Any], None] = setattr) -
     where, name = {
         "joining": (worker_main, "join_local_group"),
         CONNECTING: (rendezvous, "_connect_gloo"),
+        CONNECTED: (rendezvous, "_connect_gloo"),
         "load": (model_runner, "load_model"),
         WARM_UP: (Runner, "warmup_model"),
         "sizing": (Runner, "allocate_kv_cache"),
-        "prefill": (Runner, "launch"),
-        "decode": (Runner, "launch"),
+        "prefill": (Runner, "run"),
+        "decode": (Runner, "run"),
     }[fault.place]
     work = getattr(where, name)
 
@@ -100,7 +106,9 @@ def plant_here(fault: Fault, patch: Callable[[Any, str, Any], None] = setattr) -
     def with_fault(*args: Any, **kwargs: Any) -> Any:
         if fault.place == CONNECTING:
             return work(args[0], TriggeringStore(args[1], fault))
-        if name != "launch" or args[1].is_prefill == (fault.place == "prefill"):
+        if fault.place == CONNECTED:
+            work(*args)
+        if name != "run" or args[1].is_prefill == (fault.place == "prefill"):
             fault.trigger()
         return work(*args, **kwargs)
 

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -65,7 +66,10 @@ def _serve_together(model_dir: Path, prompts: list[list[int]], way: Way, options
             with recorded(llm, way.is_pickled) as logits:
                 seq_ids, tokens = _run(llm, prompts, way)
         assert way.happens is None or way.happens(llm) > 0, "what is to be compared did not happen"
-    return [Served(tokens[seq_id], torch.stack(logits[seq_id])) for seq_id in seq_ids]
+    return [
+        Served(tokens[seq_id], torch.stack([logits[seq_id, len(prompt) + i] for i in range(len(tokens[seq_id]))]))
+        for seq_id, prompt in zip(seq_ids, prompts, strict=True)
+    ]
 
 
 def _run(llm: LLM, prompts: list[list[int]], way: Way) -> tuple[list[int], dict[int, list[int]]]:
@@ -87,27 +91,26 @@ def _run(llm: LLM, prompts: list[list[int]], way: Way) -> tuple[list[int], dict[
 
 
 @contextmanager
-def recorded(llm: LLM, is_pickled: bool = False) -> Iterator[dict[int, list[torch.Tensor]]]:
-    """seq_id -> the logits that each of its tokens was sampled from. Pickled: as a rank in another process has it."""
+def recorded(llm: LLM, is_pickled: bool = False) -> Iterator[dict[tuple[int, int], torch.Tensor]]:
+    """(seq_id, position) -> the logits, on the CPU, that the token at this position was sampled from.
+
+    is_pickled: as a rank in another process has the batch.
+    """
     runner: Any = llm._core.executor._runner
-    logits: dict[int, list[torch.Tensor]] = {}
-    launch, sampler = runner.launch, runner.sampler
+    logits: dict[tuple[int, int], torch.Tensor] = {}
+    run, sampler = runner.run, runner.sampler
     current: list[ScheduledBatch] = []
 
-    def launch_and_remember(batch: ScheduledBatch, *previous: Any) -> Any:
+    def remember_and_run(batch: ScheduledBatch, *previous: Any) -> Any:
         current[:] = [pickle.loads(pickle.dumps(batch)) if is_pickled and not previous else batch]
-        output = launch(current[0], *previous)
+        output = run(current[0], *previous)
         output.batch = batch
         return output
 
-    def record(rows: torch.Tensor, *others: Any) -> torch.Tensor:
-        for seq, row in zip(current[0].sampled_sequences, rows, strict=True):
-            logits.setdefault(seq.seq_id, []).append(row.cpu().clone())
-        return sampler(rows, *others)
+    def sample(rows: torch.Tensor, params: Any) -> torch.Tensor:
+        for seq, row, position in zip(current[0].sampled_sequences, rows, params.position.tolist(), strict=True):
+            logits[seq.seq_id, position] = row.cpu().clone()
+        return sampler(rows, params)
 
-    runner.launch, runner.sampler = launch_and_remember, record
-    try:
+    with mock.patch.multiple(runner, run=remember_and_run, sampler=sample):
         yield logits
-    finally:
-        del runner.launch
-        runner.sampler = sampler

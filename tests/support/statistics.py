@@ -36,11 +36,6 @@ def fresh_seed(purpose: str) -> int:
     return xxhash.xxh64_intdigest(f"{SEED}/{purpose}".encode())
 
 
-def random_integers(purpose: str, bits: int, count: int) -> np.ndarray:
-    """[count] uint64 below 2**bits, which NANOVLLM_TEST_SEED and the purpose decide."""
-    return np.random.default_rng(fresh_seed(purpose)).integers(0, 2**bits, count, dtype=np.uint64)
-
-
 def check_counts(counts: Sequence[int], num_draws: int, probs: Sequence[float], what: str) -> None:
     """Raise AssertionError unless each counts[i] is one that num_draws draws of probability probs[i] can give. It names
     the cell with the most evidence against it.

@@ -12,9 +12,7 @@ slot, position, length or index, any stale, foreign or never-written block chang
 
 import functools
 import pickle
-import sys
 from collections.abc import Sequence as Sequences
-from concurrent.futures import Executor
 from itertools import pairwise
 
 import numpy as np
@@ -99,29 +97,3 @@ def expected_digest(token_ids: tuple[int, ...], params: SamplingParams, seed: in
         keys = [digest(keys[: position + 1]) for position in range(len(keys))]
     temperature, top_p, min_p = (float(np.float32(x)) for x in (params.temperature, params.top_p, params.min_p))
     return digest((keys[-1], temperature, params.top_k or 0, top_p, min_p, seed, len(token_ids)))
-
-
-class SymbolicWorker:
-    """A SymbolicModel with a new cache in the process of `pool`, which knows of a batch what was pickled."""
-
-    def __init__(self, pool: Executor, num_blocks: int, block_size: int) -> None:
-        self._pool = pool
-        pool.submit(_start, num_blocks, block_size).result()
-
-    def run(self, batch: ScheduledBatch) -> list[int]:
-        return self._pool.submit(_run, batch).result()
-
-
-_models: list[SymbolicModel] = []  # in the worker process
-
-
-def _start(num_blocks: int, block_size: int) -> None:
-    _models[:] = [SymbolicModel(num_blocks, block_size)]
-
-
-def _run(batch: ScheduledBatch) -> list[int]:
-    return _models[0].run(batch)
-
-
-def loaded_modules() -> set[str]:
-    return set(sys.modules)

@@ -13,6 +13,8 @@ import pytest
 from nanovllm import LLM, SamplingParams, bundled_model_path, cli, demo
 from nanovllm.bench import draw_requests
 from nanovllm.cli_errors import BUG, USER_ERROR
+from nanovllm.commands import generate
+from nanovllm.commands.options import given, sampling_params
 from tests.support.limits import HANG_SECONDS
 from tests.support.source_tree import ROOT
 
@@ -39,7 +41,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def params_of(*options: str) -> SamplingParams:
-    return cli._sampling_params(cli._parser().parse_args(["generate", *options, PROMPT]))
+    return sampling_params(cli._parser().parse_args(["generate", *options, PROMPT]))
 
 
 # --- what it prints ---
@@ -83,14 +85,14 @@ def test_json_prints_one_object_a_line_for_each_line_of_stdin(texts, capsys, mon
 
 def test_chat_applies_the_models_template(texts, capsys, monkeypatch) -> None:
     """A template that is the message itself makes a chat of PROMPT the same as PROMPT."""
-    original = cli._open_llm
+    original = generate.open_llm
 
     def open_with_template(arguments: Any) -> LLM:
         llm = original(arguments)
         llm.tokenizer.chat_template = "{{ messages[0]['content'] }}"
         return llm
 
-    monkeypatch.setattr(cli, "_open_llm", open_with_template)
+    monkeypatch.setattr(generate, "open_llm", open_with_template)
     assert cli.main(["generate", *SMALL, "--chat", PROMPT]) == 0
     assert capsys.readouterr().out == texts[PROMPT] + "\n"
 
@@ -126,7 +128,7 @@ def test_demo_notices_an_output_that_differs_from_transformers(capsys, monkeypat
 )
 def test_async_scheduling_can_be_left_to_the_default(option: list[str], expected: bool | None) -> None:
     arguments = cli._parser().parse_args(["generate", *option, PROMPT])
-    assert cli._given(arguments, ["async_scheduling"]).get("async_scheduling") is expected
+    assert given(arguments, ["async_scheduling"]).get("async_scheduling") is expected
 
 
 @pytest.mark.parametrize("option", ["0", "-0.0", "0e5"])
@@ -230,7 +232,7 @@ def test_a_bug_shows_its_traceback_and_ctrl_c_one_line(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(cli, "_read_prompts", fail)
+    monkeypatch.setattr(generate, "_read_prompts", fail)
     assert cli.main(["generate", PROMPT]) == code
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == first

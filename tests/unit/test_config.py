@@ -28,7 +28,7 @@ RULES: dict[str, tuple[list[Any], str, list[Any]]] = {
     "tensor_parallel_size": ([0, 9, -1, 2.0, None, True], "an integer from 1 to 8", [1, 8, np.int64(2)]),
     "enforce_eager": ([0, 1, None, "False"], "True or False", [True, False]),
     "async_scheduling": ([0, 1, "False"], "True or False", [True, False, None]),
-    "kv_cache_block_size": ([0, -256, 256.0, None, True], "an integer of at least 1", [256, 768, np.int64(256)]),
+    "kv_cache_block_size": ([0, -256, 256.0, True], "an integer of at least 1", [256, 768, None, np.int64(256)]),
     "num_kv_cache_blocks": (
         [0, -1, 4.0, "4", True, 2**31],
         f"an integer from 1 to {2**31 - 1}",
@@ -68,7 +68,12 @@ def test_every_option_has_its_rules_tested() -> None:
 
 @pytest.mark.parametrize(
     ("backend", "smaller_sizes"),
-    [("auto", set()), ("flash_attn", set()), ("triton", {16, 32, 64, 128}), ("torch", {1, 2, 4, 8, 16, 32, 64, 128})],
+    [
+        ("auto", {16, 32, 64, 128}),
+        ("flash_attn", set()),
+        ("triton", {16, 32, 64, 128}),
+        ("torch", {1, 2, 4, 8, 16, 32, 64, 128}),
+    ],
 )
 def test_block_sizes_that_a_backend_takes(backend: str, smaller_sizes: set[int]) -> None:
     taken = set()
@@ -84,18 +89,23 @@ def test_block_sizes_that_a_backend_takes(backend: str, smaller_sizes: set[int])
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_num_seqs": 9, "max_num_batched_tokens": 8}, r"at least 9, got 8; .*raise this or lower max_num_seqs"),
         ({"max_model_len": 1}, "one prompt token and one generated token"),
         ({"num_kv_cache_blocks": 0}, "use None to size it from memory"),
         (
-            {"kv_cache_block_size": 16},
-            r"multiple of 256 with attention_backend='auto', got 16; .*'triton' also .* from 16, .*'torch' .* from 1$",
+            {"kv_cache_block_size": 8},
+            r"multiple of 256 with attention_backend='auto', got 8; .*'triton' also .* from 16, .*'torch' .* from 1$",
         ),
     ],
 )
 def test_remedies_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Config("model", **options)
+
+
+def test_a_step_has_a_token_for_each_sequence() -> None:
+    with pytest.raises(ValueError, match=r"at least 9, got 8; .*raise this or lower max_num_seqs"):
+        Config("model", max_num_seqs=9, max_num_batched_tokens=8)
+    assert Config("model", max_num_seqs=8, max_num_batched_tokens=8)
 
 
 def test_a_model_is_a_str_or_a_path() -> None:

@@ -34,7 +34,9 @@ def test_get_context_is_read_in_the_attention_layer_only() -> None:
     assert [module_name(path) for path in NANOVLLM if reads_context(path)] == ["nanovllm.layers.attention"]
 
 
-@pytest.mark.parametrize("module", ["nanovllm", "nanovllm.cli", "nanovllm.engine.scheduler"])
+@pytest.mark.parametrize(
+    "module", ["nanovllm", "nanovllm.cli", "nanovllm.engine.scheduler", "nanovllm.engine.model_input"]
+)
 def test_import_loads_no_torch(module: str) -> None:
     """`import nanovllm` is cheap, and the engine's decisions can be run and tested without torch."""
     code = f"import sys, {module}; print(sorted({{'torch', 'transformers', 'triton'}} & sys.modules.keys()))"

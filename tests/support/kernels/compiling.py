@@ -7,7 +7,8 @@ would launch, specialised as Triton would specialise it, and cannot depend on wh
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from unittest.mock import patch
@@ -41,11 +42,11 @@ class Compiled:
     variant: str = field(repr=False)
 
 
-def compile_launches(launch: Callable[[], object], capability: int = 90) -> list[Compiled]:
-    """What launch() would launch, in order, compiled for sm_`capability`. It must use meta tensors; nothing runs."""
+@contextmanager
+def gpu_that_need_not_be_there(capability: int) -> Iterator[None]:
+    """Triton compiles for a GPU of this capability, into a folder of its own."""
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.runtime.jit import JITFunction
 
     class Driver:
         """Stands for a GPU: all that Triton asks before it compiles."""
@@ -59,6 +60,18 @@ def compile_launches(launch: Callable[[], object], capability: int = 90) -> list
         def get_current_stream(self, device: str) -> int:
             return 0
 
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        patch.dict("os.environ", TRITON_CACHE_DIR=folder),
+        patch.object(triton.runtime.driver, "_active", Driver()),
+    ):
+        yield
+
+
+def compile_launches(launch: Callable[[], object], capability: int = 90) -> list[Compiled]:
+    """What launch() would launch, in order, compiled for sm_`capability`. It must use meta tensors; nothing runs."""
+    from triton.runtime.jit import JITFunction
+
     kernels, files = [], []
     run = JITFunction.run
 
@@ -66,12 +79,7 @@ def compile_launches(launch: Callable[[], object], capability: int = 90) -> list
         kernels.append(run(self, *args, grid=grid, warmup=True, **kwargs))
         files.append(self.fn.__module__.rpartition(".")[2])
 
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        patch.dict("os.environ", TRITON_CACHE_DIR=folder),
-        patch.object(triton.runtime.driver, "_active", Driver()),
-        patch.object(JITFunction, "run", compile_only),
-    ):
+    with gpu_that_need_not_be_there(capability), patch.object(JITFunction, "run", compile_only):
         launch()
     assert kernels, "nothing was launched"
     files_of = dict(zip(kernels, files, strict=True))  # each kernel once, however often it was launched

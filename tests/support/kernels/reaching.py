@@ -10,6 +10,7 @@ from unittest.mock import patch
 
 import torch
 
+from nanovllm.engine import shared_prefix
 from nanovllm.kernels import flash_attention
 from reference.packing import varlen_attention
 from reference.paged_attention import paged_attention
@@ -20,8 +21,11 @@ CONFIGURATIONS = {
     "llama": ("llama", "triton", 16),
     "qwen3_moe": ("qwen3_moe", "triton", 16),
     "flash_attn": ("qwen3", "flash_attn", 256),
+    "half precision": ("llama", "triton", 16),
+    "shared prefix": ("llama", "triton", 16),  # of prompts that begin alike
 }
 PROMPTS = [list(range(5, 45)), [7, 8, 9]]  # the first has keys enough to be split in decode
+PROMPTS_THAT_BEGIN_ALIKE = [list(range(5, 45)), [*range(5, 40), 7, 8, 9]]
 LONG_PROMPT = [5 + index % 300 for index in range(600)]  # long enough for the kernels of long prompts
 
 
@@ -39,15 +43,16 @@ def _run_interpreted(configuration: str) -> frozenset[str]:
     from nanovllm.layers.triton_ops import TRITON_OPS
     from nanovllm.worker import model_runner
 
+    dtype = "float16" if configuration == "half precision" else "float32"
     ops = flash_attn_ops(TRITON_OPS, is_fused=False) if configuration == "flash_attn" else TRITON_OPS
     with (
         flash_attn_stand_in(),
         patch.object(model_runner, "select_ops", lambda *args: ops),
         recorded_functions() as names,
     ):
-        tokens = _generate(configuration, "cpu", "float32", 32, PROMPTS)
+        tokens = _generate(configuration, "cpu", dtype, 32)
     with patch.object(model_runner, "select_ops", lambda *args: TORCH_OPS):
-        assert tokens == _generate(configuration, "cpu", "float32", 32, PROMPTS)
+        assert tokens == _generate(configuration, "cpu", dtype, 32)
     return frozenset(names)
 
 
@@ -64,23 +69,28 @@ def kernels_of_llm_on_a_gpu(configuration: str) -> frozenset[str]:
         return run(self, *args, **kwargs)
 
     with patch.object(JITFunction, "run", note):
-        _generate(configuration, "cuda", "bfloat16", 128, PROMPTS, [LONG_PROMPT])
+        _generate(configuration, "cuda", "bfloat16", 128, [LONG_PROMPT])
     return frozenset(names)
 
 
-def _generate(configuration: str, device: str, dtype: str, head_dim: int, *steps: list[list[int]]) -> list[list[int]]:
-    """The generated token ids of all prompts, one step's prompts at a time."""
+def _generate(
+    configuration: str, device: str, dtype: str, head_dim: int, *more_steps: list[list[int]]
+) -> list[list[int]]:
+    """The generated token ids of all prompts, one call's prompts after the other's."""
     from nanovllm import LLM, SamplingParams
     from tests.support.tiny_models import tiny_model
 
     architecture, backend, block_size = CONFIGURATIONS[configuration]
+    is_shared = configuration == "shared prefix"
+    prompts_of_steps = [PROMPTS_THAT_BEGIN_ALIKE, PROMPTS_THAT_BEGIN_ALIKE] if is_shared else [PROMPTS, *more_steps]
     model_dir = tiny_model(architecture, head_dim=head_dim, max_position_embeddings=1024)
     outputs = []
-    with LLM(
+    with patch.object(shared_prefix, "MIN_SAVED_TOKENS", 1), LLM(
         str(model_dir), device=device, dtype=dtype, attention_backend=backend, kv_cache_block_size=block_size,
         num_kv_cache_blocks=1280 // block_size, max_num_seqs=2,
+        enforce_eager=is_shared,
     ) as llm:  # fmt: skip
-        for prompts in steps:
+        for prompts in prompts_of_steps:
             params = [SamplingParams(max_tokens=3, ignore_eos=True, seed=index) for index in range(len(prompts))]
             outputs += llm.generate(prompts, params, use_tqdm=False)
     return [output["token_ids"] for output in outputs]

@@ -2,7 +2,9 @@
 
 import threading
 import weakref
-from concurrent.futures import FIRST_EXCEPTION, wait
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,19 +13,15 @@ import pytest
 import torch
 
 from nanovllm.distributed import process_group
+from nanovllm.distributed import rendezvous as rendezvous_module
 from nanovllm.distributed.placement import RankPlacement
-from nanovllm.distributed.process_group import (
-    FileStore,
-    destroy_process_group,
-    init_process_group,
-    run_in_daemon_thread,
-)
+from nanovllm.distributed.process_group import DaemonThread, FileStore, destroy_process_group, init_process_group
 from nanovllm.distributed.rendezvous import rendezvous
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from tests.support.limits import HANG_SECONDS
 
 
-def test_ranks_sum_gather_and_broadcast(tmp_path: Path) -> None:
+def test_ranks_sum_gather_and_broadcast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """D37: rows of a batch stay rows; rank r's columns stand at place r. D30: the minimum is every rank's."""
 
     def work(rank: int) -> tuple[Any, ...]:
@@ -36,11 +34,9 @@ def test_ranks_sum_gather_and_broadcast(tmp_path: Path) -> None:
         destroy_process_group(tp)
         return *results, None if gathered is None else gathered.tolist()
 
-    ranks = [run_in_daemon_thread(partial(work, rank)) for rank in range(2)]
-    done, _ = wait(ranks, timeout=HANG_SECONDS, return_when=FIRST_EXCEPTION)
-    for rank in done:
-        rank.result()
-    first, second = (rank.result(0) for rank in ranks)
+    monkeypatch.setattr(rendezvous_module, "NO_TIMEOUT", timedelta(seconds=HANG_SECONDS))
+    with ThreadPoolExecutor(2) as threads:
+        first, second = threads.map(work, range(2))
     same = [[10.0, 12.0, 14.0], [16.0, 18.0, 20.0]], [3, 4], 6
     assert first == (*same, [[0.0, 1.0, 2.0, 10.0, 11.0, 12.0], [3.0, 4.0, 5.0, 13.0, 14.0, 15.0]])
     assert second == (*same, None)
@@ -108,7 +104,7 @@ def test_a_group_is_not_aborted_while_a_collective_is_launched(name: str) -> Non
     tp, thread = launching(collective, group := Group(events := []))
     aborted = process_group.abort_process_group(tp)
     threading.Timer(0.1, group.may_end.set).start()
-    aborted.result(HANG_SECONDS)
+    aborted.join(HANG_SECONDS)
     thread.join()
     assert events == ["begins to launch", "has launched", "aborts"]
     for _ in range(2):
@@ -121,7 +117,7 @@ def test_a_launch_that_waits_for_a_full_gpu_does_not_delay_the_abort(monkeypatch
     """D33: for the GPU waits for the rank that failed."""
     monkeypatch.setattr(process_group, "ABORT_DRAIN_TIMEOUT_S", 0.1)
     tp, thread = launching(TensorParallel.all_reduce, group := Group(events := []))
-    process_group.abort_process_group(tp).result(HANG_SECONDS)
+    process_group.abort_process_group(tp).join(HANG_SECONDS)
     group.may_end.set()
     thread.join()
     assert events == ["begins to launch", "aborts", "has launched"]
@@ -129,20 +125,19 @@ def test_a_launch_that_waits_for_a_full_gpu_does_not_delay_the_abort(monkeypatch
         tp.all_reduce(torch.ones(1))
 
 
-def test_a_finished_thread_holds_nothing_of_its_work() -> None:
-    """D34: a callback runs in the thread, at the moment in which the future is done."""
-    may_start, is_free = threading.Event(), []
-    tensor = torch.zeros(1)
-    reference = weakref.ref(tensor)
+@pytest.mark.parametrize("error", [None, ValueError("wrong")])
+def test_an_ended_thread_holds_nothing_of_its_work(error: Exception | None) -> None:
+    """D34: nor does the error, in whose traceback the work's frames are."""
 
-    def work(tensor: torch.Tensor) -> None:
-        may_start.wait(HANG_SECONDS)
+    def work(tensor: torch.Tensor) -> int:
+        if error is not None:
+            raise error
+        return 7
 
-    future = run_in_daemon_thread(partial(work, tensor))
-    future.add_done_callback(lambda _: is_free.append(reference() is None))
+    thread = DaemonThread(partial(work, tensor := torch.zeros(1)))
+    freed = weakref.ref(tensor)
     del tensor
-    may_start.set()
-    future.result(HANG_SECONDS)
-    while not is_free:
-        threading.Event().wait(0.001)
-    assert is_free == [True]
+    thread.join(HANG_SECONDS)
+    assert freed() is None
+    with pytest.raises(ValueError, match="wrong") if error else nullcontext():
+        assert thread.result() == 7

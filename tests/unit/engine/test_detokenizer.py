@@ -1,5 +1,6 @@
 """Detokenizer: stop strings and held-back text. test_text_of_tokenizers.py has real tokenizers."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from hypothesis import example, given
@@ -24,16 +25,20 @@ class WordTokenizer:
         return " ".join(["a", "b", "c", "x#y#z"][token_id] for token_id in token_ids)
 
 
-def stream(tokenizer: Any, token_ids: list[int], stop: tuple[str, ...] = ()) -> tuple[list[str], Detokenizer]:
-    """The text after each token, and at the end."""
-    detokenizer, pieces = Detokenizer(tokenizer, stop), []
+def stream(
+    tokenizer: Any, token_ids: list[int], stop: tuple[str, ...] = (), prompt: Sequence[int] = ()
+) -> tuple[list[str], Detokenizer]:
+    """The text after each token, and at the end, as generate_stream yields it."""
+    detokenizer, pieces = Detokenizer(tokenizer, stop, prompt), []
     for token_id in token_ids:
         detokenizer.append(token_id)
         if detokenizer.is_stopped:
             break
         pieces.append(detokenizer.next_text(is_last=False))
     detokenizer.close()
-    return [*pieces, detokenizer.next_text(is_last=True)], detokenizer
+    pieces.append(detokenizer.next_text(is_last=True))
+    assert "".join(pieces) == detokenizer.text
+    return pieces, detokenizer
 
 
 def spell(text: str) -> list[int]:
@@ -54,12 +59,12 @@ def test_a_character_waits_for_all_of_its_bytes() -> None:
 @example(text="aab", stops=["b", "ab", "bb"])  # two are complete at once, and begin at different places
 def test_the_first_complete_stop_string_ends_the_text(text: str, stops: list[str]) -> None:
     """It is the first in the shortest beginning of the text that holds any. All text before it is streamed."""
-    pieces, detokenizer = stream(ByteTokenizer(), spell(text), tuple(stops))
+    _, detokenizer = stream(ByteTokenizer(), spell(text), tuple(stops))
     ends = [end for end in range(len(text) + 1) if any(stop in text[:end] for stop in stops)]
     seen = text[: ends[0]] if ends else text
     expected = min((seen.partition(stop)[0] for stop in stops), key=len)
     assert detokenizer.is_stopped == bool(ends)
-    assert "".join(pieces) == detokenizer.text == expected
+    assert detokenizer.text == expected
 
 
 def test_text_that_may_begin_a_stop_string_is_held_back_until_it_is_decided() -> None:

@@ -49,6 +49,7 @@ def test_prefill_of_whole_prompts_by_hand() -> None:
         "block_tables": None,
         "sample_indices": [2, 7],
         "input_ids_source": None,
+        "shared_prefixes": None,
     }
     assert model_input.sampling.position.tolist() == [3, 5]
 

@@ -60,16 +60,6 @@ def test_text_tokens_and_cause(
     assert {(item["index"], item["seq_id"]) for item in items} == {(3, 0)}
 
 
-def test_causes_in_order_of_precedence() -> None:
-    assert [(cause.name, cause.reason, cause.hides_last_token) for cause in FinishCause] == [
-        ("ABORT", "abort", False),
-        ("EOS_TOKEN", "stop", True),
-        ("STOP_TOKEN", "stop", True),
-        ("STOP_STRING", "stop", False),
-        ("LENGTH", "length", False),
-    ]
-
-
 def test_without_a_tokenizer_there_are_tokens_and_no_text() -> None:
     request, items = generated("abc")
     assert (request.output()["text"], request.output()["token_ids"]) == ("", [97, 98, 99])

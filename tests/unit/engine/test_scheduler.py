@@ -68,14 +68,19 @@ def test_an_empty_schedule_is_legal() -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_blocks", "max_tokens", "num_admitted"),
-    [(5, 5, 1), (6, 5, 2), (4, 1, 2)],  # with max_tokens=1 the token that each samples is never stored
+    ("num_blocks", "max_tokens", "max_model_len", "num_admitted"),
+    [
+        (5, 5, 64, 1),
+        (6, 5, 64, 2),
+        (4, 1, 64, 2),  # the token that each samples is never stored
+        (4, 9, 5, 2),  # nor the one at max_model_len
+    ],
 )
 def test_a_block_stays_free_for_each_sequence_that_will_grow(
-    num_blocks: int, max_tokens: int, num_admitted: int
+    num_blocks: int, max_tokens: int, max_model_len: int, num_admitted: int
 ) -> None:
     """D17: two prompts of 2 full blocks each."""
-    scheduler = make_scheduler(num_blocks=num_blocks, block_size=2)
+    scheduler = make_scheduler(num_blocks=num_blocks, block_size=2, max_model_len=max_model_len)
     add_prompt(scheduler, 4, 0, max_tokens=max_tokens)
     add_prompt(scheduler, 4, 1, max_tokens=max_tokens)
     assert len(scheduler.schedule().sequences) == num_admitted

@@ -103,38 +103,97 @@ def test_the_committed_batch_is_empty_when_all_have_ended() -> None:
 
 
 @pytest.mark.parametrize(
-    ("limits", "num_scheduled", "num_ahead"),
+    ("limits", "num_ahead"),
     [
-        ({"max_tokens": 1}, 3, None),  # all end by length
-        ({"max_model_len": 6}, 3, 2),  # the third has 5 tokens, and 6 with the next one
-        ({"max_num_batched_tokens": 8, "max_num_seqs": 8}, 1, None),  # a prompt has tokens left
-        ({"max_num_batched_tokens": 11, "max_num_seqs": 8}, 4, 3),  # one token is left, as in a decode step
+        ({"max_tokens": 1}, None),  # all end by length
+        ({"max_model_len": 6}, 2),  # the third has 5 tokens, and 6 with the next one
     ],
 )
-def test_the_step_after_a_prefill(limits: dict[str, Any], num_scheduled: int, num_ahead: int | None) -> None:
-    scheduler, sequences, batch = started(**limits)
+def test_the_decode_step_after_a_prefill(limits: dict[str, Any], num_ahead: int | None) -> None:
+    scheduler, _, batch = started(**limits)
     ahead = scheduler.schedule_next_async(batch)
     assert (None if ahead is None else len(ahead.sequences)) == num_ahead
-    if num_scheduled != 3:
-        assert sequences[2].num_scheduled_tokens == num_scheduled
-    if num_scheduled == 4 and ahead is not None:
-        inputs = prepare_decode_async(ahead.sequences, batch.sampled_sequences)
-        assert inputs.input_ids.tolist() == [PLACEHOLDER_TOKEN, PLACEHOLDER_TOKEN, sequences[2].token_ids[4]]
-        assert inputs.positions.tolist() == [3, 4, 4]
+
+
+def test_a_prompt_with_one_token_left_is_decoded_with_the_others() -> None:
+    scheduler, sequences, batch = started(max_num_batched_tokens=11, max_num_seqs=8)
+    assert batch.num_scheduled_tokens == (3, 4, 4)
+    ahead = scheduler.schedule_next_async(batch)
+    assert ahead is not None
+    assert not ahead.is_prefill
+    inputs = prepare_decode_async(ahead.sequences, batch.sampled_sequences)
+    assert inputs.input_ids.tolist() == [PLACEHOLDER_TOKEN, PLACEHOLDER_TOKEN, sequences[2].token_ids[4]]
+    assert inputs.positions.tolist() == [3, 4, 4]
+
+
+def test_the_prefill_after_a_prefill_is_the_one_that_schedule_would_choose() -> None:
+    """A chunk of a prompt, then two prompts of which one begins with a block that the prefill before computes."""
+    chosen, states = [], []
+    for is_ahead in (True, False):
+        scheduler = make_scheduler(32, 4, max_num_batched_tokens=10, max_num_seqs=8)
+        add_prompt(scheduler, 6, 0, max_tokens=9)
+        sequences = [add_prompt(scheduler, 9, 1, max_tokens=9), add_prompt(scheduler, 6, 0, max_tokens=9)]
+        batch = scheduler.schedule()
+        assert batch.num_scheduled_tokens == (6, 4)
+        ahead = scheduler.schedule_next_async(batch) if is_ahead else None
+        scheduler.postprocess(batch, [7])
+        after = scheduler.schedule() if ahead is None else scheduler.commit_async_batch(ahead)
+        assert after.is_prefill
+        chosen.append((after.num_scheduled_tokens, [seq.block_table for seq in after.sequences]))
+        scheduler.postprocess(after, [8, 9])
+        states.append([(seq.num_cached_tokens, seq.completion_token_ids) for seq in sequences])
+        scheduler.block_manager.check_invariants(scheduler.running)
+    assert chosen[0] == chosen[1] == ((5, 2), [[2, 3, 4], [0, 5]])
+    assert states[0] == states[1] == [(9, [8]), (6, [9])]
+
+
+def test_prefills_in_a_row_are_counted_ahead_too() -> None:
+    """D15: a running sequence waits for at most eight."""
+    scheduler, _, batch = started(num_seqs=1, max_num_seqs=16)
+    for index in range(1, 12):
+        add_prompt(scheduler, 3, index, max_tokens=9)
+    scheduler.max_num_batched_tokens = 3
+    num_ahead = 0
+    while (ahead := scheduler.schedule_next_async(batch)) is not None:
+        scheduler.postprocess(batch, [7] * len(batch.sampled_sequences))
+        batch = scheduler.commit_async_batch(ahead)
+        assert batch.is_prefill
+        num_ahead += 1
+    assert num_ahead == 7
+    scheduler.postprocess(batch, [7])
+    assert not scheduler.schedule().is_prefill
+
+
+def test_a_prefill_that_fails_leaves_nothing_in_the_prefix_cache() -> None:
+    """Its blocks were entered before they were computed; a step ahead may share them."""
+    scheduler = make_scheduler(32, 4, max_num_batched_tokens=8, max_num_seqs=8)
+    sequences = [add_prompt(scheduler, 8, 0, max_tokens=9) for _ in range(2)]
+    batch = scheduler.schedule()
+    ahead = scheduler.schedule_next_async(batch)
+    assert ahead is not None
+    assert ahead.sequences[0].num_cached_tokens == 7
+    assert scheduler.abort(sequences[0].seq_id)
+    scheduler.preempt_failed(batch)
+    assert list(scheduler.waiting) == [sequences[1]]
+    assert scheduler.commit_async_batch(ahead).is_empty
+    assert scheduler.schedule().num_scheduled_tokens == (8,)
+    scheduler.block_manager.check_invariants(scheduler.running)
 
 
 @pytest.mark.parametrize(
     ("max_num_seqs", "max_tokens", "is_known"),
-    [(3, 9, False), (2, 2, True), (2, 1, False)],
+    [(3, 9, False), (2, 3, True), (2, 2, False)],
     ids=["can be admitted", "no place", "a place becomes free"],
 )
-def test_the_next_step_is_not_known_while_a_waiting_sequence_may_be_admitted(
+def test_the_step_after_a_decode_step_is_not_known_while_a_waiting_sequence_may_be_admitted(
     max_num_seqs: int, max_tokens: int, is_known: bool
 ) -> None:
     scheduler = make_scheduler(max_num_seqs=max_num_seqs)
     for index, most in enumerate((max_tokens, 9)):
         add_prompt(scheduler, 3, index, max_tokens=most)
+    step(scheduler)
     batch = scheduler.schedule()
+    assert not batch.is_prefill
     add_prompt(scheduler, 3, 2, max_tokens=9)
     assert (scheduler.schedule_next_async(batch) is not None) is is_known
 

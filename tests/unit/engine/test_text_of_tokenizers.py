@@ -1,8 +1,10 @@
 """Detokenizer with real tokenizers: the text is what follows the prompt's text, for generate and the stream alike."""
 
+import copy
 import functools
 import itertools
 from typing import Any
+from unittest import mock
 
 import pytest
 from hypothesis import given
@@ -15,6 +17,7 @@ from nanovllm.engine.detokenizer import Detokenizer, decode
 from nanovllm.engine.token_decoder import TokenDecoder
 from nanovllm.engine.tokenizer import load_tokenizer
 from tests.support.counts import count_comparisons
+from tests.unit.engine.test_detokenizer import stream
 from tests.unit.engine.text_tokenizers import SPECIAL, KnownTokenizer, byte_fallback, byte_level, word_tokenizer
 
 KINDS = {"byte-fallback": byte_fallback, "byte-level": byte_level}
@@ -30,22 +33,6 @@ def known(request: pytest.FixtureRequest) -> KnownTokenizer:
     return KINDS[request.param]()
 
 
-class CountingTokenizer:
-    """Counts the calls of decode and the tokens passed to it."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self.num_calls = self.num_tokens = 0
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._tokenizer, name)
-
-    def decode(self, token_ids: list[int], **options: Any) -> str:
-        self.num_calls += 1
-        self.num_tokens += len(token_ids)
-        return self._tokenizer.decode(token_ids, **options)
-
-
 def at_once(tokenizer: Any, prompt: list[int], completion: list[int]) -> str:
     """As generate."""
     detokenizer = Detokenizer(tokenizer, (), prompt)
@@ -54,23 +41,9 @@ def at_once(tokenizer: Any, prompt: list[int], completion: list[int]) -> str:
     return detokenizer.text
 
 
-def one_by_one(tokenizer: Any, prompt: list[int], completion: list[int], stop: tuple[str, ...] = ()) -> list[str]:
-    """As generate_stream: the pieces."""
-    detokenizer, pieces = Detokenizer(tokenizer, stop, prompt), []
-    for token_id in completion:
-        detokenizer.append(token_id)
-        if detokenizer.is_stopped:
-            break
-        pieces.append(detokenizer.next_text(is_last=False))
-    detokenizer.close()
-    pieces.append(detokenizer.next_text(is_last=True))
-    assert "".join(pieces) == detokenizer.text
-    return pieces
-
-
 def check_text(tokenizer: Any, prompt: list[int], completion: list[int], text: str) -> None:
     assert at_once(tokenizer, prompt, completion) == text
-    assert "".join(one_by_one(tokenizer, prompt, completion)) == text
+    assert stream(tokenizer, completion, prompt=prompt)[1].text == text
 
 
 def token_ids(known: KnownTokenizer, max_size: int) -> st.SearchStrategy[list[int]]:
@@ -138,19 +111,20 @@ def test_ids_that_the_tokenizer_does_not_know_are_left_out(known: KnownTokenizer
 def test_work_is_linear_in_the_number_of_invalid_bytes(known: KnownTokenizer, byte: int) -> None:
     """D82: counted in calls of decode and in tokens passed to it."""
     completion = [known.id_of(bytes([byte]))] * 2000
-    tokenizer = CountingTokenizer(known.tokenizer)
+    tokenizer = copy.copy(known.tokenizer)
+    tokenizer.decode = decode = mock.Mock(wraps=known.tokenizer.decode)
     detokenizer = Detokenizer(tokenizer)  # finds out about the tokenizer's byte tokens, once
-    tokenizer.num_calls = tokenizer.num_tokens = 0
+    decode.reset_mock()
     for token_id in completion:
         detokenizer.append(token_id)
         detokenizer.next_text(is_last=False)
     detokenizer.close()
     assert detokenizer.text == bytes([byte] * 2000).decode(errors="replace")
-    assert tokenizer.num_calls <= 3 * 2000
-    assert tokenizer.num_tokens <= 15 * 2000
-    tokenizer.num_calls = 0
+    assert 1 <= decode.call_count <= 3 * 2000
+    assert sum(len(call.args[0]) for call in decode.call_args_list) <= 15 * 2000
+    decode.reset_mock()
     assert at_once(tokenizer, [], completion) == detokenizer.text
-    assert tokenizer.num_calls <= 3, "tokens that come at once are decoded at once"
+    assert 1 <= decode.call_count <= 3, "tokens that come at once are decoded at once"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -225,7 +199,7 @@ def test_stop_strings_with_special_tokens(
     detokenizer.extend(completion)
     detokenizer.close()
     assert (detokenizer.text, detokenizer.is_stopped) == (text, is_stopped)
-    assert "".join(one_by_one(known.tokenizer, [known.id_of(b"b")], completion, stop)) == text
+    assert stream(known.tokenizer, completion, stop, [known.id_of(b"b")])[1].text == text
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -242,5 +216,5 @@ def test_text_ends_before_the_first_stop_string(kind: str, data: st.DataObject) 
     expected = view.partition(stop)[0]
     for name in shown:
         expected = expected.replace(name, "")
-    pieces = one_by_one(known.tokenizer, [known.id_of(b"b")], [known.id_of(token) for token in tokens], (stop,))
-    assert "".join(pieces) == expected
+    completion = [known.id_of(token) for token in tokens]
+    assert stream(known.tokenizer, completion, (stop,), [known.id_of(b"b")])[1].text == expected

@@ -4,7 +4,6 @@ what closes them and what they raise.
 
 import gc
 import weakref
-from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 
 from nanovllm import Config
 from nanovllm.distributed.placement import RankPlacement
+from nanovllm.distributed.process_group import DaemonThread
 from nanovllm.executor import base, multi_rank, uniproc
 from nanovllm.executor.base import RankError, make_executor
 from nanovllm.executor.failure_monitor import State
@@ -29,7 +29,7 @@ PLACEMENT = RankPlacement(0, 2, num_ranks_per_device=2)
 class Parts:
     """A runner, a group and other ranks that record what is called, and raise what `errors` has under that name."""
 
-    num_kv_cache_blocks = 5
+    num_kv_cache_blocks, block_size = 5, 256
     device = torch.device("cpu")
 
     def __init__(self) -> None:
@@ -47,8 +47,8 @@ class Parts:
         self.call("load")
         return self
 
-    def launch(self, batch: Any, *previous: Any) -> AsyncModelOutput:
-        self.call("launch", batch, *previous)
+    def run(self, batch: Any, *previous: Any) -> AsyncModelOutput:
+        self.call("run", batch, *previous)
         return AsyncModelOutput(batch, torch.tensor([7, 8]))
 
     def close(self) -> None:
@@ -99,14 +99,8 @@ class Ranks(MultiRankExecutor):
 def parts(monkeypatch: pytest.MonkeyPatch) -> Any:
     parts = Parts()
 
-    def abort(tp: Any) -> Future[None]:
-        parts.call("abort")
-        aborted: Future[None] = Future()
-        aborted.set_result(None)
-        return aborted
-
     monkeypatch.setattr(multi_rank, "destroy_process_group", lambda tp: parts.call("destroy group"))
-    monkeypatch.setattr(multi_rank, "abort_process_group", abort)
+    monkeypatch.setattr(multi_rank, "abort_process_group", lambda tp: DaemonThread(lambda: parts.call("abort")))
     monkeypatch.setattr(uniproc, "ModelRunner", parts.make_runner)
     return parts
 
@@ -118,11 +112,11 @@ def make_uniproc(parts: Parts) -> uniproc.UniprocExecutor:
 # --- a step ---
 
 
-def test_a_step_is_sent_launched_and_checked(parts: Any) -> None:
+def test_a_step_is_sent_run_and_checked(parts: Any) -> None:
     executor = Ranks(parts)
     assert executor.num_kv_cache_blocks == 5
     pending = executor.execute(BATCH)
-    assert parts.calls == ["load", ("send", StepMessage(BATCH)), ("launch", BATCH)]
+    assert parts.calls == ["load", ("send", StepMessage(BATCH)), ("run", BATCH)]
     assert pending.token_ids() == [7, 8]
     assert parts.calls[3:] == ["check"]
 
@@ -133,7 +127,7 @@ def test_a_step_with_pending_tokens_takes_them_on_the_device(parts: Any) -> None
     parts.calls.clear()
     executor.execute(NEXT, pending)
     assert parts.calls[0] == ("send", StepMessage(NEXT, ("a", "b")))
-    assert parts.calls[1] == ("launch", NEXT, ("a", "b"), pending.output.sampled)
+    assert parts.calls[1] == ("run", NEXT, ("a", "b"), pending.output.sampled)
 
 
 def test_one_rank_sends_nothing(parts: Any) -> None:
@@ -143,7 +137,7 @@ def test_one_rank_sends_nothing(parts: Any) -> None:
     assert pending.token_ids() == [7, 8]
     executor.close()
     executor.close()
-    assert parts.calls == ["load", ("launch", BATCH), ("launch", NEXT, ("a", "b"), pending.sampled), "free runner"]
+    assert parts.calls == ["load", ("run", BATCH), ("run", NEXT, ("a", "b"), pending.sampled), "free runner"]
     assert executor.is_closed
     with pytest.raises(RuntimeError, match="this engine is closed: make a new one"):
         executor.execute(BATCH)
@@ -173,7 +167,7 @@ def test_close_frees_the_graphs_before_the_group_and_that_before_the_processes(p
     assert executor.is_closed
 
 
-@pytest.mark.parametrize("where", ["send", "launch", "check"])
+@pytest.mark.parametrize("where", ["send", "run", "check"])
 @pytest.mark.parametrize("error", [RuntimeError("connection closed"), ValueError("wrong"), KeyboardInterrupt()])
 def test_any_exception_in_a_step_closes_the_executor(parts: Any, where: str, error: BaseException) -> None:
     """D33: the group is aborted before anything waits for the ranks."""
@@ -198,16 +192,16 @@ def test_any_exception_in_a_step_closes_the_executor(parts: Any, where: str, err
 def test_the_root_cause_is_raised_from_what_rank_0_ran_into(parts: Any) -> None:
     """D33."""
     executor = Ranks(parts)
-    parts.errors["launch"], parts.root_cause = RuntimeError("connection closed"), RankError("rank 1 of 2 failed")
+    parts.errors["run"], parts.root_cause = RuntimeError("connection closed"), RankError("rank 1 of 2 failed")
     with pytest.raises(RankError, match="rank 1 of 2 failed") as caught:
         executor.execute(BATCH)
-    assert caught.value.__cause__ is parts.errors["launch"]
+    assert caught.value.__cause__ is parts.errors["run"]
 
 
 def test_rank_0s_own_lack_of_memory_is_not_explained_by_another_rank(parts: Any) -> None:
     """D33."""
     executor = Ranks(parts)
-    parts.errors["launch"], parts.root_cause = torch.OutOfMemoryError("none left"), RankError("rank 0 has ended")
+    parts.errors["run"], parts.root_cause = torch.OutOfMemoryError("none left"), RankError("rank 0 has ended")
     with pytest.raises(torch.OutOfMemoryError):
         executor.execute(BATCH)
 

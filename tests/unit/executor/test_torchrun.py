@@ -152,9 +152,6 @@ def test_a_worker_that_fails_reports_it_and_ends_with_its_own_error(
 # --- rank 0's executor ---
 
 
-# --- rank 0's executor ---
-
-
 def test_close_succeeds_when_the_other_ranks_have_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     """D34. The control group's connections close when it has no references."""
 
@@ -163,7 +160,7 @@ def test_close_succeeds_when_the_other_ranks_have_ended(monkeypatch: pytest.Monk
             raise RuntimeError("connection closed by peer")
 
     tp = SimpleNamespace(group=SimpleNamespace(shutdown=lambda: None), is_nccl=False)
-    runner: Any = SimpleNamespace(num_kv_cache_blocks=1, close=lambda: None)
+    runner: Any = SimpleNamespace(num_kv_cache_blocks=1, block_size=256, close=lambda: None)
     monkeypatch.setattr(TorchrunChannel, "connect", lambda channel: tp)
     monkeypatch.setattr(WorkerSpec, "make_runner", lambda *_: runner)
     executor = TorchrunExecutor(SPEC, ENVS[0])

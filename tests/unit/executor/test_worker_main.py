@@ -98,7 +98,7 @@ def test_a_rank_computes_what_is_sent_and_frees_its_runner_before_it_destroys_th
         def __init__(self, *arguments: Any) -> None:
             calls.append(arguments)
 
-        def launch(self, *step: Any) -> None:
+        def run(self, *step: Any) -> None:
             calls.append(step)
 
         def close(self) -> None:

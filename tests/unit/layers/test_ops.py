@@ -55,8 +55,9 @@ def test_a_gpu_gets_triton_kernels_with_the_attention_asked_for(
     ops = select(requested)
     assert (ops.attention.name, ops.is_graph_safe) == (attention, is_graph_safe)
     assert (ops.qk_norm_rope_store is TRITON_OPS.qk_norm_rope_store) == is_fused
-    same = {"attention": TRITON_OPS.attention, "qk_norm_rope_store": TRITON_OPS.qk_norm_rope_store}
-    assert dataclasses.replace(ops, **same) == TRITON_OPS
+    assert (ops.compile_ahead is not None) == (attention == "triton"), "other backends would compute"
+    differing = ("attention", "qk_norm_rope_store", "compile_ahead")
+    assert dataclasses.replace(ops, **{name: getattr(TRITON_OPS, name) for name in differing}) == TRITON_OPS
 
 
 @pytest.mark.parametrize(
@@ -97,7 +98,8 @@ def rotate(ops: LayerOps, heads: torch.Tensor, cos: torch.Tensor, sin: torch.Ten
 OPERATIONS: dict[str, tuple[Callable[..., torch.Tensor], list[tuple[int, ...]]]] = {  # and the shapes of its inputs
     "rms_norm": (lambda ops, x, weight: ops.rms_norm(x, weight, 1e-6), [(9, 6, 96), (96,)]),
     "add_rms_norm": (lambda ops, *tensors: ops.add_rms_norm(*tensors, 1e-6)[0], [(50, 96), (50, 96), (96,)]),
-    "silu_and_mul": (lambda ops, x: ops.silu_and_mul(x), [(50, 192)]),
+    "linear": (lambda ops, *tensors: ops.linear(*tensors), [(5, 96), (64, 96), (64,)]),
+    "linear_silu_and_mul": (lambda ops, x, weight: ops.linear_silu_and_mul(x, weight, None), [(5, 96), (64, 96)]),
     "rotary_embedding": (rotate, [(9, 6, 96), (9, 48), (9, 48)]),
 }
 

@@ -16,6 +16,7 @@ from reference.rotary_embedding import inverse_frequencies, rotary_embedding
 from reference.silu_and_mul import silu_and_mul
 from reference.tensor_parallel import column_parallel_linear, row_parallel_linear, vocab_parallel_embedding
 from tests.support.comparing import assert_close
+from tests.support.tiny_models import ROPE
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -48,18 +49,7 @@ def test_silu_and_mul_equals_torch() -> None:
     close(silu_and_mul(x), F.silu(x[:, :7]) * x[:, 7:])
 
 
-ROPES = [
-    None,
-    {"rope_type": "linear", "factor": 4.0},
-    {
-        "rope_type": "llama3",
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 64,
-    },
-    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
-]
+ROPES = [None, *(ROPE[name] for name in ("linear", "llama3", "yarn"))]
 
 
 @pytest.mark.parametrize("scaling", ROPES)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from nanovllm import LLM, SamplingParams, bundled_model_path
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import FinishCause
@@ -18,11 +19,16 @@ from tests.support.replay.player import play, target_for
 from tests.support.replay.trace import CALLS, Trace, recording
 from tests.support.scheduling import add_prompt, make_scheduler, run, step, two_bit_hash
 from tests.support.source_tree import ROOT
-from tests.unit.engine.golden_runs import GOLDEN
 
 
-def golden(name: str = "preemption") -> Trace:
-    return Trace.load(GOLDEN / f"{name}.jsonl")
+def preemptions() -> Trace:
+    """Three sequences outgrow six blocks of two."""
+    scheduler = make_scheduler(6, 2, max_num_seqs=4)
+    with recording(scheduler) as trace:
+        for seq_id in range(3):
+            add_prompt(scheduler, 3, seq_id, max_tokens=6)
+        run(scheduler)
+    return trace
 
 
 def replay(trace: Trace) -> dict[str, int]:
@@ -82,15 +88,18 @@ def test_a_scheduler_that_was_used_is_refused() -> None:
 
 
 def test_a_changed_decision_of_the_engine_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the golden traces are for: admission that reserves no blocks."""
+    """Admission that reserves no blocks."""
+    trace = preemptions()
     monkeypatch.setattr(Scheduler, "_num_reserved_blocks", lambda *_: 0)
     with pytest.raises(AssertionError, match=r"step 1, schedule, .*recorded"):
-        replay(golden())
+        replay(trace)
 
 
 def test_a_wrong_token_is_named_and_a_near_tie_is_excused(monkeypatch: pytest.MonkeyPatch) -> None:
     """The oracle of near ties is the float64 reference."""
-    trace = golden("engine")
+    options = {"max_model_len": 64, "kv_cache_block_size": 16, "num_kv_cache_blocks": 5, "attention_backend": "torch"}
+    with LLM(str(bundled_model_path()), device="cpu", **options) as llm, recording(llm) as trace:
+        llm.generate(["In the beginning", "And God said"], SamplingParams(seed=1, max_tokens=8), use_tqdm=False)
     args = event_of(trace, "postprocess", 2)["args"]
     seq_id, right = args[0]
     args[0][1] = wrong = (right + 1) % 256

@@ -11,18 +11,21 @@ from dataclasses import replace
 from typing import Any
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 
 from nanovllm.context import Context
 from nanovllm.engine.model_input import PADDING_SLOT, prepare_decode, prepare_decode_async
 from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.shared_prefix import SharedPrefixes
 from nanovllm.worker import cuda_graph
 from nanovllm.worker.cuda_graph import MAX_GRAPH_BATCH_SIZE, CUDAGraphRunner, graph_batch_sizes
 from tests.support.counts import count_comparisons
 from tests.support.scheduling import make_sequence
 
 BATCH_SIZES = [1, 2, 4, 7]
+SHARED_PREFIX_SIZES = [4]
 BLOCK_SIZE = 4
 MAX_BLOCKS = 5
 
@@ -79,7 +82,9 @@ def runner(captures: Captures) -> CUDAGraphRunner:
         graph.replay.side_effect = lambda: logits.copy_(2 * input_ids[:, None])
         return logits
 
-    return CUDAGraphRunner(forward, BATCH_SIZES, MAX_BLOCKS, MAX_BLOCKS * BLOCK_SIZE, torch.device("cpu"), False)
+    return CUDAGraphRunner(
+        forward, BATCH_SIZES, SHARED_PREFIX_SIZES, MAX_BLOCKS, MAX_BLOCKS * BLOCK_SIZE, torch.device("cpu"), False
+    )
 
 
 def replayed_inputs(captures: Captures) -> tuple[torch.Tensor, torch.Tensor, Any]:
@@ -141,8 +146,29 @@ def test_tokens_that_the_host_does_not_know_come_from_the_device(captures: Captu
 @pytest.mark.usefixtures("runner")
 def test_the_largest_is_captured_first_and_all_share_its_memory(captures: Captures) -> None:
     """D42."""
-    assert [len(graph.inputs[0]) for graph, _ in captures] == BATCH_SIZES[::-1]
-    assert [pool for _, pool in captures] == [None, *["the pool of the largest"] * 3]
+    assert [len(graph.inputs[0]) for graph, _ in captures] == [7, 4, 4, 2, 1]
+    assert [pool for _, pool in captures] == [None, *["the pool of the largest"] * 4]
+
+
+@pytest.mark.parametrize("num_seqs", [2, 4, 6])
+def test_a_shared_prefix_takes_the_graph_that_reads_it_once(
+    captures: Captures, runner: CUDAGraphRunner, num_seqs: int
+) -> None:
+    """Six sequences are more than that graph holds."""
+    model_input = prepare_decode(decoding(num_seqs))
+    rows = np.arange(num_seqs, dtype=np.int32)
+    shared = SharedPrefixes(order=rows[::-1], lens=rows + 4)
+    logits = runner.replay(replace(model_input, shared_prefixes=shared))
+    assert logits is not None
+    assert logits.tolist() == [[2 * token_id] for token_id in model_input.input_ids]
+    context = replayed_inputs(captures)[2]
+    if num_seqs == 6:
+        assert context.shared_prefix_order is None
+    else:
+        assert context.shared_prefix_order.tolist() == [*rows[::-1], *range(num_seqs, 4)]
+        assert context.shared_prefix_lens.tolist() == [*(rows + 4), *[0] * (4 - num_seqs)]
+    runner.replay(model_input)
+    assert replayed_inputs(captures)[2].shared_prefix_order is None
 
 
 def test_prefills_and_larger_batches_have_no_graph(runner: CUDAGraphRunner) -> None:

@@ -3,6 +3,7 @@
 import ast
 import re
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -74,6 +75,7 @@ def test_memory_is_asked_of_the_runners_own_device(
     runner.device, runner.dtype, runner.config = device, torch.bfloat16, Config("any", gpu_memory_utilization=0.5)
     runner.model_config = SimpleNamespace(num_hidden_layers=1, head_dim=1024)  # type: ignore
     runner.num_kv_heads, runner.num_ranks_per_device = 1, num_ranks_per_device
+    runner.block_size = 256
     bytes_per_block = num_ranks_per_device * 2 * 256 * 1024 * 2
     free_bytes = 8 * GIB - 2 * GIB - num_ranks_per_device * (graph_bytes + 1 * GIB)  # of the share; less what is used
     assert runner._num_blocks_that_fit(graph_bytes) == free_bytes // bytes_per_block
@@ -85,3 +87,22 @@ def test_nothing_reads_cuda_visible_devices_or_asks_the_driver_itself() -> None:
         values = [node.value for node in ast.walk(parse(path)) if isinstance(node, ast.Constant)]
         assert "CUDA_VISIBLE_DEVICES" not in values, path.relative_to(ROOT)
         assert "pynvml" not in imported_packages(path), path.relative_to(ROOT)
+
+
+@pytest.mark.parametrize(
+    ("options", "defaults_of_ranks", "expected"),
+    [
+        ({}, [64, 64], 64),
+        ({}, [64, 256], 256),  # GPUs of two kinds: 256 serves both
+        ({"kv_cache_block_size": 16}, [64, 256], 16),
+        ({"num_kv_cache_blocks": 9}, [64, 64], 256),  # counted in nano-vllm's blocks
+    ],
+)
+def test_the_block_size_is_the_users_or_serves_all_ranks(
+    options: dict[str, int], defaults_of_ranks: list[int], expected: int
+) -> None:
+    runner: Any = object.__new__(ModelRunner)
+    runner.config = Config("any", attention_backend="triton", **options)  # type: ignore[arg-type]
+    runner.tp = SimpleNamespace(all_reduce_min=lambda value: min(value, -defaults_of_ranks[1]))
+    runner.default_block_size = defaults_of_ranks[0]
+    assert runner._choose_block_size() == expected

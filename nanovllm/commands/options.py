@@ -1,0 +1,119 @@
+"""What the commands share: options from the fields of Config and SamplingParams, and the LLM that they describe."""
+
+import argparse
+import dataclasses
+import sys
+from typing import Any
+
+from nanovllm.config import ATTENTION_BACKENDS, DEVICES, DTYPES, Config
+from nanovllm.sampling_params import SamplingParams
+from nanovllm.torchrun_env import read_torchrun_env
+
+# name of the option -> its text in --help. Type, choices and default come from Config and SamplingParams.
+CONFIG_HELP = {
+    "dtype": "of weights and KV cache; auto takes that of the checkpoint",
+    "device": "auto takes cuda if there is an NVIDIA GPU, else cpu",
+    "attention_backend": "auto takes the fastest that is installed and fits",
+    "max_model_len": "longest sequence, prompt and output together, in tokens; lowered to what the model supports",
+    "max_num_seqs": "most sequences that run at a time",
+    "max_num_batched_tokens": "most tokens one step computes",
+    "kv_cache_block_size": "tokens a KV block: a multiple of 256, or a power of two from 16 where the attention "
+    "backend is not flash_attn (default: 64 for triton, else 256)",
+    "num_kv_cache_blocks": "blocks of the KV cache; without it, as many as memory holds",
+    "gpu_memory_utilization": "share of the GPU's memory to use",
+    "tensor_parallel_size": "GPUs, or processes on a CPU, that share the model; under torchrun, all of its processes",
+    "enforce_eager": "never use CUDA graphs",
+    "async_scheduling": "submit a decode step before the tokens of the step before are known, or never do "
+    "(default: on a GPU, with several ranks where each has its own)",
+}
+SAMPLING_HELP = {
+    "max_tokens": "most tokens to generate for each prompt",
+    "temperature": "below 1 is more predictable, above 1 more surprising; 0 is --greedy",
+    "top_k": "sample from the k most likely tokens only",
+    "top_p": "sample from the smallest set of tokens with this probability",
+    "min_p": "drop tokens less likely than this fraction of the most likely one",
+    "seed": "the same seed gives the same text, whatever other requests run",
+}
+_CHOICES = {"dtype": DTYPES, "device": DEVICES, "attention_backend": ATTENTION_BACKENDS}
+
+
+def add_command(commands: Any, name: str, run: Any, summary: str, operands: str = "") -> argparse.ArgumentParser:
+    description = summary[0].upper() + summary[1:] + "."
+    usage = f"nanovllm {name} [options]{operands}"
+    command = commands.add_parser(name, usage=usage, help=summary, description=description)
+    command.set_defaults(run=run)
+    command.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
+    return command
+
+
+def add_model_options(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("model and engine")
+    group.add_argument(
+        "--model",
+        metavar="DIR_OR_ID",
+        help="a directory in Hugging Face's format, or a hub id such as Qwen/Qwen3-0.6B (default: the bundled model)",
+    )
+    add_options(group, Config, CONFIG_HELP)
+
+
+def add_options(group: Any, owner: Any, helps: dict[str, str]) -> None:
+    """One option for each field of the dataclass `owner` that `helps` names; not given means None."""
+    fields = {field.name: field for field in dataclasses.fields(owner)}
+    for name, text in helps.items():
+        option, default = flag(name), fields[name].default
+        if isinstance(default, bool):
+            group.add_argument(option, action="store_true", default=None, help=text)
+            continue
+        if fields[name].type == bool | None:
+            group.add_argument(option, action=argparse.BooleanOptionalAction, help=text)
+            continue
+        text += "" if default is None else f" (default: {default})"
+        if name in _CHOICES:
+            group.add_argument(option, choices=_CHOICES[name], help=text)
+        else:
+            group.add_argument(option, type=float if isinstance(default, float) else int, metavar="N", help=text)
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def given(arguments: argparse.Namespace, names: Any) -> dict[str, Any]:
+    """The options that the user gave. Config and SamplingParams have the defaults of the others."""
+    return {name: value for name in names if (value := getattr(arguments, name, None)) is not None}
+
+
+def open_llm(arguments: argparse.Namespace) -> Any:
+    """The LLM of these options, on all ranks that torchrun started. Prints a note if it is the bundled model."""
+    from nanovllm import LLM, bundled_model_path
+
+    options, launch = given(arguments, CONFIG_HELP), read_torchrun_env()
+    if launch is not None:
+        options.setdefault("tensor_parallel_size", launch.size)
+    model = arguments.model
+    if model is None:
+        model = str(bundled_model_path())
+        if launch is None or launch.rank == 0:
+            note = "no --model given: using the bundled one, which knows passages of the King James Bible"
+            print(note, file=sys.stderr)
+    return LLM(model, **options)
+
+
+def sampling_params(arguments: argparse.Namespace) -> SamplingParams:
+    """SamplingParams of these options. --temperature 0 means --greedy, and a note names the options without effect.
+
+    Raises ValueError for a wrong value, used or not, and for --greedy together with another sampling option.
+    """
+    options, ends = given(arguments, SAMPLING_HELP), {"stop": arguments.stop, "ignore_eos": arguments.ignore_eos}
+    is_zero = options.get("temperature") == 0
+    if not arguments.greedy and not is_zero:
+        return SamplingParams(**options, **ends)
+    unused = [name for name in options if name != "max_tokens" and not (name == "temperature" and is_zero)]
+    flags = ", ".join(map(flag, unused))
+    if arguments.greedy and unused:
+        raise ValueError(f"--greedy takes the most likely token at every step: leave out {flags}")
+    SamplingParams(**{**options, "temperature": 1.0}, **ends)
+    if not arguments.greedy:
+        note = f"; {flags} without effect" if unused else ""
+        print(f"--temperature 0: taking the most likely token at every step, as --greedy{note}", file=sys.stderr)
+    return SamplingParams.greedy(**given(arguments, ["max_tokens"]), **ends)

@@ -1,0 +1,131 @@
+"""Cases of skinny_linear and skinny_linear_silu_and_mul against reference.linear and reference.silu_and_mul. D52"""
+
+import torch
+from hypothesis import strategies as st
+from torch.nn import functional
+
+from benchmarks.arithmetic import Work
+from benchmarks.kernels.inputs import randn
+from benchmarks.measuring import Measured
+from reference.linear import linear
+from reference.silu_and_mul import silu_and_mul
+from tests.support.kernels.accuracy import assert_within_the_error_of_plain_torch
+from tests.support.kernels.guards import Guards
+from tests.support.kernels.registry import Compilation, Kernel, Limits, Refused, Steps, case, each, lazy, meta
+
+skinny_linear = lazy("skinny_linear.skinny_linear")
+skinny_linear_silu_and_mul = lazy("skinny_linear.skinny_linear_silu_and_mul")
+MATRICES = ((4096, 1024), (1024, 2048), (1024, 3072), (1152, 896), (896, 4864))  # of qwen3-0.6b and qwen2.5-0.5b
+HALF = (torch.float16, torch.bfloat16)
+
+
+@case
+def check(
+    device: str,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype = torch.float16,
+    is_gated: bool = False,
+    has_bias: bool = False,
+    spare: int = 0,
+    **tiles: int,
+) -> None:
+    """shape: rows, output features, input features. spare: elements between the rows of x and of the weight."""
+    guards, (num_rows, out_features, in_features) = Guards(device), shape
+    x = guards.randn(num_rows, in_features + spare, dtype=dtype)[:, :in_features]
+    weight = guards.randn(out_features, in_features + spare, dtype=dtype)[:, :in_features]
+    bias = guards.randn(out_features, dtype=dtype) if has_bias else None
+    with guards:
+        y = skinny_linear_silu_and_mul(x, weight, **tiles) if is_gated else skinny_linear(x, weight, bias, **tiles)
+    plain = functional.linear(x, weight, bias)
+    exact = linear(x.double(), weight.double(), None if bias is None else bias.double())
+    if is_gated:
+        plain, exact = silu_and_mul(plain), silu_and_mul(exact)
+    assert_within_the_error_of_plain_torch("skinny_linear", y, plain, exact, ("token", "feature"))
+
+
+def check_far_row(device: str) -> None:
+    """D52: the last row of the weight begins beyond 2**31 elements, in a view of 4 GiB."""
+    weight = torch.empty(2**31 + 64, dtype=torch.float16, device=device).as_strided((3, 64), (2**30, 1))
+    weight.copy_(torch.arange(3)[:, None] + 1)
+    assert skinny_linear(torch.ones(2, 64, dtype=torch.float16, device=device), weight).tolist() == [[64, 128, 192]] * 2
+
+
+def check_rows_do_not_meet(device: str) -> None:
+    """A token's output has the same bits alone and with others, of which one is NaN."""
+    x, weight = torch.randn(8, 600, device=device).half(), torch.randn(40, 600, device=device).half()
+    x[3] = torch.nan
+    together = skinny_linear(x, weight)
+    assert together[3].isnan().all()
+    for row in (0, 7):
+        assert torch.equal(skinny_linear(x[row : row + 1], weight)[0], together[row])
+
+
+def launch(num_rows: int, dtype: torch.dtype) -> None:
+    for out_features, in_features in MATRICES:
+        skinny_linear(meta(num_rows, in_features, dtype=dtype), meta(out_features, in_features, dtype=dtype))
+    skinny_linear_silu_and_mul(meta(num_rows, 1024, dtype=dtype), meta(6144, 1024, dtype=dtype))
+
+
+def measured(num_rows: int, out_features: int, in_features: int, is_gated: bool = False) -> Measured:
+    def plain(x, weight):
+        y = functional.linear(x, weight)
+        if is_gated:
+            gate, up = y.chunk(2, dim=-1)
+            y = functional.silu(gate) * up
+        return y
+
+    num_weights = out_features * in_features
+    return Measured(
+        make=lambda index: (randn(index, num_rows, in_features), randn(index, out_features, in_features) * 0.02),
+        run=skinny_linear_silu_and_mul if is_gated else skinny_linear,
+        expected=lambda x, weight: plain(x.double(), weight.double()),
+        work=Work((num_weights + num_rows * in_features) * 2, num_rows * out_features * 2, 2 * num_rows * num_weights),
+        peers={"torch": plain},
+    )
+
+
+KERNEL = Kernel(
+    name="skinny_linear",
+    launched={"skinny_linear_kernel": Limits()},
+    cases=each(check, shape=[(1, 8, 64), (3, 13, 100), (9, 16, 200), (16, 5, 33), (0, 4, 16)], tile_k=[16])
+    | {
+        "one chunk": check((2, 8, 40)),
+        "bias": check((3, 13, 100), has_bias=True, tile_k=16),
+        "rows far apart": check((5, 9, 72), spare=7, tile_k=16),
+        "gated": check((3, 26, 100), is_gated=True, tile_k=16),
+        "gated, rows far apart": check((9, 26, 100), is_gated=True, spare=3, tile_k=16),
+        "rows do not meet": check_rows_do_not_meet,
+        "far row": check_far_row,
+    },
+    on_gpu=each(check, shape=[(rows, *sizes) for rows in (1, 8, 16) for sizes in MATRICES], dtype=HALF)
+    | each(check, shape=[(rows, 6144, 1024) for rows in (1, 8, 16)], dtype=HALF, is_gated=[True]),
+    drawn=st.builds(
+        check,
+        st.tuples(st.integers(1, 16), st.integers(1, 300).map(lambda n: 2 * n), st.integers(1, 3000)),
+        st.sampled_from(HALF),
+        is_gated=st.booleans(),
+        spare=st.integers(0, 9),
+    ),
+    compiled={
+        f"{rows} rows": Compilation(
+            lambda dtype, _, rows=rows: launch(rows, dtype), tuple((c, dtype) for c in (80, 90, 100) for dtype in HALF)
+        )
+        for rows in (1, 16)
+    },
+    refused=Refused(
+        lambda x, weight, bias=None: skinny_linear(x, weight, bias),
+        lambda: {"x": torch.zeros(4, 32).half(), "weight": torch.zeros(8, 32).half()},
+        (
+            ({"x": torch.zeros(17, 32).half()}, r"x must be \[M, K\] with M at most 16 .* got \[17, 32\]"),
+            ({"x": torch.zeros(4, 32)}, "bfloat16, got .* in torch.float32"),
+            ({"x": torch.zeros(32, 4).half().T}, "x must be .* contiguous rows"),
+            ({"weight": torch.zeros(8, 31).half()}, r"weight must be \[N, 32\]"),
+            ({"weight": torch.zeros(8, 32).bfloat16()}, "weight must be .* in torch.float16, as x is"),
+            ({"bias": torch.zeros(7).half()}, r"bias must be \[8\]"),
+        ),
+    ),
+    # The sizes of a matrix are constants, so each matrix of a model has a variant for 8 rows and one for 16.
+    steps={"": Steps(lambda size: skinny_linear(meta(min(size, 8), 1024), meta(4096, 1024)))},
+    measured={"skinny_linear": measured},
+    reached_by="half precision",
+)

@@ -1,0 +1,78 @@
+"""launch and compile_ahead: what is launched, what is compiled, and what an error of the compiler becomes."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.kernels.compiling import gpu_that_need_not_be_there
+
+triton = pytest.importorskip("triton")
+from nanovllm.kernels.launching import compile_ahead, launch  # noqa: E402
+from nanovllm.kernels.silu_and_mul import silu_and_mul, silu_and_mul_kernel  # noqa: E402
+
+needs_async_compile = pytest.mark.skipif(
+    not hasattr(triton, "AsyncCompileMode"), reason="this version of Triton has no AsyncCompileMode"
+)
+
+
+class Recorder:
+    """A kernel that notes what it is asked for."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *args, **options: self.calls.append(("launch", grid, args, options))
+
+    def warmup(self, *args: Any, grid: tuple[int, ...], **options: Any) -> None:
+        self.calls.append(("compile", grid, args, options))
+
+
+@needs_async_compile
+def test_a_kernel_is_launched_except_within_compile_ahead() -> None:
+    kernel = Recorder()
+    launch(kernel, (2, 3), 5, ROWS=7)
+    compile_ahead(lambda: launch(kernel, (2, 3), 5, ROWS=7))
+    launch(kernel, (1,))
+    what = ((2, 3), (5,), {"ROWS": 7})
+    assert kernel.calls == [("launch", *what), ("compile", *what), ("launch", (1,), (), {})]
+
+
+def test_a_triton_without_asynccompilemode_compiles_nothing_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(triton, "AsyncCompileMode", raising=False)
+    compile_ahead(lambda: pytest.fail("would be launched"))
+
+
+@needs_async_compile
+def test_the_launchers_compile_and_each_variant_once() -> None:
+    """A second launch with other sizes of the same divisibility is the same variant."""
+
+    def run() -> None:
+        for num_tokens, dtype in ((32, torch.float16), (64, torch.float16), (32, torch.bfloat16)):
+            silu_and_mul(torch.empty(num_tokens, 512, dtype=dtype, device="meta"))
+
+    with gpu_that_need_not_be_there(90):
+        variants = silu_and_mul_kernel.device_caches["sm_90"][0]
+        variants.clear()
+        compile_ahead(run)
+        assert len(variants) == 2
+        assert all("cubin" in kernel.asm for kernel in variants.values())
+        variants.clear()
+
+
+@needs_async_compile
+def test_an_error_of_the_compiler_is_raised_at_the_end() -> None:
+    @triton.jit
+    def broken_kernel(x_ptr):
+        there_is_no_such_name(x_ptr)  # noqa: F821
+
+    def run() -> None:
+        launch(broken_kernel, (1,), torch.empty(4, device="meta"))
+
+    with gpu_that_need_not_be_there(90), pytest.raises(triton.CompilationError, match="there_is_no_such_name"):
+        compile_ahead(run)
+    kernel = Recorder()
+    compile_ahead(lambda: launch(kernel, (1,)))
+    launch(kernel, (1,))
+    assert [call[0] for call in kernel.calls] == ["compile", "launch"], "nothing is left of the failed one"

@@ -1,0 +1,71 @@
+"""find_shared_prefixes: by hand, and against the definition for drawn block tables."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanovllm.engine.shared_prefix import SEQS_PER_TILE, find_shared_prefixes
+
+BLOCK_SIZE = 4
+
+
+def tables(*rows: list[int]) -> np.ndarray:
+    width = max(map(len, rows))
+    return np.array([row + [-1] * (width - len(row)) for row in rows], dtype=np.int32)
+
+
+def lens(*values: int) -> np.ndarray:
+    return np.array(values, dtype=np.int32)
+
+
+def test_two_of_three_sequences_share_nothing_with_the_third() -> None:
+    """One tile holds all three, so it shares what all three have in common."""
+    assert find_shared_prefixes(tables([7, 1], [5, 2], [5, 3]), lens(6, 6, 6), BLOCK_SIZE, 1) is None
+
+
+def test_sequences_with_two_equal_blocks_share_eight_tokens() -> None:
+    found = find_shared_prefixes(tables([5, 6, 2], [5, 6, 1, 3]), lens(9, 14), BLOCK_SIZE, 1)
+    assert found is not None
+    assert found.order.tolist() == [1, 0]
+    assert found.lens.tolist() == [8, 8]
+
+
+def test_the_block_of_the_newest_token_is_not_shared() -> None:
+    found = find_shared_prefixes(tables([5, 6], [5, 6]), lens(8, 8), BLOCK_SIZE, 1)
+    assert found is not None
+    assert found.lens.tolist() == [4, 4]
+
+
+@pytest.mark.parametrize(("min_saved_tokens", "is_found"), [(8, True), (9, False)])
+def test_sharing_must_save_enough(min_saved_tokens: int, is_found: bool) -> None:
+    found = find_shared_prefixes(tables([5, 6, 2], [5, 6, 1]), lens(9, 9), BLOCK_SIZE, min_saved_tokens)
+    assert (found is not None) == is_found
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 4), st.integers(1, 9)), min_size=1, max_size=80), st.data())
+def test_the_sequences_of_a_tile_have_the_blocks_of_their_shared_tokens_in_common(
+    drawn: list[tuple[int, int, int]], data: st.DataObject
+) -> None:
+    """drawn: (which prefix, its blocks, own tokens) of each sequence. Blocks of its own have ids that no other has."""
+    rows, context_lens = [], []
+    for index, (prefix, num_blocks, num_own) in enumerate(drawn):
+        own = range(1000 + 10 * index, 1000 + 10 * index + -(-num_own // BLOCK_SIZE))
+        rows.append([100 * prefix + block for block in range(num_blocks)] + list(own))
+        context_lens.append(num_blocks * BLOCK_SIZE + num_own)
+    order = data.draw(st.permutations(range(len(rows))))
+    block_tables = tables(*(rows[index] for index in order))
+    found = find_shared_prefixes(block_tables, lens(*(context_lens[index] for index in order)), BLOCK_SIZE, 1)
+    if found is None:
+        return
+    assert sorted(found.order.tolist()) == list(range(len(rows)))
+    for start in range(0, len(rows), SEQS_PER_TILE):
+        tile = found.order[start : start + SEQS_PER_TILE]
+        (shared_len,) = set(found.lens[tile].tolist())
+        assert shared_len % BLOCK_SIZE == 0
+        num_shared = shared_len // BLOCK_SIZE
+        assert len({tuple(block_tables[row, :num_shared].tolist()) for row in tile}) == 1
+        assert all(shared_len < context_lens[order[row]] for row in tile)
+        one_more = {tuple(block_tables[row, : num_shared + 1].tolist()) for row in tile}
+        # Nothing longer is shared: a next block differs, or is the one of a sequence's newest token.
+        assert len(tile) == 1 or len(one_more) > 1
