@@ -26,6 +26,11 @@ ENGINE: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("kernels/paged_attention.py", "paged_attention_kernel", "walks the block table and copies nothing."),
         ("kernels/varlen_attention.py", "varlen_attention_kernel", "does the same for many queries a sequence."),
     ),
+    "shared_prefix_attention": (
+        ("engine/shared_prefix.py", "find_shared_prefixes", "finds sequences that begin with the same blocks."),
+        ("kernels/shared_prefix_attention.py", "shared_prefix_attention_kernel", "reads a shared key once for many."),
+        ("kernels/paged_attention.py", "paged_attention_kernel", "reads the own keys and merges."),
+    ),
     "block_hash": (
         ("engine/block_manager.py", "block_hash", "hashes with the xxhash package."),
         ("engine/block_manager.py", "BlockManager._find", "compares tokens and parents after the hash."),
@@ -44,6 +49,11 @@ ENGINE: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("engine/scheduler.py", "Scheduler.postprocess", "takes in the tokens of a step."),
         ("engine/finish_check.py", "finish_cause", "decides why a sequence ends."),
     ),
+    "linear": (
+        ("layers/linear.py", "ReplicatedLinear", "is the layer that every rank holds whole."),
+        ("layers/linear.py", "MergedColumnParallelLinear", "holds several matrices as one."),
+        ("kernels/skinny_linear.py", "skinny_linear_kernel", "is the Triton kernel for at most 16 tokens."),
+    ),
     "rms_norm": (
         ("layers/layernorm.py", "RMSNorm", "is the layer."),
         ("layers/torch_ops.py", "rms_norm", "is the norm in PyTorch."),
@@ -55,8 +65,9 @@ ENGINE: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("kernels/rotary_embedding.py", "rotary_embedding_kernel", "is the Triton kernel."),
     ),
     "silu_and_mul": (
-        ("layers/activation.py", "SiluAndMul", "is the layer."),
+        ("layers/torch_ops.py", "silu_and_mul", "is the activation in PyTorch."),
         ("kernels/silu_and_mul.py", "silu_and_mul_kernel", "is the Triton kernel."),
+        ("kernels/skinny_linear.py", "skinny_linear_silu_and_mul", "does the product before it too, for few tokens."),
     ),
     "moe": (
         ("layers/moe.py", "SparseMoeBlock", "is the layer."),

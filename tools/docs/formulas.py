@@ -42,6 +42,14 @@ FORMULAS: dict[str, tuple[tuple[str, ...], ...]] = {
         ),
         (),
     ),
+    "linear": ((r"y_{t,n} & = \sum_{k} \, x_{t,k} \cdot weight_{n,k} + bias_{n}",),),
+    "shared_prefix_attention": (
+        (
+            r"(output_p,\, lse_p) & = attention(query,\; shared\ keys) & lse is log(sum over keys of exp(score))",
+            r"(output_s,\, lse_s) & = attention(query,\; own\ keys)",
+            r"output & = \dfrac{e^{lse_p} \, output_p + e^{lse_s} \, output_s}{e^{lse_p} + e^{lse_s}}",
+        ),
+    ),
     "rms_norm": (
         (
             r"rms(x) & = \sqrt{\dfrac{x_{0}^{2} + \ldots + x_{E-1}^{2}}{E} + eps}",

@@ -110,8 +110,8 @@ def _engine(name: str, sources: Sources) -> str:
         through = f", through {', '.join(f'[{title(user)}]({user}.md)' for user in users)}"
     lines += ["", f"These tests hold the engine against this file{through}:", ""]
     lines += [f"- [{path}]({sources.link(page, path)}): {markdown(text)}" for path, text in held.items()]
-    lines += ["", "And these hold this file itself against laws and other implementations:", ""]
     laws = {path: text for path, text in files.items() if path not in held}
+    lines += ["", "And these hold this file itself against laws and other implementations:", ""] if laws else []
     lines += [f"- [{path}]({sources.link(page, path)}): {markdown(text)}" for path, text in laws.items()]
     return "\n".join(lines)
 
