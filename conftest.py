@@ -8,4 +8,5 @@ pytest_plugins = [
     "tests.support.report",
     "tests.support.replay.plugin",
     "tests.support.gpu_sharing",
+    "tests.conformance.engines.plugin",
 ]

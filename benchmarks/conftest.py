@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks import regression, report
 from benchmarks.hosting import HostMeasurement
+from nanovllm.bench.machine import machine_info
 
 FOLDER = Path(__file__).resolve().parent
 RESULTS = FOLDER / "results"
@@ -98,7 +99,7 @@ def _free_gpu_memory() -> Any:
 
 def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, Any]:
     """Names and versions on which figures depend, and nothing that differs between two machines of one kind."""
-    return report.machine_info(gpu_name())
+    return machine_info(gpu_name())
 
 
 def pytest_benchmark_compare_machine_info(machine_info: dict[str, Any], compared_benchmark: dict[str, Any]) -> None:
@@ -145,7 +146,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         return
     terminalreporter.write_line(f"measured: {_what_is_measured()}")
     done = [bench.extra_info for bench in benchmarks.benchmarks if bench]
-    machine = report.machine_info(gpu_name())
+    machine = machine_info(gpu_name())
     results = []
     rows = [row for row in done if "kernel" in row]
     if rows:

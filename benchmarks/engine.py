@@ -6,6 +6,7 @@
 One line a run: output tokens a second for decode-heavy scenarios, prompt tokens a second for the others, over one
 generate() of all requests, everything included but start-up and a warm-up. Prompts are new in every run, so nothing is
 found in the prefix cache but what a scenario shares on purpose. Runs scatter: --repeat, and compare several.
+The scenarios are those of `nanovllm bench --scenario`, which measures latencies and the physical limit too.
 """
 
 import argparse
@@ -16,12 +17,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.bench import draw_requests
+from nanovllm.bench.gpu_idle import start_requests
+from nanovllm.bench.workload import SCENARIOS, Scenario, draw_scenario
 
 PROFILED_STEPS = 20
 MODES: dict[str, dict[str, bool]] = {
@@ -31,50 +32,15 @@ MODES: dict[str, dict[str, bool]] = {
 }
 
 
-@dataclass(frozen=True)
-class Scenario:
-    """num_seqs requests; lengths are drawn from ranges, both ends included. num_shared: tokens that all begin with."""
-
-    num_seqs: int
-    input_len: tuple[int, int]
-    output_len: tuple[int, int]
-    num_shared: int = 0
-    counts_input: bool = False  # the figure is prompt tokens a second
-
-
-SCENARIOS = {
-    "headline": Scenario(256, (100, 1024), (100, 1024)),
-    "single": Scenario(1, (128, 128), (512, 512)),
-    "small": Scenario(8, (1000, 1000), (512, 512)),
-    "prefill": Scenario(64, (4000, 4000), (16, 16), counts_input=True),
-    "prefix": Scenario(256, (100, 100), (64, 64), num_shared=2000, counts_input=True),
-}
-
-
 def run_scenario(llm: Any, scenario: Scenario, seed: int) -> dict[str, float]:
     """Seconds, tokens in and out, and the scenario's figure in tokens a second."""
-    prompts, params = draw_requests(scenario.num_seqs, scenario.input_len, scenario.output_len, llm.vocab_size, seed)
-    rng = random.Random(-1 - seed)
-    shared = [rng.randrange(1000) for _ in range(scenario.num_shared)]
-    prompts = [shared + prompt for prompt in prompts]
+    prompts, params = draw_scenario(scenario, llm.vocab_size, seed)
     start = time.perf_counter()
     outputs = llm.generate(prompts, params, use_tqdm=False)
     seconds = time.perf_counter() - start
     num_input, num_output = sum(map(len, prompts)), sum(len(output["token_ids"]) for output in outputs)
     counted = num_input if scenario.counts_input else num_output
     return {"seconds": seconds, "input": num_input, "output": num_output, "tokens_per_second": counted / seconds}
-
-
-def start_decoding(llm: Any, num_seqs: int, input_len: int, max_tokens: int) -> list[int]:
-    """Requests that have been prefilled and now decode; their ids."""
-    prompts, _ = draw_requests(num_seqs, (input_len, input_len), (1, 1), llm.vocab_size, random.randrange(2**32))
-    params = SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=max_tokens)
-    ids = [llm.add_request(prompt, params) for prompt in prompts]
-    while any(not seq.is_decodable for seq in llm.scheduler.running) or llm.scheduler.waiting:
-        llm.step()
-    for _ in range(3):
-        llm.step()
-    return ids
 
 
 def profile_decode(llm: Any, num_seqs: int, input_len: int) -> None:
@@ -90,7 +56,9 @@ def profile_decode(llm: Any, num_seqs: int, input_len: int) -> None:
         torch.cuda.synchronize()
         return (time.perf_counter() - start) / PROFILED_STEPS * 1e6
 
-    ids = start_decoding(llm, num_seqs, input_len, 4 * PROFILED_STEPS)
+    max_tokens = 4 * PROFILED_STEPS
+    scenario = Scenario(num_seqs, (input_len, input_len), (max_tokens, max_tokens))
+    ids = start_requests(llm, draw_scenario(scenario, llm.vocab_size, random.randrange(2**32)), until_decode=True)
     wall = steps()
     host = "" if llm.config.async_scheduling else time_host_parts(llm, PROFILED_STEPS)
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
@@ -177,7 +145,7 @@ def run_all(model: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
 def parse(words: Iterable[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a directory (default: random weights in the shape of --like, made anew)")
-    parser.add_argument("--like", default="qwen3-0.6b", help="see tools/make_random_model.py")
+    parser.add_argument("--like", default="qwen3-0.6b", help="see nanovllm/bench/random_model.py")
     parser.add_argument("--scenario", nargs="+", choices=SCENARIOS, default=["headline", "single", "small", "prefill"])
     parser.add_argument("--backend", nargs="+", default=["triton", "flash_attn"])
     parser.add_argument("--mode", nargs="+", choices=MODES, default=["graphs", "eager"])
@@ -195,7 +163,7 @@ def main() -> None:
     arguments = parse()
     with tempfile.TemporaryDirectory() as folder:
         if arguments.model is None:
-            from tools.make_random_model import make_config, make_random_model
+            from nanovllm.bench.random_model import make_config, make_random_model
 
             make_random_model(Path(folder), make_config(arguments.like))
         results = run_all(arguments.model or folder, arguments)

@@ -5,9 +5,7 @@ python -m benchmarks.report benchmarks/results/kernels.json    (or host.json: pr
 """
 
 import json
-import platform
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,17 +25,6 @@ class HostResult(NamedTuple):
 
     machine: dict[str, Any]
     rows: list[dict[str, Any]]
-
-
-def machine_info(gpu: str | None) -> dict[str, Any]:
-    """What figures depend on: device and versions."""
-    versions = {}
-    for package in ("torch", "triton", "flash-attn"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
-    return {"gpu": gpu, "cpu": platform.machine(), "python": platform.python_version(), **versions}
 
 
 def worst_first(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

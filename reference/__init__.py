@@ -55,5 +55,5 @@ DIMENSION_LETTERS = {
 def reading_order() -> list[str]:
     """Every file: those of READING_ORDER, then all others by name."""
     names = [name for name, _ in READING_ORDER]
-    files = {path.stem for path in Path(__file__).parent.glob("*.py")} - {"__init__"}
+    files = {path.stem for path in Path(__file__).parent.glob("*.py")} - {"__init__", "__main__"}
     return [*names, *sorted(files - set(names))]

@@ -58,7 +58,7 @@ def layer_parameters(hidden_size: int) -> int:
 def _make_model(folder: Path, hidden_size: int) -> Path:
     from transformers import LlamaConfig
 
-    from tools.make_random_model import make_random_model
+    from nanovllm.bench.random_model import make_random_model
 
     heads = max(1, hidden_size // 64)
     config = LlamaConfig(

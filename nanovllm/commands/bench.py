@@ -1,24 +1,161 @@
-"""nanovllm bench: throughput on random prompts."""
+"""nanovllm bench: throughput and latency on random prompts."""
 
 import argparse
+import dataclasses
+import tempfile
+from pathlib import Path
 from typing import Any
 
-from nanovllm.commands.options import add_command, add_model_options, open_llm
+from nanovllm.bench.random_model import SHAPES
+from nanovllm.bench.workload import SCENARIOS, Scenario
+from nanovllm.commands.options import CONFIG_HELP, add_command, add_model_options, flag, given, open_llm
+from nanovllm.config import Config
+from nanovllm.torchrun_env import read_torchrun_env
+from nanovllm.validation import require_int, require_number
+
+ALL = "all"
+NUM_SEQS = 32  # without a scenario
+LENGTHS = (16, 128)
+_ONLY_WITHOUT_SCENARIO = ("input_len", "output_len")
+_ONLY_WITH_SCENARIO = ("rate", "repeat", "scale", "results")
+_DEFAULT_REPETITIONS = 3
+
+_EPILOG = """\
+scenarios:
+{scenarios}
+  all        each of them
+
+Without --scenario, one generate() of --num-seqs requests is timed once. On a machine without a GPU, and with the
+bundled model, which takes at most 2048 tokens, this takes about half a minute on two cores:
+  nanovllm bench --scenario all --scale 0.1 --rate 20
+docs/performance.md says how to read the figures, and what the limit means.
+"""
 
 
 def add_parser(commands: Any) -> None:
-    bench = add_command(commands, "bench", run, "measure throughput on random prompts")
+    bench = add_command(commands, "bench", run, "measure throughput and latency on random prompts")
+    bench.formatter_class = argparse.RawDescriptionHelpFormatter  # the scenarios are a list
+    bench.epilog = _EPILOG.format(scenarios="\n".join(f"  {name:10} {_describe(s)}" for name, s in SCENARIOS.items()))
     add_model_options(bench)
-    bench.add_argument("--num-seqs", type=int, default=32, metavar="N", help="requests (default: %(default)s)")
+    bench.add_argument("--like", choices=SHAPES, help="instead of --model: random weights in the shape of this model")
+    bench.add_argument("--num-layers", type=int, metavar="N", help="of --like's model (default: as many as it has)")
+    bench.add_argument("--num-seqs", type=int, metavar="N", help=f"requests (default: the scenario's, else {NUM_SEQS})")
     for name, what in (("--input-len", "prompt"), ("--output-len", "output")):
-        text = f"{what} tokens of each request, drawn from this range (default: 16 128)"
-        bench.add_argument(name, type=int, nargs=2, default=(16, 128), metavar=("MIN", "MAX"), help=text)
+        low, high = LENGTHS
+        text = f"{what} tokens of each request, drawn from this range; not with --scenario (default: {low} {high})"
+        bench.add_argument(name, type=int, nargs=2, metavar=("MIN", "MAX"), help=text)
     bench.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws (default: %(default)s)")
+    group = bench.add_argument_group("scenarios")
+    text = "what to measure, several or all: tokens a second, the fraction of the physical limit, latencies"
+    group.add_argument("--scenario", nargs="+", choices=[*SCENARIOS, ALL], metavar="NAME", help=text)
+    text = "also measure latencies while requests arrive at random, so many a second on average (Poisson)"
+    group.add_argument("--rate", type=float, nargs="+", metavar="R", help=text)
+    text = f"runs of each, with new prompts, after a warm-up that is not counted (default: {_DEFAULT_REPETITIONS})"
+    group.add_argument("--repeat", type=int, metavar="N", help=text)
+    text = "multiply requests and lengths, so that a slow machine ends within a minute: 0.1 (default: 1)"
+    group.add_argument("--scale", type=float, metavar="F", help=text)
+    text = "write bench.json and the picture bench.png there (without matplotlib: bench.txt)"
+    group.add_argument("--results", type=Path, metavar="DIR", help=text)
+
+
+def _describe(scenario: Scenario) -> str:
+    def of(lengths: tuple[int, int]) -> str:
+        low, high = lengths
+        return str(low) if low == high else f"{low}-{high}"
+
+    shared = f"{scenario.num_shared} shared and " if scenario.num_shared else ""
+    return f"{scenario.num_seqs} x {shared}{of(scenario.input_len)} tokens in, {of(scenario.output_len)} out"
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from nanovllm.bench import run_bench
-
-    with open_llm(arguments) as llm:
-        run_bench(llm, arguments.num_seqs, tuple(arguments.input_len), tuple(arguments.output_len), arguments.seed)
+    _check(arguments)
+    with tempfile.TemporaryDirectory(prefix="nanovllm-bench-") as folder:  # for --like
+        if arguments.like is not None:
+            _make_model(arguments, Path(folder))
+        if arguments.scenario is not None:
+            _run_scenarios(arguments)
+        else:
+            _run_plain(arguments)
     return 0
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Raise ValueError for options that contradict each other, before anything is computed."""
+    unused = _ONLY_WITH_SCENARIO if arguments.scenario is None else _ONLY_WITHOUT_SCENARIO
+    wrong = ", ".join(flag(name) for name in unused if getattr(arguments, name) is not None)
+    if wrong and arguments.scenario is None:
+        raise ValueError(f"{wrong} needs a scenario: add --scenario, for example --scenario headline, or leave it out")
+    if wrong:
+        raise ValueError(f"a scenario has lengths of its own: leave out {wrong}, or use --scale for shorter ones")
+    if arguments.like is not None and arguments.model is not None:
+        raise ValueError(f"--like {arguments.like} makes a model and --model names one: leave out one of the two")
+    if arguments.num_layers is not None:
+        require_int("num_layers", arguments.num_layers, 1)
+        if arguments.like is None:
+            raise ValueError("--num-layers is of a model that --like makes: add --like, or leave it out")
+    if arguments.like is not None and read_torchrun_env() is not None:
+        raise ValueError(
+            "--like makes a model that only this process could read, and torchrun has started several: write one with "
+            f"python -m tools.make_random_model --like {arguments.like} DIR, and give --model DIR"
+        )
+    require_int("seed", arguments.seed, 0)
+    for rate in arguments.rate or ():
+        require_number("rate", rate, "a number above 0, in requests a second", lambda value: value > 0)
+    if arguments.repeat is not None:
+        require_int("repeat", arguments.repeat, 1)
+    if arguments.num_seqs is not None:
+        require_int("num_seqs", arguments.num_seqs, 1)
+    if arguments.results is not None:
+        if arguments.results.exists() and not arguments.results.is_dir():
+            raise ValueError(f"results must be a directory, got the file {str(arguments.results)!r}; give another name")
+        arguments.results.mkdir(parents=True, exist_ok=True)  # what cannot be made fails now, not after the measurement
+
+
+def _make_model(arguments: argparse.Namespace, folder: Path) -> None:
+    """Write random weights to `folder`, and make it the model of the command."""
+    from nanovllm.bench.random_model import make_config, make_random_model
+
+    make_random_model(folder, make_config(arguments.like, arguments.num_layers))
+    arguments.model = str(folder)
+
+
+def _run_plain(arguments: argparse.Namespace) -> None:
+    from nanovllm.bench.plain import run_bench
+
+    num_seqs = NUM_SEQS if arguments.num_seqs is None else arguments.num_seqs
+    input_len, output_len = arguments.input_len or LENGTHS, arguments.output_len or LENGTHS
+    with open_llm(arguments) as llm:
+        run_bench(llm, num_seqs, (input_len[0], input_len[1]), (output_len[0], output_len[1]), arguments.seed)
+
+
+def _run_scenarios(arguments: argparse.Namespace) -> None:
+    from nanovllm import bundled_model_path
+    from nanovllm.bench.report import table, write
+    from nanovllm.bench.scenarios import bench_scenarios
+    from nanovllm.bench.session import Plan
+
+    scenarios = choose_scenarios(arguments.scenario, arguments.scale, arguments.num_seqs)
+    plan = Plan(scenarios, arguments.rate or (), arguments.repeat or _DEFAULT_REPETITIONS, arguments.seed)
+    engine = given(arguments, CONFIG_HELP)
+    config = Config(arguments.model or str(bundled_model_path()), **engine)
+    name = f"random weights like {arguments.like}" if arguments.like else arguments.model or "the bundled model"
+    result = bench_scenarios(lambda: open_llm(arguments), config, name, plan, {**engine, **_settings(arguments)})
+    print(table(result))
+    if arguments.results is not None:
+        for path in write(result, arguments.results):
+            print(f"written: {path}")
+
+
+def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options of the measurement that the user gave, for the JSON file."""
+    return given(arguments, ("like", "num_layers", "num_seqs", "seed", "scenario", "rate", "repeat", "scale"))
+
+
+def choose_scenarios(names: list[str], scale: float | None, num_seqs: int | None) -> dict[str, Scenario]:
+    """The scenarios of these names, in their usual order, scaled, and with num_seqs requests if that is given."""
+    chosen = {name: scenario for name, scenario in SCENARIOS.items() if name in names or ALL in names}
+    if scale is not None:
+        chosen = {name: scenario.scaled(scale) for name, scenario in chosen.items()}
+    if num_seqs is not None:
+        chosen = {name: dataclasses.replace(scenario, num_seqs=num_seqs) for name, scenario in chosen.items()}
+    return chosen

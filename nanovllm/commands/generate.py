@@ -4,37 +4,13 @@ import argparse
 import json
 from typing import Any
 
-from nanovllm.commands.options import (
-    SAMPLING_HELP,
-    add_command,
-    add_model_options,
-    add_options,
-    open_llm,
-    sampling_params,
-)
-from nanovllm.console import read_lines_from_stdin
-from nanovllm.engine.chat import chat_prompts
-from nanovllm.sampling_params import SamplingParams
-from nanovllm.validation import require_unicode
+from nanovllm.commands.options import add_command, open_llm, sampling_params
+from nanovllm.commands.prompts import add_generation_options, model_inputs, read_prompts
 
 
 def add_parser(commands: Any) -> None:
     generate = add_command(commands, "generate", run, "continue one prompt or many", " PROMPT [PROMPT ...]")
-    generate.add_argument(
-        "prompts",
-        nargs="+",
-        metavar="PROMPT",
-        help='text to continue; "-" reads prompts from standard input, one a line',
-    )
-    add_model_options(generate)
-    sampling = generate.add_argument_group("sampling")
-    sampling.add_argument("--greedy", action="store_true", help="take the most likely token at every step")
-    add_options(sampling, SamplingParams, SAMPLING_HELP)
-    sampling.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times"
-    )
-    sampling.add_argument("--ignore-eos", action="store_true", help="go on after the model's end-of-sequence token")
-    generate.add_argument("--chat", action="store_true", help="apply the model's chat template to each prompt")
+    add_generation_options(generate)
     generate.add_argument(
         "--json",
         action="store_true",
@@ -44,13 +20,9 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     params = sampling_params(arguments)
-    prompts = _read_prompts(arguments.prompts)
+    prompts = read_prompts(arguments.prompts)
     with open_llm(arguments) as llm:
-        if llm.tokenizer is None:
-            raise ValueError(
-                f"model must have a tokenizer to read prompts, got {arguments.model!r}; add tokenizer.json"
-            )
-        inputs = [_as_chat(llm, prompt) for prompt in prompts] if arguments.chat else prompts
+        inputs = model_inputs(llm, prompts, arguments)
         if len(prompts) == 1 and not arguments.json:
             for item in llm.generate_stream(inputs, params):
                 print(item["text"], end="", flush=True)
@@ -63,23 +35,3 @@ def run(arguments: argparse.Namespace) -> int:
         else:
             print(f"\n>>> {prompt}\n{output['text']}")
     return 0
-
-
-def _read_prompts(prompts: list[str]) -> list[str]:
-    """The prompts of the command line; "-" stands for the lines of standard input, blank ones left out."""
-    read = []
-    for prompt in prompts:
-        if prompt != "-":
-            require_unicode("a prompt", prompt)
-            read.append(prompt)
-        else:
-            read.extend(read_lines_from_stdin())
-    return read
-
-
-def _as_chat(llm: Any, prompt: str) -> list[int]:
-    """Token ids of a conversation that consists of the user's `prompt`, up to where the answer begins."""
-    if not getattr(llm.tokenizer, "chat_template", None):
-        raise ValueError("--chat needs a model with a chat template, and this one has none: leave out --chat")
-    (token_ids,) = chat_prompts(llm.tokenizer, [{"role": "user", "content": prompt}])
-    return token_ids

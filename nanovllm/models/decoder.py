@@ -3,6 +3,8 @@
 Letters: T packed tokens, E hidden size, H query heads, K key/value heads, D head_dim, V vocabulary.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import ClassVar
 
 import torch
@@ -147,6 +149,17 @@ class DecoderForCausalLM(nn.Module):
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """[T, E] -> [T, V] on rank 0; None on the other ranks."""
         return self.lm_head(hidden_states)
+
+
+@contextmanager
+def one_layer_of_each_kind(model: DecoderForCausalLM) -> Iterator[None]:
+    """In the `with` block, `model` has one layer for each kind of MLP; all others launch the same kernels."""
+    decoder, layers = model.model, model.model.layers
+    decoder.layers = nn.ModuleList({type(layer.mlp): layer for layer in layers}.values())
+    try:
+        yield
+    finally:
+        decoder.layers = layers
 
 
 def _build_mlp(config: ModelConfig, layer_index: int, ops: LayerOps, tp: TensorParallel) -> nn.Module:

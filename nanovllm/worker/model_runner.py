@@ -23,7 +23,7 @@ from nanovllm.layers.attention import Attention
 from nanovllm.layers.sampler import Sampler, to_device
 from nanovllm.layers.select_ops import select_ops
 from nanovllm.model_config import ModelConfig
-from nanovllm.models.decoder import build_model
+from nanovllm.models.decoder import build_model, one_layer_of_each_kind
 from nanovllm.models.loader import load_model
 from nanovllm.worker.async_output import AsyncModelOutput
 from nanovllm.worker.cpu_threads import choose_num_threads, torch_threads
@@ -109,7 +109,7 @@ class ModelRunner:
         if self.config.kv_cache_block_size is not None:
             return self.config.kv_cache_block_size
         if self.config.num_kv_cache_blocks is not None:
-            return AttentionBackend.default_block_size  # nano-vllm's: who counts blocks knows how large they are
+            return AttentionBackend.default_block_size  # of nano-vllm, for programs that count its blocks
         return -self.tp.all_reduce_min(-self.default_block_size)
 
     def compile_kernels(self) -> None:
@@ -124,15 +124,17 @@ class ModelRunner:
         config, block_size = self.config, self.block_size
         limits = (config.max_num_batched_tokens, config.max_model_len, config.max_num_seqs)
         num_blocks = config.num_kv_cache_blocks or math.ceil(config.max_model_len / block_size)
-        self._execute(prepare_profile_run(*limits, block_size))
-        cache = self.allocate_kv_cache(1)  # of the right strides; nothing is read or written
-        for query_lens, num_cached_tokens in prefill_warmup_shapes(*limits, num_blocks, block_size):
-            self._execute(dummy_prefill(query_lens, num_cached_tokens, block_size))
         batch_sizes = graph_batch_sizes(config.max_num_seqs)
-        for batch_size in {1, 2, 16, 32, batch_sizes[-1]}.intersection(batch_sizes):
-            self._execute(dummy_decode(batch_size, block_size))
-        for batch_size in shared_prefix_batch_sizes(batch_sizes)[:1] if self.shares_prefixes else ():
-            self._execute(dummy_decode(batch_size, block_size, shares_prefix=True))
+        with one_layer_of_each_kind(self.model):
+            self._execute(prepare_profile_run(*limits, block_size))
+        cache = self.allocate_kv_cache(1)  # of the right strides; nothing is read or written
+        with one_layer_of_each_kind(self.model):
+            for query_lens, num_cached_tokens in prefill_warmup_shapes(*limits, num_blocks, block_size):
+                self._execute(dummy_prefill(query_lens, num_cached_tokens, block_size))
+            for batch_size in batch_sizes:
+                self._execute(dummy_decode(batch_size, block_size))
+            for batch_size in shared_prefix_batch_sizes(batch_sizes) if self.shares_prefixes else ():
+                self._execute(dummy_decode(batch_size, block_size, shares_prefix=True))
         del cache
         for layer in self._attention_layers():
             layer.kv_cache = None

@@ -49,6 +49,12 @@ def _cannot_mount() -> bool:
     return shutil.which("unshare") is None or subprocess.run(command, capture_output=True).returncode != 0
 
 
+def _runs_another_engine() -> bool:
+    from tests.conformance.engines.plugin import adapter_lacks_something
+
+    return adapter_lacks_something()
+
+
 # fmt: off
 ALLOWED = [
     AllowedSkip(
@@ -82,11 +88,28 @@ ALLOWED = [
         "matplotlib sets the document's formulas, and is an extra", lambda: find_spec("matplotlib") is None,
     ),
     AllowedSkip(
+        r"tests/e2e/test_examples\.py::test_.*http_server.*", r"could not import '(starlette|uvicorn)'.*", 2,
+        "the server of one example; the test extra brings it, GPU machines may lack it",
+        lambda: find_spec("starlette") is None or find_spec("uvicorn") is None,
+    ),
+    AllowedSkip(
+        r"tests/e2e/test_examples\.py::test_the_custom_kernel.*", r"could not import 'triton'.*", 1,
+        "Triton exists on Linux only", lambda: not sys.platform.startswith("linux"),
+    ),
+    AllowedSkip(
         r"tests/(kernels/(test_\w+|sampling_probes)|support/kernels/faulty_kernels|unit/layers/test_ops)\.py(::.*)?",
         r"could not import 'triton'.*", 21, "Triton exists on Linux only", lambda: not sys.platform.startswith("linux"),
     ),
     AllowedSkip(
-        r"tests/kernels/test_\w+\.py::.*", re.escape(INTERPRETER_REASON), 300,
+        r"tests/conformance/engines/test_engine\.py::test_contract\[E\d\d\]", r"not applicable: .*", 9,
+        "a run with --engine: its adapter says what that engine cannot do", _runs_another_engine,
+    ),
+    AllowedSkip(
+        r"tests/unit/conformance/test_engine_plugin\.py::test_on_a_gpu\[.*\]", r"(vllm|nano-vllm) is not installed", 2,
+        "other engines, which few GPU machines have", lambda: True,
+    ),
+    AllowedSkip(
+        r"tests/(kernels/test_\w+|e2e/test_examples)\.py::.*", re.escape(INTERPRETER_REASON), 301,
         "the pinned versions can interpret; others are installed on GPU machines", lambda: not interprets(),
     ),
 ]

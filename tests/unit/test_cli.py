@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from nanovllm import LLM, SamplingParams, bundled_model_path, cli, demo
-from nanovllm.bench import draw_requests
+from nanovllm.bench.workload import draw_requests
 from nanovllm.cli_errors import BUG, USER_ERROR
 from nanovllm.commands import generate
 from nanovllm.commands.options import given, sampling_params
@@ -232,7 +232,7 @@ def test_a_bug_shows_its_traceback_and_ctrl_c_one_line(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(generate, "_read_prompts", fail)
+    monkeypatch.setattr(generate, "read_prompts", fail)
     assert cli.main(["generate", PROMPT]) == code
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == first

@@ -12,9 +12,12 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = {
     "ARCHITECTURE.md": "How the engine works",
     "TESTING.md": "What is proved, and how",
+    "docs/performance.md": "How fast it is",
+    "docs/conformance_engines.md": "Contracts for any engine",
     "docs/adding_a_model.md": "Adding a model",
     "docs/adding_a_kernel.md": "Adding a kernel",
     "docs/adding_a_test.md": "Adding a test",
+    "docs/ci.md": "Continuous integration",
     "tests/DEFECTS.md": "Known defects",
 }
 _LANGUAGES = {".py": "python", ".md": "markdown", ".toml": "toml", ".txt": "text"}

@@ -114,3 +114,32 @@ def test_warm_up_runs_every_shape_and_does_not_write_to_the_cache(
     shapes = prefill_warmup_shapes(*limits.values(), *cache.values())
     executed = [call.args[0].cu_seqlens_q.tolist() for call in execute.call_args_list]
     assert executed == [[0, *itertools.accumulate(query_lens)] for query_lens, _ in shapes]
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "qwen3_moe"])
+def test_compiling_runs_one_layer_of_every_shape_and_leaves_the_model_as_it_was(
+    architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = {"max_num_batched_tokens": 90, "max_model_len": 60, "max_num_seqs": 70}
+    model_dir = tiny_model(architecture, max_position_embeddings=60)
+    runner = make_runner(
+        model_dir, device="cpu", attention_backend="torch", max_num_seqs=70, max_num_batched_tokens=90,
+        max_model_len=60, num_kv_cache_blocks=1, kv_cache_block_size=64,
+    )  # fmt: skip
+    layers = runner.model.model.layers
+    runner.compile_ahead, runner.shares_prefixes = lambda run: run(), True
+    steps, num_layers = [], set()
+
+    def execute(model_input):
+        steps.append((model_input.is_prefill, len(model_input.input_ids), model_input.shared_prefixes is not None))
+        num_layers.add(len(runner.model.model.layers))
+
+    monkeypatch.setattr(runner, "_execute", execute)
+    runner.compile_kernels()
+    decodes = [(False, size, False) for size in (1, 2, 4, 8, 16, 32, 48, 64, 70)]
+    assert [step for step in steps if not step[0]] == [*decodes, (False, 64, True), (False, 70, True)]
+    assert sum(is_prefill for is_prefill, *_ in steps) == 1 + len(list(prefill_warmup_shapes(*limits.values(), 1, 64)))
+    assert num_layers == {1}
+    assert runner.model.model.layers is layers
+    assert len(layers) == runner.model_config.num_hidden_layers
+    assert all(layer.kv_cache is None for layer in runner._attention_layers())

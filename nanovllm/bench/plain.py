@@ -1,38 +1,14 @@
-"""Throughput of the engine on random prompts, drawn as nano-vllm's bench.py draws them."""
+"""`nanovllm bench` without a scenario: the throughput of one generate() call."""
 
-import random
 import time
 from typing import TYPE_CHECKING
 
+from nanovllm.bench.workload import draw_requests
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.validation import require_int
 
 if TYPE_CHECKING:
     from nanovllm.engine.llm_engine import LLMEngine
-
-TEMPERATURE = 0.6
-MAX_TOKEN_ID = 10000  # ids are drawn from 0 to this, or from the vocabulary where that is smaller
-
-
-def draw_requests(
-    num_seqs: int, input_len: tuple[int, int], output_len: tuple[int, int], vocab_size: int, seed: int
-) -> tuple[list[list[int]], list[SamplingParams]]:
-    """Prompts of random token ids, and parameters that generate exactly the drawn number of tokens.
-
-    Both ranges hold their ends. Raises ValueError for an empty range or a length below 1.
-    """
-    require_int("num_seqs", num_seqs, 1)
-    for name, (low, high) in (("input_len", input_len), ("output_len", output_len)):
-        require_int(f"{name}'s minimum", low, 1)
-        require_int(f"{name}'s maximum", high, low, remedy="MIN comes before MAX")
-    rng = random.Random(seed)
-    top = min(MAX_TOKEN_ID, vocab_size - 1)
-    prompts = [[rng.randint(0, top) for _ in range(rng.randint(*input_len))] for _ in range(num_seqs)]
-    params = [
-        SamplingParams(temperature=TEMPERATURE, ignore_eos=True, max_tokens=rng.randint(*output_len))
-        for _ in range(num_seqs)
-    ]
-    return prompts, params
 
 
 def run_bench(

@@ -1,11 +1,11 @@
-"""tools/make_random_model.py: checkpoints that the engine takes, of the shapes that the benchmarks name."""
+"""Random checkpoints: ones that the engine takes, of the shapes that the benchmarks name."""
 
 import pytest
 
 from benchmarks.shapes import SHAPES, Shape
 from nanovllm import LLM, SamplingParams
+from nanovllm.bench import random_model as tool
 from nanovllm.models.registry import load_model_config
-from tools import make_random_model as tool
 
 
 @pytest.mark.parametrize("like", tool.SHAPES)

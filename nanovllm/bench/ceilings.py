@@ -1,0 +1,57 @@
+"""What the device reaches at best, measured in the run whose fractions are reported: reading memory, multiplying."""
+
+import time
+from collections.abc import Callable
+from statistics import median
+
+from nanovllm.bench.limits import Ceilings
+from nanovllm.omp_wait_policy import passive_omp_wait
+
+with passive_omp_wait():  # this may be the first import of torch in the process
+    import torch
+
+CPU_BYTES = 2**28  # beyond the last cache
+CPU_MATMUL_SIZE = 1024
+CPU_SECONDS = 1.0  # of each measurement: some CPUs multiply bfloat16 a hundred times more slowly than float32
+MAX_ROUNDS = 15
+
+
+def measure_ceilings(device: torch.device, dtype: str) -> Ceilings:
+    """The ceilings of `device`, a CPU or the current GPU; the matrix product is of `dtype`.
+
+    Takes 2 GiB of a GPU's memory for about a second, and 0.5 GiB of a CPU's for about two. Raises what torch raises if
+    there is less.
+    """
+    torch_dtype = getattr(torch, dtype)
+    if device.type == "cuda":
+        from nanovllm.bench.gpu_ceilings import measure_matmul, measure_read
+
+        memory, matmul = measure_read(), measure_matmul(torch_dtype)
+        torch.cuda.empty_cache()  # the engine sizes its cache from free memory
+    else:
+        memory, matmul = _cpu_memory(), _cpu_matmul(torch_dtype)
+    return Ceilings(memory, matmul)
+
+
+def _cpu_memory() -> float:
+    """Bytes a second: the better of reading and of copying, where a copy reads and writes."""
+    source = torch.rand(CPU_BYTES // 4)
+    target = torch.empty_like(source)
+    return max(CPU_BYTES / _cpu_seconds(source.sum), 2 * CPU_BYTES / _cpu_seconds(lambda: target.copy_(source)))
+
+
+def _cpu_matmul(dtype: torch.dtype) -> float:
+    left, right = (torch.randn(CPU_MATMUL_SIZE, CPU_MATMUL_SIZE).to(dtype) for _ in range(2))
+    return 2 * CPU_MATMUL_SIZE**3 / _cpu_seconds(lambda: left @ right)
+
+
+def _cpu_seconds(call: Callable[[], object]) -> float:
+    """Median seconds of a call, of as many as CPU_SECONDS hold."""
+    call()
+    times = []
+    begin = time.perf_counter()
+    while len(times) < MAX_ROUNDS and (not times or time.perf_counter() - begin < CPU_SECONDS):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return median(times)

@@ -1,0 +1,64 @@
+"""What the current GPU reaches at best: copying, reading, a matrix product. Random data, never zeros; medians."""
+
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+COPY_BYTES = 2**31
+MATMUL_SIZE = 8192
+READ_TILE = 8192
+
+
+def measure_copy() -> float:
+    """Bytes a second of copying, read plus written."""
+    source = _random_integers()
+    target = torch.empty_like(source)
+    return 2 * COPY_BYTES / _median_seconds(lambda: target.copy_(source))
+
+
+def measure_read() -> float:
+    """Bytes a second of reading: the better of two ways."""
+    source = _random_integers()
+    sink = torch.zeros(1, dtype=torch.int32, device="cuda")
+    grid = (source.numel() // READ_TILE,)
+    options: dict[str, Any] = {"TILE": READ_TILE, "num_warps": 8}
+    return COPY_BYTES / min(
+        _median_seconds(lambda: read_kernel[grid](source, sink, **options)),
+        _median_seconds(lambda: torch.max(source)),
+    )
+
+
+def measure_matmul(dtype: torch.dtype = torch.bfloat16) -> float:
+    """Operations a second of a product of two square matrices of MATMUL_SIZE."""
+    left, right = (torch.randn(MATMUL_SIZE, MATMUL_SIZE, device="cuda").to(dtype) for _ in range(2))
+    return 2 * MATMUL_SIZE**3 / _median_seconds(lambda: left @ right)
+
+
+def _random_integers() -> torch.Tensor:
+    return torch.randint(0, 2**31 - 1, (COPY_BYTES // 4,), dtype=torch.int32, device="cuda")
+
+
+@triton.jit
+def read_kernel(source_ptr, sink_ptr, TILE: tl.constexpr):
+    offset = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    largest = tl.max(tl.load(source_ptr + offset))
+    if largest < 0:  # never, which the compiler cannot know: so it loads
+        tl.store(sink_ptr, largest)
+
+
+def _median_seconds(call: Callable[[], object], rounds: int = 15) -> float:
+    for _ in range(3):
+        call()
+    times = []
+    for _ in range(rounds):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e-3)
+    return median(times)

@@ -1,0 +1,146 @@
+"""The physical limit of a scenario: how fast any engine could serve it on a device with given ceilings.
+
+Counted is what no engine can do without. Letters: E hidden size, H query heads, K key/value heads, D head_dim, L
+layers, V vocabulary, I intermediate size; a multiplication and an addition are two operations.
+
+    parameters of a layer's matrices   E D (H + 2K) + H D E + 3 E I       (experts: 3 E I each, and E X for the router)
+    operations of a token              2 x (those that it is multiplied with), and 2 E V where it is sampled
+    operations of attention            4 H D for each query and each key that it attends to, in each layer
+    bytes of a step                    the matrices once, and 2 K D for each key and value of the context, in each layer
+
+    prefill   one step: every prompt token that is not shared, and the shared ones once; one sampled row a request
+    decode    max(output length) - 1 steps, in which all requests that are not finished take part
+    seconds   the sum over the steps of max(bytes / memory ceiling, operations / matrix-product ceiling)
+
+Left out, since they are small or could be avoided: norms, biases, activations, embedding rows, sampling, launches, the
+host. Prefill and decode are counted one after the other; an engine that computes both in one step may hide the smaller
+of the two parts behind the larger one, and no more than that.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from nanovllm.bench.workload import Requests
+from nanovllm.model_config import ModelConfig
+
+BYTES_PER_VALUE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+
+
+class Ceilings(NamedTuple):
+    """What the device reached in this run: memory in bytes a second, matmul in operations a second."""
+
+    memory: float
+    matmul: float
+
+
+class StepWork(NamedTuple):
+    """The least that a step moves and computes."""
+
+    num_bytes: float
+    operations: float
+
+
+class Limit(NamedTuple):
+    """The least seconds of both parts, and the ceiling that sets the larger share of each: "memory" or "matmul"."""
+
+    prefill_seconds: float
+    decode_seconds: float
+    prefill_ceiling: str
+    decode_ceiling: str
+
+    @property
+    def seconds(self) -> float:
+        return self.prefill_seconds + self.decode_seconds
+
+
+def limit(model: ModelConfig, dtype: str, requests: Requests, num_shared: int, ceilings: Ceilings) -> Limit:
+    """The limit of serving `requests` that are all present at the start and generate max_tokens each.
+
+    dtype: of weights and KV cache. num_shared: tokens with which all prompts begin.
+    """
+    lengths = [(len(prompt), params.max_tokens) for prompt, params in zip(*requests, strict=True)]
+    prefill = _seconds([prefill_work(model, dtype, lengths, num_shared)], ceilings)
+    decode = _seconds(decode_works(model, dtype, lengths, num_shared), ceilings)
+    return Limit(prefill[0], decode[0], prefill[1], decode[1])
+
+
+def _seconds(works: "Iterator[StepWork] | list[StepWork]", ceilings: Ceilings) -> tuple[float, str]:
+    """The seconds of all steps, and the ceiling that sets most of them."""
+    by_ceiling = {"memory": 0.0, "matmul": 0.0}
+    for work in works:
+        moving, computing = work.num_bytes / ceilings.memory, work.operations / ceilings.matmul
+        by_ceiling["memory" if moving >= computing else "matmul"] += max(moving, computing)
+    return sum(by_ceiling.values()), max(by_ceiling, key=by_ceiling.__getitem__)
+
+
+def prefill_work(model: ModelConfig, dtype: str, lengths: list[tuple[int, int]], num_shared: int) -> StepWork:
+    """One step over all prompts. lengths: (prompt, output) tokens of each request."""
+    num_tokens = num_shared + sum(prompt - num_shared for prompt, _ in lengths)
+    pairs = _causal_pairs(num_shared) + sum(_causal_pairs(p) - _causal_pairs(num_shared) for p, _ in lengths)
+    return _work(model, dtype, num_tokens, num_rows=len(lengths), num_keys_moved=num_tokens, num_pairs=pairs)
+
+
+def decode_works(model: ModelConfig, dtype: str, lengths: list[tuple[int, int]], num_shared: int) -> Iterator[StepWork]:
+    """The decode steps. Step t computes generated token t of each request that has more than t output tokens."""
+    for step in range(1, max(output for _, output in lengths)):
+        contexts = [prompt + step for prompt, output in lengths if output > step]
+        own_keys = sum(contexts) - num_shared * len(contexts)
+        num_seqs = len(contexts)
+        yield _work(model, dtype, num_seqs, num_seqs, num_shared + own_keys, num_pairs=sum(contexts))
+
+
+def _causal_pairs(length: int) -> int:
+    """Pairs of a query and a key that it attends to: 1 + 2 + ... + length."""
+    return length * (length + 1) // 2
+
+
+def _work(
+    model: ModelConfig, dtype: str, num_tokens: int, num_rows: int, num_keys_moved: int, num_pairs: int
+) -> StepWork:
+    """num_rows: tokens that are sampled. num_keys_moved: tokens whose key and value are read or written in each layer.
+    num_pairs: pairs of query and key in each layer.
+    """
+    bytes_per_value = BYTES_PER_VALUE[dtype]
+    lm_head = model.hidden_size * model.vocab_size
+    keys = 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim * num_keys_moved
+    attention = 4 * model.num_hidden_layers * model.num_attention_heads * model.head_dim * num_pairs
+    return StepWork(
+        num_bytes=bytes_per_value * (layer_parameters(model, num_tokens) + lm_head + keys),
+        operations=2 * num_tokens * parameters_per_token(model) + 2 * num_rows * lm_head + attention,
+    )
+
+
+def parameters_per_token(model: ModelConfig) -> float:
+    """Parameters of the layers' matrices with which one token is multiplied."""
+    chosen = 0 if model.moe is None else model.moe.num_experts_per_tok
+    return _attention_parameters(model) + _mlp_parameters(model, chosen)
+
+
+def layer_parameters(model: ModelConfig, num_tokens: int) -> float:
+    """Parameters of the layers' matrices that a step over num_tokens tokens reads.
+
+    Of the experts these are the ones that some token chooses: of X experts, n tokens that choose k each at random leave
+    a fraction (1 - k/X)^n unread. Tokens that prefer the same experts read fewer.
+    """
+    if model.moe is None:
+        return _attention_parameters(model) + _mlp_parameters(model, 0)
+    num_experts, chosen = model.moe.num_experts, model.moe.num_experts_per_tok
+    read = num_experts * (1 - (1 - chosen / num_experts) ** num_tokens)
+    return _attention_parameters(model) + _mlp_parameters(model, read)
+
+
+def _attention_parameters(model: ModelConfig) -> int:
+    heads = 2 * model.num_attention_heads + 2 * model.num_key_value_heads
+    return model.num_hidden_layers * model.hidden_size * model.head_dim * heads
+
+
+def _mlp_parameters(model: ModelConfig, num_experts: float) -> float:
+    """Dense layers, and num_experts experts and the router of each layer with experts."""
+    moe = model.moe
+    num_moe = 0 if moe is None else len(moe.layers)
+    dense = 3 * model.hidden_size * model.intermediate_size
+    total: float = (model.num_hidden_layers - num_moe) * dense
+    if moe is not None:
+        expert = 3 * model.hidden_size * moe.moe_intermediate_size
+        total += num_moe * (num_experts * expert + model.hidden_size * moe.num_experts)
+    return total

@@ -1,0 +1,16 @@
+"""The machine and the versions on which figures depend."""
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+
+def machine_info(gpu: str | None) -> dict[str, Any]:
+    """Device and versions, and nothing that differs between two machines of one kind. gpu: its name; None without."""
+    versions: dict[str, str | None] = {}
+    for package in ("torch", "triton", "flash-attn"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    return {"gpu": gpu, "cpu": platform.machine(), "python": platform.python_version(), **versions}

@@ -1,0 +1,104 @@
+"""limits: work and seconds against numbers computed by hand, against torch's counts, and against a built model."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from nanovllm.bench import limits
+from nanovllm.bench.limits import Ceilings, Limit, StepWork
+from nanovllm.model_config import ModelConfig, MoEConfig
+from nanovllm.models.registry import load_model_config
+from nanovllm.sampling_params import SamplingParams
+from tests.support.tiny_models import ARCHITECTURES, tiny_model
+
+
+@pytest.fixture(scope="module")
+def model() -> ModelConfig:
+    """3 layers of 8 x 4 x (2 x 2 + 2 x 1) + 3 x 8 x 16 = 576 parameters, together 1728; an output layer of 80."""
+    sizes = {"hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4, "vocab_size": 10}
+    config = load_model_config(tiny_model("llama"))
+    return dataclasses.replace(config, num_hidden_layers=3, intermediate_size=16, **sizes)
+
+
+def test_work_of_a_prefill_of_two_prompts(model) -> None:
+    """3 and 2 tokens: 6 + 3 pairs. A key and its value are 2 x 3 layers x 4 numbers, a pair 4 x 3 x 8 operations."""
+    work = limits.prefill_work(model, "float16", [(3, 9), (2, 9)], num_shared=0)
+    assert work == StepWork(2 * (1728 + 80 + 24 * 5), 2 * 5 * 1728 + 2 * 2 * 80 + 96 * 9)
+
+
+def test_work_of_decode_steps_counts_the_unfinished_requests(model) -> None:
+    """Outputs of 3 and 2 tokens: the prefill gives the first one, so there are two steps, of 2 sequences and of 1."""
+    first, second = limits.decode_works(model, "float32", [(3, 3), (2, 2)], num_shared=0)
+    assert first == StepWork(4 * (1728 + 80 + 24 * (4 + 3)), 2 * 2 * (1728 + 80) + 96 * (4 + 3))
+    assert second == StepWork(4 * (1728 + 80 + 24 * 5), 2 * (1728 + 80) + 96 * 5)
+
+
+def test_a_shared_prefix_is_computed_once_and_read_once_a_step(model) -> None:
+    """2 shared tokens and 1 and 2 others: 5 tokens; 3 + (6 - 3) + (10 - 3) pairs, since each query has all its keys."""
+    prefill = limits.prefill_work(model, "float16", [(3, 2), (4, 2)], num_shared=2)
+    assert prefill == StepWork(2 * (1728 + 80 + 24 * 5), 2 * 5 * 1728 + 2 * 2 * 80 + 96 * 13)
+    (decode,) = limits.decode_works(model, "float16", [(3, 2), (4, 2)], num_shared=2)
+    assert decode == StepWork(2 * (1728 + 80 + 24 * (2 + 2 + 3)), 2 * 2 * (1728 + 80) + 96 * (4 + 5))
+
+
+def test_the_limit_is_the_sum_over_steps_of_the_larger_time(model) -> None:
+    """At 1 byte and 4 operations a second the prefill (3856 bytes, 18,464 operations) is bound by the matrix product,
+    and the decode steps (3952 and 7904, 3856 and 4096) are bound by memory.
+    """
+    requests = [[1, 2, 3], [1, 2]], [SamplingParams(max_tokens=3), SamplingParams(max_tokens=2)]
+    found = limits.limit(model, "float16", requests, 0, Ceilings(memory=1.0, matmul=4.0))
+    assert found == Limit(18464 / 4, 3952 + 3856, "matmul", "memory")
+    assert found.seconds == 4616 + 7808
+    halved = limits.limit(model, "float16", requests, 0, Ceilings(memory=2.0, matmul=8.0))
+    assert halved.seconds == found.seconds / 2
+
+
+def test_requests_of_one_token_have_no_decode_steps(model) -> None:
+    found = limits.limit(model, "float16", ([[1]], [SamplingParams(max_tokens=1)]), 0, Ceilings(1.0, 1e9))
+    assert found.decode_seconds == 0.0
+    assert found.prefill_seconds > 0.0
+
+
+def test_experts_that_no_token_chooses_are_not_read(model) -> None:
+    """4 experts, 2 a token: one token reads 2 of them, two tokens 4 (1 - 1/2 x 1/2) = 3, many tokens all."""
+    moe = MoEConfig(
+        num_experts=4, num_experts_per_tok=2, moe_intermediate_size=5, norm_topk_prob=True, layers=frozenset({1, 2})
+    )
+    sparse = dataclasses.replace(model, moe=moe)
+    rest = 3 * 8 * 4 * 6 + 3 * 8 * 16 + 2 * 8 * 4  # attention, the dense layer, two routers
+    expert = 2 * 3 * 8 * 5  # in both layers
+    assert limits.layer_parameters(sparse, 1) == rest + 2 * expert == limits.parameters_per_token(sparse)
+    assert limits.layer_parameters(sparse, 2) == rest + 3 * expert
+    assert limits.layer_parameters(sparse, 1000) == pytest.approx(rest + 4 * expert)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_parameters_are_those_of_the_checkpoint(architecture: str) -> None:
+    """All matrices of the checkpoint but the embedding, read from its file."""
+    from safetensors.torch import load_file
+
+    directory = tiny_model(architecture)
+    tensors = load_file(directory / "model.safetensors")
+    matrices = {name: tensor for name, tensor in tensors.items() if tensor.dim() > 1 and ".layers." in name}
+    found = limits.layer_parameters(load_model_config(directory), num_tokens=10**6)
+    assert found == pytest.approx(sum(tensor.numel() for tensor in matrices.values()))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+def test_operations_of_a_prefill_are_those_that_torch_counts(architecture: str) -> None:
+    """transformers computes all pairs of a query and a key, and logits of every row: both are taken away."""
+    from transformers import AutoModelForCausalLM
+
+    directory, length = tiny_model(architecture), 7
+    config = load_model_config(directory)
+    peer = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        peer(torch.arange(length)[None])
+    pairs_not_causal = length * length - length * (length + 1) // 2
+    attention = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * pairs_not_causal
+    rows = 2 * (length - 1) * config.hidden_size * config.vocab_size
+    rotation = 2 * length * (config.head_dim // 2)  # where a version multiplies positions and frequencies as matrices
+    work = limits.prefill_work(config, "float32", [(length, 1)], 0)
+    assert 0 <= counter.get_total_flops() - attention - rows - work.operations <= rotation

@@ -1,0 +1,173 @@
+"""`nanovllm bench --scenario`: a whole run on the bundled model, and what is refused."""
+
+import json
+from typing import Any
+
+import pytest
+
+from nanovllm import cli
+from nanovllm.bench import ceilings, random_model, scenarios
+from nanovllm.bench.workload import SCENARIOS, draw_scenario
+from nanovllm.cli_errors import USER_ERROR
+from nanovllm.commands.bench import choose_scenarios
+from nanovllm.engine.llm_engine import LLMEngine
+
+TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 99,
+}
+
+
+@pytest.fixture(autouse=True)
+def _small_ceilings(monkeypatch) -> None:
+    """Two seconds less for each run."""
+    monkeypatch.setattr(ceilings, "CPU_BYTES", 2**20)
+    monkeypatch.setattr(ceilings, "CPU_MATMUL_SIZE", 64)
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The line on stderr with which the options are refused."""
+    assert cli.main(["bench", *arguments]) == USER_ERROR
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("nanovllm: error: ")
+    return line
+
+
+def test_scenarios_of_the_bundled_model_are_measured_and_written(tmp_path, capsys) -> None:
+    options = ["--scenario", "prefix", "headline", "--scale", "0.02", "--rate", "500", "--repeat", "2", "--seed", "4"]
+    assert cli.main(["bench", *options, "--results", str(tmp_path / "out"), "--device", "cpu"]) == 0
+    captured = capsys.readouterr()
+    lines = captured.out.splitlines()
+    assert [line.split()[0] for line in lines[2:4]] == ["headline", "prefix"]
+    assert [line.split()[0] for line in lines[7:11]] == ["headline", "headline", "prefix", "prefix"]
+    assert "the bundled model, float32; " in captured.out
+    assert lines[-2] == f"written: {tmp_path / 'out' / 'bench.json'}"
+    assert captured.err.splitlines()[-1].startswith("Measuring: 50/50 in ")
+
+    written = json.loads((tmp_path / "out" / "bench.json").read_text(encoding="utf-8"))
+    assert written["options"]["rate"] == [500.0]
+    assert written["options"]["device"] == "cpu"
+    for row in written["rows"]:
+        scenario = SCENARIOS[row["scenario"]].scaled(0.02)
+        for repetition in row["repetitions"]:
+            prompts, params = draw_scenario(scenario, 512, repetition["seed"])
+            assert repetition["num_input_tokens"] == sum(map(len, prompts))
+            assert repetition["num_output_tokens"] == sum(param.max_tokens for param in params)
+        assert 0 < row["time_to_first_token"]["median"] <= row["time_to_first_token"]["p99"]
+        assert row["gpu_idle"] is None
+        assert (row["fraction"] is None) == (row["rate"] is not None)
+
+
+@pytest.mark.gpu
+@pytest.mark.whole_gpu
+def test_on_a_gpu_the_idle_share_and_the_limit_are_measured(tmp_path, capsys) -> None:
+    """With the real ceilings. A small model leaves the GPU idle for a part of the time, and computes for another."""
+    options = ["--scenario", "small", "prefill", "--scale", "0.1", "--repeat", "1", "--rate", "50"]
+    assert cli.main(["bench", *options, "--results", str(tmp_path), "--device", "cuda"]) == 0
+    written = json.loads((tmp_path / "bench.json").read_text(encoding="utf-8"))
+    assert written["machine"]["gpu"] in capsys.readouterr().out
+    assert written["ceilings"]["memory"] > 1e11
+    assert written["ceilings"]["matmul"] > 1e12
+    for row in written["rows"]:
+        if row["rate"] is None:
+            assert 0 <= row["gpu_idle"] < 1
+            assert 0 < row["fraction"] < 1
+        else:
+            assert row["gpu_idle"] is None
+
+
+@pytest.mark.parametrize("scenario", [[], ["--scenario", "single", "--scale", "0.02", "--repeat", "1"]])
+def test_random_weights_of_a_named_shape_are_measured(scenario: list[str], capsys, monkeypatch) -> None:
+    """With and without a scenario; the shape is made small."""
+    class_name, options = random_model.SHAPES["llama-3-8b"]
+    monkeypatch.setitem(random_model.SHAPES, "llama-3-8b", (class_name, {**options, **TINY, "head_dim": 16}))
+    models: list[Any] = []
+    start = LLMEngine.__init__
+
+    def recorded_start(self: LLMEngine, model: str, **options: Any) -> None:
+        start(self, model, **options)
+        models.append((self.vocab_size, len(self._core.executor._runner.model.model.layers)))
+
+    monkeypatch.setattr(LLMEngine, "__init__", recorded_start)
+    like = ["--like", "llama-3-8b", "--num-layers", "2", "--device", "cpu", "--max-num-seqs", "4", "--num-seqs", "2"]
+    assert cli.main(["bench", *like, *scenario]) == 0
+    assert models == [(99, 2)]
+    captured = capsys.readouterr()
+    assert ("random weights like llama-3-8b, bfloat16" if scenario else "2 requests, ") in captured.out
+    assert "no --model given" not in captured.err
+
+
+def test_scenarios_are_chosen_in_their_usual_order_scaled_and_with_another_number_of_requests() -> None:
+    assert list(choose_scenarios(["small", "headline"], None, None).items()) == [
+        (name, SCENARIOS[name]) for name in ("headline", "small")
+    ]
+    assert choose_scenarios(["all"], None, None) == SCENARIOS
+    chosen = choose_scenarios(["prefill"], 0.1, 50)["prefill"]
+    assert (chosen.num_seqs, chosen.input_len) == (50, (400, 400))
+
+
+SINGLE = ("--scenario", "single")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--rate", "3", "--scale", "1"), "--rate, --scale needs a scenario: add --scenario"),
+        ((*SINGLE, "--rate", "0"), "--rate must be a number above 0, in requests a second, got 0.0"),
+        ((*SINGLE, "--rate", "5", "-2"), "--rate must be a number above 0, in requests a second, got -2.0"),
+        ((*SINGLE, "--rate", "nan"), "--rate must be a number above 0, in requests a second, got nan"),
+        ((*SINGLE, "--scale", "0"), "--scale must be a number above 0, got 0.0"),
+        ((*SINGLE, "--repeat", "0"), "--repeat must be an integer of at least 1, got 0"),
+        ((*SINGLE, "--num-seqs", "0"), "--num-seqs must be an integer of at least 1, got 0"),
+        ((*SINGLE, "--seed", "-1"), "--seed must be an integer of at least 0, got -1"),
+        ((*SINGLE, "--input-len", "3", "4"), "a scenario has lengths of its own: leave out --input-len"),
+        ((*SINGLE, "--like", "qwen3-0.6b", "--model", "x"), "leave out one of the two"),
+        ((*SINGLE, "--num-layers", "3"), "add --like, or leave it out"),
+        ((*SINGLE, "--like", "qwen3-0.6b", "--num-layers", "0"), "--num-layers must be an integer of at least 1"),
+        ((*SINGLE, "--model", "/nothing-here"), "--model must be an existing directory or a hub id"),
+        ((*SINGLE, "--max-model-len", "100"), "lower --scale to 0.15, set --max-model-len to at least 640"),
+        (("--scenario", "all"), "which is what the model takes, got 4016 in 'prefill'; lower --scale to 0.5"),
+    ],
+)
+def test_a_wrong_use_is_refused_before_anything_is_measured(
+    options: tuple[str, ...], message: str, capsys, monkeypatch
+) -> None:
+    monkeypatch.setattr(scenarios, "measure_ceilings", None)
+    assert message in refusal(capsys, *options)
+
+
+@pytest.mark.parametrize("option", [["--scenario", "nothing"], ["--scenario"], ["--like", "gpt-5"], ["--rate", "fast"]])
+def test_what_argparse_refuses_is_named(option: list[str], capsys) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["bench", *option])
+    assert f"argument {option[0]}: " in capsys.readouterr().err
+
+
+def test_an_output_that_is_a_file_is_refused(tmp_path, capsys) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    assert "--results must be a directory, got the file" in refusal(capsys, *SINGLE, "--results", str(file))
+    line = refusal(capsys, *SINGLE, "--results", str(file / "below"))
+    assert "Not a directory" in line
+
+
+def test_like_is_refused_under_torchrun(capsys, monkeypatch) -> None:
+    """The other processes could not read a model in a temporary directory of this one."""
+    names = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in {**names, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    line = refusal(capsys, *SINGLE, "--like", "qwen3-0.6b")
+    assert "write one with python -m tools.make_random_model --like qwen3-0.6b DIR, and give --model DIR" in line
+
+
+def test_the_help_lists_the_scenarios_and_how_to_end_within_a_minute_without_a_gpu(capsys) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["bench", "--help"])
+    text = capsys.readouterr().out
+    for name in SCENARIOS:
+        assert f"  {name} " in text
+    assert "prefix     256 x 2000 shared and 100 tokens in, 64 out" in text
+    assert "nanovllm bench --scenario all --scale 0.1" in text
