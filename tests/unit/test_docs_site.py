@@ -1,5 +1,6 @@
 """The document that `make docs` builds: its links, examples, formulas, pictures and exercises."""
 
+import html
 import importlib
 import os
 import re
@@ -64,6 +65,19 @@ def test_committed_pictures_are_what_the_code_draws() -> None:
         (words, numbers), (drawn_words, drawn_numbers) = (_words_and_numbers(text) for text in texts)
         assert words == drawn_words, f"{name}.svg differs; python -m tools.docs draws it anew"
         assert numbers == pytest.approx(drawn_numbers, abs=0.11), f"{name}.svg differs; python -m tools.docs"
+
+
+@pytest.mark.parametrize("name", picture_names())
+def test_words_of_a_picture_stay_inside_it(name: str) -> None:
+    """A letter of a sans-serif font is about half as wide as it is high: 6 units, 5.3 in the small size."""
+    svg = draw(name).file()
+    width, height = (int(number) for number in re.findall(r'viewBox="0 0 (\d+) (\d+)"', svg)[0])
+    for x, y, anchor, look, text in re.findall(r'<text x="(.*?)" y="(.*?)" text-anchor="(.*?)"(.*?)>(.*?)</text>', svg):
+        length = len(html.unescape(text)) * (5.3 if "small" in look else 6.0)
+        left = float(x) - length * {"start": 0, "middle": 0.5, "end": 1}[anchor]
+        assert left >= -2, (name, text)
+        assert left + length <= width + 2, (name, text)
+        assert 8 <= float(y) <= height, (name, text)
 
 
 def _words_and_numbers(text: str) -> tuple[list[str], list[float]]:

@@ -26,7 +26,7 @@ def _colors(colors: dict[str, str]) -> str:
 
 
 _SHAPES = (
-    ".picture{font:12px sans-serif}.picture text{fill:var(--ink)}.picture .faint{fill:var(--faint)}"
+    ".picture{font:12px Helvetica,Arial,sans-serif}.picture text{fill:var(--ink)}.picture .faint{fill:var(--faint)}"
     ".picture .small{font-size:10.5px}.picture .bold{font-weight:bold}"
     ".picture rect,.picture circle{stroke:var(--grid);fill:none}.picture .free{fill:var(--free)}"
     ".picture path{stroke:var(--faint);fill:none;stroke-width:1.3}.picture path.head{fill:var(--faint);stroke:none}"

@@ -38,7 +38,7 @@ def draw() -> Drawing:
         drawing.arrow((150, top + 16), (196, top + 16), look="ab"[b])
         for index, block in enumerate(table):
             drawing.box(200 + index * 44, top + 2, 44, 28, "ab"[b], block)
-    drawing.text(200, 14, "block table, in the order of the text", "faint small", "start")
+    drawing.text(200, 14, "block table, in text order", "faint small", "start")
     drawing.text(12, 138, "KV cache: weight of each key, %", "bold", "start")
     drawing.text(12, 284, "The weights of each sequence sum to 100.", "faint small", "start")
     return drawing

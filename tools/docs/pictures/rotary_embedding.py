@@ -25,7 +25,7 @@ def draw() -> Drawing:
             drawing.arrow((x, y), (x + radius * dx, y - radius * dy), look="abcd"[pair])
             if pair < 2 or position in (0, 5):
                 drawing.text(x + (radius + 9) * dx, y - (radius + 9) * dy + 4, position, "small")
-    drawing.text(8, 172, "pair 0 of a query (q) and of a key (k), two positions apart", "bold", "start")
+    drawing.text(8, 172, "pair 0 of a query and a key, and q·k", "bold", "start")
     for number, (query, key) in enumerate(PLACES):
         x, y = 62 + number * step, 240
         drawing.circle(x, y, radius)
@@ -34,7 +34,7 @@ def draw() -> Drawing:
             drawing.arrow((x, y), (x + radius * dx, y - radius * dy), look=look)
             drawing.text(x + (radius + 9) * dx, y - (radius + 9) * dy + 4, name, f"{look} bold")
         (qx, qy), (kx, ky) = turned(0, query), turned(0, key)
-        drawing.text(x, 316, f"q at {query}, k at {key}: q·k = {qx * kx + qy * ky:.2f}", "small")
+        drawing.text(x, 316, f"q at {query}, k at {key}: {qx * kx + qy * ky:.2f}", "small")
     return drawing
 
 

@@ -25,7 +25,7 @@ def draw() -> Drawing:
     _branch(drawing, 178, second_norm, feed_forward[:-1], "silu_and_mul", feed_forward[-1])
     _box(drawing, 6, 300, 92, names[-2].split(".")[-2], "c")
     _box(drawing, 6, 336, 92, names[-1].split(".")[-2], "a")
-    drawing.text(106, 354, "logits: one number for each token of the vocabulary", "faint small", "start")
+    drawing.text(106, 354, "logits: a number for each token id", "faint small", "start")
     drawing.text(106, 22, "a vector for each token of the text", "faint small", "start")
     return drawing
 
