@@ -17,6 +17,7 @@ DOCUMENTS = {
     "docs/adding_a_model.md": "Adding a model",
     "docs/adding_a_kernel.md": "Adding a kernel",
     "docs/adding_a_test.md": "Adding a test",
+    "docs/adding_a_page.md": "Adding a page",
     "docs/ci.md": "Continuous integration",
     "tests/DEFECTS.md": "Known defects",
 }
