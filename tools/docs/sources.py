@@ -75,18 +75,9 @@ def line_of(path: str, place: str) -> int:
 
 
 def tests_of(reference_name: str) -> dict[str, str]:
-    """Test files that import a file of reference/, directly or through tests/support -> their first sentence.
-
-    If some import it directly, only those.
-    """
+    """Test files that import a file of reference/, directly or through tests/support -> their first sentence."""
     module = f"reference.{reference_name}"
-    direct = {path: sentence for path, (modules, sentence) in _test_files().items() if module in modules}
-    if any(not path.startswith("tests/unit/reference/") for path in direct):
-        return direct
-    through = {
-        path: sentence for path, (modules, sentence) in _test_files().items() if module in _with_support(modules)
-    }
-    return direct | through
+    return {path: sentence for path, (modules, sentence) in _test_files().items() if module in _with_support(modules)}
 
 
 @cache
