@@ -9,4 +9,5 @@ pytest_plugins = [
     "tests.support.replay.plugin",
     "tests.support.gpu_sharing",
     "tests.conformance.engines.plugin",
+    "tests.support.kernels.own_plugin",  # after gpu_sharing: its hook of the command line comes first
 ]

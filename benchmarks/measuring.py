@@ -1,7 +1,7 @@
 """One kernel on one shape: checked, then timed in turns with its peers, and put in proportion to the ceiling."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import median
 from typing import Any
@@ -10,6 +10,8 @@ import torch
 
 from benchmarks import arithmetic
 from benchmarks.timing import Replay, choose_num_calls, choose_num_sets, rough_seconds
+from tests.support.kernels.own_kernels import without_own_kernels
+from tests.support.kernels.plans import keep_plans
 
 ROUNDS = 15
 ROUNDS_OF_SLOW_PEERS = 3
@@ -35,6 +37,28 @@ class Measured:
     work: arithmetic.Work
     peers: Mapping[str, Function] = field(default_factory=dict)
     tolerance: float = TOLERANCE
+
+
+def beside_ours(measured: Measured) -> Measured:
+    """The benchmark of a callable that --kernel gave, whose first peer is our kernel.
+
+    The callable runs once on each set of inputs but the first before it is recorded: what plans on the host, as
+    FlashInfer does, has its plan by then. The first set runs when the results are checked.
+    """
+
+    keep_plans()
+
+    def make(index: int) -> tuple[Any, ...]:
+        inputs = measured.make(index)
+        if index:
+            measured.run(*inputs)
+        return inputs
+
+    def ours(*inputs: Any) -> Any:
+        with without_own_kernels():
+            return measured.run(*inputs)
+
+    return replace(measured, make=make, peers={"ours": ours, **measured.peers})
 
 
 class Measurement:

@@ -114,14 +114,15 @@ def draw(result: Result | HostResult, folder: Path) -> Path:
     names = [f"{row['kernel']}, {row['case']}" for row in rows]
     axes.barh(names, [row["fraction"] for row in rows], color=[colours[row["ceiling"]] for row in rows])
     for position, row in enumerate(rows):
-        for name, marker in (("flash-attn", "|"), ("torch", ".")):
+        for name, marker in (("flash-attn", "|"), ("torch", "."), ("ours", "x")):
             if name in row["peers"]:
                 axes.plot(row["floor_microseconds"] / row["peers"][name], position, marker, color="black")
     axes.axvline(1.0, color="gray")
     axes.set_xlim(0, 1.05)
     axes.tick_params(labelsize=6)
     axes.set_xlabel("fraction of the ceiling: " + ", ".join(f"{c} {n}" for n, c in colours.items()))
-    axes.set_title(f"{result.machine['gpu']}; | flash-attn, . plain PyTorch", fontsize=8)
+    ours = ", x our kernel" if any("ours" in row["peers"] for row in rows) else ""
+    axes.set_title(f"{result.machine['gpu']}; | flash-attn, . plain PyTorch{ours}", fontsize=8)
     return _saved(figure, folder / "kernels.png")
 
 

@@ -19,6 +19,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import gc
 import random
+import shlex
 import sys
 from typing import Any
 
@@ -81,6 +82,9 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
         markers = item.config.option.markexpr
         is_default = not markers or markers in item.config.getini("addopts")
         option = "" if is_default else f"-m '{markers}' "
+        option += "".join(
+            f"--kernel {shlex.quote(spec)} " for spec in getattr(item.config.option, "kernel", None) or ()
+        )
         text = f"{_repeating_command(item.config)} {option}'{item.nodeid}'"
         text += "\n(without the test's name: all tests in the same order)"
         report.sections.append(("repeat with", text))

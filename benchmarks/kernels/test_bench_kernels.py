@@ -1,9 +1,14 @@
-"""Every benchmark that a registered kernel declares, at its points of benchmarks.shapes.POINTS."""
+"""Every benchmark that a registered kernel declares, at its points of benchmarks.shapes.POINTS.
+
+With --kernel, the benchmarks of a callable of the tester's own, beside our kernel.
+"""
 
 import pytest
 import torch
 
+from benchmarks.measuring import beside_ours
 from benchmarks.shapes import POINTS
+from tests.support.kernels.own_kernels import NotJudged, must_be_called, sources
 from tests.support.kernels.registry import kernels
 
 CASES = [
@@ -14,8 +19,17 @@ CASES = [
 ]
 
 
+@pytest.mark.own_kernel
 @pytest.mark.parametrize(("kernel", "name", "point"), CASES)
 def test_kernel(measure, kernel, name, point):
     if kernel.capability not in (None, torch.cuda.get_device_capability()):
         pytest.skip("needs compute capability {}.{}".format(*kernel.capability))
-    measure(name, point, kernel.measured[name](*POINTS[name][point]))
+    measured = kernel.measured[name](*POINTS[name][point])
+    if sources(kernel.name):
+        try:
+            with must_be_called():
+                measured.run(*measured.make(0))
+        except NotJudged as reason:
+            pytest.skip(str(reason))
+        measured = beside_ours(measured)
+    measure(f"{name}{sources(kernel.name)}", point, measured)

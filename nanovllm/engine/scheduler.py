@@ -2,7 +2,7 @@
 
 Prefill has priority: a step computes prompts if any fit, and otherwise one token of each running sequence. Requests are
 served in order of arrival: the running queue followed by the waiting queue is always in that order, and the sequence
-that was admitted last is preempted first.
+that was admitted last is preempted first. It is one file because all of it changes the same two queues.
 """
 
 from collections import deque

@@ -1,4 +1,7 @@
-"""ModelRunner: one rank's model and KV cache, and the computation of a step."""
+"""ModelRunner: one rank's model and KV cache, and the computation of a step.
+
+It is one file because start-up and steps share the model, the cache and the graphs.
+"""
 
 import gc
 import math

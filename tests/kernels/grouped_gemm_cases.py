@@ -191,4 +191,5 @@ KERNEL = Kernel(
     steps={"": Steps(launch, None, met_at_start=True)},
     measured={"grouped_gemm": measured},
     reached_by="qwen3_moe",
+    beyond_contract=frozenset({"order of tokens"}),
 )

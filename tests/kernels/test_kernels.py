@@ -18,15 +18,17 @@ from benchmarks.shapes import POINTS
 from nanovllm.worker.warmup import prefill_warmup_shapes
 from tests.support.counts import count_comparisons
 from tests.support.kernels.accuracy import assert_repeats
-from tests.support.kernels.compiling import assert_fits, compile_launches, names_of_launches
+from tests.support.kernels.compiling import assert_fits, compile_launches, compile_own_launches, names_of_launches
 from tests.support.kernels.interpreting import INTERPRETER, failure_of
+from tests.support.kernels.own_kernels import NotJudged, sources
 from tests.support.kernels.reaching import kernels_of_interpreted_llm, kernels_of_llm_on_a_gpu
-from tests.support.kernels.registry import Check, Kernel, kernels
+from tests.support.kernels.registry import Check, Kernel, Limits, kernels
 from tests.support.kernels.versions import INTERPRETER_REASON, interprets
-from tests.support.source_tree import ROOT, parse, python_files
+from tests.support.source_tree import parse, python_files
 
 KERNELS = kernels()
 EACH_KERNEL = pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
+ANY_THAT_CAN_BE_LAUNCHED = Limits(max_stack_bytes=2**62)
 NEEDS_INTERPRETER = pytest.mark.skipif(not interprets(), reason=INTERPRETER_REASON)
 
 
@@ -40,17 +42,21 @@ def each(attribute: str) -> pytest.MarkDecorator:
 def report(kernel: Kernel, name: str, failure: str) -> None:
     """Fail the test with `failure`, unless that is empty. The command that repeats the test follows in its report."""
     if failure:
-        pytest.fail(f"kernel {kernel.name}, case {name!r}: {failure}", pytrace=False)
+        pytest.fail(f"kernel {kernel.name}{sources(kernel.name)}, case {name!r}: {failure}", pytrace=False)
 
 
 # --- interpreted ---
 
 
 @NEEDS_INTERPRETER
+@pytest.mark.own_kernel
 @each("cases")
 def test_interpreted(kernel: Kernel, name: str) -> None:
     """D50, D51, D52, D53, D56, D57, D58: each case in three orders of the grid's programs, between guard margins."""
-    report(kernel, name, INTERPRETER.run(kernel.module, name).failure)
+    outcome = INTERPRETER.run(kernel.module, name)
+    report(kernel, name, outcome.failure)
+    if outcome.not_judged:
+        pytest.skip(outcome.not_judged)
 
 
 @NEEDS_INTERPRETER
@@ -67,12 +73,8 @@ def test_every_function_of_the_file_runs_in_its_cases(kernel: Kernel) -> None:
 
 def jit_functions(kernel: Kernel) -> list[str]:
     """Names of the functions in the kernel's file that a `jit` decorates."""
-    functions = [node for node in parse(file_of(kernel.name)).body if isinstance(node, ast.FunctionDef)]
+    functions = [node for node in parse(kernel.file).body if isinstance(node, ast.FunctionDef)]
     return [node.name for node in functions if any("jit" in ast.unparse(mark) for mark in node.decorator_list)]
-
-
-def file_of(name: str) -> Any:
-    return ROOT / "nanovllm" / "kernels" / f"{name}.py"
 
 
 def test_every_file_with_kernels_is_registered() -> None:
@@ -93,10 +95,22 @@ def compilations() -> Iterator[Any]:
                 yield pytest.param(kernel, name, capability, dtype, id=f"{kernel.name}-{name}-{target}")
 
 
+@pytest.mark.own_kernel
 @pytest.mark.parametrize(("kernel", "name", "capability", "dtype"), list(compilations()))
 def test_compiled(kernel: Kernel, name: str, capability: int, dtype: Any) -> None:
-    """For a GPU that need not be there: within its declared limits of registers, shared memory and stack."""
+    """For a GPU that need not be there: within its declared limits of registers, shared memory and stack.
+
+    What --kernel gives must be possible to launch.
+    """
     compilation = kernel.compiled[name]
+    if sources(kernel.name):
+        try:
+            all_compiled = compile_own_launches(lambda: compilation.launch(dtype, capability), capability, kernel.name)
+        except NotJudged as reason:
+            pytest.skip(str(reason))
+        for compiled in all_compiled:
+            assert_fits(compiled, ANY_THAT_CAN_BE_LAUNCHED)
+        return
     own = [
         compiled
         for compiled in compile_launches(lambda: compilation.launch(dtype, capability), capability)
@@ -114,8 +128,8 @@ def test_every_launched_kernel_is_compiled(kernel: Kernel) -> None:
     for compilation in kernel.compiled.values():
         capability, dtype = compilation.targets[0]
         names |= names_of_launches(lambda c=compilation, d=dtype, sm=capability: c.launch(d, sm))
-    calls = (node.func for node in ast.walk(parse(file_of(kernel.name))) if isinstance(node, ast.Call))
-    launched = {ast.unparse(call.value) for call in calls if isinstance(call, ast.Subscript)}  # name[grid](...)
+    calls = (node for node in ast.walk(parse(kernel.file)) if isinstance(node, ast.Call))
+    launched = {ast.unparse(call.args[0]) for call in calls if ast.unparse(call.func) == "launch"}
     assert set(kernel.launched) == launched & set(jit_functions(kernel)) == names & set(jit_functions(kernel))
 
 
@@ -209,10 +223,14 @@ def device(kernel: Kernel) -> str:
 
 
 @pytest.mark.gpu
+@pytest.mark.own_kernel
 @each("gpu_cases")
 def test_on_a_gpu(kernel: Kernel, name: str, device: str) -> None:
     """D07, D50, D51, D52, D53, D56, D57, D58: the interpreted cases, real sizes, all dtypes, CUDA graphs."""
-    report(kernel, name, failure_of(kernel.gpu_cases[name], device))
+    try:
+        report(kernel, name, failure_of(kernel.gpu_cases[name], device))
+    except NotJudged as reason:
+        pytest.skip(str(reason))
 
 
 def drawn_checks(kernel: Kernel) -> list[Check]:
@@ -242,11 +260,18 @@ def test_draws_depend_on_the_seed_alone(kernel: Kernel) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.own_kernel
 @EACH_KERNEL
 def test_drawn_on_a_gpu(kernel: Kernel, device: str) -> None:
     """Shapes, dtypes and options that Hypothesis draws."""
-    for check in drawn_checks(kernel):
-        report(kernel, "drawn", failure_of(check, device))
+    reasons, checks = [], drawn_checks(kernel)
+    for check in checks:
+        try:
+            report(kernel, "drawn", failure_of(check, device))
+        except NotJudged as reason:
+            reasons.append(str(reason))
+    if len(reasons) == len(checks):
+        pytest.skip(reasons[0])
 
 
 @pytest.mark.gpu

@@ -55,6 +55,11 @@ def _runs_another_engine() -> bool:
     return adapter_lacks_something()
 
 
+def _is_kernel_given() -> bool:
+    registry = sys.modules.get("tests.support.kernels.registry")
+    return bool(registry is not None and registry.REPLACED)
+
+
 # fmt: off
 ALLOWED = [
     AllowedSkip(
@@ -93,12 +98,12 @@ ALLOWED = [
         lambda: find_spec("starlette") is None or find_spec("uvicorn") is None,
     ),
     AllowedSkip(
-        r"tests/e2e/test_examples\.py::test_the_custom_kernel.*", r"could not import 'triton'.*", 1,
+        r"tests/e2e/test_examples\.py::test_(the_custom_kernel|the_suite_judges).*", r"could not import 'triton'.*", 2,
         "Triton exists on Linux only", lambda: not sys.platform.startswith("linux"),
     ),
     AllowedSkip(
         r"tests/(kernels/(test_\w+|sampling_probes)|support/kernels/faulty_kernels|unit/layers/test_ops)\.py(::.*)?",
-        r"could not import 'triton'.*", 21, "Triton exists on Linux only", lambda: not sys.platform.startswith("linux"),
+        r"could not import 'triton'.*", 24, "Triton exists on Linux only", lambda: not sys.platform.startswith("linux"),
     ),
     AllowedSkip(
         r"tests/conformance/engines/test_engine\.py::test_contract\[E\d\d\]", r"not applicable: .*", 9,
@@ -109,8 +114,22 @@ ALLOWED = [
         "other engines, which few GPU machines have", lambda: True,
     ),
     AllowedSkip(
-        r"tests/(kernels/test_\w+|e2e/test_examples)\.py::.*", re.escape(INTERPRETER_REASON), 301,
+        r"tests/(kernels/test_\w+|e2e/test_examples)\.py::.*", re.escape(INTERPRETER_REASON), 402,
         "the pinned versions can interpret; others are installed on GPU machines", lambda: not interprets(),
+    ),
+    AllowedSkip(
+        r"tests/kernels/test_adapters\.py::test_the_library_passes_our_cases_on_a_gpu\[.*\]",
+        r"could not import '(flash_attn|flashinfer|vllm\..*)'.*", 10, "libraries whose signatures are adapted",
+        lambda: None in map(find_spec, ("flash_attn", "flashinfer", "vllm")),
+    ),
+    AllowedSkip(
+        r"tests/(unit/test_flashinfer_trace|kernels/test_trace_solutions)\.py::test_.*",
+        r"could not import 'flashinfer_bench'.*", 11, "it has the models of FlashInfer-Trace's format, and is optional",
+        lambda: find_spec("flashinfer_bench") is None,
+    ),
+    AllowedSkip(
+        r"(tests|benchmarks)/kernels/test_\w+\.py::.*", r"not judged: .*", 10_000,
+        "a callable given by --kernel need not support every case", _is_kernel_given,
     ),
 ]
 # fmt: on

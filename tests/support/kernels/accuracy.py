@@ -35,7 +35,7 @@ def assert_within_the_error_of_plain_torch(
     plain: the reference in the same dtype. exact: the reference on float64 copies of the inputs. Errors are the largest
     over the tensor, the unit that of its largest element: it is the rounding of the output itself. NaN anywhere fails.
     """
-    assert (actual.dtype, actual.shape) == (plain.dtype, plain.shape)
+    _assert_same_kind(kernel, actual, plain)
     assert exact.dtype == torch.float64
     if exact.numel() == 0:
         return
@@ -57,11 +57,18 @@ def assert_within_the_error_of_plain_torch(
 
 def assert_same_bits(kernel: str, actual: torch.Tensor, expected: torch.Tensor, axes: Axes = ()) -> None:
     """Equal bit for bit, NaN included."""
-    assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
+    _assert_same_kind(kernel, actual, expected)
     integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[actual.element_size()]
     differs = actual.contiguous().view(integer) != expected.contiguous().view(integer)
     assert not differs.any(), _where(kernel, actual, expected, differs, differs.double(), axes)
     counted(kernel, actual)
+
+
+def _assert_same_kind(kernel: str, actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """Of one dtype and shape."""
+    got = f"{actual.dtype} {list(actual.shape)}" if isinstance(actual, torch.Tensor) else type(actual).__name__
+    wanted = f"{expected.dtype} {list(expected.shape)}"
+    assert got == wanted, f"{kernel} returns {got}, and its reference {wanted}"
 
 
 def _where(

@@ -14,7 +14,8 @@ from pathlib import Path
 from unittest.mock import patch
 
 from tests.support.counts import COMPILED, count_kernel_comparisons
-from tests.support.kernels.registry import Limits
+from tests.support.kernels.own_kernels import NOT_JUDGED, NotJudged
+from tests.support.kernels.registry import Limits, kernels
 from tests.support.kernels.versions import tolerated_stack_bytes
 
 MAX_REGISTERS_OF_AN_SM = 65536
@@ -85,6 +86,30 @@ def compile_launches(launch: Callable[[], object], capability: int = 90) -> list
     files_of = dict(zip(kernels, files, strict=True))  # each kernel once, however often it was launched
     read = {kernel: _read_resources(kernel, file, capability) for kernel, file in files_of.items()}
     return [read[kernel] for kernel in kernels]
+
+
+def compile_own_launches(launch: Callable[[], object], capability: int, name: str) -> list[Compiled]:
+    """compile_launches of a callable that --kernel gave in the place of a launcher of kernel `name`.
+
+    Without those of our other kernels that launch() launches too. Raises NotJudged if the callable cannot run on
+    tensors without contents, or launches no Triton kernel.
+    """
+    from triton.errors import TritonError
+
+    none = f"{NOT_JUDGED}: on tensors without contents it launches no Triton kernel"
+    try:
+        compiled = [one for one in compile_launches(launch, capability) if one.file not in kernels().keys() - {name}]
+    except TritonError:
+        raise
+    except AssertionError as error:
+        raise NotJudged(none) from error
+    except Exception as error:  # whatever it raises where it looks at contents, or asks for a GPU
+        error = error.__cause__ if isinstance(error, NotJudged) and error.__cause__ is not None else error
+        reason = f"{type(error).__name__}: {error}".splitlines()[0].split(". ")[0]
+        raise NotJudged(f"{NOT_JUDGED}: it does not run on tensors without contents ({reason})") from error
+    if not compiled:
+        raise NotJudged(none)
+    return compiled
 
 
 def names_of_launches(launch: Callable[[], object]) -> set[str]:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 from tests.support.counts import add_counts, counting
-from tests.support.kernels import gluon_emulation
+from tests.support.kernels import gluon_emulation, own_kernels
 from tests.support.kernels.registry import Check
 from tests.support.limits import HANG_SECONDS
 
@@ -28,12 +28,14 @@ ORDERS = ("in order", "reversed", "shuffled")
 class Outcome(NamedTuple):
     """failure: what to print, or "" if the case passed. functions: names of the @triton.jit functions that ran.
 
-    counts: what was compared, as Counts.to_properties gives it.
+    counts: what was compared, as Counts.to_properties gives it. not_judged: why the case says nothing about a callable
+    that --kernel gave, or "".
     """
 
     failure: str
     functions: frozenset[str] = frozenset()
     counts: Sequence[tuple[str, Any]] = ()
+    not_judged: str = ""
 
 
 class Interpreter:
@@ -44,7 +46,7 @@ class Interpreter:
 
     def run(self, module: str, case: str, timeout: float = HANG_SECONDS) -> Outcome:
         """Run KERNEL.cases[case] of `module` in every order. What it compares is counted for the running test."""
-        outcome = self.call(run_case, module, case, timeout=timeout)
+        outcome = self.call(run_case, module, case, own_kernels.installed_specs(), timeout=timeout)
         add_counts(outcome.counts)
         return outcome
 
@@ -95,15 +97,22 @@ def _serve(connection: Any) -> None:
         connection.send(result)
 
 
-def run_case(module: str, case: str) -> Outcome:
-    """In the process that interprets: the case in every order, up to the first in which it fails."""
+def run_case(module: str, case: str, own_specs: Sequence[str] = ()) -> Outcome:
+    """In the process that interprets: the case in every order, up to the first in which it fails.
+
+    own_specs: the values of --kernel, whose callables are loaded in this process and take our launchers' place.
+    """
     gluon_emulation.install()
+    own_kernels.install(own_specs)
     check = importlib.import_module(module).KERNEL.cases[case]
     failure = ""
     with counting() as counts, recorded_functions() as functions:
         for order in ORDERS:
             with program_order(order):
-                failure = failure_of(check, "cpu")
+                try:
+                    failure = failure_of(check, "cpu")
+                except own_kernels.NotJudged as reason:
+                    return Outcome("", not_judged=str(reason))
             if failure:
                 failure = f"programs {order}\n{failure}"
                 break
@@ -111,14 +120,20 @@ def run_case(module: str, case: str) -> Outcome:
 
 
 def failure_of(check: Check, device: str) -> str:
-    """What the check says when it fails, with what it was given and where it failed; "" if it passes."""
+    """What the check says when it fails, with what it was given and where it failed; "" if it passes.
+
+    Raises NotJudged if it says nothing about a callable that --kernel gave.
+    """
     name = getattr(check, "__name__", check)
     try:
-        check(device)
+        with own_kernels.must_be_called():
+            check(device)
+    except own_kernels.NotJudged:
+        raise
     except AssertionError as error:
         frames = traceback.extract_tb(error.__traceback__)
         frame = next(frame for frame in reversed(frames) if not frame.filename.endswith(("accuracy.py", "guards.py")))
-        return f"{name}\n{error or frame.line}\n(at {os.path.relpath(frame.filename)}:{frame.lineno})"
+        return f"{name}\n{str(error) or frame.line}\n(at {os.path.relpath(frame.filename)}:{frame.lineno})"
     except Exception:
         return f"{name}\n{traceback.format_exc()}"
     return ""

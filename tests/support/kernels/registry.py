@@ -4,16 +4,18 @@ The common tests (tests/kernels/test_kernels.py), compute-sanitizer's run and th
 find a new kernel by its file of cases; docs/adding_a_kernel.md shows one.
 """
 
+import ast
 import importlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from tests.support.source_tree import ROOT
+from tests.support.source_tree import ROOT, parse
 
 Check = Callable[[str], None]  # runs on a device, "cpu" if interpreted or "cuda", and raises AssertionError
 Inputs = dict[str, Any]  # a launcher's arguments
@@ -80,12 +82,14 @@ class Kernel:
     drawn: a Hypothesis strategy of checks, run on a GPU only. What it makes may depend on nothing but its draws.
     measured: benchmarks, NAME -> function of a point of benchmarks.shapes.POINTS[NAME], which gives a Measured.
     reached_by: the configuration, of reaching.CONFIGURATIONS, of an LLM that launches these kernels.
+    beyond_contract: names of cases that check what this implementation promises beyond its launcher's contract, such as
+        equal bits in another batch; they do not run on a callable given by --kernel.
     capability: of the only GPUs that it runs on.
     """
 
     name: str
     launched: Mapping[str, Limits]
-    cases: Mapping[str, Check]
+    cases: dict[str, Check]
     compiled: Mapping[str, Compilation]
     drawn: Any
     refused: Refused | None
@@ -93,11 +97,16 @@ class Kernel:
     reached_by: str = "llama"
     on_gpu: Mapping[str, Check] = field(default_factory=dict)
     steps: Mapping[str, Steps] = field(default_factory=dict)
+    beyond_contract: frozenset[str] = frozenset()
     capability: tuple[int, int] | None = None
 
     @property
     def module(self) -> str:
         return f"tests.kernels.{self.name}_cases"
+
+    @property
+    def file(self) -> Path:
+        return ROOT / "nanovllm" / "kernels" / f"{self.name}.py"
 
     @property
     def gpu_cases(self) -> dict[str, Check]:
@@ -150,14 +159,22 @@ def _name(axis: str, value: Any) -> str:
     return " x ".join(map(str, value)) if isinstance(value, tuple) else f"{axis} {value}"
 
 
+REPLACED: dict[str, Callable[..., Any]] = {}  # path of lazy() -> callable given by --kernel; see own_kernels.py
+_PATHS: dict[str, None] = {}  # every path that lazy() was given, in order
+
+
 def lazy(path: str) -> Callable[..., Any]:
     """nanovllm.kernels' function `path`, such as "rms_norm.add_rms_norm".
 
-    Imported when it is first called: at its import, triton decides whether it interprets.
+    Imported when it is first called: at its import, triton decides whether it interprets. Calls go to the callable in
+    REPLACED instead, if there is one.
     """
     module, _, name = path.rpartition(".")
+    _PATHS.setdefault(path)
 
     def call(*args: Any, **kwargs: Any) -> Any:
+        if path in REPLACED:
+            return REPLACED[path](*args, **kwargs)
         return getattr(importlib.import_module(f"nanovllm.kernels.{module}"), name)(*args, **kwargs)
 
     call.__name__ = name
@@ -167,6 +184,19 @@ def lazy(path: str) -> Callable[..., Any]:
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     """A tensor without contents, for what is compiled and not run."""
     return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def launchers(kernel: Kernel) -> list[str]:
+    """Paths, as lazy() takes them, of the kernel's launchers: what its cases call and takes a tensor."""
+    functions = {node.name: node for node in parse(kernel.file).body if isinstance(node, ast.FunctionDef)}
+    paths = {path: functions.get(path.rpartition(".")[2]) for path in _PATHS if path.startswith(f"{kernel.name}.")}
+    return [path for path, function in paths.items() if function is not None and _launches(function)]
+
+
+def _launches(function: ast.FunctionDef) -> bool:
+    parameters = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
+    takes_tensor = any("Tensor" in ast.unparse(one.annotation) for one in parameters if one.annotation is not None)
+    return takes_tensor and not (function.returns is not None and ast.unparse(function.returns) == "bool")
 
 
 @cache
