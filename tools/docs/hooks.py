@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT))  # MkDocs runs this file by its path
 import reference  # noqa: E402
 from tools.docs.page import page_path, reference_page, title  # noqa: E402
 from tools.docs.pictures import figure  # noqa: E402
-from tools.docs.sources import DOCUMENTS, Sources, document_page, source_markdown, source_page  # noqa: E402
+from tools.docs.sources import DOCUMENTS, Sources, document_page, heading, source_markdown, source_page  # noqa: E402
 from tools.docs.svg import STYLE  # noqa: E402
 
 
@@ -22,7 +22,7 @@ def on_config(config: MkDocsConfig) -> None:
     config.nav = [
         {"Start here": "index.md"},
         {"The ideas, in order": [{f"{n}. {title(name)}": page_path(name)} for n, name in _numbered()]},
-        {"The engine": [{name: document_page(path)} for path, name in DOCUMENTS.items()]},
+        {"The engine": [{heading(path): document_page(path)} for path in DOCUMENTS]},
     ]
 
 

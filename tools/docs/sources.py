@@ -8,19 +8,9 @@ from pathlib import Path
 from tools.mutants.mutant import definitions
 
 ROOT = Path(__file__).resolve().parents[2]
-# Documents of the checkout that are pages of the site as they are.
-DOCUMENTS = {
-    "ARCHITECTURE.md": "How the engine works",
-    "TESTING.md": "What is proved, and how",
-    "docs/performance.md": "How fast it is",
-    "docs/conformance_engines.md": "Contracts for any engine",
-    "docs/adding_a_model.md": "Adding a model",
-    "docs/adding_a_kernel.md": "Adding a kernel",
-    "docs/adding_a_test.md": "Adding a test",
-    "docs/adding_a_page.md": "Adding a page",
-    "docs/ci.md": "Continuous integration",
-    "tests/DEFECTS.md": "Known defects",
-}
+# Documents of the checkout that are pages of the site as they are, in the order of its menu.
+_GUIDES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))
+DOCUMENTS = ("ARCHITECTURE.md", "TESTING.md", *_GUIDES, "tests/DEFECTS.md")
 _LANGUAGES = {".py": "python", ".md": "markdown", ".toml": "toml", ".txt": "text"}
 _NOT_ABOUT_THE_ENGINE = ("conftest", "test_reference_catalogue", "test_docs_site")
 
@@ -44,6 +34,11 @@ class Sources:
         self.linked.add(path.rstrip("/"))
         anchor = f"#__codelineno-0-{line_of(path, place)}" if place else ""
         return posixpath.relpath(source_page(path), posixpath.dirname(page)) + anchor
+
+
+def heading(path: str) -> str:
+    """The first heading of a document."""
+    return (ROOT / path).read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
 
 
 def document_page(path: str) -> str:
