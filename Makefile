@@ -24,7 +24,7 @@ TEST_ENV := $(QUIET) OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo check quick test test-gpu sanitize bench benchmarks mutants mutants-defects lint format clean
+.PHONY: help install demo check quick test test-gpu sanitize bench benchmarks mutants mutants-defects docs lint format clean
 
 help: ## explain the targets
 	@echo "nanovllm: a small LLM inference engine that anyone can read, and a test suite that proves it"
@@ -86,7 +86,8 @@ benchmarks: ## time every kernel against the GPU's ceiling, and the host side (a
 	@$(NEEDS) pytest pytest_benchmark hypothesis torch
 	$(QUIET) "$(MACHINE_PYTHON)" -m pytest --benchmark-only $(ARGS)
 
-mutants: mutants-defects $(VENV)/.mutmut ## put errors into the code: do the tests notice? known defects, then those that mutmut makes (hours)
+mutants: mutants-defects $(VENV)/.mutmut ## put errors into the code: do the tests notice? known defects, the document's exercises, then those that mutmut makes (hours)
+	$(TEST_ENV) $(BIN)/python -m tools.mutants --workers $(WORKERS) --tests-pass --data docs/site/exercises
 	$(TEST_ENV) WORKERS=$(WORKERS) $(BIN)/python -m tools.mutants.generic
 
 mutants-defects: $(STAMP) ## put each known defect of tests/DEFECTS.md back (minutes)
@@ -94,6 +95,15 @@ mutants-defects: $(STAMP) ## put each known defect of tests/DEFECTS.md back (min
 
 $(VENV)/.mutmut: $(STAMP)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[mutants]'
+	@touch $@
+
+docs: $(VENV)/.docs ## build the document, a site of pages that are made from reference/, into build/docs
+	@$(BIN)/python -m tools.docs
+	@$(TEST_ENV) NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "open build/docs/index.html"
+
+$(VENV)/.docs: $(STAMP)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	@touch $@
 
 lint: $(STAMP) ## check format, style, types, words and which module imports which

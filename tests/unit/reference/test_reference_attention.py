@@ -1,4 +1,4 @@
-"""attention, packing, slot_mapping, store_kvcache, paged_attention against loops, torch and laws.
+"""The references of attention and of the KV cache against loops, torch and laws.
 
 Everything runs in float64. Two orders of summing n terms of size 1 differ by at most about n * 2**-53; with n below 100
 and a softmax in between, 1e-12 is a safe bound and ten orders of magnitude below any mistake.
@@ -14,6 +14,7 @@ from torch import Tensor
 from reference.attention import attention
 from reference.packing import packing, unpacking, varlen_attention
 from reference.paged_attention import paged_attention
+from reference.shared_prefix_attention import shared_prefix_attention
 from reference.slot_mapping import slot_mapping
 from reference.store_kvcache import store_kvcache
 from tests.support.comparing import assert_close
@@ -161,3 +162,12 @@ def test_without_cu_seqlens_each_sequence_has_one_query() -> None:
     assert torch.equal(paged_attention(query, k_cache, v_cache, tables, context_lens), expected)
     padded = paged_attention(query[:1], k_cache, v_cache, torch.tensor([[-1]]), torch.tensor([0]))
     assert torch.equal(padded, torch.zeros_like(padded)), "a padded row reads nothing"
+
+
+@pytest.mark.parametrize("shared_lens", [[0, 0], [4, 4], [1, 3], [6, 5]], ids=str)
+def test_a_shared_prefix_changes_nothing(shared_lens: list[int]) -> None:
+    """Attention over two parts of the keys, merged, is attention over all: also where a part has no keys."""
+    k_cache, v_cache, query = random(4, 2, 2, 4, seed=1), random(4, 2, 2, 4, seed=2), random(2, 4, 4, seed=3)
+    tables, context_lens = torch.tensor([[3, 1, 0], [3, 1, 2]]), torch.tensor([6, 5])
+    expected = paged_attention(query, k_cache, v_cache, tables, context_lens)
+    close(shared_prefix_attention(query, k_cache, v_cache, tables, context_lens, torch.tensor(shared_lens)), expected)

@@ -1,4 +1,4 @@
-"""rms_norm, silu_and_mul, rotary_embedding, moe, tensor_parallel against torch, complex numbers, loops and laws.
+"""References of layers (norms, rotary embedding, experts, shards) against torch, complex numbers, loops and laws.
 
 Everything runs in float64; sums of fewer than 100 terms of size 1 agree to 1e-12 in any order.
 """
@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from reference.linear import linear
 from reference.moe import moe
 from reference.rms_norm import rms_norm
 from reference.rotary_embedding import inverse_frequencies, rotary_embedding
@@ -25,6 +26,12 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 def close(actual: Tensor, expected: Tensor) -> None:
     assert_close("reference: layers against loops, PyTorch and laws", actual, expected, rtol=0, atol=1e-12)
+
+
+def test_linear_equals_torch_with_and_without_a_bias() -> None:
+    x, weight, bias = random(5, 7), random(3, 7, seed=1), random(3, seed=2)
+    close(linear(x, weight), F.linear(x, weight))
+    close(linear(x, weight, bias), F.linear(x, weight, bias))
 
 
 @pytest.mark.parametrize("eps", [1e-6, 1e-2])
