@@ -71,6 +71,7 @@ class InputProcessor:
                 logger.warning(TWO_BOS_WARNING, self._tokenizer.bos_token)
         if params.stop and self._tokenizer is None:
             raise ValueError(f"stop strings need a tokenizer and the model has none, got stop={params.stop!r}")
+        assert self._config.kv_cache_block_size is not None  # LLMEngine has set it to the executor's
         seq = Sequence(token_ids, params, block_size=self._config.kv_cache_block_size)
         self._validate_request(seq)
         return seq
