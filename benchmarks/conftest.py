@@ -157,7 +157,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         results.append(report.HostResult(machine, rows))
     for result in results:
         terminalreporter.write_line(report.table(result))
-        for path in report.write(result, RESULTS / "own_kernels" if config.option.kernel else RESULTS):
+        for path in report.write(
+            result, RESULTS / "own_kernels" if getattr(config.option, "kernel", None) else RESULTS
+        ):
             terminalreporter.write_line(f"written: {path}")
     if DECISIONS in config.stash:
         terminalreporter.section("against the stored run")
