@@ -3,6 +3,7 @@
 It is one file, since all tests give callables of one file.
 """
 
+import os
 import re
 import subprocess
 import sys
@@ -126,7 +127,9 @@ def _ours_again() -> Iterator[None]:
 
 def run_pytest(*arguments: str) -> tuple[int, str]:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    # Without those of this process: in a worker of xdist, pytest-benchmark measures nothing.
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     return done.returncode, done.stdout + done.stderr
 
 

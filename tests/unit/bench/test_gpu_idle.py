@@ -68,8 +68,9 @@ def test_the_windows_are_steps_of_the_kind_that_the_scenario_is_about(
     class Profiler:
         """Counts the steps inside the profiled window."""
 
-        def __init__(self, activities: list[Any]) -> None:
+        def __init__(self, activities: list[Any], acc_events: bool) -> None:
             assert [activity.name for activity in activities] == ["CUDA"]
+            assert acc_events, "torch warns that it clears events, and the suite makes errors of warnings"
 
         def __enter__(self) -> None:
             kinds.clear()
