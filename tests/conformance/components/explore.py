@@ -1,0 +1,311 @@
+"""Draws scenarios, runs them on a target, and shrinks those that break a contract to the fewest steps.
+
+Python's generator draws and the loops below shrink, not Hypothesis: a candidate may crash or hang its process, so
+that the next one runs in another process, and shrinking starts from a scenario that was recorded before the crash.
+"""
+
+import itertools
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from tests.conformance.components.adapters import NotRecognised
+from tests.conformance.components.target import Broken, Setup, Target
+
+Step = tuple[Any, ...]  # ("add", tokens, max_tokens, ignore_eos), ("step",), ("abort", number)
+MINIMAL = {"block_size": 2, "num_blocks": 1, "max_num_seqs": 1, "max_num_batched_tokens": 1}
+IMPORT = "from tests.conformance.components.target import Target"
+MAX_RUNS = 2000  # of shrinking one scenario
+
+
+@dataclass(frozen=True)
+class Scenario:
+    setup: Setup
+    steps: tuple[Step, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        return {"setup": asdict(self.setup), "steps": self.steps}
+
+    @staticmethod
+    def from_json(value: dict[str, Any]) -> "Scenario":
+        steps = tuple(
+            tuple(tuple(part) if isinstance(part, list) else part for part in step) for step in value["steps"]
+        )
+        return Scenario(Setup(**value["setup"]), steps)
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.steps)
+
+    def script(self, path: str, contract: str, message: str) -> str:
+        """The lines that repeat it. The last one raises Broken."""
+        default = Setup()
+        sizes = [f"{field.name}={getattr(self.setup, field.name)!r}" for field in fields(Setup)]
+        given = [text for text, field in zip(sizes, fields(Setup), strict=True) if _differs(self.setup, default, field)]
+        lines = [
+            IMPORT,
+            "",
+            f"target = Target({', '.join([repr(path), f'only={contract!r}', *given])})",
+        ]
+        for step, number in _grouped(self.steps):
+            lines.append(f"target.{_call(step, number)}")
+        lines[-1] += f"  # {contract}: {message}"
+        return "\n".join(lines) + "\n"
+
+
+def _differs(setup: Setup, default: Setup, field: Any) -> bool:
+    if field.name == "max_model_len":
+        return setup.max_model_len != setup.num_blocks * setup.block_size + 1
+    return getattr(setup, field.name) != getattr(default, field.name)
+
+
+def _num_given(setup: Setup) -> int:
+    return sum(_differs(setup, Setup(), field) for field in fields(Setup))
+
+
+def _grouped(steps: tuple[Step, ...]) -> Iterator[tuple[Step, int]]:
+    index = 0
+    while index < len(steps):
+        end = index + 1
+        while end < len(steps) and steps[index] == steps[end] == ("step",):
+            end += 1
+        yield steps[index], end - index
+        index = end
+
+
+def _call(step: Step, number: int) -> str:
+    kind, *values = step
+    if kind == "add":
+        tokens, max_tokens, ignore_eos = values
+        return f"add({list(tokens)}, max_tokens={max_tokens}{', ignore_eos=True' if ignore_eos else ''})"
+    if kind == "step":
+        return f"step({number if number > 1 else ''})"
+    return f"{kind}({', '.join(map(repr, values))})"
+
+
+# --- drawing ---
+
+
+def draw(rng: random.Random, is_chunked: bool, can_abort: bool, has_weak_hash: bool) -> Scenario:
+    block_size, num_blocks = rng.choice((2, 2, 3, 4)), rng.randint(2, 9)
+    room = num_blocks * block_size
+    max_num_seqs = rng.randint(1, 4)
+    budget = max_num_seqs + rng.randint(0, 6) if is_chunked and rng.random() < 0.7 else room + rng.randint(1, 8)
+    setup = Setup(block_size, num_blocks, max_num_seqs, budget, weak_hash=has_weak_hash and rng.random() < 0.15)
+    steps: list[Step] = []
+    texts: list[tuple[int, ...]] = []
+    for _ in range(rng.randint(1, 7)):
+        tokens = rng.choice(texts) if texts and rng.random() < 0.4 else _text(rng, room)
+        tokens = tokens[: rng.randint(1, room)][: room - 1]
+        texts.append(tokens)
+        longest = room - len(tokens)
+        max_tokens = longest if rng.random() < 0.3 else min(longest, rng.randint(1, 6))
+        steps.append(("add", tokens, max_tokens, rng.random() < 0.5))
+        steps += [("step",)] * rng.choice((0, 0, 1, 1, 2, 4, 12))
+        if can_abort and rng.random() < 0.2:
+            steps.append(("abort", rng.randrange(len(texts))))
+    return Scenario(setup, tuple(steps))
+
+
+def _text(rng: random.Random, room: int) -> tuple[int, ...]:
+    length = rng.randint(1, min(room, 14))
+    letters = (0,) if rng.random() < 0.3 else (0, 1)
+    return tuple(rng.choice(letters) for _ in range(length))
+
+
+# --- running ---
+
+
+@dataclass
+class Outcome:
+    """contract, message: what was broken first; None if all holds. num_steps: of the scenario and of its finish."""
+
+    contract: str | None
+    message: str
+    scenario: Scenario
+    checked: Counter[str]
+    not_applicable: dict[str, str]
+
+
+def run(path: str, scenario: Scenario, muted: set[str], make: Callable[..., Target] = Target) -> Outcome:
+    """Run `scenario` and finish all of its requests. muted: isolated contracts that are known to be broken."""
+    sizes = {field.name: getattr(scenario.setup, field.name) for field in fields(Setup)}
+    target = make(path, **sizes)
+    target.muted = muted
+    done: list[Step] = []
+    contract, message = None, ""
+    try:
+        for step in (*scenario.steps, ("finish",)):
+            kind, *values = step
+            if kind != "finish":
+                done.append(step)
+                getattr(target, kind)(*values)
+                continue
+            steps = target.num_steps
+            try:
+                target.finish()
+            except Broken as error:
+                is_end = error.contract in ("C04", "C17")
+                done += [("finish",)] if is_end else [("step",)] * (target.num_steps - steps)
+                raise
+    except Broken as error:
+        contract, message = error.contract, error.message
+    finally:
+        target.adapter.close()
+    if scenario.setup.weak_hash and contract != "C07":
+        contract = None
+    return Outcome(contract, message, Scenario(scenario.setup, tuple(done)), target.checked, target.not_applicable)
+
+
+# --- shrinking ---
+
+
+def shrink(scenario: Scenario, still_breaks: Callable[[Scenario], Scenario | None]) -> Scenario:
+    """The smallest scenario found that breaks the same contract.
+
+    still_breaks: the scenario up to the step that breaks the contract, or None if nothing breaks it.
+    """
+    best, runs, is_smaller = scenario, 0, True
+    while is_smaller:
+        is_smaller = False
+        for candidate in _candidates(best):
+            if runs == MAX_RUNS or _size(candidate) >= _size(best):
+                continue
+            runs += 1
+            found = still_breaks(candidate)
+            if found is not None and _size(found) < _size(best):
+                best, is_smaller = found, True
+                break
+    return best
+
+
+def _size(scenario: Scenario) -> tuple[Any, ...]:
+    adds = [step for step in scenario.steps if step[0] == "add"]
+    setup = scenario.setup
+    return (
+        len(scenario.steps),
+        sum(len(step[1]) + step[2] for step in adds),
+        sum(map(sum, (step[1] for step in adds))) + sum(step[3] for step in adds),
+        _num_given(setup),
+        sum(getattr(setup, name) for name in MINIMAL),
+    )
+
+
+def _candidates(scenario: Scenario) -> Iterator[Scenario]:
+    """Smaller scenarios, the boldest first. They are of `scenario` as it was, so that some no longer fit."""
+    setup, steps = scenario.setup, scenario.steps
+    for length in (8, 4, 2, 1):
+        for index in range(0, len(steps), max(1, length // 2)):
+            yield Scenario(setup, _without(steps, index, index + length))
+    for first in range(len(steps)):
+        if steps[first][0] == "add":
+            for second in range(first + 1, len(steps)):
+                rest = _without(steps, second, second + 1)
+                yield Scenario(setup, _without(rest, first, first + 1))
+    for index, step in enumerate(steps):
+        if step[0] != "add":
+            continue
+        kind, tokens, max_tokens, ignore_eos = step
+        changes = [(tokens[: len(tokens) // 2 or 1], max_tokens), (tokens[:-1], max_tokens), (tokens[1:], max_tokens)]
+        changes += [(tokens, 1), (tokens, max_tokens // 2), (tokens, max_tokens - 1)]
+        changes += [(tuple(0 for _ in tokens), max_tokens)]
+        changes += [((*tokens[:i], 0, *tokens[i + 1 :]), max_tokens) for i, token in enumerate(tokens) if token]
+        for new_tokens, new_max in changes:
+            if new_tokens and new_max >= 1:
+                yield Scenario(setup, (*steps[:index], (kind, new_tokens, new_max, ignore_eos), *steps[index + 1 :]))
+        yield Scenario(setup, (*steps[:index], (kind, tokens, max_tokens, False), *steps[index + 1 :]))
+    for number in range(len(MINIMAL) + 1):
+        for kept in itertools.combinations(MINIMAL, number):
+            yield _fitting(Setup(weak_hash=setup.weak_hash, **{name: getattr(setup, name) for name in kept}), steps)
+    for name, least in MINIMAL.items():
+        value = getattr(setup, name)
+        for other in sorted({least, value // 2, value - 1, getattr(Setup(), name)}):
+            if least <= other != value:
+                yield _fitting(replace(setup, max_model_len=0, **{name: other}), steps)
+
+
+def _without(steps: tuple[Step, ...], start: int, end: int) -> tuple[Step, ...]:
+    """Steps without those of the range; aborts keep their request."""
+    number, mapping, kept = 0, {}, []
+    for index, step in enumerate(steps):
+        is_removed = start <= index < end
+        if step[0] == "add":
+            if not is_removed:
+                mapping[number] = len(mapping)
+            number += 1
+        if is_removed:
+            continue
+        if step[0] == "abort":
+            if step[1] in mapping:
+                kept.append(("abort", mapping[step[1]]))
+            continue
+        kept.append(step)
+    return tuple(kept)
+
+
+def _fitting(setup: Setup, steps: tuple[Step, ...]) -> Scenario:
+    """The steps with requests that are cut to fit the smaller setup."""
+    room = setup.block_size * setup.num_blocks
+    cut = []
+    for step in steps:
+        if step[0] == "add":
+            tokens = step[1][: max(1, room - 1)]
+            step = ("add", tokens, max(1, min(step[2], room - len(tokens))), step[3])
+        cut.append(step)
+    return Scenario(setup, tuple(cut))
+
+
+def without_finish(scenario: Scenario) -> Scenario:
+    """The scenario as it is drawn: run() adds the finish."""
+    return Scenario(scenario.setup, tuple(step for step in scenario.steps if step != ("finish",)))
+
+
+def is_legal(scenario: Scenario, is_chunked: bool) -> bool:
+    """Whether every request fits, so that a target has to serve it."""
+    setup, num_adds = scenario.setup, 0
+    room = setup.block_size * setup.num_blocks
+    least = setup.max_num_seqs if is_chunked else room
+    if setup.max_num_batched_tokens < least or setup.max_model_len < room + 1:
+        return False
+    for step in scenario.steps:
+        if step[0] == "add":
+            num_adds += 1
+            if len(step[1]) + step[2] > room:
+                return False
+        if step[0] == "abort" and step[1] >= num_adds:
+            return False
+    return True
+
+
+# --- what a target can do, found out by trying ---
+
+
+def probe_chunked(path: str) -> bool:
+    """Whether a prompt longer than max_num_batched_tokens is prefilled in chunks."""
+    target = Target(path, block_size=2, num_blocks=8, max_num_seqs=2, max_num_batched_tokens=4)
+    try:
+        target.add([0, 1, 0, 1, 0, 1], max_tokens=1)
+        _, batch = target.adapter.schedule()
+        return bool(batch) and 0 < batch[0].count <= 4
+    except NotRecognised:
+        raise
+    except Exception:
+        return False
+    finally:
+        target.adapter.close()
+
+
+def probe_weak_hash(path: str) -> str:
+    """Why the hash function cannot be made to collide; "" if it can."""
+    try:
+        Target(path, weak_hash=True).adapter.close()
+    except NotRecognised as error:
+        return str(error)
+    return ""
+
+
+def probe_abort(path: str) -> bool:
+    target = Target(path)
+    return target.adapter.abort_name() is not None
