@@ -4,4 +4,5 @@ pytest_plugins = [
     "tests.support.report",
     "tests.support.replay.plugin",
     "tests.support.gpu_sharing",
+    "tests.conformance.components.plugin",
 ]

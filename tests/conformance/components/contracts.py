@@ -15,6 +15,7 @@ class Contract:
     id: what reports, tests and documents call it. users_see: what a broken rule looks like from outside.
     report: the public report that it comes from, or the row of tests/DEFECTS.md.
     is_isolated: breaking it changes nothing that the driver does later, so the scenario goes on behind it.
+    implied_by: contracts that, when broken, break this one too; then it is not judged.
     is_admission: it may also be kept by LLMEngine.add_request.
     script: the lines that check it, if no drawn scenario does.
     """
@@ -25,6 +26,7 @@ class Contract:
     users_see: str
     report: str
     is_isolated: bool = False
+    implied_by: tuple[str, ...] = ()
     is_admission: bool = False
     script: str = ""
 
@@ -79,6 +81,7 @@ _ROWS = (
         "Two prefixes with the same block hash do not share the block.",
         "the answer to another prompt, for prompts that were made to collide: xxh64 is no cryptographic hash",
         "D09",
+        implied_by=("C06", "C08"),
     ),
     Contract(
         "C08",
@@ -125,13 +128,14 @@ target.expect("C09", again.num_hit_tokens == 4, f"4 tokens are cached and {again
         "max_num_seqs=4 and a hundred half-done requests, all of them slow, that preempt each other",
         "D16",
         is_isolated=True,
+        implied_by=("C11",),
     ),
     Contract(
         "C13",
         SCHEDULING,
         "A scheduled sequence computes at least one token, and none past its end.",
         "an attention launch error for a repeated prompt, or IndexError after a preemption",
-        "D05, D06; " + UPSTREAM + "/pull/211 and /pull/233",
+        "D05, D06; " + UPSTREAM + "/pull/211; " + UPSTREAM + "/pull/233",
     ),
     Contract(
         "C14",
@@ -226,6 +230,7 @@ target.expect("C19", other.is_finished, "a prompt of 7 tokens was accepted, and 
         "An aborted request holds no block, and the others go on.",
         "clients that disconnect fill the cache",
         "D19",
+        implied_by=("C31",),
     ),
     Contract(
         "C25",
@@ -288,7 +293,6 @@ for temperature in (-1.0, float("nan")):
         "Pickling a sequence for the workers leaves it as it was.",
         "with two GPUs the outputs lose tokens; with one they do not",
         "D03",
-        is_isolated=True,
     ),
     Contract(
         "C30",
@@ -319,7 +323,7 @@ target.expect("C31", first.seq.seq_id != second.seq.seq_id, f"both have the id {
         script="""\
 first = Target(PATH, only="C32", block_size=2, num_blocks=8)
 request = first.add([0, 1, 0, 1], max_tokens=1)
-Target(PATH, only="C32", block_size=4, num_blocks=8)
+Target(PATH, only="C32", block_size=4, num_blocks=8).add([0], max_tokens=1)
 first.expect("C32", request.seq.num_blocks == 2, f"4 tokens in blocks of 2 now take {request.seq.num_blocks} blocks")
 """,
     ),

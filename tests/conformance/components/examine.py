@@ -10,12 +10,13 @@ from typing import Any
 
 from tests.conformance.components import explore
 from tests.conformance.components.adapters import NotRecognised
+from tests.conformance.components.bounds import SHORT_CALL_SECONDS
 from tests.conformance.components.contracts import CONTRACTS, Contract
 from tests.conformance.components.explore import Scenario
+from tests.conformance.components.picture import picture
 from tests.conformance.components.target import Broken, Target, loaded
 
 HOLDS, BROKEN, NOT_APPLICABLE = "holds", "broken", "not applicable"
-PROGRESS_EVERY = 10  # scenarios
 Report = Callable[[dict[str, Any]], None]
 
 
@@ -31,9 +32,16 @@ class Job:
     num_scenarios: int
     seed: int
     start: int = 0
-    broken: dict[str, tuple[Scenario, str]] = field(default_factory=dict)
+    broken: dict[str, tuple[Scenario, str, str]] = field(default_factory=dict)
     checked: Counter[str] = field(default_factory=Counter)
     not_applicable: dict[str, str] = field(default_factory=dict)
+
+
+def broken_row(job: Job, contract: str) -> dict[str, Any]:
+    """What a report says of a contract that a drawn scenario has broken."""
+    scenario, message, shown = job.broken[contract]
+    script = scenario.script(job.shown, contract, message)
+    return {"message": message, "script": script, "picture": shown, "num_steps": scenario.num_steps}
 
 
 class Examination:
@@ -55,10 +63,18 @@ class Examination:
             self._explore()
         except NotRecognised as error:
             hidden = str(error)
-        for contract in CONTRACTS.values():
+        verdicts = {}
+        for contract in sorted(CONTRACTS.values(), key=lambda contract: not contract.script):
             self.remember(contract.id, None)
-            verdict = self._run_script(contract) if contract.script else self._verdict(contract.id, hidden)
-            self.report({"event": "verdict", "id": contract.id, **verdict})
+            verdicts[contract.id] = (
+                self._run_script(contract) if contract.script else self._verdict(contract.id, hidden)
+            )
+        for contract in CONTRACTS.values():
+            causes = [name for name in contract.implied_by if verdicts[name]["verdict"] == BROKEN]
+            if causes:
+                reason = f"{causes[0]} is broken, and with it this one"
+                verdicts[contract.id] = {"verdict": NOT_APPLICABLE, "reason": reason}
+            self.report({"event": "verdict", "id": contract.id, **verdicts[contract.id]})
 
     def _explore(self) -> None:
         job = self.job
@@ -76,8 +92,7 @@ class Examination:
                 continue
             if time.monotonic() > self.deadline:
                 break
-            if number % PROGRESS_EVERY == 0:
-                self._report_progress(number)
+            self._report_progress(number)
             self._run_one(scenario)
         self._report_progress(job.num_scenarios)
 
@@ -88,9 +103,10 @@ class Examination:
         job.checked.update(outcome.checked)
         job.not_applicable = outcome.not_applicable | job.not_applicable
         if outcome.contract is not None and outcome.contract not in job.broken:
-            smallest, message = self._shrunk(outcome)
-            job.broken[outcome.contract] = (smallest, message)
-            event = {"contract": outcome.contract, "scenario": smallest.as_json(), "message": message}
+            smallest, message, picture = self._shrunk(outcome)
+            job.broken[outcome.contract] = (smallest, message, picture)
+            event = {"contract": outcome.contract, "scenario": smallest.as_json()}
+            event |= {"message": message, "picture": picture}
             self.report({"event": "finding", **event})
 
     def _report_progress(self, number: int) -> None:
@@ -98,8 +114,8 @@ class Examination:
         event = {"done": number, "of": job.num_scenarios, "checked": job.checked, "skipped": job.not_applicable}
         self.report({"event": "progress", **event})
 
-    def _shrunk(self, outcome: explore.Outcome) -> tuple[Scenario, str]:
-        messages = {outcome.scenario: outcome.message}
+    def _shrunk(self, outcome: explore.Outcome) -> tuple[Scenario, str, str]:
+        said = {outcome.scenario: (outcome.message, outcome.picture)}
         muted = set(CONTRACTS) - {outcome.contract}
 
         def still_breaks(candidate: Scenario) -> Scenario | None:
@@ -107,21 +123,19 @@ class Examination:
             if not explore.is_legal(candidate, self.is_chunked):
                 return None
             self.remember(outcome.contract, candidate)
-            found = explore.run(self.job.path, candidate, muted)
+            found = explore.run(self.job.path, candidate, muted, SHORT_CALL_SECONDS)
             if found.contract != outcome.contract:
                 return None
-            messages[found.scenario] = found.message
+            said[found.scenario] = (found.message, found.picture)
             return found.scenario
 
         smallest = explore.shrink(outcome.scenario, still_breaks)
-        return smallest, messages[smallest]
+        return smallest, *said[smallest]
 
     def _verdict(self, contract: str, hidden: str) -> dict[str, Any]:
         job = self.job
         if contract in job.broken:
-            scenario, message = job.broken[contract]
-            script = scenario.script(job.shown, contract, message)
-            return {"verdict": BROKEN, "message": message, "script": script, "num_steps": scenario.num_steps}
+            return {"verdict": BROKEN} | broken_row(job, contract)
         if contract in job.not_applicable or hidden:
             return {"verdict": NOT_APPLICABLE, "reason": job.not_applicable.get(contract, hidden)}
         if not job.checked[contract]:
@@ -130,8 +144,9 @@ class Examination:
         return {"verdict": HOLDS, "checked": job.checked[contract]}
 
     def _run_script(self, contract: Contract) -> dict[str, Any]:
+        names: dict[str, Any] = {"Target": Target, "PATH": self.job.path}
         try:
-            exec(compile(contract.script, f"<{contract.id}>", "exec"), {"Target": Target, "PATH": self.job.path})
+            exec(compile(contract.script, f"<{contract.id}>", "exec"), names)
         except NotRecognised as error:
             return {"verdict": NOT_APPLICABLE, "reason": str(error)}
         except Broken as error:
@@ -139,7 +154,9 @@ class Examination:
                 return {"verdict": NOT_APPLICABLE, "reason": f"{error.contract} is broken before: {error.message}"}
             lines = contract.script.replace("PATH", repr(self.job.shown))
             script = f"{explore.IMPORT}\n\n{lines}"
-            return {"verdict": BROKEN, "message": error.message, "script": script, "num_steps": lines.count("\n")}
+            shown = picture(names.get("target") or names.get("first"))
+            row = {"message": error.message, "script": script, "picture": shown, "num_steps": lines.count("\n")}
+            return {"verdict": BROKEN} | row
         except Exception as error:
             return {"verdict": NOT_APPLICABLE, "reason": f"its script raises {type(error).__name__}: {error}"}
         return {"verdict": HOLDS, "checked": 1}

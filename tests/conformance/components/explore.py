@@ -12,12 +12,15 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from tests.conformance.components.adapters import NotRecognised
+from tests.conformance.components.bounds import CALL_SECONDS
+from tests.conformance.components.picture import picture
+from tests.conformance.components.step_checks import next_token
 from tests.conformance.components.target import Broken, Setup, Target
 
 Step = tuple[Any, ...]  # ("add", tokens, max_tokens, ignore_eos), ("step",), ("abort", number)
 MINIMAL = {"block_size": 2, "num_blocks": 1, "max_num_seqs": 1, "max_num_batched_tokens": 1}
 IMPORT = "from tests.conformance.components.target import Target"
-MAX_RUNS = 2000  # of shrinking one scenario
+MAX_RUNS = 1000  # of candidates, to shrink one scenario
 
 
 @dataclass(frozen=True)
@@ -93,12 +96,16 @@ def draw(rng: random.Random, is_chunked: bool, can_abort: bool, has_weak_hash: b
     room = num_blocks * block_size
     max_num_seqs = rng.randint(1, 4)
     budget = max_num_seqs + rng.randint(0, 6) if is_chunked and rng.random() < 0.7 else room + rng.randint(1, 8)
-    setup = Setup(block_size, num_blocks, max_num_seqs, budget, weak_hash=has_weak_hash and rng.random() < 0.15)
+    setup = Setup(block_size, num_blocks, max_num_seqs, budget, weak_hash=has_weak_hash and rng.random() < 0.25)
     steps: list[Step] = []
     texts: list[tuple[int, ...]] = []
     for _ in range(rng.randint(1, 7)):
-        tokens = rng.choice(texts) if texts and rng.random() < 0.4 else _text(rng, room)
-        tokens = tokens[: rng.randint(1, room)][: room - 1]
+        tokens = rng.choice(texts) if texts and rng.random() < 0.5 else _text(rng, room)
+        if rng.random() < 0.3:
+            tokens = _answered(rng, tokens)
+        elif rng.random() < 0.5:
+            tokens = tokens[: rng.randint(1, room)]
+        tokens = tokens[: room - 1]
         texts.append(tokens)
         longest = room - len(tokens)
         max_tokens = longest if rng.random() < 0.3 else min(longest, rng.randint(1, 6))
@@ -106,7 +113,18 @@ def draw(rng: random.Random, is_chunked: bool, can_abort: bool, has_weak_hash: b
         steps += [("step",)] * rng.choice((0, 0, 1, 1, 2, 4, 12))
         if can_abort and rng.random() < 0.2:
             steps.append(("abort", rng.randrange(len(texts))))
+        if can_abort and rng.random() < 0.1:  # in the middle of a prompt that comes again
+            steps += [("add", tokens, 1, False), ("step",), ("abort", len(texts)), ("add", tokens, 1, False)]
+            texts += [tokens, tokens]
     return Scenario(setup, tuple(steps))
+
+
+def _answered(rng: random.Random, tokens: tuple[int, ...]) -> tuple[int, ...]:
+    """A prompt with its first answers and one token more: the next turn of a conversation."""
+    result = list(tokens)
+    for _ in range(rng.randint(1, 4)):
+        result.append(next_token(result))
+    return (*result, rng.randint(0, 1))
 
 
 def _text(rng: random.Random, room: int) -> tuple[int, ...]:
@@ -124,16 +142,17 @@ class Outcome:
 
     contract: str | None
     message: str
+    picture: str
     scenario: Scenario
     checked: Counter[str]
     not_applicable: dict[str, str]
 
 
-def run(path: str, scenario: Scenario, muted: set[str], make: Callable[..., Target] = Target) -> Outcome:
+def run(path: str, scenario: Scenario, muted: set[str], call_seconds: float = CALL_SECONDS) -> Outcome:
     """Run `scenario` and finish all of its requests. muted: isolated contracts that are known to be broken."""
     sizes = {field.name: getattr(scenario.setup, field.name) for field in fields(Setup)}
-    target = make(path, **sizes)
-    target.muted = muted
+    target = Target(path, **sizes)
+    target.muted, target.call_seconds = muted, call_seconds
     done: list[Step] = []
     contract, message = None, ""
     try:
@@ -156,28 +175,36 @@ def run(path: str, scenario: Scenario, muted: set[str], make: Callable[..., Targ
         target.adapter.close()
     if scenario.setup.weak_hash and contract != "C07":
         contract = None
-    return Outcome(contract, message, Scenario(scenario.setup, tuple(done)), target.checked, target.not_applicable)
+    shown = "" if contract is None else picture(target)
+    return Outcome(
+        contract, message, shown, Scenario(scenario.setup, tuple(done)), target.checked, target.not_applicable
+    )
 
 
 # --- shrinking ---
 
 
-def shrink(scenario: Scenario, still_breaks: Callable[[Scenario], Scenario | None]) -> Scenario:
+def shrink(
+    scenario: Scenario, still_breaks: Callable[[Scenario], Scenario | None], max_runs: int = MAX_RUNS
+) -> Scenario:
     """The smallest scenario found that breaks the same contract.
 
     still_breaks: the scenario up to the step that breaks the contract, or None if nothing breaks it.
     """
-    best, runs, is_smaller = scenario, 0, True
+    best, runs, is_smaller = scenario, set[Scenario](), True
     while is_smaller:
-        is_smaller = False
-        for candidate in _candidates(best):
-            if runs == MAX_RUNS or _size(candidate) >= _size(best):
+        is_smaller, position = False, 0
+        candidates = list(_candidates(best))
+        while position < len(candidates) and len(runs) < max_runs:
+            candidate = candidates[position]
+            position += 1
+            if candidate in runs or _size(candidate) >= _size(best):
                 continue
-            runs += 1
+            runs.add(candidate)
             found = still_breaks(candidate)
             if found is not None and _size(found) < _size(best):
                 best, is_smaller = found, True
-                break
+                candidates = list(_candidates(best))  # and go on from the same position
     return best
 
 

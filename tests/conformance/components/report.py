@@ -31,7 +31,8 @@ def as_text(result: dict[str, Any]) -> str:
         if verdict["verdict"] == BROKEN:
             lines += [f"            {verdict['message']}", f"            users see: {contract.users_see}"]
             lines += [f"            from: {contract.report}", "            the smallest scenario that was found:", ""]
-            lines += [f"                {line}".rstrip() for line in verdict["script"].splitlines()]
+            text = f"{verdict['script']}\n{verdict['picture']}".rstrip()
+            lines += [f"                {line}".rstrip() for line in text.splitlines()]
             lines.append("")
     if any(verdict["verdict"] == BROKEN for verdict in result["verdicts"].values()):
         lines.append("Run a scenario with python from the root of the checkout that has tests/conformance.")
@@ -88,7 +89,7 @@ def as_html(results: list[dict[str, Any]]) -> str:
                 cell += f"<br>{html.escape(verdict['reason'])}"
             if kind == BROKEN:
                 cell += f"<br>{html.escape(verdict['message'])}<br>Users see: {html.escape(CONTRACTS[name].users_see)}"
-                cell += f"<pre>{html.escape(verdict['script'])}</pre>"
+                cell += f"<pre>{html.escape(verdict['script'])}</pre><pre>{html.escape(verdict['picture'])}</pre>"
             parts.append(f"<tr><td>{name}</td><td class='{kind.split()[0]}'>{kind}</td><td>{cell}</td></tr>")
         parts.append("</table>")
     return "<!doctype html><html lang='en'><meta charset='utf-8'>" + "\n".join(parts) + "</html>\n"

@@ -27,13 +27,19 @@ class SymbolicCache:
         self.block_size = block_size
         self.slots: list[Any] = [None] * (num_blocks * block_size)
 
+    def forget(self, block_id: int) -> None:
+        """The block was taken for new tokens: what it held may not be read any more."""
+        first = block_id * self.block_size
+        self.slots[first : first + self.block_size] = [None] * self.block_size
+
     def slot(self, table: list[int], position: int) -> int:
         return table[position // self.block_size] * self.block_size + position % self.block_size
 
-    def next_token(self, tokens: list[int]) -> int:
-        """0 or 1, and now and then the end of the sequence: what a model would sample after these tokens."""
-        value = chains(tokens)[-1]
-        return 2 if value % 7 == 0 else value // 7 % 2
+
+def next_token(tokens: list[int]) -> int:
+    """0 or 1, and now and then the end of the sequence: what a model would sample after these tokens."""
+    value = chains(tokens)[-1]
+    return 2 if value % 7 == 0 else value // 7 % 2
 
 
 class Before:
@@ -42,7 +48,9 @@ class Before:
     def __init__(self, target: Any) -> None:
         adapter = target.adapter
         self.running = list(adapter.running)
+        self.held = {block_id for request in target.live for block_id in request.seq.block_table}
         self.free = adapter.free_blocks()
+        self.num_lost = num_lost_blocks(target)
         size = target.setup.block_size
         self.demand = sum(max(0, -(-len(seq) // size) - len(seq.block_table)) for seq in self.running)
         self.preempted = [r for r in target.live if r.was_preempted and not r.is_admitted]
@@ -64,13 +72,13 @@ def check_schedule(target: Any, before: Before, batch: list[Scheduled]) -> None:
         if num_slots < item.start + item.count:
             end = item.start + item.count
             target.broken("C05", f"the block table has {num_slots} slots, and the step computes up to token {end}")
-    target.check("C10")
-    num_tokens = sum(item.count for item in batch)
-    if num_tokens > setup.max_num_batched_tokens:
-        target.broken("C10", f"a step of {num_tokens} tokens, max_num_batched_tokens={setup.max_num_batched_tokens}")
     target.check("C11")
     if len(batch) > setup.max_num_seqs:
         target.broken("C11", f"a step of {len(batch)} sequences, max_num_seqs={setup.max_num_seqs}")
+    target.check("C10")
+    num_tokens = sum(item.count for item in batch)
+    if num_tokens > setup.max_num_batched_tokens and len(batch) <= setup.max_num_seqs:
+        target.broken("C10", f"a step of {num_tokens} tokens, max_num_batched_tokens={setup.max_num_batched_tokens}")
     target.check("C12")
     holding = [request for request in target.live if request.seq.block_table]
     if len(holding) > setup.max_num_seqs >= len(batch):
@@ -84,7 +92,10 @@ def check_blocks(target: Any) -> None:
         table = list(request.seq.block_table)
         target.check("C03")
         if len(set(table)) < len(table):
-            target.broken("C03", f"the block table {table} has a block twice")
+            hits = table[: request.num_hit_tokens // target.setup.block_size]
+            is_hit = len(set(hits)) < len(hits)  # one block cannot hold two parts of a prefix
+            contract = "C03" if not is_hit else "C07" if target.setup.weak_hash else "C06"
+            target.broken(contract, f"the block table {table} has a block twice")
         holders.update(table)
     counts = target.adapter.ref_counts()
     if counts is None:
@@ -100,6 +111,21 @@ def check_blocks(target: Any) -> None:
     elif set(free) & holders.keys() or len(set(free)) < len(free):
         both = sorted(set(free) & holders.keys())
         target.broken("C03", f"the free list {sorted(free)} has a block twice, or one of a block table: {both}")
+
+
+def num_lost_blocks(target: Any) -> int:
+    """Blocks that are neither free nor in a block table; 0 where the free blocks are not known."""
+    held = {block_id for request in target.live for block_id in request.seq.block_table}
+    free = target.adapter.free_blocks()
+    return 0 if free is None else target.setup.num_blocks - len(held | set(free))
+
+
+def explain_failure(target: Any, before: Before, num_lost: int) -> None:
+    """schedule() failed or found nothing to compute: raises Broken if an earlier fault explains it."""
+    check_blocks(target)
+    _check_preemptions(target, before, [])
+    if num_lost:
+        target.broken("C04", f"no step: {num_lost} blocks are neither free nor in a block table")
 
 
 def _check_preemptions(target: Any, before: Before, batch: list[Scheduled]) -> None:
@@ -288,19 +314,18 @@ def check_tokens(target: Any, batch: list[Scheduled]) -> None:
         if is_finished:
             request.is_finished = True
             check_left(target, request, "C23")
+    check_blocks(target)
 
 
 def check_left(target: Any, request: Any, contract: str) -> None:
     target.check(contract)
     if any(request.seq is seq for seq in (*target.adapter.running, *target.adapter.waiting)):
         target.broken(contract, f"request {request.number} has ended and is still in a queue")
+    table = list(request.seq.block_table)
+    held = {block_id for other in target.live for block_id in other.seq.block_table}
     counts = target.adapter.ref_counts()
-    if counts is None:
-        return
-    held = sum(counts)
-    right = sum(len(other.seq.block_table) for other in target.live)
-    if held > right and sum(bool(c) for c in counts) > len({b for o in target.live for b in o.seq.block_table}):
-        target.broken(contract, f"request {request.number} has ended and its blocks are still held")
+    if counts is not None and any(counts[block_id] and block_id not in held for block_id in table):
+        target.broken(contract, f"request {request.number} has ended and still holds the blocks {table}")
 
 
 def check_whole(target: Any) -> None:

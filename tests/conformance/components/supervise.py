@@ -15,16 +15,22 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed
+import xxhash
+
 from tests.conformance.components import bounds, explore
 from tests.conformance.components.contracts import CONTRACTS
-from tests.conformance.components.examine import BROKEN, NOT_APPLICABLE, Examination, Job
+from tests.conformance.components.examine import BROKEN, NOT_APPLICABLE, Examination, Job, broken_row
 from tests.conformance.components.explore import Scenario
 from tests.conformance.components.loading import NotRecognised, find_package
 
 STALL_SECONDS = 20.0  # without an event: the child hangs where Python's signals do not reach
-MAX_RESTARTS = 3
-SHRINK_SECONDS = 20.0  # for a scenario that ends its process, where each candidate takes a process
+MAX_RESTARTS = 20
+MAX_PROCESSES = 200  # to shrink a scenario that ends its process
 NOTE_BYTES = 2**16
+ENDED_WELL = 42  # exit code of a child, which a target is unlikely to give
+PRELOADED = (torch, torch.distributed, xxhash)  # once, and not in each child
 
 
 def examine_target(
@@ -57,19 +63,18 @@ class _Supervisor:
         }
 
     def run(self) -> dict[str, Any]:
-        end = ""
-        for _ in range(MAX_RESTARTS + 1):
-            end = self._run_child()
+        end = self._run_child()
+        for number in range(MAX_RESTARTS):
             if not end:
                 break
             self._take_ended(end)
+            if number == MAX_RESTARTS - 1:
+                self.job.start = self.job.num_scenarios  # the contracts that have a script are left
+            end = self._run_child()
         verdicts = self.result["verdicts"]
         for contract in CONTRACTS:
             if contract in self.job.broken and contract not in verdicts:
-                scenario, message = self.job.broken[contract]
-                script = scenario.script(self.job.shown, contract, message)
-                found = {"message": message, "script": script, "num_steps": scenario.num_steps}
-                verdicts[contract] = {"verdict": BROKEN, **found}
+                verdicts[contract] = {"verdict": BROKEN} | broken_row(self.job, contract)
             verdicts.setdefault(contract, {"verdict": NOT_APPLICABLE, "reason": f"the target's process {end}"})
         return self.result
 
@@ -104,7 +109,8 @@ class _Supervisor:
             self.job.not_applicable = event["skipped"]
             self.progress(event["done"], event["of"])
         elif kind == "finding":
-            self.job.broken[event["contract"]] = (Scenario.from_json(event["scenario"]), event["message"])
+            scenario = Scenario.from_json(event["scenario"])
+            self.job.broken[event["contract"]] = (scenario, event["message"], event["picture"])
         elif kind == "verdict":
             self.result["verdicts"][event.pop("id")] = event
         elif kind == "refused":
@@ -124,18 +130,14 @@ class _Supervisor:
         self.job.start += 1
         if "C16" not in self.job.broken:
             scenario = Scenario.from_json(noted["scenario"])
-            self.job.broken["C16"] = (self._shrunk(scenario), message)
+            self.job.broken["C16"] = (self._shrunk(scenario), message, "")
 
     def _shrunk(self, scenario: Scenario) -> Scenario:
-        end = time.monotonic() + SHRINK_SECONDS
-
         def still_ends(candidate: Scenario) -> Scenario | None:
             is_legal = explore.is_legal(candidate, is_chunked=candidate.setup.max_num_batched_tokens < 64)
-            if time.monotonic() > end or not is_legal:
-                return None
-            return candidate if _ends_process(self.job, candidate) else None
+            return candidate if is_legal and _ends_process(self.job, candidate) else None
 
-        return explore.shrink(scenario, still_ends)
+        return explore.shrink(scenario, still_ends, max_runs=MAX_PROCESSES)
 
 
 def _end_child(pid: int, is_stalled: bool, is_done: bool) -> str:
@@ -187,20 +189,19 @@ def _detach(kept: int) -> None:
 
 
 def _ends_process(job: Job, scenario: Scenario) -> bool:
-    """Whether the scenario ends its process."""
+    """Whether the scenario ends its process, or hangs it."""
     pid = os.fork()
     if pid == 0:
-        try:
+        with suppress(BaseException):
             _detach(-1)
             bounds.confine(str(Path(job.path).parent))
             explore.run(job.path, explore.without_finish(scenario), set(CONTRACTS))
-        finally:
-            os._exit(0 if sys.exc_info()[0] is None else 7)
+        os._exit(ENDED_WELL)
     end = time.monotonic() + STALL_SECONDS / 4
     while time.monotonic() < end:
         found, status = os.waitpid(pid, os.WNOHANG)
         if found:
-            return status != 0
+            return not os.WIFEXITED(status) or os.WEXITSTATUS(status) != ENDED_WELL
         time.sleep(0.005)
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)

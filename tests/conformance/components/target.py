@@ -19,7 +19,7 @@ from typing import Any
 
 from tests.conformance.components import step_checks
 from tests.conformance.components.adapters import EOS, Adapter, NotRecognised, Scheduled
-from tests.conformance.components.bounds import Hang, bounded
+from tests.conformance.components.bounds import CALL_SECONDS, Hang, bounded
 from tests.conformance.components.contracts import CONTRACTS
 from tests.conformance.components.loading import find_package, load
 
@@ -95,6 +95,7 @@ class Target:
         self.requests: list[Request] = []
         self.cache = step_checks.SymbolicCache(self.setup.num_blocks, self.setup.block_size)
         self.num_steps = 0
+        self.call_seconds = CALL_SECONDS
         self.checked: Counter[str] = Counter()  # how often each contract was checked
         self.muted = {name for name in CONTRACTS if only and name != only}
         self.not_applicable: dict[str, str] = {}
@@ -132,6 +133,7 @@ class Target:
         self._guarded(lambda: getattr(self.adapter.scheduler, name)(request.seq.seq_id), name)
         request.is_finished = True
         step_checks.check_left(self, request, "C24")
+        step_checks.check_blocks(self)
 
     def step(self, number: int = 1) -> None:
         for _ in range(number):
@@ -213,16 +215,18 @@ class Target:
     def request_of(self, seq: Any) -> Request:
         return next(request for request in self.requests if request.seq is seq)
 
-    def _guarded(self, action: Callable[[], Any], name: str) -> Any:
+    def _guarded(self, action: Callable[[], Any], name: str, before: "step_checks.Before | None" = None) -> Any:
         self.check("C16")
         try:
-            with bounded():
+            with bounded(self.call_seconds):
                 return action()
         except (NotRecognised, Broken):
             raise
         except Hang as hang:
             self.broken("C16", f"{name}() {hang}")
         except Exception as error:
+            if before is not None:
+                step_checks.explain_failure(self, before, before.num_lost)
             self.broken("C16", f"{name}() raises {type(error).__name__}: {error}".rstrip(": "))
 
     def _step(self) -> None:
@@ -230,8 +234,9 @@ class Target:
             return
         self.num_steps += 1
         before = step_checks.Before(self)
-        result, batch = self._guarded(self.adapter.schedule, "schedule")
+        result, batch = self._guarded(self.adapter.schedule, "schedule", before)
         if not batch:
+            step_checks.explain_failure(self, before, step_checks.num_lost_blocks(self))
             self.broken("C16", "schedule() returns nothing although a request is left")
             return
         self._note_admissions(before, batch)
@@ -245,6 +250,7 @@ class Target:
         self._take_tokens(result, batch)
 
     def _note_admissions(self, before: "step_checks.Before", batch: list[Scheduled]) -> None:
+        admitted: list[Request] = []
         for request in self.live:
             if not request.seq.block_table:
                 request.was_preempted |= request.is_admitted
@@ -254,6 +260,11 @@ class Target:
             if not request.is_admitted:
                 request.is_admitted = True
                 request.num_hit_tokens = item.start
+                admitted.append(request)
+        size = self.setup.block_size
+        kept = before.held.union(*(r.seq.block_table[: -(-r.num_hit_tokens // size)] for r in admitted))
+        for block_id in {block_id for item in batch for block_id in item.seq.block_table} - kept:
+            self.cache.forget(block_id)
 
     def _check_pickle(self, result: Any, batch: list[Scheduled]) -> None:
         tokens = [list(getattr(item.seq, "token_ids", [])) for item in batch]
@@ -299,7 +310,7 @@ class Target:
         for item in batch:
             request = self.request_of(item.seq)
             is_sampled = item.start + item.count == len(request.tokens)
-            given.append(self.cache.next_token(request.tokens) if is_sampled else JUNK_TOKEN)
+            given.append(step_checks.next_token(request.tokens) if is_sampled else JUNK_TOKEN)
             if is_sampled:
                 request.output.append(given[-1])
         self._guarded(lambda: self.adapter.postprocess(result, batch, given), "postprocess")
