@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from tests.conformance.components import report
-from tests.conformance.components.loading import NotRecognised
+from tests.conformance.components.loading import NotRecognised, find_package
 
 DEFAULT_SCENARIOS = 1500
 DEFAULT_SECONDS = 90.0
@@ -35,12 +35,13 @@ def main(arguments: list[str], prog: str = "python -m tests.conformance.componen
         options.error("--scenarios must be at least 1 and --seconds above 0")
     if given.html is not None and not given.html.resolve().parent.is_dir():
         options.error(f"--html {given.html}: the folder does not exist")
-    from tests.conformance.components.supervise import examine_target  # imports torch, and --help does not need it
-
     seed = given.seed if given.seed is not None else random.SystemRandom().randrange(2**31)
     results, codes = [], []
     for path in given.paths:
         try:
+            find_package(path)
+            from tests.conformance.components.supervise import examine_target  # imports torch, which takes seconds
+
             result = examine_target(path, given.scenarios, seed, given.seconds, _bar)
         except NotRecognised as error:
             print(f"{prog}: error: {error}", file=sys.stderr)

@@ -1,11 +1,10 @@
 """Adapters: how the targets differ, as tables, and one Adapter that inspection fills from them.
 
 Each table lists names in the order in which they are tried. A shape that no row has is NotRecognised: what needs it is
-reported as not applicable, with the reason, and never as passed.
+reported as not applicable, with the reason, and never as passed. It is one file so that a new shape has one place.
 """
 
 import dataclasses
-import importlib
 import inspect
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -29,11 +28,6 @@ BATCH_SEQUENCES = ("sequences", "seqs", "scheduled_seqs", "scheduled")
 PREFILL_COUNTS = ("num_prefill_seqs", "num_prefills")
 PROMPTS = ("prompt", "prompt_token_ids", "token_ids", "inputs")  # of LLMEngine.add_request
 ABORTS = ("abort", "abort_request", "abort_seq", "cancel")
-CONTEXT_MODULES = ("utils.context", "context", "engine.context")
-# What one contract reads of a prepared step -> the names that it has in the Context, in the order of the tokens:
-# prefill first, then decode.
-PREFILL_TABLES = ("prefill_block_tables", "block_tables")
-DECODE_TABLES = ("decode_block_tables", "block_tables")
 HASH_FUNCTIONS = ("compute_hash",)
 
 
@@ -44,20 +38,6 @@ class Scheduled(NamedTuple):
     start: int
     count: int
     is_prefill: bool
-
-
-class Prepared(NamedTuple):
-    """The integers of one forward pass, as plain lists. None: this target's step has no such part."""
-
-    input_ids: list[int]
-    positions: list[int]
-    slots: list[int]
-    cu_seqlens_q: list[int] | None
-    cu_seqlens_k: list[int] | None
-    context_lens: list[int] | None
-    prefill_tables: list[list[int]] | None
-    decode_tables: list[list[int]] | None
-    temperatures: list[float] | None
 
 
 def first_of(owner: Any, names: tuple[str, ...]) -> str | None:
@@ -153,7 +133,6 @@ class Adapter:
         self.manager = getattr(self.scheduler, manager)
         self._num_made = 0
         self.postprocess_names = list(inspect.signature(self.scheduler.postprocess).parameters)
-        self.prepare, self.no_prepare = self._find_prepare()
 
     # --- construction ---
 
@@ -355,7 +334,7 @@ class Adapter:
             return [self._scheduled(seq, self._prefills(seq)) for seq in result]
         name = first_of(result, BATCH_SEQUENCES)
         if name is None or isinstance(result, tuple):
-            raise NotRecognised(f"schedule() returns {_describe(result)}")
+            raise NotRecognised(f"schedule() returns {describe(result)}")
         sequences = list(getattr(result, name))
         if hasattr(result, "is_prefill"):
             return [self._scheduled(seq, result.is_prefill) for seq in sequences]
@@ -396,119 +375,11 @@ class Adapter:
             values = [result, tokens]
         self.scheduler.postprocess(*values)
 
-    # --- input preparation ---
-
-    def _find_prepare(self) -> tuple[Callable[..., Prepared] | None, str]:
-        """A function of (what schedule() returned, its sequences), and the reason if there is none."""
-        package = self.found["package"].name
-        try:
-            module = importlib.import_module(f"{package}.engine.model_input")
-        except ImportError:
-            module = None
-        if module is not None and hasattr(module, "prepare_prefill") and hasattr(module, "prepare_decode"):
-            return lambda result, batch, is_worker=False: self._from_functions(module, batch, is_worker), ""
-        runner_class = self.found.get("ModelRunner")
-        if runner_class is None:
-            return None, self.found["reasons"].get("ModelRunner", "no class ModelRunner")
-        runner = object.__new__(runner_class)
-        contexts = (f"{package}.{name}" for name in CONTEXT_MODULES)
-        context = next((found for found in map(_import, contexts) if hasattr(found, "get_context")), None)
-        if context is None:
-            return None, f"no module of {CONTEXT_MODULES} has get_context()"
-        for name, value in {
-            "config": self.config,
-            "block_size": self.setup.block_size,
-            "world_size": 1,
-            "rank": 0,
-            "enforce_eager": True,
-            "device": "cpu",
-            "use_cuda": False,
-        }.items():
-            setattr(runner, name, value)
-        if hasattr(runner, "prepare_prefill") and hasattr(runner, "prepare_decode"):
-            return lambda result, batch, is_worker=False: self._from_runner(runner, context, batch, is_worker), ""
-        if hasattr(runner, "prepare_inputs"):
-            return (
-                lambda result, batch, is_worker=False: self._from_mixed(runner, context, result, batch, is_worker)
-            ), ""
-        return None, "ModelRunner has neither prepare_prefill and prepare_decode nor prepare_inputs"
-
-    @staticmethod
-    def _from_functions(module: Any, batch: list[Scheduled], is_worker: bool) -> Prepared:
-        is_prefill = batch[0].is_prefill
-        inputs = (module.prepare_prefill if is_prefill else module.prepare_decode)([item.seq for item in batch])
-        tables = None if inputs.block_tables is None else inputs.block_tables.tolist()
-        return Prepared(
-            inputs.input_ids.tolist(),
-            inputs.positions.tolist(),
-            inputs.slot_mapping.tolist(),
-            inputs.cu_seqlens_q.tolist(),
-            inputs.cu_seqlens_k.tolist(),
-            inputs.context_lens.tolist(),
-            tables if is_prefill else None,
-            None if is_prefill else tables,
-            None if is_worker else inputs.sampling.temperature.tolist(),
-        )
-
-    def _from_runner(self, runner: Any, context_module: Any, batch: list[Scheduled], is_worker: bool) -> Prepared:
-        if len({item.is_prefill for item in batch}) > 1:
-            raise NotRecognised("a step has prefill and decode, and ModelRunner prepares only one at a time")
-        is_prefill = batch[0].is_prefill
-        sequences = [item.seq for item in batch]
-        prepared = (runner.prepare_prefill if is_prefill else runner.prepare_decode)(sequences)
-        sampled = None if is_worker else sequences
-        return self._read_context(runner, context_module, prepared, sampled, is_prefill, not is_prefill)
-
-    def _from_mixed(
-        self, runner: Any, context_module: Any, result: Any, batch: list[Scheduled], is_worker: bool
-    ) -> Prepared:
-        prepared = runner.prepare_inputs(result)
-        has_prefill = any(item.is_prefill for item in batch)
-        has_decode = any(not item.is_prefill for item in batch)
-        sampled = None if is_worker else [item.seq for item in batch]
-        return self._read_context(runner, context_module, prepared, sampled, has_prefill, has_decode)
-
-    @staticmethod
-    def _read_context(
-        runner: Any, module: Any, prepared: Any, sampled: list[Any] | None, has_prefill: bool, has_decode: bool
-    ) -> Prepared:
-        if not isinstance(prepared, tuple) or len(prepared) < 2:
-            raise NotRecognised(f"the preparation of a step returns {_describe(prepared)}")
-        context = module.get_context()
-
-        def read(names: tuple[str, ...], is_there: bool) -> Any:
-            name = first_of(context, names)
-            value = getattr(context, name) if name and is_there else None
-            return value.tolist() if hasattr(value, "tolist") else value
-
-        temperatures = None
-        if sampled is not None and hasattr(runner, "prepare_sample"):
-            rows = runner.prepare_sample(sampled)
-            temperatures = rows.tolist() if hasattr(rows, "tolist") else None
-        return Prepared(
-            prepared[0].tolist(),
-            prepared[1].tolist(),
-            read(("slot_mapping",), True),
-            read(("cu_seqlens_q",), has_prefill),
-            read(("cu_seqlens_k",), has_prefill),
-            read(("context_lens",), has_decode),
-            read(PREFILL_TABLES, has_prefill),
-            read(DECODE_TABLES, has_decode),
-            temperatures,
-        )
-
     def abort_name(self) -> str | None:
         return first_of(self.scheduler, ABORTS)
 
 
-def _import(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except Exception:
-        return None
-
-
-def _describe(value: Any) -> str:
+def describe(value: Any) -> str:
     if isinstance(value, tuple):
         return f"a tuple of {len(value)}: {', '.join(type(part).__name__ for part in value)}"
     return f"a {type(value).__name__}"

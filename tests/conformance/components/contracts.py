@@ -1,6 +1,7 @@
 """The contracts of a nano-vllm engine's components: one row each, data only.
 
 A contract with `script` is checked by running that script; the others are checked at every step of drawn scenarios.
+It is one file because it is one table.
 """
 
 from dataclasses import dataclass

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.conformance.components import explore
+from tests.conformance.components import explore, shrinking
 from tests.conformance.components.adapters import NotRecognised
 from tests.conformance.components.bounds import SHORT_CALL_SECONDS
 from tests.conformance.components.contracts import CONTRACTS, Contract
@@ -119,8 +119,8 @@ class Examination:
         muted = set(CONTRACTS) - {outcome.contract}
 
         def still_breaks(candidate: Scenario) -> Scenario | None:
-            candidate = explore.without_finish(candidate)
-            if not explore.is_legal(candidate, self.is_chunked):
+            candidate = shrinking.without_finish(candidate)
+            if not shrinking.is_legal(candidate, self.is_chunked):
                 return None
             self.remember(outcome.contract, candidate)
             found = explore.run(self.job.path, candidate, muted, SHORT_CALL_SECONDS)
@@ -129,7 +129,7 @@ class Examination:
             said[found.scenario] = (found.message, found.picture)
             return found.scenario
 
-        smallest = explore.shrink(outcome.scenario, still_breaks)
+        smallest = shrinking.shrink(outcome.scenario, still_breaks)
         return smallest, *said[smallest]
 
     def _verdict(self, contract: str, hidden: str) -> dict[str, Any]:

@@ -23,7 +23,7 @@ def run_checks(*arguments: Any) -> subprocess.CompletedProcess[str]:
 def verdicts_of(*paths: Path, scenarios: int, seed: int) -> list[dict[str, dict[str, Any]]]:
     """{contract: verdict} of each checkout."""
     result = run_checks(*paths, "--json", f"--scenarios={scenarios}", f"--seed={seed}", "--seconds=600")
-    assert result.returncode in (0, 1), result.stderr
+    assert result.stdout, result.stderr
     return [{row["id"]: row for row in target["contracts"]} for target in json.loads(result.stdout)["targets"]]
 
 

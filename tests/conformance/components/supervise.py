@@ -19,7 +19,7 @@ import torch
 import torch.distributed
 import xxhash
 
-from tests.conformance.components import bounds, explore
+from tests.conformance.components import bounds, explore, shrinking
 from tests.conformance.components.contracts import CONTRACTS
 from tests.conformance.components.examine import BROKEN, NOT_APPLICABLE, Examination, Job, broken_row
 from tests.conformance.components.explore import Scenario
@@ -134,10 +134,10 @@ class _Supervisor:
 
     def _shrunk(self, scenario: Scenario) -> Scenario:
         def still_ends(candidate: Scenario) -> Scenario | None:
-            is_legal = explore.is_legal(candidate, is_chunked=candidate.setup.max_num_batched_tokens < 64)
+            is_legal = shrinking.is_legal(candidate, is_chunked=candidate.setup.max_num_batched_tokens < 64)
             return candidate if is_legal and _ends_process(self.job, candidate) else None
 
-        return explore.shrink(scenario, still_ends, max_runs=MAX_PROCESSES)
+        return shrinking.shrink(scenario, still_ends, max_runs=MAX_PROCESSES)
 
 
 def _end_child(pid: int, is_stalled: bool, is_done: bool) -> str:
@@ -195,7 +195,7 @@ def _ends_process(job: Job, scenario: Scenario) -> bool:
         with suppress(BaseException):
             _detach(-1)
             bounds.confine(str(Path(job.path).parent))
-            explore.run(job.path, explore.without_finish(scenario), set(CONTRACTS))
+            explore.run(job.path, shrinking.without_finish(scenario), set(CONTRACTS))
         os._exit(ENDED_WELL)
     end = time.monotonic() + STALL_SECONDS / 4
     while time.monotonic() < end:

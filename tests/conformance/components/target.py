@@ -7,7 +7,8 @@
 
 In place of a model stands a symbolic cache: a slot holds what the tokens up to its position are, so whatever a step
 reads wrongly is known exactly. The first broken contract raises Broken; the order of the checks is that of cause and
-effect, so that a fault has one name. Imports nothing of nanovllm, whose name the target's package has.
+effect, so that a fault has one name. Imports nothing of nanovllm, whose name the target's package has. It is one file
+because a script needs one object with all of these methods.
 """
 
 import pickle
@@ -17,11 +18,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.conformance.components import step_checks
+from tests.conformance.components import input_checks, step_checks
 from tests.conformance.components.adapters import EOS, Adapter, NotRecognised, Scheduled
 from tests.conformance.components.bounds import CALL_SECONDS, Hang, bounded
 from tests.conformance.components.contracts import CONTRACTS
 from tests.conformance.components.loading import find_package, load
+from tests.conformance.components.preparing import Preparation
 
 TEMPERATURES = (0.5, 1.0, 0.25)
 JUNK_TOKEN = 61  # given to a sequence that must not take a token
@@ -99,8 +101,10 @@ class Target:
         self.checked: Counter[str] = Counter()  # how often each contract was checked
         self.muted = {name for name in CONTRACTS if only and name != only}
         self.not_applicable: dict[str, str] = {}
-        if self.adapter.prepare is None:
-            self._skip_inputs(self.adapter.no_prepare)
+        preparation = Preparation(self.adapter)
+        self.prepare = preparation.prepare
+        if self.prepare is None:
+            self._skip_inputs(preparation.reason)
 
     # --- what a script calls ---
 
@@ -203,7 +207,7 @@ class Target:
         self.not_applicable.setdefault(contract, reason)
 
     def _skip_inputs(self, reason: str) -> None:
-        for contract in step_checks.INPUT_CONTRACTS:
+        for contract in input_checks.INPUT_CONTRACTS:
             self.skip(contract, reason)
 
     # --- one step ---
@@ -275,15 +279,15 @@ class Target:
         self.copies = [item._replace(seq=copy) for item, copy in zip(batch, copies, strict=True)]
 
     def _check_inputs(self, result: Any, batch: list[Scheduled]) -> None:
-        if self.adapter.prepare is None or self.not_applicable.get("C33"):
+        if self.prepare is None or self.not_applicable.get("C33"):
             return
         prepared = self._prepare(result, batch)
         if prepared is None:
             return
-        step_checks.check_inputs(self, batch, prepared)
+        input_checks.check_inputs(self, batch, prepared)
         self.check("C30")
         try:
-            copied = self.adapter.prepare(_with_copies(result, self.copies), self.copies, is_worker=True)
+            copied = self.prepare(_with_copies(result, self.copies), self.copies, is_worker=True)
         except (NotRecognised, AttributeError) as error:
             if isinstance(error, NotRecognised):
                 return self.skip("C30", str(error))
@@ -294,9 +298,9 @@ class Target:
             self.broken("C30", "the step that a worker prepares from the pickled sequences is another one")
 
     def _prepare(self, result: Any, batch: list[Scheduled]) -> Any:
-        assert self.adapter.prepare is not None
+        assert self.prepare is not None
         try:
-            return self.adapter.prepare(result, batch)
+            return self.prepare(result, batch)
         except NotRecognised as error:
             self._skip_inputs(str(error))
         except AttributeError as error:

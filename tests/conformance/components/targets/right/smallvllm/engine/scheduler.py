@@ -1,4 +1,4 @@
-"""Scheduler: prefill in chunks first, but not for ever, then decode."""
+"""Scheduler: prefill in chunks first, at most some steps in a row, then decode."""
 
 from collections import deque
 
