@@ -132,6 +132,7 @@ class Adapter:
             raise NotRecognised(f"the scheduler has none of {BLOCK_MANAGERS}")
         self.manager = getattr(self.scheduler, manager)
         self._num_made = 0
+        self.no_step = ""  # why the steps of this scheduler cannot be followed
         self.postprocess_names = list(inspect.signature(self.scheduler.postprocess).parameters)
 
     # --- construction ---
@@ -295,6 +296,10 @@ class Adapter:
         return self.queue(self.running_name)
 
     @property
+    def swapped(self) -> list[Any]:
+        return self.queue(self.swapped_name)
+
+    @property
     def is_first_come_first_served(self) -> bool:
         queue = getattr(self.scheduler, self.waiting_name or "")
         return hasattr(queue, "popleft") and hasattr(queue, "appendleft")
@@ -320,13 +325,23 @@ class Adapter:
 
     def schedule(self) -> tuple[Any, list[Scheduled]]:
         """What schedule() returned, and the sequences in it."""
-        if self.swapped_name is not None:
-            raise NotRecognised(f"the scheduler moves blocks to the CPU ({self.swapped_name}), which is not modelled")
+        if self.no_step:
+            raise NotRecognised(self.no_step)
         result = self.scheduler.schedule()
         return result, self._read(result)
 
+    def watch_moves(self, moved: Callable[[bool, list[tuple[int, int]]], None]) -> None:
+        """Call moved(is_out, pairs) whenever the block manager decides to copy blocks to the CPU, or back."""
+        for is_out, name in ((True, "swap_out"), (False, "swap_in")):
+            if hasattr(self.manager, name):
+                setattr(self.manager, name, _watched(getattr(self.manager, name), is_out, moved))
+            elif self.swapped_name is not None:
+                self.no_step = f"the scheduler has a queue {self.swapped_name}, the block manager no {name}"
+
     def _read(self, result: Any) -> list[Scheduled]:
-        if isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], bool):
+        if isinstance(result, tuple) and len(result) in (2, 4) and isinstance(result[1], bool):
+            if len(result) == 4 and self.swapped_name is None:
+                raise NotRecognised(f"schedule() returns {describe(result)}")
             return [self._scheduled(seq, result[1]) for seq in result[0]]
         if isinstance(result, tuple) and len(result) == 2 and all(isinstance(part, list) for part in result):
             return [self._scheduled(seq, part is result[0]) for part in result for seq in part]
@@ -377,6 +392,18 @@ class Adapter:
 
     def abort_name(self) -> str | None:
         return first_of(self.scheduler, ABORTS)
+
+
+def _watched(function: Callable[..., Any], is_out: bool, moved: Callable[..., None]) -> Callable[..., Any]:
+    def watched(*args: Any, **options: Any) -> Any:
+        result = function(*args, **options)
+        pairs = list(result.items()) if isinstance(result, dict) else result
+        if not isinstance(pairs, list) or not all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs):
+            raise NotRecognised(f"{function.__name__} returns {describe(result)}, and not which blocks it moves")
+        moved(is_out, pairs)
+        return result
+
+    return watched
 
 
 def describe(value: Any) -> str:

@@ -65,9 +65,10 @@ has one name.
 How forks differ stands in the tables of
 [tests/conformance/components/adapters.py](../tests/conformance/components/adapters.py): how a scheduler is
 constructed, what `schedule()` returns, what `postprocess()` takes, whether the block size is an attribute of the
-class Sequence, what the queues are called. Options that a fork adds to its Config have the fork's own defaults. A
-scheduler that moves blocks to the CPU and steps with several tokens a sequence (speculative decoding) are not
-modelled.
+class Sequence, what the queues are called. Options that a fork adds to its Config have the fork's own defaults. Blocks
+that are swapped to the CPU are followed where `swap_out` and `swap_in` of the block manager return which they move.
+Steps with several new tokens a sequence (speculative decoding) and schedulers that run ahead of the model are not
+modelled: their contracts are not applicable.
 
 ## Reading the pictures
 

@@ -23,6 +23,19 @@ class SymbolicCache:
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.block_size = block_size
         self.slots: list[Any] = [None] * (num_blocks * block_size)
+        self.places: dict[int, list[Any]] = {}  # of blocks on the CPU
+
+    def move(self, is_out: bool, pairs: list[tuple[int, int]]) -> None:
+        """Copy blocks to places on the CPU, (block, place); or back, (place, block) or (block, place)."""
+        size = self.block_size
+        for pair in pairs:
+            is_place_first = not is_out and pair[0] in self.places
+            place, block_id = pair if is_place_first else pair[::-1]
+            block = slice(block_id * size, (block_id + 1) * size)
+            if is_out:
+                self.places[place] = self.slots[block]
+            else:
+                self.slots[block] = self.places.pop(place, [None] * size)
 
     def forget(self, block_id: int) -> None:
         """The block was taken for new tokens: what it held may not be read any more."""
@@ -45,7 +58,7 @@ class Before:
     def __init__(self, target: Any) -> None:
         adapter = target.adapter
         self.running = list(adapter.running)
-        self.held = {block_id for request in target.live for block_id in request.seq.block_table}
+        self.held = {block_id for request in target.live for block_id in request.table}
         self.free = adapter.free_blocks()
         self.num_lost = num_lost_blocks(target)
         size = target.setup.block_size
@@ -77,7 +90,7 @@ def check_schedule(target: Any, before: Before, batch: list[Scheduled]) -> None:
     if num_tokens > setup.max_num_batched_tokens and len(batch) <= setup.max_num_seqs:
         target.broken("C10", f"a step of {num_tokens} tokens, max_num_batched_tokens={setup.max_num_batched_tokens}")
     target.check("C12")
-    holding = [request for request in target.live if request.seq.block_table]
+    holding = [request for request in target.live if request.table]
     if len(holding) > setup.max_num_seqs >= len(batch):
         target.broken("C12", f"{len(holding)} sequences hold blocks, max_num_seqs={setup.max_num_seqs}")
     _check_preemptions(target, before, batch)
@@ -86,7 +99,7 @@ def check_schedule(target: Any, before: Before, batch: list[Scheduled]) -> None:
 def check_blocks(target: Any) -> None:
     holders: Counter[int] = Counter()
     for request in target.live:
-        table = list(request.seq.block_table)
+        table = request.table
         target.check("C03")
         if len(set(table)) < len(table):
             hits = table[: request.num_hit_tokens // target.setup.block_size]
@@ -112,7 +125,7 @@ def check_blocks(target: Any) -> None:
 
 def num_lost_blocks(target: Any) -> int:
     """Blocks that are neither free nor in a block table; 0 where the free blocks are not known."""
-    held = {block_id for request in target.live for block_id in request.seq.block_table}
+    held = {block_id for request in target.live for block_id in request.table}
     free = target.adapter.free_blocks()
     return 0 if free is None else target.setup.num_blocks - len(held | set(free))
 
@@ -126,7 +139,7 @@ def explain_failure(target: Any, before: Before, num_lost: int) -> None:
 
 
 def _check_preemptions(target: Any, before: Before, batch: list[Scheduled]) -> None:
-    preempted = [seq for seq in before.running if not seq.block_table]
+    preempted = [r for r in target.live if not r.table and any(r.seq is seq for seq in before.running)]
     admitted = [item for item in batch if not any(item.seq is seq for seq in before.running)]
     if before.free is not None and preempted and not admitted:
         target.check("C14")
@@ -144,7 +157,7 @@ def _check_preemptions(target: Any, before: Before, batch: list[Scheduled]) -> N
         request = target.request_of(item.seq)
         for other in before.preempted:
             target.check("C15")
-            if other is not request and not other.is_admitted and other.number < request.number:
+            if other is not request and not other.table and other.number < request.number:
                 target.broken("C15", f"request {request.number} runs, and request {other.number} waits since preempted")
 
 
@@ -154,7 +167,7 @@ def _check_preemptions(target: Any, before: Before, batch: list[Scheduled]) -> N
 def store_and_read(target: Any, batch: list[Scheduled]) -> None:
     """As in a model: every key of the step is stored first, then each query reads all keys before it."""
     cache = target.cache
-    readers = [(request, list(request.seq.block_table)) for request in target.live]
+    readers = [(request, request.table) for request in target.live]
     values = {id(item.seq): _values(target.request_of(item.seq).tokens) for item in batch}
     written: dict[int, Any] = {}
     for item in batch:
@@ -253,8 +266,8 @@ def check_left(target: Any, request: Any, contract: str) -> None:
     target.check(contract)
     if any(request.seq is seq for seq in (*target.adapter.running, *target.adapter.waiting)):
         target.broken(contract, f"request {request.number} has ended and is still in a queue")
-    table = list(request.seq.block_table)
-    held = {block_id for other in target.live for block_id in other.seq.block_table}
+    table = request.table
+    held = {block_id for other in target.live for block_id in other.table}
     counts = target.adapter.ref_counts()
     if counts is not None and any(counts[block_id] and block_id not in held for block_id in table):
         target.broken(contract, f"request {request.number} has ended and still holds the blocks {table}")

@@ -73,6 +73,12 @@ class Request:
     is_admitted: bool = False
     was_preempted: bool = False
     is_finished: bool = False
+    is_swapped: bool = False  # its blocks are on the CPU
+
+    @property
+    def table(self) -> list[int]:
+        """Its blocks in the KV cache."""
+        return [] if self.is_swapped else list(self.seq.block_table)
 
     @property
     def tokens(self) -> list[int]:
@@ -96,6 +102,7 @@ class Target:
         self.adapter = Adapter(loaded(Path(path)), self.setup)
         self.requests: list[Request] = []
         self.cache = step_checks.SymbolicCache(self.setup.num_blocks, self.setup.block_size)
+        self.adapter.watch_moves(self.cache.move)
         self.num_steps = 0
         self.call_seconds = CALL_SECONDS
         self.checked: Counter[str] = Counter()  # how often each contract was checked
@@ -239,6 +246,9 @@ class Target:
         self.num_steps += 1
         before = step_checks.Before(self)
         result, batch = self._guarded(self.adapter.schedule, "schedule", before)
+        swapped = self.adapter.swapped
+        for request in self.live:
+            request.is_swapped = any(request.seq is seq for seq in swapped)
         if not batch:
             step_checks.explain_failure(self, before, step_checks.num_lost_blocks(self))
             self.broken("C16", "schedule() returns nothing although a request is left")
@@ -256,7 +266,7 @@ class Target:
     def _note_admissions(self, before: "step_checks.Before", batch: list[Scheduled]) -> None:
         admitted: list[Request] = []
         for request in self.live:
-            if not request.seq.block_table:
+            if not request.table:
                 request.was_preempted |= request.is_admitted
                 request.is_admitted = False
         for item in batch:
@@ -266,7 +276,7 @@ class Target:
                 request.num_hit_tokens = item.start
                 admitted.append(request)
         size = self.setup.block_size
-        kept = before.held.union(*(r.seq.block_table[: -(-r.num_hit_tokens // size)] for r in admitted))
+        kept = before.held.union(*(r.table[: -(-r.num_hit_tokens // size)] for r in admitted))
         for block_id in {block_id for item in batch for block_id in item.seq.block_table} - kept:
             self.cache.forget(block_id)
 
