@@ -20,9 +20,9 @@ def run_checks(*arguments: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=HANG_SECONDS)
 
 
-def verdicts_of(*paths: Path, scenarios: int, seed: int) -> list[dict[str, dict[str, Any]]]:
+def verdicts_of(*paths: Path, scenarios: int, seed: int, seconds: int = 600) -> list[dict[str, dict[str, Any]]]:
     """{contract: verdict} of each checkout."""
-    result = run_checks(*paths, "--json", f"--scenarios={scenarios}", f"--seed={seed}", "--seconds=600")
+    result = run_checks(*paths, "--json", f"--scenarios={scenarios}", f"--seed={seed}", f"--seconds={seconds}")
     assert result.stdout, result.stderr
     return [{row["id"]: row for row in target["contracts"]} for target in json.loads(result.stdout)["targets"]]
 

@@ -1,6 +1,5 @@
 """Every contract of this engine, or of the checkout that --target names."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +19,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture(scope="module")
 def verdicts(pytestconfig: pytest.Config) -> dict[str, Any]:
     seed = pytestconfig.option.hypothesis_seed
-    (result,) = verdicts_of(Path(pytestconfig.option.target).resolve(), scenarios=SCENARIOS_OF_TARGET, seed=seed)
+    path = pytestconfig.option.target.resolve()
+    (result,) = verdicts_of(path, scenarios=SCENARIOS_OF_TARGET, seed=seed, seconds=90)
     return result
 
 
