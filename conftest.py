@@ -10,4 +10,5 @@ pytest_plugins = [
     "tests.support.gpu_sharing",
     "tests.conformance.engines.plugin",
     "tests.support.kernels.own_plugin",  # after gpu_sharing: its hook of the command line comes first
+    "tests.conformance.components.plugin",
 ]

@@ -12,12 +12,12 @@ from contextlib import contextmanager
 
 from nanovllm import __version__
 from nanovllm.cli_errors import report_error
-from nanovllm.commands import bench, demo, generate, trace
+from nanovllm.commands import bench, conformance, demo, generate, trace
 from nanovllm.commands.options import flag, open_llm
 from nanovllm.console import discard_stdout, flush_stdout, lossless_console, require_stdout
 from nanovllm.torchrun_env import read_torchrun_env
 
-COMMANDS = (generate, demo, bench, trace)
+COMMANDS = (generate, demo, bench, trace, conformance)
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 BROKEN_PIPE = 141  # 128 + SIGPIPE
 
@@ -29,9 +29,10 @@ examples:
   nanovllm generate --model ./my-model -             one prompt a line from standard input
   nanovllm bench --model ./my-model --num-seqs 256   throughput
   nanovllm trace --model ./my-model - < prompts.txt  what the scheduler did, as a page for the browser
+  nanovllm conformance ../my-fork                    which contracts a fork of nano-vllm breaks, and how to see it
 
-exit codes: 0 done; 1 the demo found a difference; 2 an error whose message names a remedy; 70 a bug of nanovllm;
-130 interrupted by Ctrl-C; 141 the reader of the output closed the pipe
+exit codes: 0 done; 1 the demo found a difference, or conformance a broken contract; 2 an error whose message names
+a remedy; 70 a bug of nanovllm; 130 interrupted by Ctrl-C; 141 the reader of the output closed the pipe
 """
 
 

@@ -1,0 +1,3 @@
+"""The planted targets are no tests, and are not imported here."""
+
+collect_ignore_glob = ["targets/*"]

@@ -1,0 +1,141 @@
+"""Writes docs/conformance.md: `python -m tests.conformance.components.document`. The pictures are of planted faults.
+
+Each contract is shown broken by the fault of targets/faults.py, in the smallest scenario that the checks find.
+"""
+
+import re
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from tests.conformance.components.contracts import CONTRACTS, UPSTREAM, Contract
+from tests.support.source_tree import ROOT
+
+DOCUMENT = ROOT / "docs" / "conformance.md"
+NUM_SCENARIOS, SEED = 60, 1  # finds every planted fault; the tests compare with the document
+
+_HEAD = """\
+# Contracts of an engine's components
+
+<!-- Written by `python -m tests.conformance.components.document`; change the text there. -->
+
+nano-vllm has hundreds of forks, and the same few mistakes in the same few files. This page lists {number} rules
+that the sequence, the block manager, the scheduler, the input preparation and the sampling parameters of such an
+engine have to keep, and shows each of them broken. The checks run on a checkout of nano-vllm or of a fork, without
+a GPU and without a model:
+
+```sh
+nanovllm conformance ../my-fork                          # text; --json, --html FILE
+python -m pytest tests/conformance --target ../my-fork   # the same, a test a contract
+```
+
+Both run from a checkout of this project. The fork is read and never written to: a copy of its source runs in a
+child process with limits of time, memory and file size, and without network. `flash_attn`, `triton`,
+`transformers`, CUDA and NCCL are stood in for; torch, numpy and xxhash must be installed. 1500 scenarios take less
+than a minute on an idle core.
+
+A contract **holds**, is **broken** (then the smallest scenario is printed as a script of a few lines, with a
+picture of the blocks), or is **not applicable**, with the reason: the fork has no such part, no adapter knows its
+shape, or another broken contract hides it. Exit code: 0 nothing is broken, 1 something is, 2 the checkout cannot be
+examined.
+
+## In GitHub Actions
+
+```yaml
+- uses: actions/checkout@v4
+  with: {{ repository: OWNER/nanovllm, path: checks }}
+- run: pip install torch numpy xxhash
+- run: python -m tests.conformance.components .. --html ../conformance.html
+  working-directory: checks
+```
+
+These five lines follow the step that checks out the fork. OWNER/nanovllm stands for this project's repository. A
+fork that breaks a rule on purpose reads the JSON (`--json`) instead of the exit code.
+
+## How it works
+
+Scenarios are drawn: requests that arrive, repeat, continue each other's text and are aborted, in engines of a few
+blocks of a few tokens. Each step runs the fork's own `schedule()`, `prepare_prefill` or `prepare_decode`, and
+`postprocess()`. In place of the model stands a symbolic cache: a slot holds which token it is of, at which position
+and after which tokens. So a step that reads a wrong, foreign, stale or unwritten slot is noticed when it reads. The
+checks run in the order of cause and effect and a scenario ends with the first broken contract, so that one fault
+has one name.
+
+How forks differ stands in the tables of
+[tests/conformance/components/adapters.py](../tests/conformance/components/adapters.py): how a scheduler is
+constructed, what `schedule()` returns, what `postprocess()` takes, whether the block size is an attribute of the
+class Sequence, what the queues are called. Options that a fork adds to its Config have the fork's own defaults. Blocks
+that are swapped to the CPU are followed where `swap_out` and `swap_in` of the block manager return which they move.
+Steps with several new tokens a sequence (speculative decoding) and schedulers that run ahead of the model are not
+modelled: their contracts are not applicable.
+
+## Reading the pictures
+
+```text
+block 0 |0 1|  ref 2  in the tables of r0, r1     a block of two slots, with the tokens whose keys they hold
+block 1 |0 .|  ref 1  in the table of r0          a dot: nothing that may be read
+block 2 |0 0|  ref 0  free                        free, and still in the prefix cache
+r0: prompt 0 1, output 0; block table 0 1
+```
+
+The picture shows the target at the moment at which the contract is found broken. Tokens are 0 and 1; 2 ends a
+sequence.
+
+## The contracts
+"""
+_GROUPS = {
+    "blocks": "Blocks and the prefix cache",
+    "scheduling": "Scheduling",
+    "requests": "Requests",
+    "processes": "Processes",
+    "inputs": "Input preparation",
+}
+
+
+def document(rows: dict[str, dict[str, Any]]) -> str:
+    """The whole text. rows: contract -> its verdict on the target with its planted fault."""
+    parts = [_HEAD.format(number=len(CONTRACTS))]
+    for group, title in _GROUPS.items():
+        parts.append(f"\n### {title}\n")
+        parts += [section(contract, rows[contract.id]) for contract in CONTRACTS.values() if contract.group == group]
+    return "".join(parts)
+
+
+def section(contract: Contract, row: dict[str, Any]) -> str:
+    script = "\n".join(_wrapped(line) for line in _anonymous(row["script"]).splitlines()[2:])
+    text = f"\n#### {contract.id}. {contract.rule}\n\nWhat users see: {contract.users_see}. From: {_links(contract)}.\n"
+    text += f"\n```python\n{script}\n```\n"
+    return text + (f"\n```text\n{row['picture']}```\n" if row["picture"] else "")
+
+
+def _anonymous(script: str) -> str:
+    return re.sub(r"Target\(('|\")[^'\"]*\1", 'Target("your-fork"', script)
+
+
+def _wrapped(line: str) -> str:
+    """A line with a long comment has it above."""
+    code, mark, comment = line.partition("  # ")
+    return f"# {comment}\n{code}" if mark else line
+
+
+def _links(contract: Contract) -> str:
+    text = re.sub(r"^(D[\d, D]+\d)", r"\1 of [tests/DEFECTS.md](../tests/DEFECTS.md)", contract.report)
+    pattern = re.escape(UPSTREAM) + r"/(issues|pull)/(\d+)"
+    return re.sub(pattern, rf"[nano-vllm #\2]({UPSTREAM}/\1/\2)", text)
+
+
+def main() -> int:
+    from tests.conformance.components.running import plant, verdicts_of
+    from tests.conformance.components.targets.faults import FAULTS
+
+    faults = {fault.contract: fault for fault in reversed(FAULTS.values())}  # the first fault of each contract
+    with tempfile.TemporaryDirectory() as folder:
+        found = verdicts_of(*plant(faults, Path(folder)), scenarios=NUM_SCENARIOS, seed=SEED)
+    rows = {name: verdicts[name] for name, verdicts in zip(faults, found, strict=True)}
+    DOCUMENT.write_text(document(rows), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

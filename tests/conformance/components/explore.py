@@ -1,0 +1,206 @@
+"""Draws scenarios, and runs them on a target."""
+
+import random
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from tests.conformance.components.adapters import NotRecognised
+from tests.conformance.components.bounds import CALL_SECONDS
+from tests.conformance.components.picture import picture
+from tests.conformance.components.step_checks import next_token
+from tests.conformance.components.target import Broken, Setup, Target
+
+Step = tuple[Any, ...]  # ("add", tokens, max_tokens, ignore_eos), ("step",), ("abort", number)
+IMPORT = "from tests.conformance.components.target import Target"
+
+
+@dataclass(frozen=True)
+class Scenario:
+    setup: Setup
+    steps: tuple[Step, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        return {"setup": asdict(self.setup), "steps": self.steps}
+
+    @staticmethod
+    def from_json(value: dict[str, Any]) -> "Scenario":
+        steps = tuple(
+            tuple(tuple(part) if isinstance(part, list) else part for part in step) for step in value["steps"]
+        )
+        return Scenario(Setup(**value["setup"]), steps)
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.steps)
+
+    def script(self, path: str, contract: str, message: str) -> str:
+        """The lines that repeat it. The last one raises Broken."""
+        default = Setup()
+        sizes = [f"{field.name}={getattr(self.setup, field.name)!r}" for field in fields(Setup)]
+        given = [text for text, field in zip(sizes, fields(Setup), strict=True) if _differs(self.setup, default, field)]
+        lines = [
+            IMPORT,
+            "",
+            f"target = Target({', '.join([repr(path), f'only={contract!r}', *given])})",
+        ]
+        for step, number in _grouped(self.steps):
+            lines.append(f"target.{_call(step, number)}")
+        lines[-1] += f"  # {contract}: {message}"
+        return "\n".join(lines) + "\n"
+
+
+def _differs(setup: Setup, default: Setup, field: Any) -> bool:
+    if field.name == "max_model_len":
+        return setup.max_model_len != setup.num_blocks * setup.block_size + 1
+    return getattr(setup, field.name) != getattr(default, field.name)
+
+
+def num_given(setup: Setup) -> int:
+    return sum(_differs(setup, Setup(), field) for field in fields(Setup))
+
+
+def _grouped(steps: tuple[Step, ...]) -> Iterator[tuple[Step, int]]:
+    index = 0
+    while index < len(steps):
+        end = index + 1
+        while end < len(steps) and steps[index] == steps[end] == ("step",):
+            end += 1
+        yield steps[index], end - index
+        index = end
+
+
+def _call(step: Step, number: int) -> str:
+    kind, *values = step
+    if kind == "add":
+        tokens, max_tokens, ignore_eos = values
+        return f"add({list(tokens)}, max_tokens={max_tokens}{', ignore_eos=True' if ignore_eos else ''})"
+    if kind == "step":
+        return f"step({number if number > 1 else ''})"
+    return f"{kind}({', '.join(map(repr, values))})"
+
+
+# --- drawing ---
+
+
+def draw(rng: random.Random, is_chunked: bool, can_abort: bool, has_weak_hash: bool) -> Scenario:
+    block_size, num_blocks = rng.choice((2, 2, 3, 4)), rng.randint(2, 9)
+    room = num_blocks * block_size
+    max_num_seqs = rng.randint(1, 4)
+    budget = max_num_seqs + rng.randint(0, 6) if is_chunked and rng.random() < 0.7 else room + rng.randint(1, 8)
+    setup = Setup(block_size, num_blocks, max_num_seqs, budget, weak_hash=has_weak_hash and rng.random() < 0.25)
+    steps: list[Step] = []
+    texts: list[tuple[int, ...]] = []
+    for _ in range(rng.randint(1, 7)):
+        tokens = rng.choice(texts) if texts and rng.random() < 0.5 else _text(rng, room)
+        if rng.random() < 0.3:
+            tokens = _answered(rng, tokens)
+        elif rng.random() < 0.5:
+            tokens = tokens[: rng.randint(1, room)]
+        tokens = tokens[: room - 1]
+        texts.append(tokens)
+        longest = room - len(tokens)
+        max_tokens = longest if rng.random() < 0.3 else min(longest, rng.randint(1, 6))
+        steps.append(("add", tokens, max_tokens, rng.random() < 0.5))
+        steps += [("step",)] * rng.choice((0, 0, 1, 1, 2, 4, 12))
+        if can_abort and rng.random() < 0.2:
+            steps.append(("abort", rng.randrange(len(texts))))
+        if can_abort and rng.random() < 0.1:  # in the middle of a prompt that comes again
+            steps += [("add", tokens, 1, False), ("step",), ("abort", len(texts)), ("add", tokens, 1, False)]
+            texts += [tokens, tokens]
+    return Scenario(setup, tuple(steps))
+
+
+def _answered(rng: random.Random, tokens: tuple[int, ...]) -> tuple[int, ...]:
+    """A prompt with its first answers and one token more: the next turn of a conversation."""
+    result = list(tokens)
+    for _ in range(rng.randint(1, 4)):
+        result.append(next_token(result))
+    return (*result, rng.randint(0, 1))
+
+
+def _text(rng: random.Random, room: int) -> tuple[int, ...]:
+    length = rng.randint(1, min(room, 14))
+    letters = (0,) if rng.random() < 0.3 else (0, 1)
+    return tuple(rng.choice(letters) for _ in range(length))
+
+
+# --- running ---
+
+
+@dataclass
+class Outcome:
+    """contract, message: what was broken first; None if all holds. num_steps: of the scenario and of its finish."""
+
+    contract: str | None
+    message: str
+    picture: str
+    scenario: Scenario
+    checked: Counter[str]
+    not_applicable: dict[str, str]
+
+
+def run(path: str, scenario: Scenario, muted: set[str], call_seconds: float = CALL_SECONDS) -> Outcome:
+    """Run `scenario` and finish all of its requests. muted: isolated contracts that are known to be broken."""
+    sizes = {field.name: getattr(scenario.setup, field.name) for field in fields(Setup)}
+    target = Target(path, **sizes)
+    target.muted, target.call_seconds = muted, call_seconds
+    done: list[Step] = []
+    contract, message = None, ""
+    try:
+        for step in (*scenario.steps, ("finish",)):
+            kind, *values = step
+            if kind != "finish":
+                done.append(step)
+                getattr(target, kind)(*values)
+                continue
+            steps = target.num_steps
+            try:
+                target.finish()
+            except Broken as error:
+                is_end = error.contract in ("C04", "C17")
+                done += [("finish",)] if is_end else [("step",)] * (target.num_steps - steps)
+                raise
+    except Broken as error:
+        contract, message = error.contract, error.message
+    finally:
+        target.adapter.close()
+    if scenario.setup.weak_hash and contract != "C07":
+        contract = None
+    shown = "" if contract is None else picture(target)
+    return Outcome(
+        contract, message, shown, Scenario(scenario.setup, tuple(done)), target.checked, target.not_applicable
+    )
+
+
+# --- what a target can do, found out by trying ---
+
+
+def probe_chunked(path: str) -> bool:
+    """Whether a prompt longer than max_num_batched_tokens is prefilled in chunks."""
+    target = Target(path, block_size=2, num_blocks=8, max_num_seqs=2, max_num_batched_tokens=4)
+    try:
+        target.add([0, 1, 0, 1, 0, 1], max_tokens=1)
+        _, batch = target.adapter.schedule()
+        return bool(batch) and 0 < batch[0].count <= 4
+    except NotRecognised:
+        raise
+    except Exception:
+        return False
+    finally:
+        target.adapter.close()
+
+
+def probe_weak_hash(path: str) -> str:
+    """Why the hash function cannot be made to collide; "" if it can."""
+    try:
+        Target(path, weak_hash=True).adapter.close()
+    except NotRecognised as error:
+        return str(error)
+    return ""
+
+
+def probe_abort(path: str) -> bool:
+    target = Target(path)
+    return target.adapter.abort_name() is not None

@@ -1,0 +1,71 @@
+"""The checks of a prepared step: the integers that the model would get, one contract each."""
+
+from typing import Any
+
+from tests.conformance.components.adapters import Scheduled
+from tests.conformance.components.preparing import Prepared
+
+INPUT_CONTRACTS = ("C30", "C33", "C34", "C35", "C36", "C37", "C38", "C39", "C40")
+NOT_STORED = -1  # in a slot mapping: the key and value are there already
+
+
+def check_inputs(target: Any, batch: list[Scheduled], got: Prepared) -> None:
+    def same(contract: str, what: str, found: Any, right: Any) -> None:
+        target.check(contract)
+        if found != right:
+            target.broken(contract, f"{what} is {found}, and must be {right}")
+
+    cache = target.cache
+    tokens, positions, slots = [], [], []
+    stored: list[bool] = []
+    for item in batch:
+        span = range(item.start, item.start + item.count)
+        tokens += [target.request_of(item.seq).tokens[position] for position in span]
+        positions += span
+        slots += [cache.slot(item.seq.block_table, position) for position in span]
+        stored += [position >= target.adapter.first_stored(item) for position in span]
+    same("C33", "input_ids", got.input_ids, tokens)
+    same("C34", "positions", got.positions, positions)
+    expected = [
+        NOT_STORED if slot == NOT_STORED and not is_stored else right
+        for slot, right, is_stored in zip(got.slots, slots, stored, strict=False)
+    ]
+    same("C35", "slot_mapping", got.slots, expected if len(expected) == len(slots) else slots)
+    prefill = [item for item in batch if item.is_prefill]
+    decode = [item for item in batch if not item.is_prefill]
+    if prefill:
+        same("C36", "cu_seqlens_q", got.cu_seqlens_q, _running_sum([item.count for item in prefill]))
+        same("C37", "cu_seqlens_k", got.cu_seqlens_k, _running_sum([item.start + item.count for item in prefill]))
+        if any(item.start for item in prefill):
+            _check_tables(target, "prefill", prefill, got.prefill_tables)
+    if decode:
+        same("C38", "context_lens", got.context_lens, [len(target.request_of(item.seq).tokens) for item in decode])
+        _check_tables(target, "decode", decode, got.decode_tables)
+    if got.temperatures is None:
+        target.skip("C40", "ModelRunner has no prepare_sample that returns temperatures")
+        return
+    is_sampled = [item.start + item.count == len(target.request_of(item.seq).tokens) for item in batch]
+    temperatures = [target.request_of(item.seq).temperature for item in batch]
+    sampled = [value for value, wanted in zip(temperatures, is_sampled, strict=True) if wanted]
+    same("C40", "temperatures", got.temperatures, sampled if len(got.temperatures) == len(sampled) else temperatures)
+
+
+def _check_tables(target: Any, kind: str, batch: list[Scheduled], tables: list[list[int]] | None) -> None:
+    target.check("C39")
+    if tables is None:
+        target.broken("C39", f"a {kind} step reads cached keys, and has no block tables")
+        return
+    size = target.setup.block_size
+    for row, item in zip(tables, batch, strict=False):
+        needed = -(-(item.start + item.count) // size)
+        if row[:needed] != list(item.seq.block_table)[:needed]:
+            target.broken("C39", f"a row of block_tables is {row}, and the block table {list(item.seq.block_table)}")
+    if len(tables) != len(batch):
+        target.broken("C39", f"{len(tables)} rows of block_tables for {len(batch)} sequences")
+
+
+def _running_sum(values: list[int]) -> list[int]:
+    result = [0]
+    for value in values:
+        result.append(result[-1] + value)
+    return result

@@ -1,0 +1,144 @@
+"""Adapters of input preparation: ModelRunner's methods without a model, or functions of sequences."""
+
+import importlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from tests.conformance.components.adapters import Adapter, Scheduled, describe, first_of
+from tests.conformance.components.loading import NotRecognised
+
+CONTEXT_MODULES = ("utils.context", "context", "engine.context")
+# What one contract reads of a prepared step -> the names that it has in the Context, in the order of the tokens:
+# prefill first, then decode.
+PREFILL_TABLES = ("prefill_block_tables", "block_tables")
+DECODE_TABLES = ("decode_block_tables", "block_tables")
+
+
+class Prepared(NamedTuple):
+    """The integers of one forward pass, as plain lists. None: this target's step has no such part."""
+
+    input_ids: list[int]
+    positions: list[int]
+    slots: list[int]
+    cu_seqlens_q: list[int] | None
+    cu_seqlens_k: list[int] | None
+    context_lens: list[int] | None
+    prefill_tables: list[list[int]] | None
+    decode_tables: list[list[int]] | None
+    temperatures: list[float] | None
+
+
+class Preparation:
+    """prepare(what schedule() returned, its sequences, is_worker) -> Prepared; None, and the reason, if none is found.
+
+    is_worker: prepares as another rank than the first, which samples nothing.
+    """
+
+    def __init__(self, adapter: Adapter) -> None:
+        self.adapter = adapter
+        self.prepare, self.reason = self._find()
+
+    def _find(self) -> tuple[Callable[..., Prepared] | None, str]:
+        package = self.adapter.found["package"].name
+        try:
+            module = importlib.import_module(f"{package}.engine.model_input")
+        except ImportError:
+            module = None
+        if module is not None and hasattr(module, "prepare_prefill") and hasattr(module, "prepare_decode"):
+            return lambda result, batch, is_worker=False: self._from_functions(module, batch, is_worker), ""
+        runner_class = self.adapter.found.get("ModelRunner")
+        if runner_class is None:
+            return None, self.adapter.found["reasons"].get("ModelRunner", "no class ModelRunner")
+        runner = object.__new__(runner_class)
+        contexts = (f"{package}.{name}" for name in CONTEXT_MODULES)
+        context = next((found for found in map(_import, contexts) if hasattr(found, "get_context")), None)
+        if context is None:
+            return None, f"no module of {CONTEXT_MODULES} has get_context()"
+        for name, value in {
+            "config": self.adapter.config,
+            "block_size": self.adapter.setup.block_size,
+            "world_size": 1,
+            "rank": 0,
+            "enforce_eager": True,
+            "device": "cpu",
+            "use_cuda": False,
+        }.items():
+            setattr(runner, name, value)
+        if hasattr(runner, "prepare_prefill") and hasattr(runner, "prepare_decode"):
+            return lambda result, batch, is_worker=False: self._from_runner(runner, context, batch, is_worker), ""
+        if hasattr(runner, "prepare_inputs"):
+            return (
+                lambda result, batch, is_worker=False: self._from_mixed(runner, context, result, batch, is_worker)
+            ), ""
+        return None, "ModelRunner has neither prepare_prefill and prepare_decode nor prepare_inputs"
+
+    @staticmethod
+    def _from_functions(module: Any, batch: list[Scheduled], is_worker: bool) -> Prepared:
+        is_prefill = batch[0].is_prefill
+        inputs = (module.prepare_prefill if is_prefill else module.prepare_decode)([item.seq for item in batch])
+        tables = None if inputs.block_tables is None else inputs.block_tables.tolist()
+        return Prepared(
+            inputs.input_ids.tolist(),
+            inputs.positions.tolist(),
+            inputs.slot_mapping.tolist(),
+            inputs.cu_seqlens_q.tolist(),
+            inputs.cu_seqlens_k.tolist(),
+            inputs.context_lens.tolist(),
+            tables if is_prefill else None,
+            None if is_prefill else tables,
+            None if is_worker else inputs.sampling.temperature.tolist(),
+        )
+
+    def _from_runner(self, runner: Any, context_module: Any, batch: list[Scheduled], is_worker: bool) -> Prepared:
+        if len({item.is_prefill for item in batch}) > 1:
+            raise NotRecognised("a step has prefill and decode, and ModelRunner prepares only one at a time")
+        is_prefill = batch[0].is_prefill
+        sequences = [item.seq for item in batch]
+        prepared = (runner.prepare_prefill if is_prefill else runner.prepare_decode)(sequences)
+        sampled = None if is_worker else sequences
+        return self._read_context(runner, context_module, prepared, sampled, is_prefill, not is_prefill)
+
+    def _from_mixed(
+        self, runner: Any, context_module: Any, result: Any, batch: list[Scheduled], is_worker: bool
+    ) -> Prepared:
+        prepared = runner.prepare_inputs(result)
+        has_prefill = any(item.is_prefill for item in batch)
+        has_decode = any(not item.is_prefill for item in batch)
+        sampled = None if is_worker else [item.seq for item in batch]
+        return self._read_context(runner, context_module, prepared, sampled, has_prefill, has_decode)
+
+    @staticmethod
+    def _read_context(
+        runner: Any, module: Any, prepared: Any, sampled: list[Any] | None, has_prefill: bool, has_decode: bool
+    ) -> Prepared:
+        if not isinstance(prepared, tuple) or len(prepared) < 2:
+            raise NotRecognised(f"the preparation of a step returns {describe(prepared)}")
+        context = module.get_context()
+
+        def read(names: tuple[str, ...], is_there: bool) -> Any:
+            name = first_of(context, names)
+            value = getattr(context, name) if name and is_there else None
+            return value.tolist() if hasattr(value, "tolist") else value
+
+        temperatures = None
+        if sampled is not None and hasattr(runner, "prepare_sample"):
+            rows = runner.prepare_sample(sampled)
+            temperatures = rows.tolist() if hasattr(rows, "tolist") else None
+        return Prepared(
+            prepared[0].tolist(),
+            prepared[1].tolist(),
+            read(("slot_mapping",), True),
+            read(("cu_seqlens_q",), has_prefill),
+            read(("cu_seqlens_k",), has_prefill),
+            read(("context_lens",), has_decode),
+            read(PREFILL_TABLES, has_prefill),
+            read(DECODE_TABLES, has_decode),
+            temperatures,
+        )
+
+
+def _import(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except Exception:
+        return None

@@ -1,0 +1,293 @@
+"""The checks of one step, in the order of cause and effect, and the symbolic cache that stands for a model's.
+
+A slot of the cache holds (chain, token, position): chain is a digest of all tokens up to the position, which is what
+the key of a deeper layer depends on.
+"""
+
+from collections import Counter
+from typing import Any
+
+from tests.conformance.components.adapters import Scheduled
+
+
+def chains(tokens: list[int]) -> list[int]:
+    """Digest of each prefix, in every process the same."""
+    result, value = [], 0
+    for token in tokens:
+        value = hash((value, token))
+        result.append(value)
+    return result
+
+
+class SymbolicCache:
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        self.block_size = block_size
+        self.slots: list[Any] = [None] * (num_blocks * block_size)
+        self.places: dict[int, list[Any]] = {}  # of blocks on the CPU
+
+    def move(self, is_out: bool, pairs: list[tuple[int, int]]) -> None:
+        """Copy blocks to places on the CPU, (block, place); or back, (place, block) or (block, place)."""
+        size = self.block_size
+        for pair in pairs:
+            is_place_first = not is_out and pair[0] in self.places
+            place, block_id = pair if is_place_first else pair[::-1]
+            block = slice(block_id * size, (block_id + 1) * size)
+            if is_out:
+                self.places[place] = self.slots[block]
+            else:
+                self.slots[block] = self.places.pop(place, [None] * size)
+
+    def forget(self, block_id: int) -> None:
+        """The block was taken for new tokens: what it held may not be read any more."""
+        first = block_id * self.block_size
+        self.slots[first : first + self.block_size] = [None] * self.block_size
+
+    def slot(self, table: list[int], position: int) -> int:
+        return table[position // self.block_size] * self.block_size + position % self.block_size
+
+
+def next_token(tokens: list[int]) -> int:
+    """0 or 1, and now and then the end of the sequence: what a model would sample after these tokens."""
+    value = chains(tokens)[-1]
+    return 2 if value % 7 == 0 else value // 7 % 2
+
+
+class Before:
+    """The queues before a step."""
+
+    def __init__(self, target: Any) -> None:
+        adapter = target.adapter
+        self.running = list(adapter.running)
+        self.held = {block_id for request in target.live for block_id in request.table}
+        self.free = adapter.free_blocks()
+        self.num_lost = num_lost_blocks(target)
+        size = target.setup.block_size
+        self.demand = sum(max(0, -(-len(seq) // size) - len(seq.block_table)) for seq in self.running)
+        self.preempted = [r for r in target.live if r.was_preempted and not r.is_admitted]
+
+
+def check_schedule(target: Any, before: Before, batch: list[Scheduled]) -> None:
+    """What schedule() decided: blocks first, then limits and order."""
+    setup = target.setup
+    check_blocks(target)
+    for item in batch:
+        request = target.request_of(item.seq)
+        target.check("C13")
+        if item.count < 1 or item.start + item.count > len(request.tokens):
+            target.broken(
+                "C13", f"a sequence of {len(request.tokens)} tokens computes {item.count} from position {item.start} on"
+            )
+        target.check("C05")
+        num_slots = len(item.seq.block_table) * setup.block_size
+        if num_slots < item.start + item.count:
+            end = item.start + item.count
+            target.broken("C05", f"the block table has {num_slots} slots, and the step computes up to token {end}")
+    target.check("C11")
+    if len(batch) > setup.max_num_seqs:
+        target.broken("C11", f"a step of {len(batch)} sequences, max_num_seqs={setup.max_num_seqs}")
+    target.check("C10")
+    num_tokens = sum(item.count for item in batch)
+    if num_tokens > setup.max_num_batched_tokens and len(batch) <= setup.max_num_seqs:
+        target.broken("C10", f"a step of {num_tokens} tokens, max_num_batched_tokens={setup.max_num_batched_tokens}")
+    target.check("C12")
+    holding = [request for request in target.live if request.table]
+    if len(holding) > setup.max_num_seqs >= len(batch):
+        target.broken("C12", f"{len(holding)} sequences hold blocks, max_num_seqs={setup.max_num_seqs}")
+    _check_preemptions(target, before, batch)
+
+
+def check_blocks(target: Any) -> None:
+    holders: Counter[int] = Counter()
+    for request in target.live:
+        table = request.table
+        target.check("C03")
+        if len(set(table)) < len(table):
+            hits = table[: request.num_hit_tokens // target.setup.block_size]
+            is_hit = len(set(hits)) < len(hits)  # one block cannot hold two parts of a prefix
+            contract = "C03" if not is_hit else "C07" if target.setup.weak_hash else "C06"
+            target.broken(contract, f"the block table {table} has a block twice")
+        holders.update(table)
+    counts = target.adapter.ref_counts()
+    if counts is None:
+        target.skip("C02", "the blocks have no ref_count")
+    else:
+        target.check("C02")
+        for block_id, count in enumerate(counts):
+            if count != holders[block_id]:
+                target.broken("C02", f"block {block_id}: ref_count {count}, in {holders[block_id]} block tables")
+    free = target.adapter.free_blocks()
+    if free is None:
+        target.skip("C03", "the block manager has no list of free blocks that adapters.py knows")
+    elif set(free) & holders.keys() or len(set(free)) < len(free):
+        both = sorted(set(free) & holders.keys())
+        target.broken("C03", f"the free list {sorted(free)} has a block twice, or one of a block table: {both}")
+
+
+def num_lost_blocks(target: Any) -> int:
+    """Blocks that are neither free nor in a block table; 0 where the free blocks are not known."""
+    held = {block_id for request in target.live for block_id in request.table}
+    free = target.adapter.free_blocks()
+    return 0 if free is None else target.setup.num_blocks - len(held | set(free))
+
+
+def explain_failure(target: Any, before: Before, num_lost: int) -> None:
+    """schedule() failed or found nothing to compute: raises Broken if an earlier fault explains it."""
+    check_blocks(target)
+    _check_preemptions(target, before, [])
+    if num_lost:
+        target.broken("C04", f"no step: {num_lost} blocks are neither free nor in a block table")
+
+
+def _check_preemptions(target: Any, before: Before, batch: list[Scheduled]) -> None:
+    preempted = [r for r in target.live if not r.table and any(r.seq is seq for seq in before.running)]
+    admitted = [item for item in batch if not any(item.seq is seq for seq in before.running)]
+    if before.free is not None and preempted and not admitted:
+        target.check("C14")
+        if len(before.free) >= before.demand:
+            target.broken(
+                "C14",
+                f"{len(before.free)} blocks are free, the running sequences need {before.demand}, and one is preempted",
+            )
+    elif before.free is None:
+        target.skip("C14", "the block manager has no list of free blocks that adapters.py knows")
+    if not target.adapter.is_first_come_first_served:
+        target.skip("C15", "the waiting queue is no deque: another order than first come, first served")
+        return
+    for item in admitted:
+        request = target.request_of(item.seq)
+        for other in before.preempted:
+            target.check("C15")
+            if other is not request and not other.table and other.number < request.number:
+                target.broken("C15", f"request {request.number} runs, and request {other.number} waits since preempted")
+
+
+# --- the symbolic model ---
+
+
+def store_and_read(target: Any, batch: list[Scheduled]) -> None:
+    """As in a model: every key of the step is stored first, then each query reads all keys before it."""
+    cache = target.cache
+    readers = [(request, request.table) for request in target.live]
+    values = {id(item.seq): _values(target.request_of(item.seq).tokens) for item in batch}
+    written: dict[int, Any] = {}
+    for item in batch:
+        for position in range(target.adapter.first_stored(item), item.start + item.count):
+            slot = cache.slot(item.seq.block_table, position)
+            value = values[id(item.seq)][position]
+            target.check("C01")
+            if written.setdefault(slot, value) != value:
+                target.broken("C01", f"two sequences of one step store their keys in slot {slot}")
+            if cache.slots[slot] != value:
+                _check_no_reader(target, item, slot, position, readers)
+    cache.slots = [written.get(slot, value) for slot, value in enumerate(cache.slots)]
+    for item in batch:
+        _check_reads(target, item, values[id(item.seq)])
+
+
+def _values(tokens: list[int]) -> list[tuple[int, int, int]]:
+    return [
+        (chain, token, position) for position, (chain, token) in enumerate(zip(chains(tokens), tokens, strict=True))
+    ]
+
+
+def _check_no_reader(target: Any, item: Scheduled, slot: int, position: int, readers: list[Any]) -> None:
+    """The slot's content changes: no other sequence may need what is there now."""
+    old = target.cache.slots[slot]
+    for request, table in readers:
+        if request.seq is item.seq or slot // target.setup.block_size not in table or old is None:
+            continue
+        index = (
+            table.index(slot // target.setup.block_size) * target.setup.block_size + position % target.setup.block_size
+        )
+        if index < len(request.tokens) - 1 and old == _values(request.tokens)[index]:
+            target.broken("C01", f"slot {slot} is overwritten, and request {request.number} reads it")
+
+
+def _check_reads(target: Any, item: Scheduled, right: list[tuple[int, int, int]]) -> None:
+    cache, request = target.cache, target.request_of(item.seq)
+    size = target.setup.block_size
+    for position in range(item.start + item.count):
+        found = cache.slots[cache.slot(item.seq.block_table, position)]
+        is_hit = position < request.num_hit_tokens
+        for contract in ("C06", "C08") if is_hit else ():
+            target.check("C07" if target.setup.weak_hash and contract == "C06" else contract)
+        if found == right[position]:
+            continue
+        block = item.seq.block_table[position // size]
+        if not is_hit:
+            target.broken(
+                "C01", f"request {request.number} reads token {position} in block {block}, which was overwritten"
+            )
+        if found is None:
+            target.broken("C08", f"block {block} is shared, and token {position} was never stored in it")
+        contract = "C07" if target.setup.weak_hash else "C06"
+        is_same = found[1] == right[position][1]
+        what = "the right token, after other tokens than its own" if is_same else "another token"
+        target.broken(
+            contract, f"request {request.number} shares block {block}, which holds for token {position} {what}"
+        )
+
+
+# --- after the step ---
+
+
+def check_tokens(target: Any, batch: list[Scheduled]) -> None:
+    for item in batch:
+        request, seq = target.request_of(item.seq), item.seq
+        target.check("C20")
+        if len(seq) != len(request.tokens):
+            target.broken(
+                "C20",
+                f"request {request.number} has {len(seq)} tokens after this step, and must have {len(request.tokens)}",
+            )
+        held = list(getattr(seq, "token_ids", request.tokens))
+        if held != request.tokens:
+            target.broken("C20", f"the tokens of request {request.number} are {held}, and must be {request.tokens}")
+        is_finished, why = target.adapter.is_finished(seq), request.must_end
+        target.check("C21")
+        if request.output and request.output[-1] == 2:
+            target.check("C22")
+        if is_finished and why is None:
+            at_eos = request.output and request.output[-1] == 2
+            target.broken(
+                "C22" if at_eos else "C21",
+                f"request {request.number} ends after {len(request.output)} of {request.max_tokens} tokens"
+                + (" at the end-of-sequence token, with ignore_eos" if at_eos else ""),
+            )
+        if why is not None and not is_finished:
+            target.broken(why, f"request {request.number} goes on after {len(request.output)} tokens {request.output}")
+        if is_finished:
+            request.is_finished = True
+            check_left(target, request, "C23")
+    check_blocks(target)
+
+
+def check_left(target: Any, request: Any, contract: str) -> None:
+    target.check(contract)
+    if any(request.seq is seq for seq in (*target.adapter.running, *target.adapter.waiting)):
+        target.broken(contract, f"request {request.number} has ended and is still in a queue")
+    table = request.table
+    held = {block_id for other in target.live for block_id in other.table}
+    counts = target.adapter.ref_counts()
+    if counts is not None and any(counts[block_id] and block_id not in held for block_id in table):
+        target.broken(contract, f"request {request.number} has ended and still holds the blocks {table}")
+
+
+def check_whole(target: Any) -> None:
+    """C04, once every request has ended: all blocks are free, or a request that needs all of them is served."""
+    check_blocks(target)
+    target.check("C04")
+    free = target.adapter.free_blocks()
+    num_blocks, size = target.setup.num_blocks, target.setup.block_size
+    if free is not None and len(set(free)) == num_blocks:
+        return
+    request = target.add([5] * min(num_blocks * size, target.setup.max_model_len - 1), max_tokens=1)
+    try:
+        for _ in range(len(request.prompt) + 4):
+            if request.is_finished:
+                return
+            target.step()
+    except AssertionError:
+        pass
+    if not request.is_finished:
+        target.broken("C04", f"no request is left, and one that needs all {num_blocks} blocks is not served")

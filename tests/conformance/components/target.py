@@ -1,0 +1,356 @@
+"""Target: a checkout's scheduler, block manager and input preparation, driven step by step and checked at each.
+
+    target = Target("path/to/checkout", block_size=2, num_blocks=4)
+    target.add([0, 1, 0], max_tokens=2)
+    target.step()
+    target.finish()
+
+In place of a model stands a symbolic cache: a slot holds what the tokens up to its position are, so whatever a step
+reads wrongly is known exactly. The first broken contract raises Broken; the order of the checks is that of cause and
+effect, so that a fault has one name. Imports nothing of nanovllm, whose name the target's package has. It is one file
+because a script needs one object with all of these methods.
+"""
+
+import pickle
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.conformance.components import input_checks, step_checks
+from tests.conformance.components.adapters import EOS, Adapter, NotRecognised, Scheduled
+from tests.conformance.components.bounds import CALL_SECONDS, Hang, bounded
+from tests.conformance.components.contracts import CONTRACTS
+from tests.conformance.components.loading import find_package, load
+from tests.conformance.components.preparing import Preparation
+
+TEMPERATURES = (0.5, 1.0, 0.25)
+JUNK_TOKEN = 61  # given to a sequence that must not take a token
+_loaded: dict[Path, dict[str, Any]] = {}
+
+
+class Broken(AssertionError):
+    """A contract does not hold. contract: its id."""
+
+    def __init__(self, contract: str, message: str) -> None:
+        super().__init__(f"{contract}: {message}")
+        self.contract = contract
+        self.message = message
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The sizes of one engine."""
+
+    block_size: int = 2
+    num_blocks: int = 8
+    max_num_seqs: int = 4
+    max_num_batched_tokens: int = 64
+    max_model_len: int = 0  # 0: one more than the cache holds
+    weak_hash: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.max_model_len:
+            object.__setattr__(self, "max_model_len", self.num_blocks * self.block_size + 1)
+
+
+@dataclass(eq=False)
+class Request:
+    """What must happen to one sequence.
+
+    num_hit_tokens: found in the prefix cache at the latest admission. is_admitted: whether it holds blocks.
+    """
+
+    seq: Any
+    prompt: list[int]
+    max_tokens: int
+    ignore_eos: bool
+    temperature: float
+    number: int
+    output: list[int] = field(default_factory=list)
+    num_hit_tokens: int = 0
+    is_admitted: bool = False
+    was_preempted: bool = False
+    is_finished: bool = False
+    is_swapped: bool = False  # its blocks are on the CPU
+
+    @property
+    def table(self) -> list[int]:
+        """Its blocks in the KV cache."""
+        return [] if self.is_swapped else list(self.seq.block_table)
+
+    @property
+    def tokens(self) -> list[int]:
+        return self.prompt + self.output
+
+    @property
+    def must_end(self) -> str | None:
+        """The contract that makes the request end with its last token."""
+        if len(self.output) >= self.max_tokens:
+            return "C21"
+        return "C22" if self.output and self.output[-1] == EOS and not self.ignore_eos else None
+
+
+class Target:
+    def __init__(self, path: str | Path, *, only: str = "", **sizes: Any) -> None:
+        """path: a checkout. sizes: fields of Setup. Raises NotRecognised for what no adapter knows.
+
+        only: the isolated contracts except this one raise nothing, if it is given.
+        """
+        self.setup = Setup(**sizes)
+        self.adapter = Adapter(loaded(Path(path)), self.setup)
+        self.requests: list[Request] = []
+        self.cache = step_checks.SymbolicCache(self.setup.num_blocks, self.setup.block_size)
+        self.adapter.watch_moves(self.cache.move)
+        self.num_steps = 0
+        self.call_seconds = CALL_SECONDS
+        self.checked: Counter[str] = Counter()  # how often each contract was checked
+        self.muted = {name for name in CONTRACTS if only and name != only}
+        self.not_applicable: dict[str, str] = {}
+        preparation = Preparation(self.adapter)
+        self.prepare = preparation.prepare
+        if self.prepare is None:
+            self._skip_inputs(preparation.reason)
+
+    # --- what a script calls ---
+
+    def add(
+        self, tokens: list[int], max_tokens: int = 1, ignore_eos: bool = False, temperature: float | None = None
+    ) -> Request:
+        number = len(self.requests)
+        temperature = TEMPERATURES[number % len(TEMPERATURES)] if temperature is None else temperature
+        seq = self.adapter.add(list(tokens), temperature, max_tokens, ignore_eos)
+        request = Request(seq, list(tokens), max_tokens, ignore_eos, temperature, number)
+        self.requests.append(request)
+        return request
+
+    def try_add(self, tokens: list[int], **options: Any) -> Request | None:
+        """add, for a request that the target may refuse: None then."""
+        try:
+            return self.add(tokens, **options)
+        except NotRecognised:
+            raise
+        except Exception:
+            return None
+
+    def abort(self, number: int) -> None:
+        request = self.requests[number]
+        if request.is_finished:
+            return
+        name = self.adapter.abort_name()
+        if name is None:
+            raise NotRecognised("the scheduler has no method to abort a request")
+        self._guarded(lambda: getattr(self.adapter.scheduler, name)(request.seq.seq_id), name)
+        request.is_finished = True
+        step_checks.check_left(self, request, "C24")
+        step_checks.check_blocks(self)
+
+    def step(self, number: int = 1) -> None:
+        for _ in range(number):
+            self._step()
+
+    def try_steps(self, number: int) -> None:
+        """Steps of a script whose verdict is about what comes of it: an exception ends them."""
+        try:
+            for _ in range(number):
+                if all(request.is_finished for request in self.requests):
+                    return
+                self._step()
+        except Broken:
+            return
+
+    def finish(self) -> None:
+        """Step until every request has ended, and check that the cache is whole again."""
+        most = 20 + 4 * len(self.requests) * sum(len(r.prompt) + r.max_tokens for r in self.requests)
+        steps = 0
+        self.check("C17")
+        while not all(request.is_finished for request in self.requests):
+            self._step()
+            steps += 1
+            left = [request.number for request in self.requests if not request.is_finished]
+            if steps > most:
+                self.broken("C17", f"after {steps} steps the requests {left} have not ended")
+        step_checks.check_whole(self)
+
+    def expect(self, contract: str, holds: bool, message: str) -> None:
+        self.check(contract)
+        if not holds:
+            self._broken_at_admission(contract, message)
+
+    def expect_refused(
+        self, contract: str, what: str, action: Callable[[], Any], kind: type[Exception] = ValueError
+    ) -> None:
+        self.check(contract)
+        try:
+            action()
+        except NotRecognised:
+            raise
+        except kind:
+            return
+        except Exception as error:
+            self._broken_at_admission(contract, f"{what} raises {type(error).__name__}: {error}")
+        self._broken_at_admission(contract, f"{what} is accepted")
+
+    def _broken_at_admission(self, contract: str, message: str) -> None:
+        """Broken, unless LLMEngine.add_request might refuse the request and could not be asked."""
+        reason = self.adapter.found.get("no_submit", "")
+        if reason and CONTRACTS[contract].is_admission:
+            raise NotRecognised(f"{message} by the scheduler; {reason}")
+        self.broken(contract, message)
+
+    # --- how contracts report ---
+
+    def check(self, contract: str) -> None:
+        """Count that the contract is checked now."""
+        self.checked[contract] += 1
+
+    def broken(self, contract: str, message: str) -> None:
+        if contract in self.muted and CONTRACTS[contract].is_isolated:
+            return
+        raise Broken(contract, message)
+
+    def skip(self, contract: str, reason: str) -> None:
+        self.not_applicable.setdefault(contract, reason)
+
+    def _skip_inputs(self, reason: str) -> None:
+        for contract in input_checks.INPUT_CONTRACTS:
+            self.skip(contract, reason)
+
+    # --- one step ---
+
+    @property
+    def live(self) -> list[Request]:
+        return [request for request in self.requests if not request.is_finished]
+
+    def request_of(self, seq: Any) -> Request:
+        return next(request for request in self.requests if request.seq is seq)
+
+    def _guarded(self, action: Callable[[], Any], name: str, before: "step_checks.Before | None" = None) -> Any:
+        self.check("C16")
+        try:
+            with bounded(self.call_seconds):
+                return action()
+        except (NotRecognised, Broken):
+            raise
+        except Hang as hang:
+            self.broken("C16", f"{name}() {hang}")
+        except Exception as error:
+            if before is not None:
+                step_checks.explain_failure(self, before, before.num_lost)
+            self.broken("C16", f"{name}() raises {type(error).__name__}: {error}".rstrip(": "))
+
+    def _step(self) -> None:
+        if not self.live:
+            return
+        self.num_steps += 1
+        before = step_checks.Before(self)
+        result, batch = self._guarded(self.adapter.schedule, "schedule", before)
+        swapped = self.adapter.swapped
+        for request in self.live:
+            request.is_swapped = any(request.seq is seq for seq in swapped)
+        if not batch:
+            step_checks.explain_failure(self, before, step_checks.num_lost_blocks(self))
+            self.broken("C16", "schedule() returns nothing although a request is left")
+            return
+        self._note_admissions(before, batch)
+        for item in batch:
+            if not any(request.seq is item.seq for request in self.live):
+                self.broken("C23", "a finished sequence is scheduled again")
+        step_checks.check_schedule(self, before, batch)
+        self._check_pickle(result, batch)
+        self._check_inputs(result, batch)
+        step_checks.store_and_read(self, batch)
+        self._take_tokens(result, batch)
+
+    def _note_admissions(self, before: "step_checks.Before", batch: list[Scheduled]) -> None:
+        admitted: list[Request] = []
+        for request in self.live:
+            if not request.table:
+                request.was_preempted |= request.is_admitted
+                request.is_admitted = False
+        for item in batch:
+            request = self.request_of(item.seq)
+            if not request.is_admitted:
+                request.is_admitted = True
+                request.num_hit_tokens = item.start
+                admitted.append(request)
+        size = self.setup.block_size
+        kept = before.held.union(*(r.table[: -(-r.num_hit_tokens // size)] for r in admitted))
+        for block_id in {block_id for item in batch for block_id in item.seq.block_table} - kept:
+            self.cache.forget(block_id)
+
+    def _check_pickle(self, result: Any, batch: list[Scheduled]) -> None:
+        tokens = [list(getattr(item.seq, "token_ids", [])) for item in batch]
+        self.check("C29")
+        copies = self._guarded(lambda: pickle.loads(pickle.dumps([item.seq for item in batch])), "pickle")
+        if tokens != [list(getattr(item.seq, "token_ids", [])) for item in batch]:
+            self.broken("C29", "token_ids of the sequence have changed")
+        self.copies = [item._replace(seq=copy) for item, copy in zip(batch, copies, strict=True)]
+
+    def _check_inputs(self, result: Any, batch: list[Scheduled]) -> None:
+        if self.prepare is None or self.not_applicable.get("C33"):
+            return
+        prepared = self._prepare(result, batch)
+        if prepared is None:
+            return
+        input_checks.check_inputs(self, batch, prepared)
+        self.check("C30")
+        try:
+            copied = self.prepare(_with_copies(result, self.copies), self.copies, is_worker=True)
+        except (NotRecognised, AttributeError) as error:
+            if isinstance(error, NotRecognised):
+                return self.skip("C30", str(error))
+            return self.broken("C30", f"the step cannot be prepared from the pickled sequences: {error}")
+        except Exception as error:
+            return self.broken("C30", f"the pickled sequences: {type(error).__name__}: {error}")
+        if copied != prepared._replace(temperatures=None):
+            self.broken("C30", "the step that a worker prepares from the pickled sequences is another one")
+
+    def _prepare(self, result: Any, batch: list[Scheduled]) -> Any:
+        assert self.prepare is not None
+        try:
+            return self.prepare(result, batch)
+        except NotRecognised as error:
+            self._skip_inputs(str(error))
+        except AttributeError as error:
+            self._skip_inputs(f"the preparation needs more of ModelRunner than the adapter gives it: {error}")
+        except Exception as error:
+            self.broken("C33", f"the preparation of the step raises {type(error).__name__}: {error}")
+        return None
+
+    def _take_tokens(self, result: Any, batch: list[Scheduled]) -> None:
+        given = []
+        for item in batch:
+            request = self.request_of(item.seq)
+            is_sampled = item.start + item.count == len(request.tokens)
+            given.append(step_checks.next_token(request.tokens) if is_sampled else JUNK_TOKEN)
+            if is_sampled:
+                request.output.append(given[-1])
+        self._guarded(lambda: self.adapter.postprocess(result, batch, given), "postprocess")
+        step_checks.check_tokens(self, batch)
+
+
+def loaded(path: Path) -> dict[str, Any]:
+    """The classes of the checkout, imported once a process. A second checkout in one process is refused."""
+    path = path.resolve()
+    if path not in _loaded:
+        if _loaded:
+            raise NotRecognised(f"this process has loaded {next(iter(_loaded))}; start another one for {path}")
+        _loaded[path] = load(find_package(path))
+    return _loaded[path]
+
+
+def _with_copies(result: Any, copies: list[Scheduled]) -> Any:
+    """What schedule() returned, with the pickled sequences in it, for a runner that prepares from that."""
+    if isinstance(result, tuple | list):
+        return result
+    import copy
+
+    from tests.conformance.components.adapters import BATCH_SEQUENCES, first_of
+
+    changed = copy.copy(result)
+    name = first_of(result, BATCH_SEQUENCES)
+    if name is not None:
+        object.__setattr__(changed, name, [item.seq for item in copies])
+    return changed

@@ -1,0 +1,88 @@
+"""The checks are checked: each planted fault is found and named by its contract alone, the right target is clean."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conformance.components.contracts import CONTRACTS
+from tests.conformance.components.document import DOCUMENT, NUM_SCENARIOS, SEED, section
+from tests.conformance.components.running import names, plant, verdicts_of
+from tests.conformance.components.targets.faults import FAULTS, HOSTILE, RIGHT, WRONG_FIXES
+from tests.support.source_tree import ROOT
+
+LONG_SEEDS = range(5)
+PARTS = 2
+
+
+def test_every_contract_has_a_planted_fault() -> None:
+    assert {fault.contract for fault in FAULTS.values()} == set(CONTRACTS)
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_planted_fault_is_named_by_its_contract_alone(part: int, tmp_path: Path) -> None:
+    """With a smallest scenario of no more steps than it takes."""
+    faults = dict(list(FAULTS.items())[part::PARTS])
+    found = verdicts_of(*plant(faults, tmp_path), scenarios=NUM_SCENARIOS, seed=SEED)
+    assert [names(verdicts, "broken") for verdicts in found] == [[fault.contract] for fault in faults.values()]
+    text = DOCUMENT.read_text(encoding="utf-8")
+    for fault, verdicts in zip(faults.values(), found, strict=True):
+        row = verdicts[fault.contract]
+        assert fault.num_steps is None or row["num_steps"] <= fault.num_steps, row["script"]
+        is_shown = next(other for other in FAULTS.values() if other.contract == fault.contract) is fault
+        assert not is_shown or section(CONTRACTS[fault.contract], row) in text, (
+            "run tests.conformance.components.document"
+        )
+
+
+def test_right_target_is_clean_and_wrong_fixes_are_found(tmp_path: Path) -> None:
+    right, *found = verdicts_of(RIGHT, *plant(WRONG_FIXES, tmp_path), scenarios=NUM_SCENARIOS, seed=SEED)
+    assert names(right, "holds") == list(CONTRACTS)
+    for (name, fault), verdicts in zip(WRONG_FIXES.items(), found, strict=True):
+        assert fault.contract in names(verdicts, "broken"), name
+
+
+def test_target_that_ends_its_process_or_writes_is_a_finding_and_is_left_as_it_was(tmp_path: Path) -> None:
+    paths = plant(HOSTILE, tmp_path)
+    before = _contents(tmp_path)
+    found = verdicts_of(*paths, scenarios=20, seed=SEED)
+    assert [names(verdicts, "broken") for verdicts in found] == [["C16"]] * len(HOSTILE)
+    assert all(verdicts["C34"]["verdict"] == "holds" for verdicts in found), "the other contracts are checked too"
+    assert _contents(tmp_path) == before
+
+
+def _contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("name", ["C13 leaves no token to compute", "C26 takes the last token of no prompt"])
+def test_printed_script_repeats_the_finding(name: str, tmp_path: Path) -> None:
+    """One of a drawn scenario, one of a contract's own script."""
+    fault = FAULTS[name]
+    (verdicts,) = verdicts_of(*plant({name: fault}, tmp_path), scenarios=NUM_SCENARIOS, seed=SEED)
+    script = verdicts[fault.contract]["script"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert f"Broken: {fault.contract}: {verdicts[fault.contract]['message']}" in result.stderr
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("seed", LONG_SEEDS)
+def test_right_target_is_clean_over_thousands_of_scenarios(seed: int) -> None:
+    (verdicts,) = verdicts_of(RIGHT, scenarios=3000, seed=seed)
+    assert names(verdicts, "holds") == list(CONTRACTS)
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("seed", LONG_SEEDS)
+def test_planted_faults_are_named_with_other_seeds(seed: int, tmp_path: Path) -> None:
+    found = verdicts_of(*plant(FAULTS, tmp_path), scenarios=400, seed=seed)
+    wrong: dict[str, Any] = {
+        name: names(verdicts, "broken")
+        for (name, fault), verdicts in zip(FAULTS.items(), found, strict=True)
+        if names(verdicts, "broken") != [fault.contract]
+    }
+    assert wrong == {}

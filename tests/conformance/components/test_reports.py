@@ -1,0 +1,84 @@
+"""What a report says, its exit codes, and the two commands that print it."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nanovllm import cli
+from nanovllm.cli_errors import USER_ERROR
+from nanovllm.commands import conformance
+from tests.conformance.components import report
+from tests.conformance.components.contracts import CONTRACTS
+from tests.conformance.components.running import plant, run_checks
+from tests.conformance.components.targets.faults import FAULTS, RIGHT
+
+FAULT = "C34 is one position ahead"
+
+
+def result(**verdicts: str) -> dict:
+    rows = {
+        name: {"verdict": verdict, "message": "<b>", "script": "x < 1", "picture": "block 0", "reason": "no part"}
+        for name, verdict in verdicts.items()
+    }
+    return {"target": "fork", "seed": 1, "num_scenarios": 2, "verdicts": rows}
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "code"),
+    [
+        ({"C01": "holds", "C02": "not applicable"}, 0),
+        ({"C01": "holds", "C02": "broken"}, 1),
+        ({"C01": "not applicable"}, 2),
+    ],
+)
+def test_exit_code(verdicts: dict[str, str], code: int) -> None:
+    assert report.exit_code(result(**verdicts)) == code
+
+
+def test_text_names_what_is_broken_and_why_the_rest_is_not_applicable() -> None:
+    text = report.as_text(result(C01="holds", C02="broken", C03="not applicable"))
+    assert "1 contracts hold, 1 are broken, 1 are not applicable" in text
+    assert CONTRACTS["C02"].users_see in text
+    assert "not applicable: no part" in text
+
+
+def test_page_escapes_what_the_target_says() -> None:
+    page = report.as_html([result(C02="broken")])
+    assert "&lt;b&gt;" in page
+    assert "<b><b>" not in page
+    assert "x &lt; 1" in page
+
+
+def test_both_commands_print_a_finding_and_write_a_page(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (path,) = plant({FAULT: FAULTS[FAULT]}, tmp_path)
+    arguments = ["conformance", str(path), "--scenarios", "10", "--seed", "1", "--html", str(tmp_path / "page.html")]
+    assert cli.main(arguments) == 1
+    assert "C34 BROKEN  The position of a token is its index in the sequence." in capfd.readouterr().out
+    assert "C34" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    printed = run_checks(path, RIGHT, "--scenarios=10", "--seed=1", "--json")
+    targets = json.loads(printed.stdout)["targets"]
+    assert (printed.returncode, [target["exit_code"] for target in targets]) == (1, [1, 0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["no-such-folder"], "no-such-folder is no folder; give the root of a checkout"),
+        (["--scenarios=0", "."], "--scenarios must be at least 1"),
+        (["--html=no/such/page.html", "."], "the folder does not exist"),
+    ],
+)
+def test_wrong_arguments_are_refused_with_a_remedy(arguments: list[str], words: str) -> None:
+    printed = run_checks(*arguments)
+    assert (printed.returncode, words in printed.stderr) == (USER_ERROR, True), printed.stderr
+
+
+def test_installed_package_says_that_a_checkout_is_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(conformance, "ROOT", tmp_path)
+    assert cli.main(["conformance", str(RIGHT)]) == USER_ERROR
+    assert "runs from a checkout" in capsys.readouterr().err

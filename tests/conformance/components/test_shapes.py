@@ -1,0 +1,166 @@
+"""Shapes of forks: those that a table of adapters.py declares are checked, the others are not applicable."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.conformance.components.contracts import CONTRACTS
+from tests.conformance.components.document import SEED
+from tests.conformance.components.examine import NOT_APPLICABLE
+from tests.conformance.components.loading import NotRecognised, find_package
+from tests.conformance.components.running import names, plant, verdicts_of
+from tests.conformance.components.targets.faults import BLOCKS, RUNNER, SCHEDULER, Fault
+
+_RETURN = "return (batch, True) if batch else (self._schedule_decode(), False)"
+_OUTPUT = """\
+from types import SimpleNamespace
+
+        seqs = batch or self._schedule_decode()
+        return SimpleNamespace(scheduled_seqs=seqs, num_prefills=len(batch), num_tokens=0)"""
+_POSTPROCESS = "def postprocess(self, seqs: list[Sequence], token_ids: list[int], is_prefill: bool):\n"
+_SWAP = """\
+    def swap_out(self, seq: Sequence) -> list[tuple[int, int]]:
+        pairs = [(block_id, self.free_places.popleft()) for block_id in seq.block_table]
+        kept = seq.num_cached_tokens
+        self.deallocate(seq)
+        seq.num_cached_tokens = kept
+        seq.places = [place for _, place in pairs]
+        return pairs
+
+    def swap_in(self, seq: Sequence) -> list[tuple[int, int]]:
+        seq.block_table = [self._take_free_block() for _ in seq.places]
+        self.free_places += seq.places
+        return list(zip(seq.places, seq.block_table, strict=True))
+
+    def can_append("""
+_SCHEDULE = """\
+    def schedule(self):
+        self.swap_out_pairs, swap_in_pairs = [], []
+        while self.swapped and len(self.running) < self.max_num_seqs:
+            if len(self.block_manager.free_block_ids) < self.swapped[0].num_blocks:
+                break
+            self.running.append(self.swapped.popleft())
+            swap_in_pairs += self.block_manager.swap_in(self.running[-1])
+        seqs, is_prefill = self.choose()
+        swap_out_pairs = self.swap_out_pairs
+        return seqs, is_prefill, swap_in_pairs, swap_out_pairs
+
+    def choose("""
+_SWAPPING = (
+    (BLOCKS, "    def can_append(", _SWAP),
+    (
+        BLOCKS,
+        "        self.hash_to_block_id: dict",
+        "        self.free_places = deque(range(64))\n        self.hash_to_block_id: dict",
+    ),
+    (SCHEDULER, "    def schedule(", _SCHEDULE),
+    (
+        SCHEDULER,
+        "        self.num_prefills = 0\n\n",
+        "        self.num_prefills = 0\n        self.swapped = deque()\n\n",
+    ),
+    (SCHEDULER, "if seq.is_prefill:", "if seq.is_prefill or seq in self.swapped:"),
+    (SCHEDULER, "while budget and self.waiting", "while budget and not self.swapped and self.waiting"),
+    (SCHEDULER, "        seq.is_prefill = True\n        self.block_manager.deallocate(seq)\n", ""),
+    (
+        SCHEDULER,
+        "self.waiting.appendleft(seq)",
+        "self.swap_out_pairs += self.block_manager.swap_out(seq)\n        self.swapped.appendleft(seq)",
+    ),
+    (
+        SCHEDULER,
+        "queue = self.running if seq in self.running else self.waiting",
+        "queue = next(q for q in (self.running, self.waiting, self.swapped) if seq in q)",
+    ),
+    (SCHEDULER, "[*self.running, *self.waiting]", "[*self.running, *self.waiting, *self.swapped]"),
+)
+_LOST = (
+    "        self.free_places += seq.places\n        return list(zip(seq.places",
+    "        self.free_places += seq.places\n        return list(zip(seq.places[::-1]",
+)
+# Clean, though they are not upstream's.
+KNOWN = {
+    "blocks that are moved to the CPU": Fault("", _SWAPPING),
+    "an object with the number of prefills": Fault(
+        "",
+        (
+            (SCHEDULER, _RETURN, _OUTPUT),
+            (
+                SCHEDULER,
+                _POSTPROCESS,
+                "def postprocess(self, output, token_ids: list[int]):\n"
+                "        seqs, is_prefill = output.scheduled_seqs, output.num_prefills > 0\n",
+            ),
+        ),
+    ),
+    "a Config that refuses to be made here": Fault(
+        "", (("config.py", "if not os.path.isdir(self.model):", "if True:"),)
+    ),
+    "a package that is not installed": Fault(
+        "",
+        ((RUNNER, "import torch.distributed as dist\n", "import torch.distributed as dist\nimport made_up_kernels\n"),),
+    ),
+}
+UNKNOWN = {
+    "a tuple of four": (
+        Fault("", ((SCHEDULER, _RETURN, "return batch or self._schedule_decode(), bool(batch), [], []"),)),
+        "a tuple of 4",
+    ),
+    "queues of another name": (
+        Fault(
+            "",
+            (
+                (
+                    SCHEDULER,
+                    "self.num_prefills = 0\n\n",
+                    "self.num_prefills = 0\n        self.__dict__['lane'] = self.__dict__.pop('waiting')\n\n",
+                ),
+            ),
+        ),
+        "none of the queues",
+    ),
+    "a scheduler with an argument that nothing gives": (
+        Fault(
+            "", ((SCHEDULER, "def __init__(self, config: Config):", "def __init__(self, config: Config, connector):"),)
+        ),
+        "Scheduler needs 'connector'",
+    ),
+    "a scheduler that moves blocks to the CPU": (
+        Fault(
+            "", ((SCHEDULER, "self.num_prefills = 0\n\n", "self.num_prefills = 0\n        self.swapped = deque()\n\n"),)
+        ),
+        "the block manager no swap_",
+    ),
+}
+
+
+def test_known_shapes_are_checked_whole(tmp_path: Path) -> None:
+    found = verdicts_of(*plant(KNOWN, tmp_path), scenarios=60, seed=SEED)
+    assert [names(verdicts, "holds") for verdicts in found] == [list(CONTRACTS)] * len(KNOWN)
+
+
+def test_block_that_comes_back_to_the_wrong_place_is_found(tmp_path: Path) -> None:
+    fault = Fault("", tuple((file, old, new.replace(*_LOST)) for file, old, new in _SWAPPING))
+    (verdicts,) = verdicts_of(*plant({"": fault}, tmp_path), scenarios=60, seed=SEED)
+    assert "C06" in names(verdicts, "broken")
+
+
+def test_unknown_shapes_are_not_applicable_and_never_passed(tmp_path: Path) -> None:
+    paths = plant({name: fault for name, (fault, _) in UNKNOWN.items()}, tmp_path)
+    found = verdicts_of(*paths, scenarios=20, seed=SEED)
+    drawn = {name for name, contract in CONTRACTS.items() if not contract.script}
+    for (name, (_, reason)), verdicts in zip(UNKNOWN.items(), found, strict=True):
+        assert {verdicts[contract]["verdict"] for contract in drawn} == {NOT_APPLICABLE}, name
+        assert all(reason in verdicts[contract]["reason"] for contract in drawn), verdicts["C01"]["reason"]
+
+
+def test_package_is_found_by_its_scheduler(tmp_path: Path) -> None:
+    for folder in ("src/tiny", "tests/other", ".venv/nanovllm", "deep/down/there"):
+        (tmp_path / folder / "engine").mkdir(parents=True)
+        (tmp_path / folder / "engine" / "scheduler.py").touch()
+    assert find_package(tmp_path) == tmp_path / "src" / "tiny"
+
+
+def test_folder_without_a_scheduler_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(NotRecognised, match=r"has no PACKAGE/engine/scheduler\.py"):
+        find_package(tmp_path)
