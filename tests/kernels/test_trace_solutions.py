@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 
 from tests.kernels.test_kernels import KERNELS, NEEDS_INTERPRETER
 from tests.support.kernels import own_kernels, sized_cases
-from tests.support.kernels.interpreting import INTERPRETER
+from tests.support.kernels.interpreting import INTERPRETER, failure_of
 from tests.support.kernels.trace_solutions import TraceFunction, load
 from tools.flashinfer_trace.export import definition_of
 from tools.flashinfer_trace.recording import Call
@@ -112,14 +112,11 @@ SAMPLING = """
 import torch
 
 def run(probs, top_k, top_p):
-    samples = []
-    for p, k, mass in zip(probs, top_k.tolist(), top_p.tolist()):
-        p, order = p.sort(descending=True)
-        p = p * (torch.arange(len(p)) < k)
-        p = p / p.sum()
-        p = p * (p.cumsum(0) - p < mass)
-        samples.append(order[torch.multinomial(p, 1)])
-    return torch.cat(samples)
+    p, order = probs.sort(dim=1, descending=True)
+    p = p * (torch.arange(p.shape[1]) < top_k[:, None])
+    p = p / p.sum(dim=1, keepdim=True)
+    p = p * (p.cumsum(dim=1) - p < top_p[:, None])
+    return order.gather(1, torch.multinomial(p, 1)).flatten()
 """
 MOE = """
 import torch
@@ -195,7 +192,8 @@ DEFINITIONS: dict[str, tuple[str, dict[str, int], dict[str, Any], dict[str, Any]
     "top_k_top_p_sampling_from_probs_v40": (
         "sampling", {"vocab_size": 40},
         {"probs": ("batch_size vocab_size", F32), "top_k": ("batch_size", I32), "top_p": ("batch_size", F32)},
-        {"samples": ("batch_size", I64)}, SAMPLING, ("torch.multinomial(p, 1)", "torch.multinomial(p.sqrt(), 1)"),
+        {"samples": ("batch_size", I64)}, SAMPLING,
+        ("torch.multinomial(p, 1)", "torch.multinomial((p > 0).float(), 1)"),
     ),
     "moe_bf16_topk2_e6_h32_i16": (
         "grouped_gemm",
@@ -276,6 +274,16 @@ def test_a_right_reference_passes_and_a_wrong_one_fails_at_its_own_sizes(name: s
     assert not sized_failure(launcher, write(tmp_path / "right.json", definition(name)))
     failure = sized_failure(launcher, write(tmp_path / "wrong.json", definition(name, is_wrong=True)))
     assert "differs from its reference" in failure or "top_k" in failure
+
+
+@pytest.mark.parametrize(("filter", "message"), [("< top_k[", "top_k 1, "), ("< top_p[", "top_p 0.7: ")])
+def test_a_token_that_a_filter_drops_must_not_be_drawn(filter: str, message: str, tmp_path: Path) -> None:
+    content = definition("top_k_top_p_sampling_from_probs_v40")
+    content["reference"] = content["reference"].replace(filter, f"< 99 * {filter[2:]}")
+    own_kernels.install([f"sampling={write(tmp_path / 'wrong.json', content)}"])
+    failure = failure_of(KERNELS["sampling"].cases[sized_cases.NAME], "cpu")
+    assert "was drawn, which is dropped" in failure
+    assert message in failure
 
 
 def test_other_sizes_and_dtypes_than_the_definition_has_are_not_judged(tmp_path: Path) -> None:
