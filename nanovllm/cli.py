@@ -12,12 +12,12 @@ from contextlib import contextmanager
 
 from nanovllm import __version__
 from nanovllm.cli_errors import report_error
-from nanovllm.commands import bench, demo, generate
+from nanovllm.commands import bench, chat, demo, generate
 from nanovllm.commands.options import flag, open_llm
 from nanovllm.console import discard_stdout, flush_stdout, lossless_console, require_stdout
 from nanovllm.torchrun_env import read_torchrun_env
 
-COMMANDS = (generate, demo, bench)
+COMMANDS = (generate, demo, chat, bench)
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 BROKEN_PIPE = 141  # 128 + SIGPIPE
 
@@ -27,6 +27,7 @@ examples:
   nanovllm generate "In the beginning"               one prompt, streamed, from the bundled model
   nanovllm generate --model Qwen/Qwen3-0.6B --chat "Why is the sky blue?"
   nanovllm generate --model ./my-model -             one prompt a line from standard input
+  nanovllm chat --model Qwen/Qwen3-0.6B              a conversation at the terminal
   nanovllm bench --model ./my-model --num-seqs 256   throughput
 
 exit codes: 0 done; 1 the demo found a difference; 2 an error whose message names a remedy; 70 a bug of nanovllm;

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from typing import NamedTuple
 
 from tests.support.kernels.versions import INTERPRETER_REASON, interprets
+from tools.real_model import REAL_MODEL
 
 
 class Skip(NamedTuple):
@@ -72,6 +73,14 @@ ALLOWED = [
     AllowedSkip(
         r"tests/unit/test_benchmark_report\.py::test_.*", r"could not import 'matplotlib'.*", 1,
         "matplotlib draws a picture of benchmarks, and is an extra", lambda: find_spec("matplotlib") is None,
+    ),
+    AllowedSkip(
+        r"tests/unit/test_real_model\.py", r"could not import 'gguf'.*", 1,
+        "gguf reads the real model's file, and is an extra", lambda: find_spec("gguf") is None,
+    ),
+    AllowedSkip(
+        r"tests/e2e/test_real_model\.py::.*", r"needs the real model: make real-model", 6,
+        "a run with -m real_model where the model was not made", lambda: not (REAL_MODEL / "config.json").exists(),
     ),
     AllowedSkip(
         r"tests/(kernels/(test_\w+|sampling_probes)|support/kernels/faulty_kernels|unit/layers/test_ops)\.py(::.*)?",
