@@ -8,10 +8,10 @@ Paper: Shoeybi et al. 2019 (arXiv 1909.08053).
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from nanovllm.distributed.tensor_parallel import SINGLE_RANK, TensorParallel
 from nanovllm.layers.parameter import load_replicated, load_shard, make_parameter
+from nanovllm.layers.torch_ops import linear
 
 
 class ReplicatedLinear(nn.Module):
@@ -23,7 +23,7 @@ class ReplicatedLinear(nn.Module):
         self.bias = make_parameter((output_size,), load_replicated) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [T, input_size] -> [T, output_size]
-        return functional.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
 
 class ColumnParallelLinear(nn.Module):
@@ -41,7 +41,7 @@ class ColumnParallelLinear(nn.Module):
         load_shard(param, loaded_weight, 0, self.tp.rank, self.tp.size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return functional.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
 
 class MergedColumnParallelLinear(nn.Module):
@@ -65,7 +65,7 @@ class MergedColumnParallelLinear(nn.Module):
         load_shard(target, loaded_weight, 0, self.tp.rank, self.tp.size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [T, input_size] -> [T, sum(output_sizes) / size]
-        return functional.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
 
 class QKVParallelLinear(nn.Module):
@@ -104,7 +104,7 @@ class QKVParallelLinear(nn.Module):
         load_shard(target, loaded_weight, 0, self.tp.rank // replicas, self.tp.size // replicas)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return functional.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
 
 class RowParallelLinear(nn.Module):
@@ -123,4 +123,4 @@ class RowParallelLinear(nn.Module):
         load_shard(param, loaded_weight, 1, self.tp.rank, self.tp.size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.tp.all_reduce(functional.linear(x, self.weight, self.bias if self.tp.rank == 0 else None))
+        return self.tp.all_reduce(linear(x, self.weight, self.bias if self.tp.rank == 0 else None))
