@@ -91,16 +91,17 @@ def test_forty_prompts_under_pressure_generate_what_transformers_would(model: Pa
     for name, number in events.items():
         count_event(name, number)
     num_different = 0
-    for prompt, output in zip(prompts, outputs, strict=True):
+    for index, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
         token_ids = output["token_ids"]
-        num_different += num_excused(model, prompt, token_ids, dtype)
+        if dtype == "float32" or index % 4 == 0:  # bfloat16 needs float64's logits nearly always, which take longest
+            num_different += num_excused(model, prompt, token_ids, dtype)
         assert output["text"] == tokenizer.decode(token_ids, skip_special_tokens=True)
         has_ended = token_ids[-1] == tokenizer.eos_token_id
         assert output["finish_reason"] == ("stop" if has_ended else "length")
         assert has_ended or len(token_ids) == MAX_TOKENS
         assert tokenizer.eos_token_id not in token_ids[:-1]
     assert any(output["finish_reason"] == "stop" for output in outputs)
-    assert num_different <= {"float32": 2, "bfloat16": 40}[dtype], "of about 1700 tokens"
+    assert num_different <= {"float32": 2, "bfloat16": 20}[dtype], "of about 1200 and 300 tokens"
 
 
 def test_streams_and_chats_give_the_texts_of_generate(llm: LLM) -> None:
