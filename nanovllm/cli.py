@@ -12,12 +12,12 @@ from contextlib import contextmanager
 
 from nanovllm import __version__
 from nanovllm.cli_errors import report_error
-from nanovllm.commands import bench, conformance, demo, generate, trace
+from nanovllm.commands import bench, chat, conformance, demo, generate, trace
 from nanovllm.commands.options import flag, open_llm
 from nanovllm.console import discard_stdout, flush_stdout, lossless_console, require_stdout
 from nanovllm.torchrun_env import read_torchrun_env
 
-COMMANDS = (generate, demo, bench, trace, conformance)
+COMMANDS = (generate, chat, demo, bench, trace, conformance)
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 BROKEN_PIPE = 141  # 128 + SIGPIPE
 
@@ -27,6 +27,7 @@ examples:
   nanovllm generate "In the beginning"               one prompt, streamed, from the bundled model
   nanovllm generate --model Qwen/Qwen3-0.6B --chat "Why is the sky blue?"
   nanovllm generate --model ./my-model -             one prompt a line from standard input
+  nanovllm chat --model Qwen/Qwen3-0.6B              a conversation at the terminal
   nanovllm bench --model ./my-model --num-seqs 256   throughput
   nanovllm trace --model ./my-model - < prompts.txt  what the scheduler did, as a page for the browser
   nanovllm conformance ../my-fork                    which contracts a fork of nano-vllm breaks, and how to see it

@@ -50,13 +50,34 @@ def read_lines_from_stdin() -> list[str]:
     except UnicodeError as error:  # the decoder reads ahead, so the line is unknown
         raise _wrong_encoding(str(error)) from error
     for number, line in enumerate(lines, 1):
-        undecoded = [character for character in line if "\ud800" <= character <= "\udfff"]
-        if undecoded:  # the error handler surrogateescape, as under LANG=C, turns a byte into a lone surrogate
-            raise _wrong_encoding(f"byte 0x{ord(undecoded[0]) & 0xFF:02x} in line {number} cannot be decoded")
+        _require_decoded(line, number)
     lines = [line for line in lines if line.strip()]
     if not lines:
         raise ValueError("'-' reads one prompt a line from standard input, and there was none")
     return lines
+
+
+def read_line_from_stdin(prompt: str, number: int) -> str | None:
+    """Show `prompt` and read line `number` of standard input, without its line end; None at the end of the input.
+
+    Raises ValueError when it is closed, or holds bytes that are no text in its encoding.
+    """
+    if sys.stdin is None:
+        raise ValueError("messages are read from standard input, one a line, and it is closed; redirect it from a file")
+    try:
+        line = input(prompt)
+    except EOFError:
+        return None
+    except UnicodeError as error:
+        raise _wrong_encoding(str(error)) from error
+    _require_decoded(line, number)
+    return line
+
+
+def _require_decoded(line: str, number: int) -> None:
+    undecoded = [character for character in line if "\ud800" <= character <= "\udfff"]
+    if undecoded:  # the error handler surrogateescape, as under LANG=C, turns a byte into a lone surrogate
+        raise _wrong_encoding(f"byte 0x{ord(undecoded[0]) & 0xFF:02x} in line {number} cannot be decoded")
 
 
 def _wrong_encoding(reason: str) -> ValueError:

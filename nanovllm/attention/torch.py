@@ -30,13 +30,29 @@ class TorchAttentionBackend(AttentionBackend):
             if context.block_tables is None:
                 keys, values = key[k_start:k_end], value[k_start:k_end]
             else:
-                positions = torch.arange(k_end - k_start, device=query.device)
-                slots = _slots(context.block_tables[index], positions, key.shape[1])
-                keys, values = slot_view(key)[slots], slot_view(value)[slots]
+                block_table = context.block_tables[index].tolist()
+                keys, values = (_cached_tokens(cache, block_table, k_end - k_start) for cache in (key, value))
             output[q_start:q_end] = _causal_attention(query[q_start:q_end], keys, values, scale)
         return output
 
     def decode(self, query: Tensor, cache: KVCache, context: Context, scale: float) -> Tensor:
+        decode = self.decode_in_groups if query.is_cuda else self.decode_one_by_one
+        return decode(query, cache, context, scale)
+
+    def decode_one_by_one(self, query: Tensor, cache: KVCache, context: Context, scale: float) -> Tensor:
+        """For the CPU, where an operation costs little and a copy much: keys of one block are not copied at all."""
+        assert context.block_tables is not None
+        queries = query.unflatten(1, (cache.k.shape[2], -1))  # as in decode_in_groups
+        output = torch.empty_like(query)
+        lengths_and_tables = zip(context.context_lens.tolist(), context.block_tables.tolist(), strict=True)
+        for index, (length, block_table) in enumerate(lengths_and_tables):
+            keys, values = (_cached_tokens(part, block_table, length).transpose(0, 1)[None] for part in cache)
+            attended = scaled_dot_product_attention(queries[index : index + 1], keys, values, scale=scale)
+            output[index] = attended.view_as(output[index])
+        return output
+
+    def decode_in_groups(self, query: Tensor, cache: KVCache, context: Context, scale: float) -> Tensor:
+        """For a GPU, where few large operations are faster: the keys of several sequences in a padded batch."""
         assert context.block_tables is not None
         num_sequences, num_heads, head_dim = query.shape
         block_size, num_kv_heads = cache.k.shape[1:3]
@@ -62,6 +78,14 @@ class TorchAttentionBackend(AttentionBackend):
 def slot_view(cache: Tensor) -> Tensor:
     """[num_slots, num_kv_heads, head_dim] view of a cache. Raises RuntimeError if that takes a copy."""
     return cache.view(-1, *cache.shape[2:])
+
+
+def _cached_tokens(cache: Tensor, block_table: list[int], length: int) -> Tensor:
+    """The first `length` tokens of a sequence, [length, num_kv_heads, head_dim]: a view if they lie in one block."""
+    block_size = cache.shape[1]
+    starts = range(0, length, block_size)
+    parts = [cache[block, : length - start] for block, start in zip(block_table, starts, strict=False)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _slots(block_table: Tensor, positions: Tensor, block_size: int) -> Tensor:

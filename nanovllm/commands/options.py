@@ -46,21 +46,30 @@ def add_command(commands: Any, name: str, run: Any, summary: str, operands: str 
     return command
 
 
-def add_model_options(command: argparse.ArgumentParser) -> None:
+def add_model_options(command: argparse.ArgumentParser, is_model_required: bool = False) -> None:
     group = command.add_argument_group("model and engine")
-    group.add_argument(
-        "--model",
-        metavar="DIR_OR_ID",
-        help="a directory in Hugging Face's format, or a hub id such as Qwen/Qwen3-0.6B (default: the bundled model)",
-    )
+    text = "a directory in Hugging Face's format, or a hub id such as Qwen/Qwen3-0.6B"
+    text += "" if is_model_required else " (default: the bundled model)"
+    group.add_argument("--model", metavar="DIR_OR_ID", required=is_model_required, help=text)
     add_options(group, Config, CONFIG_HELP)
 
 
-def add_options(group: Any, owner: Any, helps: dict[str, str]) -> None:
-    """One option for each field of the dataclass `owner` that `helps` names; not given means None."""
+def add_sampling_options(command: argparse.ArgumentParser, **defaults: int) -> None:
+    """The options that sampling_params reads. defaults: in place of those of SamplingParams."""
+    group = command.add_argument_group("sampling")
+    group.add_argument("--greedy", action="store_true", help="take the most likely token at every step")
+    add_options(group, SamplingParams, SAMPLING_HELP, **defaults)
+    group.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times"
+    )
+    group.add_argument("--ignore-eos", action="store_true", help="go on after the model's end-of-sequence token")
+
+
+def add_options(group: Any, owner: Any, helps: dict[str, str], **defaults: int) -> None:
+    """One option for each field of the dataclass `owner` that `helps` names; not given means None, or `defaults`."""
     fields = {field.name: field for field in dataclasses.fields(owner)}
     for name, text in helps.items():
-        option, default = flag(name), fields[name].default
+        option, default = flag(name), defaults.get(name, fields[name].default)
         if isinstance(default, bool):
             group.add_argument(option, action="store_true", default=None, help=text)
             continue
@@ -71,7 +80,8 @@ def add_options(group: Any, owner: Any, helps: dict[str, str]) -> None:
         if name in _CHOICES:
             group.add_argument(option, choices=_CHOICES[name], help=text)
         else:
-            group.add_argument(option, type=float if isinstance(default, float) else int, metavar="N", help=text)
+            kind = float if isinstance(default, float) else int
+            group.add_argument(option, type=kind, default=defaults.get(name), metavar="N", help=text)
 
 
 def flag(name: str) -> str:

@@ -3,10 +3,9 @@
 import argparse
 from typing import Any
 
-from nanovllm.commands.options import SAMPLING_HELP, add_model_options, add_options
+from nanovllm.commands.options import add_model_options, add_sampling_options
 from nanovllm.console import read_lines_from_stdin
 from nanovllm.engine.chat import chat_prompts
-from nanovllm.sampling_params import SamplingParams
 from nanovllm.validation import require_unicode
 
 
@@ -19,13 +18,7 @@ def add_generation_options(command: argparse.ArgumentParser) -> None:
         help='text to continue; "-" reads prompts from standard input, one a line',
     )
     add_model_options(command)
-    sampling = command.add_argument_group("sampling")
-    sampling.add_argument("--greedy", action="store_true", help="take the most likely token at every step")
-    add_options(sampling, SamplingParams, SAMPLING_HELP)
-    sampling.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times"
-    )
-    sampling.add_argument("--ignore-eos", action="store_true", help="go on after the model's end-of-sequence token")
+    add_sampling_options(command)
     command.add_argument("--chat", action="store_true", help="apply the model's chat template to each prompt")
 
 

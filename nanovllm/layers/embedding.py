@@ -6,6 +6,7 @@ from torch.nn import functional
 
 from nanovllm.distributed.tensor_parallel import SINGLE_RANK, TensorParallel
 from nanovllm.layers.parameter import load_shard, make_parameter
+from nanovllm.layers.torch_ops import linear
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -56,4 +57,4 @@ class ParallelLMHead(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """[T, E] -> logits [T, V] on rank 0, None on the others."""
-        return self.tp.gather(functional.linear(hidden_states, self.weight))
+        return self.tp.gather(linear(hidden_states, self.weight))

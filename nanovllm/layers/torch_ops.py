@@ -15,9 +15,7 @@ def _wide(x: Tensor) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Mean and division are wide, the product with weight has x's dtype, which is how the models were trained."""
-    wide = _wide(x)
-    wide = wide * torch.rsqrt(wide.pow(2).mean(dim=-1, keepdim=True) + eps)
-    return weight * wide.to(x.dtype)
+    return weight * functional.rms_norm(_wide(x), x.shape[-1:], eps=eps).to(x.dtype)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -26,7 +24,9 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 
 
 def rotary_embedding(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    return apply_rotary_embedding(query, cos, sin), apply_rotary_embedding(key, cos, sin)
+    heads = apply_rotary_embedding(torch.cat([query, key], dim=1), cos, sin)
+    rotated_query, rotated_key = heads.split([query.shape[1], key.shape[1]], dim=1)
+    return rotated_query, rotated_key
 
 
 def apply_rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -36,14 +36,16 @@ def apply_rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     first, second = _wide(x).chunk(2, dim=-1)
     cos, sin = cos[:, None, :], sin[:, None, :]
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+    turned_first, turned_second = (first * cos).addcmul_(second, sin, value=-1), (second * cos).addcmul_(first, sin)
+    return torch.cat([turned_first, turned_second], dim=-1).to(x.dtype)
 
 
 def store_kvcache(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
     is_stored = slot_mapping >= 0
-    slots = slot_mapping[is_stored].long()
-    for cache, tokens in ((k_cache, key), (v_cache, value)):
-        slot_view(cache).index_copy_(0, slots, tokens[is_stored])
+    if not is_stored.all():
+        slot_mapping, key, value = slot_mapping[is_stored], key[is_stored], value[is_stored]
+    slot_view(k_cache)[slot_mapping] = key
+    slot_view(v_cache)[slot_mapping] = value
 
 
 def silu_and_mul(x: Tensor) -> Tensor:
@@ -51,7 +53,10 @@ def silu_and_mul(x: Tensor) -> Tensor:
     return functional.silu(gate) * up
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [T, E], weight [N, E] as in torch or packed by pack_weights, bias [N] -> [T, N]."""
+    if weight.is_mkldnn:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return functional.linear(x, weight, bias)
 
 

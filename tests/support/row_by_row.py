@@ -6,6 +6,7 @@ on operands of the same shapes, whatever batch, chunk or cache it came through. 
 engine's.
 """
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,7 @@ from torch.nn import functional
 from nanovllm.attention.backend import KVCache
 from nanovllm.attention.torch import TorchAttentionBackend
 from nanovllm.context import Context
+from nanovllm.layers import packed_weights
 
 linear = functional.linear
 attention = functional.scaled_dot_product_attention
@@ -70,6 +72,7 @@ def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale:
 def row_by_row() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(functional, "linear", linear_row_by_row)
+        monkeypatch.setattr(packed_weights, "MIN_SIZE", sys.maxsize)  # packed matrices have a product of their own
         monkeypatch.setattr(TorchAttentionBackend, "prefill", prefill_query_by_query)
         monkeypatch.setattr(TorchAttentionBackend, "decode", decode_query_by_query)
         yield

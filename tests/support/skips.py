@@ -3,6 +3,7 @@
 Otherwise running out of memory, or a package that was forgotten, could pass as a skip.
 """
 
+import platform
 import re
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ from importlib.util import find_spec
 from typing import NamedTuple
 
 from tests.support.kernels.versions import INTERPRETER_REASON, interprets
+from tools.real_model import REAL_MODEL
 
 
 class Skip(NamedTuple):
@@ -93,6 +95,18 @@ ALLOWED = [
     AllowedSkip(
         r"tests/unit/test_docs_site\.py::test_.*", r"could not import 'material': it builds the document", 5,
         "mkdocs-material builds the document, and is an extra", lambda: find_spec("material") is None,
+    ),
+    AllowedSkip(
+        r"tests/unit/layers/test_packed_weights\.py::.*", r"needs oneDNN on x86", 23,
+        "weights are packed on x86 alone", lambda: platform.machine() not in ("x86_64", "AMD64"),
+    ),
+    AllowedSkip(
+        r"tests/unit/test_real_model\.py", r"could not import 'gguf'.*", 1,
+        "gguf reads the real model's file, and is an extra", lambda: find_spec("gguf") is None,
+    ),
+    AllowedSkip(
+        r"tests/e2e/test_real_model\.py::.*", r"needs the real model: make real-model", 6,
+        "a run with -m real_model where the model was not made", lambda: not (REAL_MODEL / "config.json").exists(),
     ),
     AllowedSkip(
         r"tests/unit/test_docs_site\.py::test_.*", r"could not import 'matplotlib': it sets the formulas", 30,

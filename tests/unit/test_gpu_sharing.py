@@ -79,7 +79,7 @@ def workers(**options: Any) -> Any:
         ("gpu or multi_gpu", {1, 2}),
         ("gpu or campaign", {0, 1, 2}),  # a campaign may need several
         ("not gpu", {0, 2}),
-        ("not gpu and not multi_gpu and not campaign", {0}),
+        ("not gpu and not multi_gpu and not campaign and not real_model", {0}),
         ("", {0, 1, 2}),
         ("gpu and", {0}),  # pytest refuses it
         ("gpu and not gpu", {0}),  # selects nothing

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from nanovllm.attention import torch as torch_attention
+from nanovllm.attention.torch import TorchAttentionBackend
 from nanovllm.layers.torch_ops import TORCH_OPS, store_kvcache
 from tests.support.attention_cases import (
     Case,
@@ -39,6 +40,11 @@ def assert_attends_like_the_reference(case: Case) -> None:
     count_comparisons("attention: KV cache against reference.store_kvcache", 2 * k_cache.numel())
 
 
+def decode_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decode on the CPU as on a GPU."""
+    monkeypatch.setattr(TorchAttentionBackend, "decode", TorchAttentionBackend.decode_in_groups)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -52,6 +58,13 @@ def assert_attends_like_the_reference(case: Case) -> None:
 def test_equals_the_reference(case: Case, changes: dict[str, int]) -> None:
     """D53: heads share kv heads in order; any block size and any head_dim."""
     assert_attends_like_the_reference(replace(case, **changes))
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_heads": 8, "num_kv_heads": 2}, {"block_size": 256}], ids=str)
+def test_decode_in_groups_equals_the_reference(changes: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """D53: what a GPU does, with the same padding slots of NaN."""
+    decode_in_groups(monkeypatch)
+    assert_attends_like_the_reference(replace(STEPS["decode"], **changes))
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -95,6 +108,7 @@ def test_which_blocks_a_sequence_owns_changes_nothing(case: Case) -> None:
 )
 def test_limits_of_memory_change_nothing(monkeypatch: pytest.MonkeyPatch, step: str, name: str, limit: int) -> None:
     monkeypatch.setattr(torch_attention, name, limit)
+    decode_in_groups(monkeypatch)
     assert_attends_like_the_reference(STEPS[step])
 
 
