@@ -58,7 +58,7 @@ class Before:
     def __init__(self, target: Any) -> None:
         adapter = target.adapter
         self.running = list(adapter.running)
-        self.held = {block_id for request in target.live for block_id in request.table}
+        self.tables = {request.number: request.table for request in target.live}
         self.free = adapter.free_blocks()
         self.num_lost = num_lost_blocks(target)
         size = target.setup.block_size

@@ -276,7 +276,8 @@ class Target:
                 request.num_hit_tokens = item.start
                 admitted.append(request)
         size = self.setup.block_size
-        kept = before.held.union(*(r.table[: -(-r.num_hit_tokens // size)] for r in admitted))
+        kept = {block_id for r in self.live for block_id in r.table if block_id in before.tables.get(r.number, ())}
+        kept = kept.union(*(r.table[: -(-r.num_hit_tokens // size)] for r in admitted))
         for block_id in {block_id for item in batch for block_id in item.seq.block_table} - kept:
             self.cache.forget(block_id)
 
