@@ -19,6 +19,8 @@ from nanovllm.layers.linear import (
     ReplicatedLinear,
     RowParallelLinear,
 )
+from nanovllm.layers.ops import LayerOps
+from nanovllm.layers.torch_ops import TORCH_OPS
 
 LINEAR_LAYERS = (
     ColumnParallelLinear,
@@ -33,12 +35,14 @@ LINEAR_LAYERS = (
 MIN_SIZE = 300_000
 
 
-def pack_weights(model: nn.Module) -> None:
-    """Replace the loaded weights of `model`'s linear layers, on the CPU, by packed ones, where can_pack says so.
+def pack_weights(model: nn.Module, ops: LayerOps) -> None:
+    """Replace the loaded weights of linear layers by packed ones, if ops is TORCH_OPS, where can_pack says so.
 
     A packed weight has the shape of the matrix, but no elements that could be read: torch_ops.linear takes it. The
     memory of the other is freed, except for a matrix that is the embedding too.
     """
+    if ops is not TORCH_OPS:
+        return
     for module in model.modules():
         if isinstance(module, LINEAR_LAYERS) and can_pack(module.weight):
             packed = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach())
@@ -47,7 +51,7 @@ def pack_weights(model: nn.Module) -> None:
 
 def can_pack(weight: torch.Tensor) -> bool:
     """Whether this machine's oneDNN multiplies with a packed `weight`, and that pays. Measured on x86 alone."""
-    if weight.numel() < MIN_SIZE or platform.machine() not in ("x86_64", "AMD64"):
+    if not weight.is_cpu or weight.numel() < MIN_SIZE or platform.machine() not in ("x86_64", "AMD64"):
         return False
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
         return False

@@ -26,7 +26,6 @@ from nanovllm.layers.attention import Attention
 from nanovllm.layers.packed_weights import pack_weights
 from nanovllm.layers.sampler import Sampler, to_device
 from nanovllm.layers.select_ops import select_ops
-from nanovllm.layers.torch_ops import TORCH_OPS
 from nanovllm.model_config import ModelConfig
 from nanovllm.models.decoder import build_model, one_layer_of_each_kind
 from nanovllm.models.loader import load_model
@@ -98,9 +97,7 @@ class ModelRunner:
             self.model = build_model(model_config, ops, self.tp)
         self.num_kv_heads = self._attention_layers()[0].num_kv_heads
         load_model(self.model, model_dir, use_tqdm=self.tp.rank == 0, on_tensor_loaded=on_tensor_loaded)
-        if ops is TORCH_OPS and self.device.type == "cpu":
-            pack_weights(self.model)
-        self.model.eval()
+        pack_weights(self.model.eval(), ops)
         self.sampler = Sampler(ops.sample_unfiltered)
         self.shares_prefixes = ops.attention.shares_prefixes
         self.compile_ahead = ops.compile_ahead

@@ -7,7 +7,7 @@ from torch.nn import functional
 from nanovllm import LLM, SamplingParams
 from nanovllm.layers import packed_weights
 from nanovllm.layers.packed_weights import can_pack, pack_weights
-from nanovllm.layers.torch_ops import linear
+from nanovllm.layers.torch_ops import TORCH_OPS, linear
 from tests.support.tiny_models import tiny_model
 
 needs_packing = pytest.mark.skipif(not can_pack(torch.empty(1000, 1000)), reason="needs oneDNN on x86")
@@ -61,5 +61,5 @@ def test_small_matrices_and_other_dtypes_stay_as_they_are(shape: tuple[int, int]
     assert not can_pack(torch.empty(shape, dtype=dtype))
     model = torch.nn.Sequential(torch.nn.Linear(2, 2))
     weight = model[0].weight
-    pack_weights(model)  # no layer of ours
+    pack_weights(model, TORCH_OPS)  # no layer of ours
     assert model[0].weight is weight
