@@ -114,9 +114,15 @@ def _close_in_own_process(pid: int, executor: Executor) -> None:
 
 
 def free_frames(error: BaseException) -> None:
-    """Free what the local variables of the error's finished frames hold: weights, cache, graphs.
+    """Free what the local variables of the error's finished frames hold: weights, cache, graphs, activations.
 
-    A caller that keeps the error keeps its traceback, and the abort of an NCCL group waits for the graphs to be freed.
+    A caller that keeps the error keeps its traceback and those of the errors that it followed from, and the abort of an
+    NCCL group waits for the graphs to be freed.
     """
-    traceback.clear_frames(error.__traceback__)
+    seen: list[BaseException] = []
+    followed_from: BaseException | None = error
+    while followed_from is not None and followed_from not in seen:
+        seen.append(followed_from)
+        traceback.clear_frames(followed_from.__traceback__)
+        followed_from = followed_from.__cause__ or followed_from.__context__
     gc.collect()  # modules refer to each other in cycles

@@ -75,7 +75,7 @@ ALLOWED = [
         r"needs a mount namespace of its own", 1, "most containers do not permit one", _cannot_mount,
     ),
     AllowedSkip(
-        r"tests/distributed/test_gpu_ranks\.py::test_\w+\[.*\]", r"needs [248] GPUs, there are [0-7]", 28,
+        r"tests/distributed/test_gpu_ranks\.py::test_\w+\[.*\]", r"needs [248] GPUs, there are [0-7]", 32,
         "a run with -m multi_gpu takes the sizes for which there are GPUs", lambda: len(_gpus()) < 8,
     ),
     AllowedSkip(

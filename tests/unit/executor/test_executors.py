@@ -15,7 +15,7 @@ from nanovllm import Config
 from nanovllm.distributed.placement import RankPlacement
 from nanovllm.distributed.process_group import DaemonThread
 from nanovllm.executor import base, multi_rank, uniproc
-from nanovllm.executor.base import RankError, make_executor
+from nanovllm.executor.base import RankError, free_frames, make_executor
 from nanovllm.executor.failure_monitor import State
 from nanovllm.executor.multi_rank import MultiRankExecutor
 from nanovllm.executor.worker_main import StepMessage
@@ -260,3 +260,34 @@ def test_an_executor_is_closed_with_its_owner_but_not_in_a_forked_child(monkeypa
         monkeypatch.setattr(base.os, "getpid", lambda pid=pid: pid)
         del owner
         assert closed == ["closed"]
+
+
+def test_the_frames_of_an_error_and_of_those_it_followed_from_are_freed() -> None:
+    """What failed first, far inside, holds the activations of the step."""
+
+    class Activations:
+        pass
+
+    held: list[weakref.ref[Activations]] = []
+
+    def compute() -> None:
+        activations = Activations()
+        held.append(weakref.ref(activations))
+        raise RuntimeError("the collective was aborted")
+
+    def step() -> None:
+        activations = Activations()
+        held.append(weakref.ref(activations))
+        try:
+            compute()
+        except RuntimeError:
+            raise ValueError("the step failed")  # noqa: B904  chained as Python does it
+
+    try:
+        step()
+    except ValueError as error:
+        kept = error
+    kept.__context__.__context__ = kept  # type: ignore[union-attr]  a ring, which `raise` may leave
+    assert all(reference() is not None for reference in held)
+    free_frames(kept)
+    assert [reference() for reference in held] == [None, None]
