@@ -17,7 +17,7 @@ from nanovllm.commands.options import flag, open_llm
 from nanovllm.console import discard_stdout, flush_stdout, lossless_console, require_stdout
 from nanovllm.torchrun_env import read_torchrun_env
 
-COMMANDS = (generate, chat, demo, bench, trace, conformance)
+COMMANDS = (generate, demo, chat, bench, trace, conformance)
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 BROKEN_PIPE = 141  # 128 + SIGPIPE
 

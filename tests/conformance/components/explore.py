@@ -1,5 +1,6 @@
 """Draws scenarios, and runs them on a target."""
 
+import json
 import random
 from collections import Counter
 from collections.abc import Iterator
@@ -43,7 +44,7 @@ class Scenario:
         lines = [
             IMPORT,
             "",
-            f"target = Target({', '.join([repr(path), f'only={contract!r}', *given])})",
+            f"target = Target({', '.join([repr(path), 'only=' + json.dumps(contract), *given])})",  # ruff's quotes
         ]
         for step, number in _grouped(self.steps):
             lines.append(f"target.{_call(step, number)}")
