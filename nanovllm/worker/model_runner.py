@@ -137,7 +137,7 @@ class ModelRunner:
                 self._execute(dummy_prefill(query_lens, num_cached_tokens, block_size))
             for batch_size in batch_sizes:
                 self._execute(dummy_decode(batch_size, block_size))
-            for batch_size in shared_prefix_batch_sizes(batch_sizes) if self.shares_prefixes else ():
+            for batch_size in self._shared_prefix_sizes(batch_sizes):
                 self._execute(dummy_decode(batch_size, block_size, shares_prefix=True))
         del cache
         for layer in self._attention_layers():
@@ -168,6 +168,7 @@ class ModelRunner:
     def _measure_graph_bytes(self) -> int:
         """Device memory of all graphs: that of the largest, whose pool the others share, and the driver's of each."""
         batch_sizes = graph_batch_sizes(self.config.max_num_seqs)
+        num_graphs = len(batch_sizes) + len(self._shared_prefix_sizes(batch_sizes))
         with gpu_lock:
             cache = self.allocate_kv_cache(1)
             free_before, _ = torch.cuda.mem_get_info(self.device)
@@ -177,7 +178,10 @@ class ModelRunner:
             graphs.close()
             del cache, graphs
             torch.cuda.empty_cache()
-        return free_before - free_after + DRIVER_BYTES_PER_GRAPH * len(batch_sizes)
+        return free_before - free_after + DRIVER_BYTES_PER_GRAPH * num_graphs
+
+    def _shared_prefix_sizes(self, batch_sizes: list[int]) -> list[int]:
+        return shared_prefix_batch_sizes(batch_sizes) if self.shares_prefixes else []
 
     def _num_blocks_that_fit(self, graph_bytes: int) -> int:
         model, config, block_size = self.model_config, self.config, self.block_size
@@ -229,7 +233,7 @@ class ModelRunner:
         max_model_len = self.config.max_model_len
         max_blocks_per_seq = math.ceil(max_model_len / self.block_size)
         use_tqdm = use_tqdm and self.tp.rank == 0
-        shared_sizes = shared_prefix_batch_sizes(batch_sizes) if self.shares_prefixes else []
+        shared_sizes = self._shared_prefix_sizes(batch_sizes)
         return CUDAGraphRunner(
             forward, batch_sizes, shared_sizes, max_blocks_per_seq, max_model_len, self.device, use_tqdm
         )

@@ -10,7 +10,7 @@ import torch
 
 from nanovllm import Config
 from nanovllm.worker.kv_cache import block_bytes, num_blocks_on_cpu, num_blocks_that_fit
-from nanovllm.worker.model_runner import ModelRunner
+from nanovllm.worker.model_runner import DRIVER_BYTES_PER_GRAPH, ModelRunner
 from tests.support.source_tree import ROOT, imported_packages, parse, python_files
 
 GIB = 2**30
@@ -106,3 +106,20 @@ def test_the_block_size_is_the_users_or_serves_all_ranks(
     runner.tp = SimpleNamespace(all_reduce_min=lambda value: min(value, -defaults_of_ranks[1]))
     runner.default_block_size = defaults_of_ranks[0]
     assert runner._choose_block_size() == expected
+
+
+@pytest.mark.parametrize(("shares_prefixes", "num_graphs"), [(False, 20), (True, 24)])
+def test_the_drivers_memory_of_every_graph_counts(
+    shares_prefixes: bool, num_graphs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1, 2, 4, 8, the multiples of 16 to 240, and 256 sequences; for a shared prefix also 64, 128, 192 and 256."""
+    runner: Any = object.__new__(ModelRunner)
+    runner.device, runner.config = torch.device("cuda:0"), Config("any", max_num_seqs=256)
+    runner.shares_prefixes = shares_prefixes
+    runner.allocate_kv_cache = lambda num_blocks: None
+    runner.capture_graphs = lambda batch_sizes, use_tqdm: SimpleNamespace(close=lambda: None)
+    free = iter([(1000, 2000), (400, 2000)])
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: next(free))
+    for name in ("synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    assert runner._measure_graph_bytes() == 600 + num_graphs * DRIVER_BYTES_PER_GRAPH
