@@ -23,7 +23,7 @@ READING_ORDER = (
     ("block_hash", "a number that names a full block together with everything before it"),
     ("block_manager", "which sequence owns which block, and which blocks can be shared"),
     ("scheduler", "which sequences compute how many tokens in the next step"),
-    ("postprocess", "its keys are in the cache, its tokens are appended, finished sequences leave"),
+    ("postprocess", "after a step, its tokens are appended and finished sequences leave"),
     ("linear", "every output feature is a weighted sum of the input features"),
     ("rms_norm", "bring every token's vector to one length"),
     ("rotary_embedding", "turn queries and keys by an angle that grows with the position"),
