@@ -2,7 +2,7 @@
 
 Read them in the order of reading_order(). Each begins with the idea in a sentence, its formula and the reason why it is
 true; the function that follows is the same in code, slow and without tricks, and its examples are tests. The engine
-computes the same things fast, and its tests hold it against these files. Nothing in the engine imports them.
+computes the same functions fast, and its tests compare it with these files. The engine does not import them.
 
 Every function takes float64, leaves its inputs as they were, and has the parameter names of the engine's fast version.
 Integers (slots, hashes, decisions, random words) must agree exactly, floats up to rounding.

@@ -1,5 +1,5 @@
-"""Runs the examples of references and shows them: `python -m reference packing`; all of them in reading order without a
-name. `python reference packing` does the same from any folder. Exits with 1 if an example gives something else.
+"""Runs the examples of references and shows them: `python -m reference packing`; without a name, all of them in reading
+order. `python reference packing` does the same from any folder. Exits with 1 if an example gives something else.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from reference import reading_order
 
 
 class ShowingRunner(doctest.DocTestRunner):
-    """Shows each example and what it gives, by `out`: while an example runs, standard output is captured."""
+    """Shows each example and what it gives. It prints with `out`, since doctest captures standard output."""
 
     def report_start(self, out, test, example):
         first, *more = example.source.splitlines()

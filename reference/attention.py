@@ -6,15 +6,15 @@
 
     query i sees key j  when  j <= k_len - q_len + i
 
-Why the inequality: the queries are the last q_len tokens of a text of k_len tokens, so query i sits at position
-k_len - q_len + i, and a token sees itself and what came before it, never what comes after. Hence nothing that is
-appended to a text changes what was computed before: this is what lets an engine cache keys and values at all.
+Why the inequality: the queries are the last q_len tokens of a text of k_len tokens, so query i sits at position k_len -
+q_len + i, and a token sees itself and the tokens before it, never those after it. Hence a token that is appended to a
+text does not change what was computed before it: this is why an engine can cache keys and values.
 
 Why the scale: a sum of D products of independent terms of variance 1 has variance D. Dividing by sqrt(D) brings it
 back to 1, so that the softmax neither saturates nor flattens as heads grow.
 
-Why h // G: with grouped-query attention, G neighbouring query heads read the same key/value head, and the cache is
-G times smaller. G = 1 is multi-head attention, K = 1 multi-query attention.
+Why h // G: with grouped-query attention, G neighbouring query heads read the same key/value head, so the cache is
+G times smaller. G = 1 is multi-head attention, K = 1 is multi-query attention.
 
 Letters: q queries, k keys, H query heads, K key/value heads, G = H // K, D head_dim.
 Papers: Vaswani et al. 2017 (arXiv 1706.03762), section 3.2; Ainslie et al. 2023 (arXiv 2305.13245).

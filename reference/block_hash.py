@@ -2,14 +2,14 @@
 
     block_hash(tokens, parent) = xxh64(parent as 8 bytes, if there is one, then each token as 8 bytes), little-endian
 
-Why the parent: keys and values depend on the whole prefix, not on the block's own tokens. A chain of hashes covers the
-prefix at the cost of one block: equal parents mean equal prefixes, so equal hashes mean equal texts from the start.
-Why xxh64: it is fast and spreads well. It is not secure, and 64 bits can collide, so the hash only says where to look:
-the engine compares tokens and parents before it shares a block.
+Why the parent: keys and values depend on the whole prefix, not only on the block's own tokens. A chain of hashes covers
+the prefix at the cost of one block: equal parents mean equal prefixes, so equal hashes mean equal texts from the start.
+Why xxh64: it is fast and its values are well distributed. But 64 bits can collide, and texts that collide can be
+constructed, so the hash only says where to look: the engine compares tokens and parents before it shares a block.
 
 XXH64 (Yann Collet, github.com/Cyan4973/xxHash/blob/dev/doc/xxhash_spec.md), all arithmetic modulo 2**64: four
-accumulators each eat 8 bytes of every 32; they are folded into one; what is left is eaten by 8, 4 and 1 bytes;
-at last every bit is made to depend on every other.
+accumulators each take 8 bytes of every 32; they are combined into one number; the bytes that are left are mixed in by
+8, 4 and 1; finally every bit is made to depend on every other.
 """
 
 import struct

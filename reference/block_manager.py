@@ -7,15 +7,16 @@
     to be taken      = blocks for all tokens - hits that another sequence owns       <= len(free), or it does not fit
 
 Why: equal prefixes have equal keys and values, so two sequences that begin alike can read the same blocks. A block that
-its last sequence has freed can still be hit, until another sequence needs its room. Only full blocks are shared and no
-sequence writes to a full block, so sharing needs no copying. prefixes keeps the whole text up to the end of each block
-and compares it; the engine finds the block by block_hash and then compares. Both mean: a hit is an equal whole prefix.
-Why len - 1: the logits of the last token are wanted, so one token is always computed. When all is cached, all blocks
-are shared and the last token is computed without being stored again (slot -1).
-Why the order of reuse: first blocks that hold nothing hittable; then the longest unused; of one sequence the tail
+its last sequence has freed can still be hit, until another sequence takes it. Only full blocks are shared and no
+sequence writes to a full block, so sharing needs no copying. `prefixes` keeps the whole text up to the end of each
+block, and a hit compares this text; the engine finds the block by block_hash and then compares. In both, a hit means
+that the whole prefix is equal.
+Why len - 1: the logits of the last token are wanted, so one token is always computed. When the whole sequence is
+cached, all blocks are shared and the last token is computed without being stored again (slot -1).
+Why the order of reuse: first come blocks that cannot be hit, then the longest unused; of one sequence the tail comes
 before its head, since a tail without its head can never be hit.
-Why twins: equal prompts computed in one step become hittable twice. A hit takes the oldest, of those that are owned if
-there are any.
+Why twins: equal prompts that are computed in one step leave two blocks with the same prefix. A hit takes the oldest of
+those that are owned, or else the oldest.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,7 +35,7 @@ class BlockManager:
     >>> pool.tables["b"], pool.ref_count(0), cached
     ((0, 3), 2, 2)
     >>> pool = pool.deallocate("b").deallocate("a")
-    >>> pool.reuse_order()  # 3 and 2 held nothing hittable; then the tail of "a", then its head
+    >>> pool.reuse_order()  # 3 and 2 cannot be hit; then the tail of "a", then its head
     [3, 2, 1, 0]
     >>> pool.allocate("c", [1, 2, 3, 4])[1]  # a hit of everything, less one
     3
@@ -45,7 +46,7 @@ class BlockManager:
     tables: Mapping[object, tuple[int, ...]] = field(default_factory=dict)  # sequence -> the blocks it owns, in order
     prefixes: Mapping[int, tuple[int, ...]] = field(
         default_factory=dict
-    )  # hittable block -> tokens to its end; oldest first
+    )  # block that can be hit -> tokens to its end; oldest first
     freed: tuple[int, ...] = ()  # free blocks that were owned before, in the order in which they were freed
 
     def ref_count(self, block: int) -> int:
@@ -93,7 +94,7 @@ class BlockManager:
         return self._own(seq_id, self.tables[seq_id] + tuple(taken), taken)
 
     def computed(self, seq_id: object, token_ids: Sequence[int], num_computed_tokens: int) -> "BlockManager":
-        """The keys and values of the first num_computed_tokens are in the cache: full blocks become hittable."""
+        """The keys and values of the first num_computed_tokens are in the cache: full blocks can be hit from now on."""
         ends = range(self.block_size, num_computed_tokens + 1, self.block_size)
         full = {block: tuple(token_ids[:end]) for block, end in zip(self.tables[seq_id], ends, strict=False)}
         return replace(self, prefixes={**self.prefixes, **full})
@@ -104,7 +105,7 @@ class BlockManager:
         return replace(self, tables=tables, freed=self.freed + tuple(last_owned))
 
     def _own(self, seq_id: object, table: tuple[int, ...], taken: list[int]) -> "BlockManager":
-        """The sequence owns table; what the taken blocks held is forgotten."""
+        """The sequence owns table. The taken blocks can no longer be hit."""
         prefixes = {block: prefix for block, prefix in self.prefixes.items() if block not in taken}
         freed = tuple(block for block in self.freed if block not in table)
         return replace(self, tables={**self.tables, seq_id: table}, prefixes=prefixes, freed=freed)

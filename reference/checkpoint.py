@@ -4,11 +4,11 @@
     the JSON              = name -> dtype, shape, data_offsets [start, end), counted from the end of the JSON
     index.json weight_map = name -> which file, when the model is cut into several
 
-Why safetensors: a file of plain numbers, which cannot run code when it is read and can be mapped into memory. Why the
-settings are so few: sizes, biases, query and key norms and which layers are mixtures can be seen in the weights.
+Why safetensors: it is a file of plain numbers, which cannot run code when it is read and can be mapped into memory. Why
+the settings are so few: sizes, biases, query and key norms and which layers are mixtures can be seen in the weights.
 
-config.json has had two layouts: rope_theta with rope_scaling (null, or a dict), and since transformers 5 one dict
-rope_parameters with both. Tied embeddings: the matrix that reads out logits is the one that embeds tokens.
+config.json has two layouts: rope_theta with rope_scaling (null, or a dict), and since transformers 5 one dict
+rope_parameters with both. With tied embeddings, one matrix embeds tokens and computes logits.
 """
 
 import json
@@ -44,7 +44,7 @@ class Checkpoint(NamedTuple):
 
 
 def load_checkpoint(model_dir: str | Path, dtype: torch.dtype = torch.float32) -> Checkpoint:
-    """Read a folder, once; every weight is converted to dtype."""
+    """Read a folder. Every weight is converted to dtype."""
     folder = Path(model_dir)
     raw = json.loads((folder / "config.json").read_text())
     index = folder / "model.safetensors.index.json"

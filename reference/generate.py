@@ -3,11 +3,12 @@
     repeat:  logits = transformer(tokens)[last];  token = sampling(logits);  tokens = tokens + [token]
     until    the token ends the text ("stop"), or max_tokens or max_model_len is reached ("length")
 
-Why it is the oracle of the engine: there is no cache to be stale, no batch to leak from, no schedule to get wrong. An
-engine that caches, batches, chunks, shares and preempts computes the same function faster, so its tokens must be these.
-A token depends on its sequence, its request's parameters and seed, and on nothing else.
+Why it is the oracle of the engine: it has no cache that could be stale, no batch whose requests could mix, and no
+schedule that could be wrong. An engine that caches, batches, chunks, shares and preempts computes the same function
+faster, so its tokens must be these. A token depends on its sequence, its request's parameters and seed, and on nothing
+else.
 
-Its cost is why engines exist: n tokens cost the work of n * n / 2, where an engine with a cache computes n.
+Its cost is why engines exist: for n tokens it computes n * n / 2, where an engine with a cache computes n.
 """
 
 from collections.abc import Collection, Sequence

@@ -6,7 +6,7 @@ Why the weight is [output features, input features]: row n holds what makes outp
 memory is read. So a matrix can be cut between outputs, and several matrices with the same input can lie on top of each
 other as one (qkv_proj, gate_up_proj): the outputs of each are then a slice of the columns of y.
 
-Why an engine has two programs for one formula: with many tokens each weight is used many times, and arithmetic is what
+Why an engine has two kernels for one formula: with many tokens each weight is used many times, and arithmetic is what
 takes time. With one token each weight is used once, and reading the weights is what takes time.
 
 Letters: T tokens, N output features, K input features.
@@ -21,8 +21,8 @@ def linear(
 ) -> Float[Tensor, "T N"]:
     """Return x W' + b.
 
-    One token with the features 1 and 2. The first output adds them, the second subtracts, the third is 10 plus twice
-    the second feature:
+    One token has the features 1 and 2. The first output is their sum, the second their difference, the third 10 plus
+    twice the second feature:
 
     >>> import torch
     >>> weight = torch.tensor([[1.0, 1.0], [1.0, -1.0], [0.0, 2.0]])

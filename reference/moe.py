@@ -5,12 +5,12 @@
     weight[t]      = weight[t] / (sum over n of weight[t, n])                             if norm_topk_prob
     y[t]           = sum over n of weight[t, n] * down[n] . silu_and_mul(gate_up[n] . x[t])
 
-Why: a network's knowledge grows with its weights, its cost with the weights a token passes through. With N experts of
-which top_k work, the first grows N / top_k times faster than the second. A weight of 0 adds nothing, which is the
-point: an engine sorts tokens by expert and computes only what counts. Here every expert sees every token.
+Why: a network's knowledge grows with its weights, its cost with the weights that a token is multiplied with. With N
+experts of which a token uses top_k, there are N / top_k times as many weights at the same cost. An expert with weight 0
+adds nothing, so an engine sorts tokens by expert and leaves it out. Here every expert computes every token.
 
 Why norm_topk_prob: the chosen probabilities sum to less than 1, by an amount that varies from token to token; dividing
-by their sum gives every token the same total. Models are trained either way, and the checkpoint says which.
+by their sum gives every token the same total. Models are trained with and without it, and the checkpoint says which.
 
 Letters: T tokens, N experts, E hidden size, F intermediate size of one expert.
 Paper: Shazeer et al. 2017 (arXiv 1701.06538); Qwen3 technical report (arXiv 2505.09388).

@@ -48,7 +48,7 @@ def varlen_attention(
     cu_seqlens_k: Int[Tensor, "B+1"],
     scale: float | None = None,
 ) -> Float[Tensor, "Tq H D"]:
-    """Attention on packed sequences: cut, attend within each, pack again.
+    """Attention on packed sequences: unpack, attend within each sequence, pack again.
 
     A sequence may have more keys than queries: its first keys were computed in an earlier step.
 

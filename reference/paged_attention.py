@@ -4,15 +4,15 @@
     output[b] = attention(queries of sequence b, k_cache[slots[b]], v_cache[slots[b]])
 
 Why it is right: attention is a sum over keys, and a sum does not depend on where its terms are stored. Copying the
-blocks together, as here, is the definition; a kernel walks the block table and copies nothing. What the table does not
-name, and the slots of the last block beyond context_len, are never read: they may hold another sequence's tokens.
+blocks together, as here, is the definition; a kernel walks the block table and copies nothing. Blocks that the table
+does not name, and slots of the last block beyond context_len, are not read: they may hold another sequence's tokens.
 
 One formula serves every step of the engine. Each step stores its tokens' keys first, and context_lens[b] counts all
 the tokens of sequence b that are in the cache by then:
     decode         one query a sequence, the token sampled last
     prefill        as many queries as context_lens[b]: nothing was cached
     chunk, prefix  fewer queries than context_lens[b]: what came before was cached by an earlier chunk or request
-The queries are always the last tokens of those context_lens[b], which is how attention places them.
+The queries are always the last of those context_lens[b] tokens, and attention gives them the last positions.
 
 Letters: T queries of all sequences, B sequences, H query heads, K key/value heads, D head_dim.
 Paper: Kwon et al. 2023 (arXiv 2309.06180).

@@ -6,12 +6,12 @@
         (k0, k1)          ->  (k0 + 0x9E3779B9, k1 + 0xBB67AE85)  modulo 2**32
 
 Why: an ordinary generator has a state, so its n-th number depends on the n - 1 draws before: on the batch, on
-preemption, on the rank. A counter-based one has none. The request's seed, the position and the token id give the same
-noise, in any order and on any device, since integer arithmetic is exact everywhere.
+preemption, on the rank. A counter-based generator has no state. The request's seed, the position and the token id give
+the same noise, in any order and on any device, since integer arithmetic is exact everywhere.
 
 Why it is random: multiplying by a large odd constant spreads each bit of a counter upwards over the product; the high
 half, xored with a word of the other pair and the key, becomes a new word. Each round is invertible, so different
-counters never meet. Seven rounds pass all of TestU01's BigCrush; ten leave a margin.
+counters give different results. Seven rounds pass all of TestU01's BigCrush; ten leave a margin.
 
 Paper: Salmon, Moraes, Dror, Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3", whose library Random123 gives
 the known answer in the doctest.
@@ -32,7 +32,7 @@ def philox(key: tuple[int, int], counter: tuple[Any, Any, Any, Any]) -> tuple[An
     """
     (k0, k1), (c0, c1, c2, c3) = key, counter
     for _ in range(10):
-        # Masked, an int64 product that wrapped has the same 64 bits as the true one, shifted or not.
+        # An int64 product that overflows keeps its low 64 bits, so the masks give the true words.
         hi0, lo0 = (MULTIPLIER_0 * c0) >> 32 & WORD, MULTIPLIER_0 * c0 & WORD
         hi1, lo1 = (MULTIPLIER_1 * c2) >> 32 & WORD, MULTIPLIER_1 * c2 & WORD
         c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0

@@ -1,16 +1,16 @@
 """Postprocess: what a computed step changes: its keys are cached, its tokens are appended, finished sequences leave.
 
     num_cached_tokens + tokens computed         of each sequence that was scheduled
-    blocks that became full                     are hittable from now on
+    blocks that became full                     can be hit from now on
     no token left to compute                    the token sampled from the last one's logits is appended
     that token ends it                          it leaves with "stop"
     else max_tokens or max_model_len reached    it leaves with "length"
     a sequence that leaves                      gives its blocks back
 
-Why hittable only now: before the step was computed, the blocks held nothing. Why the appended token counts as not
+Why a block can be hit only now: before the step was computed, it held nothing. Why the appended token counts as not
 cached: it is the input of the next step, which computes its keys; so a running sequence always has a token left to
-compute, and one that can decode has exactly one. Why abort needs no more than leaving: between two steps a sequence
-is its tokens and its blocks.
+compute, and one that can decode has exactly one. Why abort is the same as leaving: between two steps, a sequence
+consists of its tokens and its blocks only.
 """
 
 from collections.abc import Mapping
@@ -56,7 +56,7 @@ def postprocess(
 
 
 def finish_reason(seq: Sequence, max_model_len: int) -> str | None:
-    """Of a sequence that has just got a token; None: it goes on."""
+    """Why a sequence that has just got a token ends; None if it goes on."""
     if seq.token_ids[-1] in seq.ending:
         return "stop"
     is_full = len(seq.token_ids) in (seq.num_prompt_tokens + seq.max_tokens, max_model_len)

@@ -3,9 +3,10 @@
     rms(x) = sqrt((x[0] ** 2 + ... + x[E - 1] ** 2) / E + eps)
     y[e]   = x[e] / rms(x) * weight[e]
 
-Why: layers add to a running sum (the residual stream), which grows with depth; a layer that reads it divided by its
-own size sees inputs of one size at every depth. Multiplying x by a constant changes nothing (up to eps). Layer norm
-would also subtract the mean, which was found to make no difference. eps keeps the zero vector from dividing by zero.
+Why: layers add to a running sum (the residual stream), which grows with depth. Each layer reads the stream divided by
+its length, so its inputs have the same length at every depth. Multiplying x by a constant changes nothing (up to eps).
+Layer norm also subtracts the mean; the paper found no loss without it. eps avoids a division by zero for the zero
+vector.
 
 Why the residual is here: a decoder always adds a layer's output to the stream and then normalises the sum for the next
 layer. Doing both at once reads memory once instead of twice, so engines fuse them, and return the sum too.

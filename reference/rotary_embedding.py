@@ -5,14 +5,14 @@
     y[i + D/2]   = a * (x[i] * sin(angle[i]) + x[i + D/2] * cos(angle[i]))
     inv_freq[i]  = theta ** (-2i / D) * (keep[i] + (1 - keep[i]) / factor)
 
-Why: turning a query by m and a key by n turns their dot product by m - n, so attention sees distances, not positions.
-Fast pairs (small i) tell neighbours apart, slow pairs tell far from near.
+Why: the dot product of a query turned m times by an angle and a key turned n times depends on m - n only, so attention
+sees distances, not positions. Fast pairs (small i) tell neighbours apart, slow pairs tell far from near.
 
-Why keep: a model asked for longer texts than it was trained on meets angles it never saw. Dividing a frequency by
-factor squeezes factor times the text into the angles it knows; keep[i] says how much of pair i is left alone. With L
-the length trained on, and turns[i] = L * theta ** (-2i / D) / (2 pi), how often pair i turned over that length:
+Why keep: a text longer than those of the training has angles that the model has not seen. Dividing a frequency by
+factor maps a text of factor times the length to the known angles; keep[i] says how much of pair i stays as it is. L is
+the length of the training, and turns[i] = L * theta ** (-2i / D) / (2 pi) how often pair i turns over that length:
     default  keep = 1
-    linear   keep = 0: simple, but neighbours blur
+    linear   keep = 0: simple, but neighbours are harder to tell apart
     llama3   keep = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor), within 0 .. 1
     yarn     keep falls linearly in i from 1, where turns = beta_fast, to 0, where turns = beta_slow
 yarn also lengthens queries and keys by a = 0.1 ln(factor) + 1: longer texts need sharper attention. Elsewhere a = 1.
@@ -92,7 +92,7 @@ def yarn_attention_factor(
     mscale: float | None = None,
     mscale_all_dim: float | None = None,
 ) -> float:
-    """a for yarn, unless the checkpoint states it; some state two multiples of the logarithm, whose ratio is a.
+    """The a of yarn: attention_factor if the checkpoint has it, or the ratio that mscale and mscale_all_dim give.
 
     >>> round(yarn_attention_factor(4.0), 4)  # 0.1 * 1.3863 + 1
     1.1386

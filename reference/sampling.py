@@ -1,4 +1,4 @@
-"""Sampling: drop improbable tokens, then let the others race; the first to arrive is the next token.
+"""Sampling: drop improbable tokens, then let the others race; the one that arrives first is the next token.
 
     z = logits / temperature
     top_k   keep v if z[v] is at least the k-th largest
@@ -7,9 +7,9 @@
     token   = argmax over kept v of  z[v] - log(e[v]),     e[v] = -log(1 - u[v]),  u[v] uniform on (0, 1)
 
 Why a race draws from softmax(z): e[v] is exponential with rate 1, so e[v] / p[v], the time at which v arrives, is
-exponential with rate p[v]. Of independent exponentials, v comes first with probability p[v] / (sum of the rates): so
-dropped tokens need no renormalising. The earliest has the largest p / e, and hence the largest z - log(e); -log(e) has
-Gumbel's distribution, and this is the Gumbel-max trick.
+exponential with rate p[v]. Of independent exponentials, v comes first with probability p[v] / (sum of the rates), so
+the probabilities need not be normalised after tokens are dropped. The first has the largest p / e, and hence the
+largest z - log(e). As -log(e) has Gumbel's distribution, this is the Gumbel-max trick.
 
 Why counters: u[v] is word v % 4 of Philox with key = seed and counter = (v // 4, position). The token drawn is thus a
 function of its logits, its request's seed and its position, and of nothing else in the batch.

@@ -1,19 +1,19 @@
-"""Scheduler: which sequences compute how many tokens in the next step. Prefill first, decode when nothing prefills.
+"""Scheduler: which sequences compute how many tokens in the next step: prefill first, decode when nothing prefills.
 
-    prefill  1. running sequences with more than one token left go on with their chunk, in order
+    prefill  1. running sequences with more than one token left compute their next chunk, in order
              2. waiting sequences are admitted, first come first served, while there are seats (max_num_seqs), tokens
-                (max_num_batched_tokens) and blocks: for all its tokens, and a reserve if others run
+                (max_num_batched_tokens) and blocks: for all tokens of the sequence, and a reserve if others run
              a chunk is min(tokens left, budget left)
     decode   3. every running sequence with exactly one token left computes it; if the pool has no block for it, the
                 last of running is preempted: it loses its blocks and goes back to the front of waiting
 
 Why prefill first: a step reads all weights whether it computes one token or many, so the more sequences decode
-together, the cheaper each token. Why not always: steady arrivals would starve running sequences, so decoding is due
+together, the cheaper each token is. Why not always: steady arrivals would starve running sequences, so decoding is due
 after MAX_CONSECUTIVE_PREFILLS prefill steps in a row.
-Why the head of the line blocks: if small requests could overtake a big one, it might never fit.
-Why a reserve, one block for each sequence that will still grow: without it, the next decode step would preempt what was
-just admitted. Why the last is preempted: it has waited least, and the first always finishes.
-Why a lone sequence never lacks a block: a request that could outgrow the whole pool is refused by fits.
+Why nothing overtakes the first waiting sequence: if small requests could, a big one might never fit.
+Why a reserve, one block for each sequence that will still grow: without it, the next decode step would preempt the
+sequence that was just admitted. Why the last is preempted: it has waited least, and the first always finishes.
+Why a single sequence never lacks a block: `fits` refuses a request that could outgrow the whole pool.
 """
 
 from dataclasses import dataclass, replace
@@ -58,9 +58,9 @@ def schedule(
     max_model_len: int,
     num_consecutive_prefills: int = 0,
 ) -> Decision:
-    """The decision is a function of the queues and the pool, and carries both as they are before the step computes.
+    """The decision is a function of the queues and the pool, and contains both as they are before the step is computed.
 
-    Two prompts of 3 and 4 tokens, a budget of 5: the second gets what is left, and goes on in the next step.
+    With two prompts of 3 and 4 tokens and a budget of 5, the second computes 2 now and 2 in the next step.
 
     >>> pool = BlockManager(num_blocks=8, block_size=2)
     >>> line = Sequence(0, (1, 2, 3), 3, max_tokens=9), Sequence(1, (4, 5, 6, 7), 4, max_tokens=9)
@@ -87,7 +87,7 @@ def prefill(
     max_model_len: int,
     num_consecutive_prefills: int,
 ) -> Decision:
-    """Rules 1 and 2. Nothing scheduled: nothing can prefill."""
+    """Rules 1 and 2. `scheduled` is empty if nothing can prefill."""
     scheduled, budget = (), max_num_batched_tokens
     for seq in running:
         if seq.num_left > 1 and budget > 0:
@@ -107,17 +107,17 @@ def prefill(
 
 
 def most_blocks(seq: Sequence, pool: BlockManager, max_model_len: int) -> int:
-    """How many it holds at its longest. The last token sampled is never stored."""
+    """How many blocks seq owns at its greatest length. The token sampled last is never stored."""
     return pool.num_blocks_for(min(seq.num_prompt_tokens + seq.max_tokens, max_model_len) - 1)
 
 
 def fits(seq: Sequence, pool: BlockManager, max_model_len: int) -> bool:
-    """Whether the request may wait: it has room for one more token and could finish with the pool to itself."""
+    """Whether the request can be accepted: it has room for one more token, and could finish with the pool to itself."""
     return seq.num_prompt_tokens < max_model_len and most_blocks(seq, pool, max_model_len) <= pool.num_blocks
 
 
 def num_that_can_grow(sequences: tuple[Sequence, ...], pool: BlockManager, max_model_len: int) -> int:
-    """How many may need a block beyond those for their tokens so far."""
+    """How many of the sequences may need a block beyond those for their tokens so far."""
 
     def num_blocks_held(seq: Sequence) -> int:
         return len(pool.tables.get(seq.seq_id, ())) or pool.num_blocks_for(len(seq.token_ids))

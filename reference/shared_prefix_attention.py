@@ -7,9 +7,9 @@
 Why it is right: attention is a weighted mean of values, with weights exp(score) / sum of exp(score). The mean over two
 sets of keys is the mean of the two means, each weighted with its set's sum of weights, which is exp(lse).
 
-Why it helps: decode reads every key of every sequence and computes little with each, so that reading is what takes
-time. The prefix cache gives sequences with equal beginnings the same blocks. One program can then read a shared key
-once, for the queries of many sequences.
+Why it helps: decode reads every key of every sequence and computes little with each, so reading is what takes time. The
+prefix cache gives sequences with equal beginnings the same blocks. One program can then read a shared key once, for the
+queries of many sequences.
 
 Letters: B sequences, H query heads, K key/value heads, D head_dim, S keys.
 Paper: Juravsky et al. 2024 (arXiv 2402.05099, "Hydragen").

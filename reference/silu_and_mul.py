@@ -3,12 +3,13 @@
     silu(g) = g / (1 + exp(-g))
     y[f]    = silu(x[f]) * x[f + F]          for f in 0 .. F - 1
 
-Why: a linear layer followed by a linear layer is a linear layer, so something between them must bend. Here the bend is
-a gate: silu(g) is about g for large g and about 0 for very negative g, without the corner of max(g, 0), and it scales
-the "up" half, feature by feature. Gated networks learn better than ungated ones with as many weights.
+Why: a linear layer followed by a linear layer is a linear layer, so a function between them must be nonlinear. Here it
+is a gate: silu(g) is about g for large g and about 0 for very negative g, without the corner of max(g, 0), and it
+scales the "up" half, feature by feature. In the paper, gated networks learn better than ungated ones with as many
+weights.
 
 Why one input: gate_proj and up_proj read the same vector, so an engine keeps them as one matrix (gate_up_proj), whose
-output is the gate, then the up half. This function is what stands between that matrix and down_proj.
+output is the gate, then the up half. This function is computed between that matrix and down_proj.
 
 Letters: T tokens, F intermediate size.
 Paper: Shazeer 2020 (arXiv 2002.05202), where it is called SwiGLU.

@@ -5,8 +5,8 @@
 Why: the cache is cut into blocks of equal size, and a sequence owns any blocks, in any order, taken one at a time as
 it grows. So memory never fragments, at most block_size - 1 slots of a sequence are empty, and two sequences that begin
 alike can name the same block in their tables. block_table[n] is the block that holds the sequence's n-th run of
-block_size tokens. It is an operating system's page table: block = page, position = virtual address, slot = physical
-address.
+block_size tokens. It works like an operating system's page table: block = page, position = virtual address, slot =
+physical address.
 
 Letters: T tokens. position counts from 0, so the last token of a sequence of n tokens has position n - 1.
 Paper: Kwon et al. 2023 (arXiv 2309.06180), section 4.

@@ -4,11 +4,12 @@
     v_cache[slot // block_size, slot % block_size] = value[i]
 
 Why: a token's key and value depend on the tokens up to it and on nothing after it (see attention), so they are final
-once computed. A step then computes one token and reads the stored keys, where it would have recomputed all tokens.
+once computed. With them, a step computes one token and reads the stored keys; without them, it would compute all
+tokens.
 
-Why -1: batches are padded to the sizes for which a graph was captured, and the last token of a prompt that was found
-whole in the prefix cache is computed again for its logits only. Such tokens have a key but no slot, and must leave the
-cache alone: another sequence may be reading it.
+Why -1: batches are padded to the sizes for which a graph was captured, and when the prefix cache holds a whole prompt,
+its last token is computed again for its logits only. Such tokens have a key but no slot, and must not change the cache:
+another sequence may be reading it.
 
 Letters: T tokens, K key/value heads, D head_dim.
 """

@@ -5,12 +5,12 @@
     vocabulary        y = row of the one rank whose range holds the token, 0 from all others, summed
 
 Why it is right: a matrix product is a list of dot products (cut the list: column) and each is a sum (cut the sum: row).
-Why in this order: a column-parallel layer leaves its output cut exactly as a row-parallel layer wants its input. In
-between stand only functions of single heads or features (attention, silu_and_mul), which cut heads and features pass
-unharmed. So attention (qkv_proj, o_proj) and the feed-forward (gate_up_proj, down_proj) cost one all-reduce each.
-Why the bias of a row-parallel layer is added by one rank: the ranks' outputs are summed, and it would count n times.
+Why in this order: a column-parallel layer leaves its output cut exactly as a row-parallel layer needs its input. The
+functions between the two (attention, silu_and_mul) compute each head or feature alone, so each rank computes its own.
+So attention (qkv_proj, o_proj) and the feed-forward (gate_up_proj, down_proj) cost one all-reduce each.
+Why one rank adds the bias of a row-parallel layer: the ranks' outputs are summed, and it would count n times.
 
-With more ranks than key/value heads, whole heads are held by several ranks: rank r has kv head r * K // tp_size.
+With more ranks than key/value heads, several ranks hold the same head: rank r has kv head r * K // tp_size.
 
 Letters: T tokens, I input features, O output features, V vocabulary, E hidden size. W' is W transposed.
 Paper: Shoeybi et al. 2019 (arXiv 1909.08053).
@@ -24,7 +24,7 @@ from torch import Tensor
 def column_parallel_linear(
     x: Float[Tensor, "T I"], weight: Float[Tensor, "O I"], bias: Float[Tensor, "O"] | None, tp_size: int
 ) -> list[Float[Tensor, "T O/n"]]:
-    """What each rank holds afterwards; side by side they are x W' + b. No rank needs another.
+    """The output of each rank; side by side they are x W' + b. The ranks do not communicate.
 
     >>> column_parallel_linear(torch.tensor([[2.0]]), torch.tensor([[1.0], [10.0]]), torch.tensor([5.0, 6.0]), 2)
     [tensor([[7.]]), tensor([[26.]])]
@@ -37,7 +37,7 @@ def column_parallel_linear(
 def row_parallel_linear(
     xs: list[Float[Tensor, "T I/n"]], weight: Float[Tensor, "O I"], bias: Float[Tensor, "O"] | None
 ) -> Float[Tensor, "T O"]:
-    """The sum over ranks (all-reduce), of which rank r has the input xs[r]: equal to [xs side by side] W' + b.
+    """The sum over ranks (all-reduce); rank r has the input xs[r]. Equal to [xs side by side] W' + b.
 
     >>> row_parallel_linear([torch.tensor([[2.0]]), torch.tensor([[3.0]])], torch.tensor([[1.0, 10.0]]), None)
     tensor([[32.]])
@@ -48,7 +48,7 @@ def row_parallel_linear(
 
 
 def vocab_parallel_embedding(token_ids: Int[Tensor, "T"], weight: Float[Tensor, "V E"], tp_size: int) -> Tensor:
-    """The sum over ranks, [T, E], of which rank r has the rows r * V/n .. (r + 1) * V/n - 1.
+    """The sum over ranks, [T, E]; rank r has the rows r * V/n .. (r + 1) * V/n - 1 of the weight.
 
     >>> vocab_parallel_embedding(torch.tensor([3, 0]), torch.tensor([[10.0], [11.0], [12.0], [13.0]]), tp_size=2)
     tensor([[13.],

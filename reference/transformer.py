@@ -1,5 +1,5 @@
-"""Transformer: a stream of vectors, one a token, to which each layer adds what it has read, first from the other tokens
-(attention), then from its own weights (feed-forward); the last vector tells which token comes next.
+"""Transformer: a stream of vectors, one a token, to which each layer adds what it reads, first from the other tokens
+(attention), then from its own weights (feed-forward); the last vector gives the logits of the next token.
 
     x         = embed[token]
     each layer:
@@ -9,8 +9,8 @@
 
 Why one file for every architecture: they differ in what their checkpoints hold. Qwen2 has biases on q, k and v (Llama
 may have them, and on o), Qwen3 normalises each head's query and key, Qwen3-MoE has a mixture of experts in some or all
-layers. A weight that is there is used.
-Why the sum: the stream carries every layer's result to all later ones unchanged, so depth does not dilute it.
+layers. A weight is used if the checkpoint has it.
+Why the sum: the stream passes every layer's result to all later layers unchanged.
 
 Letters: T tokens of one sequence, V vocabulary, E hidden size, H query heads, K key/value heads, D head_dim.
 """
@@ -33,7 +33,7 @@ from reference.silu_and_mul import silu_and_mul
 def transformer(token_ids: Sequence[int], weights: Mapping[str, Tensor], config: ModelConfig) -> Float[Tensor, "T V"]:
     """The logits after each token of one sequence, from position 0, without a cache.
 
-    A model of no layers maps the last token to the next by two matrices; here the head's row v looks for token v - 1:
+    A model of no layers maps the last token to the next by two matrices; here row v of the head matches token v - 1:
 
     >>> embed = torch.eye(3)
     >>> weights = {"model.embed_tokens.weight": embed, "model.norm.weight": torch.ones(3) / 3**0.5}

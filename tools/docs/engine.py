@@ -38,7 +38,7 @@ ENGINE: dict[str, tuple[tuple[str, str, str], ...]] = {
     "block_manager": (
         ("engine/block_manager.py", "BlockManager.allocate", "takes hits first, then free blocks."),
         ("engine/block_manager.py", "BlockManager.deallocate", "frees blocks in the order of their reuse."),
-        ("engine/block_manager.py", "BlockManager.cache_full_blocks", "makes full blocks hittable."),
+        ("engine/block_manager.py", "BlockManager.cache_full_blocks", "enters full blocks into the prefix cache."),
     ),
     "scheduler": (
         ("engine/scheduler.py", "Scheduler.schedule", "decides the next step."),
