@@ -1,8 +1,8 @@
 """The bytes that a kernel must move and the operations it must do, and how long the GPU needs for them at best.
 
-tests/kernels/NAME_cases.py say what kernel NAME must move and do. Counted is what no implementation can do without:
-each input read once, each output written once, weights included, tables of integers left out (they are small). A
-multiplication and an addition are two operations.
+tests/kernels/NAME_cases.py says what kernel NAME must move and do. The counts are a minimum for every implementation:
+each input, weights included, is read once and each output written once; tables of integers are left out, since they are
+small. A multiplication and an addition are two operations.
 """
 
 from typing import NamedTuple
@@ -40,8 +40,8 @@ class Floor(NamedTuple):
 def floor(work: Work, ceilings: Ceilings) -> Floor:
     """The larger of the times that bytes and operations take at their ceilings.
 
-    Bytes are held against the copy ceiling in the proportion in which they are written (a copy writes half), against
-    the read ceiling for the rest. The name is that of the larger part.
+    The bytes written, and as many of the bytes read, take the time of a copy, which reads half and writes half of what
+    it moves; the rest takes the time of reading. The name is that of the larger part.
     """
     copied = min(2 * work.bytes_written, work.num_bytes)
     moving = copied / ceilings.copy + (work.num_bytes - copied) / ceilings.read

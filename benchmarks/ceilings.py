@@ -1,4 +1,4 @@
-"""What this GPU reaches at best, measured in the run whose fractions are reported: copying, reading, multiplying."""
+"""The ceilings of this GPU for copying, reading and multiplying, measured in the run whose fractions are reported."""
 
 from benchmarks.arithmetic import Ceilings
 from nanovllm.bench import gpu_ceilings

@@ -21,7 +21,7 @@ DECISIONS: pytest.StashKey[list[regression.Decision]] = pytest.StashKey()
 
 def gpu_name() -> str | None:
     """The name of the GPU that is measured; None if there is none."""
-    import torch  # late: plain test runs load this file too, and need no torch for it
+    import torch  # here, because plain test runs load this file too and need not import torch for it
 
     return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 

@@ -2,11 +2,12 @@
 
     make real-model && python -m benchmarks.cpu_generate [--dtype float32 bfloat16] [--rounds 5] [--tokens 64]
 
-Each engine has a process of its own, which loads the model once and waits; the two compute in turns, so that what else
-the machine does meets both. A figure is generated tokens over the time of the whole call, prompts included, greedily,
-past the end-of-sequence token. The table has the best and the median of the rounds: on a shared machine the best is
-the figure that other processes disturbed least. CPU ms: the processor time of all threads for each generated token, in
-the round with the least of it. Both take as many threads as they choose by themselves; OMP_NUM_THREADS overrides that.
+Each engine runs in a process of its own, which loads the model once and waits. The two compute in turns, so that other
+load on the machine affects both. A figure is the number of generated tokens divided by the time of the whole call,
+prompts included; decoding is greedy and ignores the end-of-sequence token. The table has the best and the median of the
+rounds: on a shared machine other processes disturb the best round least. CPU ms: the processor time of all threads for
+each generated token, in the round with the least of it. Each engine chooses its number of threads; OMP_NUM_THREADS
+overrides that.
 """
 
 import argparse
@@ -36,7 +37,7 @@ CASES = {"one prompt": QUESTIONS[:1], "eight together": QUESTIONS}
 
 
 def nanovllm_generate(model: str, dtype: str, num_tokens: int) -> Callable[[list[list[int]]], int]:
-    """A function that generates num_tokens after each prompt and returns how many tokens that were in all."""
+    """A function that generates num_tokens after each prompt and returns the number of all generated tokens."""
     from nanovllm import LLM, SamplingParams
 
     llm = LLM(model, device="cpu", dtype=dtype)

@@ -3,9 +3,9 @@
     python -m benchmarks.engine [--scenario headline single] [--backend triton flash_attn] [--mode graphs waiting]
         [--profile]
 
-One line a run: output tokens a second for decode-heavy scenarios, prompt tokens a second for the others, over one
-generate() of all requests, everything included but start-up and a warm-up. Prompts are new in every run, so nothing is
-found in the prefix cache but what a scenario shares on purpose. Runs scatter: --repeat, and compare several.
+Prints one line for each run: output tokens a second for decode-heavy scenarios, prompt tokens a second for the others,
+over one generate() of all requests, without start-up and warm-up. Prompts are new in every run, so the prefix cache
+holds only what a scenario shares on purpose. Runs scatter, so compare several (--repeat).
 The scenarios are those of `nanovllm bench --scenario`, which measures latencies and the physical limit too.
 """
 
@@ -27,7 +27,7 @@ from nanovllm.bench.workload import SCENARIOS, Scenario, draw_scenario
 PROFILED_STEPS = 20
 MODES: dict[str, dict[str, bool]] = {
     "graphs": {},  # the default
-    "waiting": {"async_scheduling": False},  # with graphs; each step begins when the tokens of the one before are there
+    "waiting": {"async_scheduling": False},  # with graphs; each step begins when the tokens of the one before are known
     "eager": {"enforce_eager": True},
 }
 

@@ -1,8 +1,8 @@
 """One benchmark of the host side: timed in turns with a fixed workload of plain Python, and compared as a ratio to it.
 
-A machine that is slower, or busy, slows both: the ratio of a round to the workload's time just before it stays. So two
-runs are compared by the median of these ratios, also on different machines. A benchmark that seems slower than in the
-stored run is measured again in the same session, RETRIES times; it became slower if it is so every time.
+A slow or busy machine slows both, so the ratio of a round to the workload's time just before it stays the same. Two
+runs, also of different machines, are compared by the median of these ratios. A benchmark that seems slower than in the
+stored run is measured again in the same session, RETRIES times; it counts as slower if it is slower every time.
 
 A run of many milliseconds gets as many yardsticks before it as take about as long: a single one would often end before
 another process is given the core, which slows the run alone.
@@ -16,7 +16,7 @@ from typing import Any
 ROUNDS = 200
 WARMUP_ROUNDS = 5
 RETRIES = 2
-SLOWER = 1.5  # a ratio that grew by this factor fails; one that doubled does so for certain
+SLOWER = 1.5  # a ratio that grew by this factor fails
 
 
 def yardstick() -> int:

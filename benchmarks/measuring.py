@@ -1,4 +1,4 @@
-"""One kernel on one shape: checked, then timed in turns with its peers, and put in proportion to the ceiling."""
+"""One kernel on one shape: checked, timed in turns with its peers, and compared with the ceiling."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -16,7 +16,7 @@ from tests.support.kernels.plans import keep_plans
 ROUNDS = 15
 ROUNDS_OF_SLOW_PEERS = 3
 SLOW_SECONDS = 5e-3  # of one call
-TOLERANCE = 1e-2  # of the norm: five times what rounding to bfloat16 does, and far below what a wrong index does
+TOLERANCE = 1e-2  # of the norm: five times the error of rounding to bfloat16, and far below that of a wrong index
 
 Function = Callable[..., Any]
 
@@ -26,9 +26,9 @@ class Measured:
     """One benchmark at one point, as tests/kernels/NAME_cases.py declares it.
 
     make(i): inputs of set i, random, on the GPU. run(*inputs): the kernel's outputs, a tensor or several.
-    expected(*inputs): the same by other means, in float32 or wider where that matters. work: what it must move and do.
-    peers: others' functions of the same inputs, such as flash-attn and plain PyTorch. A peer that fails, or is wrong,
-    or cannot be recorded in a graph, gets no figure but a note.
+    expected(*inputs): the right outputs, in float32 or wider where that matters. work: the bytes and operations.
+    peers: other functions of the same inputs, such as flash-attn and plain PyTorch. A peer that fails, or is wrong,
+    or cannot be recorded in a graph, gets a note instead of a figure.
     """
 
     make: Callable[[int], tuple[Any, ...]]
@@ -42,8 +42,8 @@ class Measured:
 def beside_ours(measured: Measured) -> Measured:
     """The benchmark of a callable that --kernel gave, whose first peer is our kernel.
 
-    The callable runs once on each set of inputs but the first before it is recorded: what plans on the host, as
-    FlashInfer does, has its plan by then. The first set runs when the results are checked.
+    The callable runs once on each set of inputs before it is recorded, since some libraries (FlashInfer) plan on the
+    host at the first call. On the first set it runs when the results are checked.
     """
 
     keep_plans()
@@ -118,7 +118,7 @@ def _record_peers(
             check(run(*sets[0]), wanted, tolerance)
             num_calls = choose_num_calls(rough_seconds(partial(run, *sets[0])))
             replays[name] = Replay(calls(run, sets[:num_calls], num_calls))
-        except Exception as error:  # whatever a library raises for a shape that it does not take
+        except Exception as error:  # libraries raise various types for a shape that they do not support
             reason = (str(error).strip() or "?").splitlines()[0]
             notes.append(f"{name}: {type(error).__name__}: {reason[:150]}")
     return replays, notes

@@ -1,16 +1,16 @@
-"""Whether a kernel, or the host side, became slower than in a stored run, decided from many samples of both.
+"""Decides whether a kernel, or the host side, became slower than in a stored run, from many samples of both.
 
     a kernel: the whole confidence interval of median(now) / median(before) lies above 1 + PRACTICAL_THRESHOLD
 
 The interval is a percentile bootstrap (Efron 1979): both runs' samples are drawn anew, with replacement, RESAMPLES
-times. Its level is shared among the benchmarks that are compared (Bonferroni), so that the more there are, the less
-one of them fails by chance. Samples are taken in turns with the peers', so that what drifts in a session widens the
-interval. Two sessions on one GPU differ without any change of code (clocks, temperature, memory layout), which the
-interval of one session does not show: the practical threshold allows for that.
+times. Its level is divided by the number of benchmarks that are compared (Bonferroni), so that the probability of a
+failure by chance does not grow with their number. Samples are taken in turns with the peers', so that a drift in a
+session widens the interval. Two sessions on one GPU differ without any change of code (clocks, temperature, memory
+layout), which the interval of one session does not show: the practical threshold allows for that.
 
-    the host side: the ratio to a fixed workload of plain Python grew by more than SLOWER, measured RETRIES times more
+    the host side: the ratio to a fixed workload of plain Python grew by more than SLOWER, in 1 + RETRIES measurements
 
-On a shared machine times of the host scatter by a factor of two, and those ratios do not (benchmarks/hosting.py).
+On a shared machine times of the host scatter by a factor of two; these ratios do not (benchmarks/hosting.py).
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,5 +1,5 @@
-"""The results as a table, as JSON, and as a picture: how near each kernel comes to what the GPU can do, and how long
-the host side takes.
+"""The results as a table, as JSON, and as a picture: the fraction of the GPU's ceiling that each kernel reaches, and
+the times of the host side.
 
 python -m benchmarks.report benchmarks/results/kernels.json    (or host.json: prints the table, draws the picture)
 """
@@ -92,7 +92,7 @@ def _stem(result: Result | HostResult) -> str:
 
 
 def draw(result: Result | HostResult, folder: Path) -> Path:
-    """The picture, as pixels if matplotlib is there (the extra `bench`), else as text."""
+    """The picture, as pixels if matplotlib is installed (the extra `bench`), else as text."""
     try:
         import matplotlib
     except ImportError:

@@ -1,7 +1,7 @@
-"""Times of work on the GPU: replays of a CUDA graph between two events, with nothing of it in the L2 cache.
+"""Times of work on the GPU: replays of a CUDA graph between two events, with none of its data in the L2 cache.
 
-A graph holds many calls, each on buffers of its own, and outputs are kept apart. Before each replay a buffer larger
-than the L2 is read, so that small inputs begin cold too. The host's time for launches is not part of a replay.
+A graph holds many calls, each with inputs and outputs of its own. Before each replay a buffer larger than the L2 is
+read, so that small inputs are cold too. The host's time for launches is not part of a replay.
 """
 
 from collections.abc import Callable, Sequence

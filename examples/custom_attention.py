@@ -1,12 +1,13 @@
-"""A custom attention kernel in Triton, held against the reference and judged by the suite.
+"""A custom attention kernel in Triton, compared with the reference and tested by the suite.
 
     python -m examples.custom_attention        # on a GPU, or slowly in Triton's interpreter
     python -m pytest tests/kernels --kernel paged_attention=examples/custom_attention.py:paged_attention
 
-The first compares it with reference.paged_attention on one batch. The second runs the suite's cases of paged_attention
-on it: ragged lengths, padded rows, group sizes, strides, caches full of NaN and beyond 2**31 elements, three dtypes.
+The first command compares it with reference.paged_attention on one batch. The second runs the suite's cases of
+paged_attention on it: ragged lengths, padded rows, group sizes, strides, caches full of NaN and beyond 2**31 elements,
+three dtypes.
 
-The kernel is the simplest that is right: one program a sequence and query head walks the block table and keeps a
+The kernel is correct and simple: one program for each sequence and query head walks the block table and keeps a
 running maximum and sum (Milakov and Gimelshein 2018, arXiv 1805.02867). It reads a key once for every query head that
 shares it, which nanovllm/kernels/paged_attention.py avoids, and it does not split long sequences.
 """
@@ -80,7 +81,7 @@ def paged_attention_kernel(
     GROUP_SIZE: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    seq = tl.program_id(0).to(tl.int64)  # int64: what is multiplied by a stride here may pass 2**31
+    seq = tl.program_id(0).to(tl.int64)  # int64: products with strides may exceed 2**31
     head = tl.program_id(1).to(tl.int64)
     kv_head = head // GROUP_SIZE
     dim = tl.arange(0, HEAD_DIM)
@@ -92,14 +93,14 @@ def paged_attention_kernel(
     weighted = tl.zeros([HEAD_DIM], WIDE)
     for start in range(0, context_len, BLOCK_SIZE):
         block = tl.load(block_tables_ptr + seq * table_stride + start // BLOCK_SIZE).to(tl.int64)
-        is_key = start + slot < context_len  # what lies beyond may be NaN and is not read
+        is_key = start + slot < context_len  # slots beyond may hold NaN and are not read
         k_offsets = block * k_block_stride + slot * k_slot_stride + kv_head * k_head_stride
         v_offsets = block * v_block_stride + slot * v_slot_stride + kv_head * v_head_stride
         key = tl.load(k_cache_ptr + k_offsets[:, None] + dim, mask=is_key[:, None], other=0.0).to(WIDE)
         value = tl.load(v_cache_ptr + v_offsets[:, None] + dim, mask=is_key[:, None], other=0.0).to(WIDE)
         scores = tl.where(is_key, tl.sum(key * query, axis=1) * scale, float("-inf"))
         new_largest = tl.maximum(largest, tl.max(scores, axis=0))
-        shrink = tl.exp(largest - new_largest)  # brings the sums so far to the new maximum
+        shrink = tl.exp(largest - new_largest)  # rescales the sums so far to the new maximum
         weights = tl.exp(scores - new_largest)
         total = total * shrink + tl.sum(weights, axis=0)
         weighted = weighted * shrink + tl.sum(weights[:, None] * value, axis=0)

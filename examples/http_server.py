@@ -4,7 +4,7 @@
     curl -N http://127.0.0.1:8000/generate -d '{"prompt": "In the beginning", "max_tokens": 40}'
 
 Each request runs in a thread of its own and its text is streamed; the engine computes the requests of all threads
-together. After the response, also if the client has disconnected, the iterator is closed: that aborts its request.
+together. After the response, or when the client has disconnected, the iterator is closed, which aborts its request.
 """
 
 import argparse

@@ -1,8 +1,8 @@
-"""Offline batch: many prompts in one call, each with its own parameters; prints one JSON object a line, in their order.
+"""Offline batch: many prompts in one call, each with its own parameters; prints one JSON object a line, in order.
 
     python -m examples.offline_batch [MODEL] > outputs.jsonl
 
-All prompts go into one call, since the engine fills its steps from all requests that it has.
+Pass all prompts in one call: the engine fills each step from all requests that it has.
 """
 
 import json

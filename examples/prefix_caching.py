@@ -1,10 +1,10 @@
-"""Prefix caching made visible: prompts with a common beginning compute it once.
+"""Prefix caching made visible: a common beginning of several prompts is computed once.
 
     python -m examples.prefix_caching [MODEL]
 
-Each prompt is asked alone, with one token to generate, so its time is the time to the first token. Whole KV
-blocks of the beginning are found in the cache from the second prompt on, and again after the engine did other work.
-`nanovllm trace` draws the same for prompts of yours.
+Each prompt is generated alone, with one output token, so its time is the time to the first token. From the second
+prompt on, the whole KV blocks of the beginning are found in the cache. `nanovllm trace` draws the same for your
+prompts.
 """
 
 import sys

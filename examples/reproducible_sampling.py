@@ -2,9 +2,9 @@
 
     python -m examples.reproducible_sampling [MODEL]
 
-The random numbers are a function of the seed, the position and the token, and no state is carried from one draw to the
-next. So the text is the same alone, in a batch, and in an engine that computes prompts in chunks of two tokens and two
-sequences at a time. (Logits are rounded differently in other shapes, which could in rare cases change a draw.)
+The random numbers are a function of the seed, the position and the token id, and no state is carried from one draw to
+the next. So the text is the same alone, in a batch, and in an engine that computes prompts in chunks of two tokens and
+two sequences at a time. (Logits are rounded differently in other shapes, which can in rare cases change a draw.)
 """
 
 import sys

@@ -2,15 +2,15 @@
 
     python -m examples.streaming_chat [MODEL]
 
-The whole conversation is sent with each message. What was computed before is found in the prefix cache, as far as it
-fills whole KV blocks, so long conversations do not become slower with each message.
+The whole conversation is sent with each message. The whole KV blocks of its beginning are found in the prefix cache, so
+each message computes only the new tokens and a part of a block.
 """
 
 import sys
 
 from nanovllm import LLM, SamplingParams, bundled_model_path
 
-# For models without a chat template, such as the bundled one, which continues what it is given.
+# For models without a chat template, such as the bundled one, which continues any text.
 PLAIN_TEMPLATE = "{% for message in messages %}{{ message.content }}{% if not loop.last %}\n{% endif %}{% endfor %}"
 PARAMS = SamplingParams(temperature=0.7, max_tokens=40, seed=0)
 

@@ -1,9 +1,9 @@
-"""Tensor parallelism: two processes, each with half of every weight matrix, generate what one does.
+"""Tensor parallelism: two processes, each with half of every weight matrix, generate the same tokens as one.
 
     python -m examples.tensor_parallel [MODEL]
 
-With two GPUs each process has one, and they talk over NCCL; otherwise both compute on the CPU and talk over gloo. The
-other process imports this file, so what runs must be below `if __name__ == "__main__":`.
+With two GPUs each process has one, and they communicate over NCCL; otherwise both compute on the CPU and communicate
+over gloo. The other process imports this file, so the program must start below `if __name__ == "__main__":`.
 """
 
 import sys

@@ -6,9 +6,9 @@
 
     query i sees key j  when  j <= k_len - q_len + i
 
-Why the inequality: the queries are the last q_len tokens of a text of k_len tokens, so query i sits at position k_len -
-q_len + i, and a token sees itself and the tokens before it, never those after it. Hence a token that is appended to a
-text does not change what was computed before it: this is why an engine can cache keys and values.
+Why the inequality: the queries are the last q_len tokens of a text of k_len tokens, so query i is at position
+k_len - q_len + i, and a token sees itself and the tokens before it, never those after it. Hence a token that is
+appended to a text does not change what was computed before: this is why an engine can cache keys and values.
 
 Why the scale: a sum of D products of independent terms of variance 1 has variance D. Dividing by sqrt(D) brings it
 back to 1, so that the softmax neither saturates nor flattens as heads grow.
