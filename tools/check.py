@@ -1,17 +1,17 @@
-"""Run the tests that notice a change soonest: `make check FILES="nanovllm/engine/scheduler.py ..."`.
+"""Runs the tests of changed files, nearest first: `make check FILES="nanovllm/engine/scheduler.py ..."`.
 
     python -m tools.check nanovllm/engine/scheduler.py            runs the stages one after the other
     python -m tools.check --show nanovllm/engine/scheduler.py     prints their commands
 
 Up to four stages, each of which stops at its first failure and prints it at once:
 
-1. the tests named after the file (tests/ mirrors nanovllm/; of a kernel, its cases),
+1. the tests named after the file (tests/ mirrors nanovllm/; for a kernel, its cases),
 2. the other unit tests that import its module,
 3. the rest of the same folder of unit tests,
 4. the campaigns: tests/e2e, and tests/distributed where ranks could be concerned.
 
-Without FILES: the Python files under nanovllm/ that differ from the last commit. Exit status: that of the first stage
-that fails, else 0.
+Without FILES, it checks the Python files under nanovllm/ that differ from the last commit. The exit status is that of
+the first stage that fails, else 0.
 """
 
 import argparse
@@ -26,7 +26,7 @@ RANKS = ("nanovllm/worker/", "nanovllm/executor/", "nanovllm/distributed/", "nan
 
 
 def stages(files: Iterable[str]) -> list[list[str]]:
-    """pytest's arguments for each stage. Raises ValueError for what is no file of nanovllm/."""
+    """pytest's arguments for each stage. Raises ValueError for a path that is not a file of nanovllm/."""
     named, importing, neighbours, kernels, campaigns = [], [], [], [], ["tests/e2e"]
     for file in files:
         path = Path(file)

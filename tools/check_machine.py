@@ -1,4 +1,5 @@
-"""Says in one line what this Python lacks for a target of the Makefile: python tools/check_machine.py [--gpu] MODULES.
+"""Prints in one line what this Python lacks for a target of the Makefile: python tools/check_machine.py [--gpu]
+MODULES.
 
 Exit code 1 if a module cannot be found, or with --gpu if torch finds no NVIDIA GPU. Runs in any Python 3.
 """

@@ -1,4 +1,5 @@
-"""Which test covers which id of DEFECTS.md, read off the tests. `python -m tools.defects` writes it into the table."""
+"""The tests that cover each id of DEFECTS.md, read from the tests. `python -m tools.defects` writes them into the
+table."""
 
 import ast
 import re
@@ -47,7 +48,7 @@ def _first_line(node: ast.FunctionDef, lines: list[str]) -> int:
 
 
 def written(text: str) -> str:
-    """The table's text with its third column made anew."""
+    """The table's text with its third column written again."""
     covered = covering_tests()
     lines = []
     for line in text.splitlines():

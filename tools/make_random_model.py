@@ -2,7 +2,8 @@
 
     python -m tools.make_random_model --like qwen3-0.6b DIR    (from the repository's root)
 
-No tokenizer: prompts are token ids. It takes seconds on a GPU, a minute or so for the small ones on a CPU.
+The checkpoint has no tokenizer, so prompts are token ids. Writing takes seconds on a GPU, and on a CPU about a minute
+for the small models.
 """
 
 import argparse

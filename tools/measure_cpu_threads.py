@@ -2,10 +2,10 @@
 
     python -m tools.measure_cpu_threads [--hidden-sizes 128 512] [--busy 0 2] [--threads 1 2]
 
-worker/cpu_threads.py chooses the number of threads by these numbers. A row: hidden size, tokens of a step, the
-floating-point operations of a step in one layer, busy processes, and the milliseconds of a step for each number of
-threads (the mean: with busy processes some steps take a hundred times as long as others). With 1 token a step is a
-decode step, otherwise a prefill of one prompt.
+worker/cpu_threads.py chooses the number of threads by these numbers. A row has the hidden size, the tokens of a step,
+the floating-point operations of a step in one layer, the number of busy processes, and the mean milliseconds of a step
+for each number of threads (with busy processes some steps take a hundred times as long as others). A step of 1 token is
+a decode step; a larger one is a prefill of one prompt.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def main() -> None:
         "--busy", type=int, nargs="+", default=[0, len(os.sched_getaffinity(0))], help="number of busy processes"
     )
     parser.add_argument("--seconds", type=float, default=2.0, help="of steps, for each number in the table")
-    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)  # what a process of its own does
+    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)  # for the processes that this program starts
     arguments = parser.parse_args()
     if arguments.measure:
         _measure(*arguments.measure, arguments.seconds)

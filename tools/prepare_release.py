@@ -1,8 +1,8 @@
 """Prepares a checkout for a release: `python -m tools.prepare_release --url https://HOST/OWNER/nanovllm --tag v0.1.0`.
 
-Checks that the tag is "v" and nanovllm's version, and that CHANGELOG.md has a dated section for it. Then writes, in
-this checkout, what only the publisher knows: [project.urls] in pyproject.toml, and absolute links in README.md. That is
-the project's description in a package index, where relative links lead nowhere. Nothing is committed.
+Checks that the tag is "v" and nanovllm's version, and that CHANGELOG.md has a dated section for it. Then writes
+[project.urls] into pyproject.toml of this checkout, and makes the links of README.md absolute: a package index shows it
+as the project's description, where relative links lead nowhere. Nothing is committed.
 """
 
 import argparse
@@ -26,7 +26,7 @@ def check_release(tag: str, version: str, changelog: str) -> None:
 
 
 def absolute_links(markdown: str, files_url: str) -> str:
-    """`markdown` with every relative link outside of code led to the file under `files_url`."""
+    """`markdown` with `files_url` before every relative link outside of code."""
     code_or_text = re.split(r"(^```.*?^```$|`[^`\n]*`)", markdown, flags=re.MULTILINE | re.DOTALL)
     link = re.compile(r"(?<=\]\()(?!\w+:|#)([^)\s]+)(?=\))")
     code_or_text[::2] = [link.sub(rf"{files_url}/\1", text) for text in code_or_text[::2]]

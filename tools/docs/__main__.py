@@ -1,4 +1,4 @@
-"""python -m tools.docs: draw every picture anew into docs/site/pictures, where changes of them can be reviewed."""
+"""python -m tools.docs: draws every picture again into docs/site/pictures, whose changes can be reviewed."""
 
 from tools.docs.pictures import draw, picture_names
 from tools.docs.sources import ROOT

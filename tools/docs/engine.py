@@ -1,6 +1,6 @@
-"""Where the engine does what a file of reference/ explains."""
+"""The engine's functions that compute what a file of reference/ explains."""
 
-# File of reference/ -> (path under nanovllm/, function or class in it, what it is).
+# File of reference/ -> (path under nanovllm/, function or class in it, what it does).
 ENGINE: dict[str, tuple[tuple[str, str, str], ...]] = {
     "attention": (
         (
@@ -29,7 +29,7 @@ ENGINE: dict[str, tuple[tuple[str, str, str], ...]] = {
     "shared_prefix_attention": (
         ("engine/shared_prefix.py", "find_shared_prefixes", "finds sequences that begin with the same blocks."),
         ("kernels/shared_prefix_attention.py", "shared_prefix_attention_kernel", "reads a shared key once for many."),
-        ("kernels/paged_attention.py", "paged_attention_kernel", "reads the own keys and merges."),
+        ("kernels/paged_attention.py", "paged_attention_kernel", "reads each sequence's own keys and merges."),
     ),
     "block_hash": (
         ("engine/block_manager.py", "block_hash", "hashes with the xxhash package."),
@@ -46,11 +46,11 @@ ENGINE: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("engine/scheduler.py", "Scheduler._schedule_decode", "has rule 3."),
     ),
     "postprocess": (
-        ("engine/scheduler.py", "Scheduler.postprocess", "takes in the tokens of a step."),
+        ("engine/scheduler.py", "Scheduler.postprocess", "processes the tokens of a step."),
         ("engine/finish_check.py", "finish_cause", "decides why a sequence ends."),
     ),
     "linear": (
-        ("layers/linear.py", "ReplicatedLinear", "is the layer that every rank holds whole."),
+        ("layers/linear.py", "ReplicatedLinear", "is a layer that every rank holds in full."),
         ("layers/linear.py", "MergedColumnParallelLinear", "holds several matrices as one."),
         ("kernels/skinny_linear.py", "skinny_linear_kernel", "is the Triton kernel for at most 16 tokens."),
     ),
@@ -79,7 +79,7 @@ ENGINE: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("layers/linear.py", "ColumnParallelLinear", "holds some of the outputs."),
         ("layers/linear.py", "RowParallelLinear", "holds some of the inputs, and ends with the all-reduce."),
         ("layers/embedding.py", "VocabParallelEmbedding", "holds some of the vocabulary."),
-        ("distributed/tensor_parallel.py", "TensorParallel", "knows the ranks and their collectives."),
+        ("distributed/tensor_parallel.py", "TensorParallel", "has the collectives of the ranks."),
     ),
     "philox": (
         ("layers/philox.py", "philox", "is the generator in PyTorch."),
@@ -96,7 +96,7 @@ ENGINE: dict[str, tuple[tuple[str, str, str], ...]] = {
     ),
     "transformer": (
         ("models/decoder.py", "DecoderForCausalLM", "is the model, built from an Architecture."),
-        ("models/qwen3.py", "", "is one architecture: what differs, and no more."),
+        ("models/qwen3.py", "", "is one architecture: only what differs from the others."),
     ),
     "generate": (
         ("engine/llm_engine.py", "LLMEngine.generate", "is the same function for many prompts, fast."),

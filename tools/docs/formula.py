@@ -2,7 +2,7 @@ r"""Formulas set as mathematics: lines of LaTeX become SVG outlines, so a page n
 
 A line is `left & relation and right side & note`; the note is prose and may be missing. A word of several letters is a
 name and is set upright: `block_table_{n}` is \mathrm{block\_table}_{n}. Subscripts are always in braces. matplotlib's
-mathtext does the setting, so its subset of LaTeX applies.
+mathtext sets the formulas, so only its subset of LaTeX can be used.
 """
 
 import html

@@ -1,14 +1,14 @@
-"""A drawing in SVG: boxes, words, lines and arrows whose colours follow the page, light or dark.
+"""A drawing in SVG: boxes, words, lines and arrows, with the colours of a light or a dark page.
 
-Numbers are written with one decimal and the text is left to the reader's fonts, so the same drawing is the same text on
-every machine. A drawing is at most 380 units wide, of which a letter takes 12: it can be read on a phone.
+Numbers are written with one decimal and the browser chooses the font, so a drawing gives the same file on every
+machine. A drawing is at most 380 units wide, of which a letter takes 12, so that it can be read on a phone.
 """
 
 import html
 from math import atan2, cos, pi, sin
 
 MAX_WIDTH = 380
-# Looks "a" to "d" mark sequences, ranks or experts; "free" is what nothing owns.
+# Looks "a" to "d" mark sequences, ranks or experts; "free" marks what no sequence owns.
 _LIGHT = {
     "ink": "#1f2933", "faint": "#667080", "grid": "#b8c0cc",
     "a": "#cfe2fb", "a-edge": "#2563b0", "b": "#fde1c1", "b-edge": "#b4540a",
@@ -38,7 +38,7 @@ _SHAPES = (
         for look in "abcd"
     )
 )
-# For the site, whose reader switches between light and dark; and for a file of its own, which follows the system.
+# For the site, which has a switch between light and dark; and for a single file, which follows the system.
 STYLE = f".picture{{{_colors(_LIGHT)}}}[data-md-color-scheme=slate] .picture{{{_colors(_DARK)}}}{_SHAPES}"
 _OWN_STYLE = f".picture{{{_colors(_LIGHT)}}}@media(prefers-color-scheme:dark){{.picture{{{_colors(_DARK)}}}}}{_SHAPES}"
 

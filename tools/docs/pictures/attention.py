@@ -1,6 +1,6 @@
 """The causal mask: the weight of each key (column) for each query (row), as attention() computes it.
 
-The first five of eight tokens were computed before. A query sees its own token and those before it, no other.
+The first five of eight tokens were computed before. A query sees its own token and those before it.
 """
 
 import torch

@@ -1,6 +1,6 @@
 """MoE routing: the weight that each token gives each of four experts, of which moe() takes the two most probable.
 
-Below: the same tokens sorted by expert, which is how an engine computes: each expert once, on its own tokens only.
+Below, the same tokens are sorted by expert. An engine computes in this order: each expert once, on its own tokens only.
 """
 
 import torch

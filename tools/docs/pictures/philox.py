@@ -1,6 +1,6 @@
 """What philox() makes of the counters 0 to 7: each row is the 128 bits of one result, four words in four colours.
 
-Neighbouring counters differ in a bit or two. Their results differ in about 64 bits, as if they had been drawn.
+Neighbouring counters differ in a few bits. Their results differ in about 64 bits, as independent random numbers do.
 """
 
 from itertools import pairwise

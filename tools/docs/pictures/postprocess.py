@@ -1,4 +1,4 @@
-"""Three sequences before a step and after postprocess(): what is cached, what the step computes, what is appended.
+"""Three sequences before a step and after postprocess(): cached tokens, tokens of the step, and appended tokens.
 
 Sequence 0 computes the rest of its prompt and gets a token. Sequence 1 computes the first chunk of its prompt and gets
 none yet. The first token of sequence 2 is its last, so it leaves and gives its block back.

@@ -1,4 +1,4 @@
-"""A vector that grows from layer to layer, and what rms_norm() makes of it: always the same, whatever its length.
+"""A vector that grows from layer to layer, and rms_norm() of it, which is the same for every length.
 
 The residual stream after one, two and four layers of equal contributions; the weight is 1.
 """

@@ -1,6 +1,6 @@
-"""RoPE's turning: the vector (1, 0) in three pairs of a head, after rotary_embedding() at positions 0 to 5.
+"""RoPE's rotation: the vector (1, 0) in three pairs of a head, after rotary_embedding() at positions 0 to 5.
 
-Below: a query and a key that are two positions apart enclose the same angle wherever they are, so attention sees
+Below, a query and a key that are two positions apart enclose the same angle wherever they are, so attention sees
 distances.
 """
 

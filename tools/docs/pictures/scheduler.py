@@ -1,8 +1,8 @@
 """A schedule over time: what schedule() and postprocess() decide for four requests, one row a sequence.
 
 A number counts the tokens that the step computes for the sequence: a prompt, a chunk of it, or one token of decode.
-Sequence 3 is preempted (x) when the blocks run out. It waits in front, and then computes its prompt and what it had
-generated once more, since its blocks were taken meanwhile.
+Sequence 3 is preempted (x) when the blocks run out. It waits at the front of the queue, and then computes its prompt
+and the tokens that it had generated once more, since other sequences have taken its blocks.
 """
 
 from reference.block_manager import BlockManager

@@ -1,6 +1,6 @@
-"""Column and row parallel shards on two ranks: rank 0 has what is blue, rank 1 what is orange.
+"""Column and row parallel shards on two ranks: rank 0 holds the blue parts, rank 1 the orange ones.
 
-The column-parallel layer leaves its output cut as the row-parallel layer wants its input. Each rank computes a partial
+The column-parallel layer leaves its output cut as the row-parallel layer needs its input. Each rank computes a partial
 sum, and one all-reduce adds them. The numbers are those of column_parallel_linear() and row_parallel_linear().
 """
 

@@ -1,6 +1,6 @@
 """The weights of a Qwen3 layer in the order in which transformer() reads them, around the stream of vectors.
 
-Each layer adds what it has read to the stream, first through attention and then through the feed-forward network.
+Each layer adds two results to the stream, first that of attention and then that of the feed-forward network.
 """
 
 import torch
