@@ -29,14 +29,14 @@ class Config:
     """Frozen and validated; a wrong value raises a ValueError, an unknown name a TypeError that names the nearest.
 
     model: a local directory, or a model id of the Hugging Face hub.
-    max_num_batched_tokens: the most tokens that one step computes; longer prompts are prefilled in chunks.
-    max_num_seqs: the most sequences that hold KV cache at a time.
+    max_num_batched_tokens: the largest number of tokens that a step computes; longer prompts are prefilled in chunks.
+    max_num_seqs: the largest number of sequences that hold KV cache at a time.
     max_model_len: the longest sequence, prompt and output together; lowered to what the model supports.
     gpu_memory_utilization: part of the GPU's memory for weights, activations and KV cache, in (0, 1].
     tensor_parallel_size: number of GPUs (or CPU processes) over which the model is divided, 1 to 8.
     enforce_eager: True never captures CUDA graphs.
-    async_scheduling: True begins a decode step while the one before is still being computed, so that the GPU does not
-        wait for the host. None does so where it gains time: on a GPU, with several ranks where each has its own.
+    async_scheduling: True submits a step while the one before is still being computed, so that the GPU does not wait
+        for the host. None means True where this saves time: on one GPU, or on several ranks if each has its own GPU.
     kv_cache_block_size: number of tokens in a KV block. A multiple of 256 for "flash_attn"; "auto" and "triton" also
         take powers of two from 16, "torch" powers of two from 1. None takes the attention backend's own: 64 for triton,
         since the prefix cache finds whole blocks; else, or with num_kv_cache_blocks, 256. LLM accepts nano-vllm's name
@@ -46,8 +46,8 @@ class Config:
     attention_backend: "auto" is the fastest one that is installed and supports the device, dtype and sizes.
         "flash_attn" by name also computes norm, rotation and store of queries and keys in one kernel each, as
         nano-vllm does; the others compute all three in one fused kernel.
-    dtype: of weights, activations and KV cache; "auto" is the checkpoint's.
-    seed: 0 .. 2**64-1, from which requests without a seed get theirs.
+    dtype: dtype of weights, activations and KV cache; "auto" is the checkpoint's.
+    seed: 0 .. 2**64-1; the seeds of requests without one are derived from it.
     device: "auto" is cuda if a GPU is available, else cpu.
     """
 

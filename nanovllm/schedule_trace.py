@@ -1,4 +1,4 @@
-"""ScheduleTrace: what a Scheduler decided in each step, recorded from outside: without a recording it costs nothing.
+"""ScheduleTrace: what a Scheduler decided in each step. A recording wraps the methods of one Scheduler.
 
 with recording(llm.scheduler) as trace:
     llm.generate(prompts)
@@ -74,7 +74,7 @@ class ScheduleTrace:
 
 @contextmanager
 def recording(scheduler: Scheduler) -> Iterator[ScheduleTrace]:
-    """Record the steps that are scheduled within the block. Wraps methods of this one object, until the block ends."""
+    """Record the steps that are scheduled within the block. Wraps methods of this Scheduler until the block ends."""
     recorder = _Recorder(scheduler)
     wrapped = {
         "schedule": recorder.schedule,

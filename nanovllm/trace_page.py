@@ -150,7 +150,7 @@ def _step_width(trace: ScheduleTrace) -> int:
 
 
 def _picture(trace: ScheduleTrace) -> str:
-    """From the top: blocks, tokens, one row a sequence, numbers of steps."""
+    """The picture. From the top: blocks, tokens, one row a sequence, numbers of steps."""
     step_width, seq_ids = _step_width(trace), trace.seq_ids
     rows_top = 2 * (BAND_HEIGHT + BAND_GAP)
     rows_bottom = rows_top + len(seq_ids) * ROW_HEIGHT

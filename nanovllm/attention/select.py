@@ -16,8 +16,8 @@ logger = logging.getLogger("nanovllm")
 BACKENDS: dict[str, type[AttentionBackend]] = {
     backend.name: backend for backend in (FlashAttentionBackend, TritonAttentionBackend, TorchAttentionBackend)
 }
-# Where triton was faster than flash_attn in every shape of `pytest --benchmark-only`, prefill and decode. Elsewhere the
-# two were not compared, and flash-attn is tuned by its authors.
+# Here triton was faster than flash_attn in every shape of `pytest --benchmark-only`, prefill and decode. For other GPUs
+# and sizes the two were not compared; there flash_attn is preferred.
 TRITON_IS_FASTER_ON = (9, 0)  # compute capability of an H100 and an H200
 TRITON_IS_FASTER_AT = (64, 128)  # head_dim
 

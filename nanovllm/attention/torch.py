@@ -40,7 +40,7 @@ class TorchAttentionBackend(AttentionBackend):
         return decode(query, cache, context, scale)
 
     def decode_one_by_one(self, query: Tensor, cache: KVCache, context: Context, scale: float) -> Tensor:
-        """For the CPU, where an operation costs little and a copy much: keys of one block are not copied at all."""
+        """Decode on a CPU, where an operation costs little and a copy much: keys of one block are not copied."""
         assert context.block_tables is not None
         queries = query.unflatten(1, (cache.k.shape[2], -1))  # as in decode_in_groups
         output = torch.empty_like(query)
@@ -52,7 +52,7 @@ class TorchAttentionBackend(AttentionBackend):
         return output
 
     def decode_in_groups(self, query: Tensor, cache: KVCache, context: Context, scale: float) -> Tensor:
-        """For a GPU, where few large operations are faster: the keys of several sequences in a padded batch."""
+        """Decode on a GPU, where few large operations are faster: the keys of several sequences in a padded batch."""
         assert context.block_tables is not None
         num_sequences, num_heads, head_dim = query.shape
         block_size, num_kv_heads = cache.k.shape[1:3]

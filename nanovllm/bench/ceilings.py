@@ -1,4 +1,4 @@
-"""What the device reaches at best, measured in the run whose fractions are reported: reading memory, multiplying."""
+"""The ceilings of the device for reading memory and multiplying, measured in the run whose fractions are reported."""
 
 import time
 from collections.abc import Callable

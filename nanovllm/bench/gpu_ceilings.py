@@ -1,4 +1,4 @@
-"""What the current GPU reaches at best: copying, reading, a matrix product. Random data, never zeros; medians."""
+"""The ceilings of the current GPU: copying, reading, a matrix product. Medians over calls with random data."""
 
 from collections.abc import Callable
 from statistics import median
@@ -46,7 +46,7 @@ def _random_integers() -> torch.Tensor:
 def read_kernel(source_ptr, sink_ptr, TILE: tl.constexpr):
     offset = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     largest = tl.max(tl.load(source_ptr + offset))
-    if largest < 0:  # never, which the compiler cannot know: so it loads
+    if largest < 0:  # never true, but the compiler does not know it, so it keeps the loads
         tl.store(sink_ptr, largest)
 
 

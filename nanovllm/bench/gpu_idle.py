@@ -1,7 +1,7 @@
 """The share of the time in which the GPU computes nothing, in a short part of a scenario.
 
-Two windows of as many steps, each of fresh prompts: one without the profiler gives the wall time, one with it the time
-in which a kernel or a copy runs. (The profiler slows the host, so a profiled window has no meaningful wall time.)
+Two windows have the same number of steps, each with new prompts: one without the profiler gives the wall time, one with
+it the time in which a kernel or a copy runs. (The profiler slows the host, so its wall time has no meaning.)
 """
 
 import time

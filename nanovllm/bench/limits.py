@@ -1,6 +1,6 @@
 """The physical limit of a scenario: how fast any engine could serve it on a device with given ceilings.
 
-Counted is what no engine can do without. Letters: E hidden size, H query heads, K key/value heads, D head_dim, L
+The counts are a minimum for every engine. Letters: E hidden size, H query heads, K key/value heads, D head_dim, L
 layers, V vocabulary, I intermediate size; a multiplication and an addition are two operations.
 
     parameters of a layer's matrices   E D (H + 2K) + H D E + 3 E I       (experts: 3 E I each, and E X for the router)
@@ -12,9 +12,9 @@ layers, V vocabulary, I intermediate size; a multiplication and an addition are 
     decode    max(output length) - 1 steps, in which all requests that are not finished take part
     seconds   the sum over the steps of max(bytes / memory ceiling, operations / matrix-product ceiling)
 
-Left out, since they are small or could be avoided: norms, biases, activations, embedding rows, sampling, launches, the
-host. Prefill and decode are counted one after the other; an engine that computes both in one step may hide the smaller
-of the two parts behind the larger one, and no more than that.
+Norms, biases, activations, embedding rows, sampling, launches and the host are left out, since they are small or could
+be avoided. Prefill and decode are counted one after the other; an engine that computes both in one step can at most
+hide the smaller part behind the larger one.
 """
 
 from collections.abc import Iterator

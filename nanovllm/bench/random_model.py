@@ -87,8 +87,8 @@ def make_config(like: str, num_layers: int | None = None) -> Any:
 
 
 def make_random_model(directory: Path, config: Any) -> None:
-    """Write config.json and bfloat16 safetensors of `config` to `directory`. Takes seconds on a GPU, and on a CPU a
-    minute or so for the small ones.
+    """Write config.json and bfloat16 safetensors of `config` to `directory`. Takes seconds on a GPU, and about a minute
+    for the small models on a CPU.
     """
     with passive_omp_wait():
         import torch

@@ -11,7 +11,7 @@ from nanovllm.bench.limits import Ceilings
 from nanovllm.bench.session import Percentiles, Row
 from nanovllm.bench.workload import Scenario
 
-FORMAT = 1  # of the JSON file; a change that a reader of it must know raises it
+FORMAT = 1  # version of the JSON file's layout; raise it with every incompatible change
 BAR_WIDTH = 40
 ABSENT = "-"
 

@@ -46,7 +46,7 @@ class Repetition:
     """One run over a scenario's requests.
 
     seconds: from the start, or with a rate from the beginning of the arrivals, to the last token.
-    limit: None with a rate, which limits the throughput itself.
+    limit: None with a rate, since the rate limits the throughput.
     """
 
     seed: int
@@ -104,7 +104,7 @@ class MeasuringProgress(Progress):
 
 
 def measure(target: Target, plan: Plan) -> list[Row]:
-    """All rows of the plan: of each scenario first the one without a rate. Prompts are new in every repetition."""
+    """All rows of the plan. The row without a rate is the first of each scenario. Every repetition has new prompts."""
     llm, rows = target.llm, []
     seeds = count(plan.seed * SEEDS_PER_SESSION)
     progress = MeasuringProgress("Measuring", plan.num_requests, is_last_line_wanted=True)

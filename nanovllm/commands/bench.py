@@ -38,13 +38,17 @@ def add_parser(commands: Any) -> None:
     bench.epilog = _EPILOG.format(scenarios="\n".join(f"  {name:10} {_describe(s)}" for name, s in SCENARIOS.items()))
     add_model_options(bench)
     bench.add_argument("--like", choices=SHAPES, help="instead of --model: random weights in the shape of this model")
-    bench.add_argument("--num-layers", type=int, metavar="N", help="of --like's model (default: as many as it has)")
+    bench.add_argument(
+        "--num-layers", type=int, metavar="N", help="layers of --like's model (default: as many as it has)"
+    )
     bench.add_argument("--num-seqs", type=int, metavar="N", help=f"requests (default: the scenario's, else {NUM_SEQS})")
     for name, what in (("--input-len", "prompt"), ("--output-len", "output")):
         low, high = LENGTHS
         text = f"{what} tokens of each request, drawn from this range; not with --scenario (default: {low} {high})"
         bench.add_argument(name, type=int, nargs=2, metavar=("MIN", "MAX"), help=text)
-    bench.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws (default: %(default)s)")
+    bench.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed of the random requests (default: %(default)s)"
+    )
     group = bench.add_argument_group("scenarios")
     text = "what to measure, several or all: tokens a second, the fraction of the physical limit, latencies"
     group.add_argument("--scenario", nargs="+", choices=[*SCENARIOS, ALL], metavar="NAME", help=text)
@@ -92,7 +96,7 @@ def _check(arguments: argparse.Namespace) -> None:
     if arguments.num_layers is not None:
         require_int("num_layers", arguments.num_layers, 1)
         if arguments.like is None:
-            raise ValueError("--num-layers is of a model that --like makes: add --like, or leave it out")
+            raise ValueError("--num-layers sets the layers of the model that --like makes: add --like, or leave it out")
     if arguments.like is not None and read_torchrun_env() is not None:
         raise ValueError(
             "--like makes a model that only this process could read, and torchrun has started several: write one with "
@@ -108,7 +112,7 @@ def _check(arguments: argparse.Namespace) -> None:
     if arguments.results is not None:
         if arguments.results.exists() and not arguments.results.is_dir():
             raise ValueError(f"results must be a directory, got the file {str(arguments.results)!r}; give another name")
-        arguments.results.mkdir(parents=True, exist_ok=True)  # what cannot be made fails now, not after the measurement
+        arguments.results.mkdir(parents=True, exist_ok=True)  # fails now, not after the measurement
 
 
 def _make_model(arguments: argparse.Namespace, folder: Path) -> None:

@@ -28,7 +28,7 @@ def add_parser(commands: Any) -> None:
     command.add_argument(
         "--seed", type=int, metavar="N", help="of the scenarios (default: a new one, which is printed)"
     )
-    command.add_argument("--seconds", type=float, metavar="S", help="draw none after so many seconds (default: 90)")
+    command.add_argument("--seconds", type=float, metavar="S", help="draw no scenario after this time (default: 90)")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -11,13 +11,13 @@ from nanovllm.torchrun_env import read_torchrun_env
 
 # name of the option -> its text in --help. Type, choices and default come from Config and SamplingParams.
 CONFIG_HELP = {
-    "dtype": "of weights and KV cache; auto takes that of the checkpoint",
+    "dtype": "dtype of weights and KV cache; auto takes the checkpoint's",
     "device": "auto takes cuda if there is an NVIDIA GPU, else cpu",
     "attention_backend": "auto takes the fastest that is installed and fits",
     "max_model_len": "longest sequence, prompt and output together, in tokens; lowered to what the model supports",
     "max_num_seqs": "most sequences that run at a time",
-    "max_num_batched_tokens": "most tokens one step computes",
-    "kv_cache_block_size": "tokens a KV block: a multiple of 256, or a power of two from 16 where the attention "
+    "max_num_batched_tokens": "most tokens that a step computes",
+    "kv_cache_block_size": "tokens in a KV block: a multiple of 256, or a power of two from 16 where the attention "
     "backend is not flash_attn (default: 64 for triton, else 256)",
     "num_kv_cache_blocks": "blocks of the KV cache; without it, as many as memory holds",
     "gpu_memory_utilization": "share of the GPU's memory to use",
@@ -89,7 +89,7 @@ def flag(name: str) -> str:
 
 
 def given(arguments: argparse.Namespace, names: Any) -> dict[str, Any]:
-    """The options that the user gave. Config and SamplingParams have the defaults of the others."""
+    """The options that the user gave. The others keep the defaults of Config and SamplingParams."""
     return {name: value for name in names if (value := getattr(arguments, name, None)) is not None}
 
 

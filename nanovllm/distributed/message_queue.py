@@ -73,7 +73,7 @@ class MessageQueueWriter:
     def enqueue(self, message: object, check: Callable[[], None]) -> None:
         """Returns when the last chunk is written.
 
-        check: called every CHECK_INTERVAL_S while a reader has not copied the chunk before; an exception from it ends
+        check: called every CHECK_INTERVAL_S while a reader has not copied the previous chunk; an exception from it ends
             the waiting, and the queue must not be used afterwards.
         """
         data, buffer = memoryview(encode(message)), _buffer(self._segment)
@@ -109,7 +109,7 @@ def _reserve(segment: SharedMemory) -> None:
 
 @contextmanager
 def _shm_shortage(num_bytes: int) -> Iterator[None]:
-    """Converts an OSError that says what /dev/shm lacks into a ValueError with the numbers and the remedy."""
+    """Converts an OSError about too little space in /dev/shm into a ValueError with the numbers and the remedy."""
     try:
         yield
     except OSError as error:

@@ -50,7 +50,7 @@ def init_process_group(
 
 
 def destroy_process_group(tp: TensorParallel) -> None:
-    """Close this rank's end; all ranks do. Free the CUDA graphs that recorded the group's collectives first."""
+    """Close this rank's end; all ranks do. Before, free the CUDA graphs that recorded the group's collectives."""
     tp.group.shutdown()
 
 

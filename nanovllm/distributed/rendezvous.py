@@ -1,10 +1,10 @@
 """Rendezvous of the ranks on one machine; tolerates a rank that dies or stalls while connecting.
 
-Neither NCCL nor gloo can be interrupted while it waits for a rank that does not come.
+Neither NCCL nor gloo can be interrupted while it waits for a rank that does not connect.
 NCCL: each rank publishes its status first, so that only the connecting itself remains uninterruptible.
 gloo: an attempt to connect has a short timeout, which begins when all ranks have published their status. After each
-attempt the ranks exchange whether they have connected, and unless all have, all try again: a slow rank costs attempts,
-and no engine.
+attempt the ranks exchange whether they have connected, and all try again unless all have. So a slow rank costs
+attempts, but does not fail the engine.
 """
 
 import itertools
@@ -26,7 +26,7 @@ dist: Any = torch.distributed  # its type stubs lack classes that its documentat
 LOOPBACK = "127.0.0.1"
 CONNECT_TIMEOUT_S = 2.0  # of one attempt, for a connection
 ADDRESS_TIMEOUT_S = 1.0  # of one attempt, for a rank's address; a FileStore's timeouts have a resolution of 1 s
-MAX_ATTEMPTS = 10  # so many failed attempts have another cause than a slow rank
+MAX_ATTEMPTS = 10  # after this many failed attempts, the cause is not a slow rank
 POLL_S = 0.005
 # torch's NCCL watchdog thread ends the process when a rank has died or was suspended for long, and destroying a group
 # waits for that thread, which waits up to a minute for a debug dump. The FailureMonitor replaces it. Under torchrun the
@@ -43,7 +43,7 @@ _environment_lock = threading.Lock()
 
 
 def rendezvous(placement: RankPlacement, store: Any, check: Callable[[], None] = lambda: None) -> Any:
-    """A group of all ranks, once every rank has come: over NCCL where each has a GPU of its own, else over gloo.
+    """A group of all ranks, once every rank has joined: over NCCL if each has a GPU of its own, else over gloo.
 
     Initialize CUDA before the call, which takes seconds: NCCL does not detect that a rank dies after its status is
     published.

@@ -52,7 +52,7 @@ class FailureMonitor:
 
     pipes: by rank, the receiving end of a pipe into which the worker sends READY and, when it fails, a RankFailure. The
         pipe closes when the worker's process ends.
-    exit_code: that of a rank whose pipe closed without a report; None if unknown.
+    exit_code: returns the exit code of a rank whose pipe closed without a report; None if unknown.
     terminate: kills the workers. Called in the monitor's thread on a failure, before the state is FAILED.
     unblock: unblocks rank 0. Called in the monitor's thread when the state is FAILED, so that rank 0 does not mistake
         the output of an aborted collective for a result.
@@ -104,7 +104,7 @@ class FailureMonitor:
         self._leave(State.STARTING, State.RUNNING, State.STOPPING, to=State.FAILED)
 
     def close(self) -> None:
-        """The workers have ended, and nothing of them is left."""
+        """Change to CLOSED: the workers have ended and their resources are freed."""
         if self._leave(*State, to=State.CLOSED) is State.CLOSED:
             self._wake.close()
             self._wake_sender.close()

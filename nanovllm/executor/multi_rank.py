@@ -155,7 +155,7 @@ class MultiRankExecutor(Executor):
 
     @abstractmethod
     def _connect(self, spec: WorkerSpec) -> TensorParallel:
-        """Rank 0's end of the group, which is also self._tp, when all ranks have connected."""
+        """Wait until all ranks have connected. Returns rank 0's end of the group, and stores it as self._tp."""
 
     @abstractmethod
     def _send(self, message: StepMessage) -> None: ...
@@ -170,11 +170,11 @@ class MultiRankExecutor(Executor):
 
     @abstractmethod
     def _terminate(self) -> None:
-        """The state is FAILED from now on: kill the workers where this process started them, abort the group."""
+        """Set the state to FAILED, kill the workers that this process started, and abort the group."""
 
     @abstractmethod
     def _stop_monitoring(self) -> State:
-        """STOPPING, FAILED or CLOSED."""
+        """Stop watching the workers. Returns STOPPING, FAILED or CLOSED."""
 
     @abstractmethod
     def _request_shutdown(self) -> None:
@@ -185,4 +185,4 @@ class MultiRankExecutor(Executor):
 
     @abstractmethod
     def _release(self) -> None:
-        """Free what is left, workers included. The state is CLOSED afterwards."""
+        """Free all remaining resources, workers included, and set the state to CLOSED."""

@@ -1,7 +1,7 @@
 """TorchrunExecutor: all ranks were started by torchrun, on one or several machines.
 
-torchrun watches the processes and ends them all when one fails, so nothing is watched or killed here. A rank that fails
-writes its failure to the store through which the ranks connected, so that rank 0 can raise it.
+torchrun watches the processes and ends them all when one fails, so this executor neither watches nor kills them. A rank
+that fails writes its failure to the store through which the ranks connected, so that rank 0 can raise it.
 """
 
 import pickle
@@ -43,7 +43,7 @@ class TorchrunChannel:
         self._store, _, _ = next(rendezvous("env://"))
 
     def connect(self) -> TensorParallel:
-        """This rank's end of the group for tensors, when all ranks have connected."""
+        """This rank's end of the group for tensors. Returns when all ranks have connected."""
         self._control = new_gloo_group(self.placement, PrefixStore("nanovllm/messages", self._store))
         control = TensorParallel(self.placement.rank, self.placement.size, self._control)
         has_nccl = control.all_reduce_min(self.placement.has_own_gpu) == 1  # the machines may differ

@@ -69,7 +69,7 @@ def worker_main(
     reports: Connection,
     parent_pid: int,
 ) -> None:
-    """Everything that a process started by MultiprocExecutor does. It ends when rank 0 says so or has died."""
+    """What a process started by MultiprocExecutor does. It ends at rank 0's request or when rank 0 has died."""
     threading.Thread(target=_exit_with_parent, args=(parent_pid, store_path), daemon=True).start()
     tqdm.set_lock(threading.RLock())  # tqdm's own is a named semaphore, which a killed process would leave behind
     try:
@@ -109,7 +109,7 @@ def worker_busy_loop(
 
 
 def _exit_with_parent(parent_pid: int, store_path: str) -> None:
-    """End this process, in whatever call it blocks, when the parent has died; remove the files as rank 0 would."""
+    """End this process, even in a blocking call, when its parent has died; remove the files as rank 0 would."""
     while os.getppid() == parent_pid:
         time.sleep(PARENT_POLL_S)
     shutil.rmtree(os.path.dirname(store_path), ignore_errors=True)

@@ -1,9 +1,9 @@
-"""Programmatic dependent launch: a kernel is launched before the kernel in front of it has ended, and waits in place.
+"""Programmatic dependent launch: a kernel starts before the preceding kernel has ended, and waits on the GPU.
 
-A kernel boundary costs about a microsecond of an idle GPU. A kernel that is launched with launch_pdl=True has its
-programs placed as soon as the kernel in front calls gdc_launch_dependents() or ends; gdc_wait() then waits until that
-kernel has ended and its writes are visible. So a kernel calls gdc_wait() before its first read of what another kernel
-wrote and before its first write, and gdc_launch_dependents() after it: then at most one kernel waits in place.
+A kernel boundary leaves the GPU idle for about a microsecond. The programs of a kernel that is launched with
+launch_pdl=True are placed as soon as the preceding kernel calls gdc_launch_dependents() or ends; gdc_wait() then waits
+until that kernel has ended and its writes are visible. So a kernel calls gdc_wait() before its first read of data that
+another kernel wrote and before its first write, and gdc_launch_dependents() after it: then at most one kernel waits.
 """
 
 from functools import cache
@@ -21,8 +21,8 @@ def can_launch_early(device: torch.device) -> bool:
 
 
 def pays_between_linear_layers(device: torch.device, num_tokens: int, row_size: int) -> bool:
-    """Whether a small kernel between linear layers launches early: where skinny_linear computes these.
+    """Whether a small kernel between linear layers launches early: if skinny_linear computes these layers.
 
-    Measured on an H200: next to cuBLAS, whose kernels do not wait in place, a decode step took up to 7 % longer.
+    On an H200, with cuBLAS, whose kernels do not wait in this way, a decode step took up to 7 % longer.
     """
     return num_tokens <= MAX_TOKENS and row_size <= MAX_ROW_SIZE and can_launch_early(device)

@@ -124,7 +124,7 @@ def _check(hidden_states: Tensor, gate_up_proj: Tensor, down_proj: Tensor, routi
         if tensor.shape != shapes[name] or tensor.dtype != hidden_states.dtype or not tensor.is_contiguous():
             raise ValueError(
                 f"{name} must be contiguous, {hidden_states.dtype} and of shape {list(shapes[name])}, as routing and "
-                f"down_proj have it, got {tensor.dtype}, shape {list(tensor.shape)}, strides {tensor.stride()}"
+                f"down_proj require, got {tensor.dtype}, shape {list(tensor.shape)}, strides {tensor.stride()}"
             )
     if routing.block_size != tiles.rows:
         raise ValueError(

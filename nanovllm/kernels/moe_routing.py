@@ -1,9 +1,9 @@
-"""moe_routing: which experts each token goes to, with which weights, and in which order experts take their tokens.
+"""moe_routing: the experts of each token, their weights, and the order of the tokens of each expert.
 
 An assignment is one of a token's top_k choices; its number is token * top_k + choice. Sorted by expert, assignments
-fill blocks of block_size rows, each of one expert, the last of an expert padded. So one grid of equal programs
-multiplies all experts (kernels.grouped_gemm). Nothing here waits for the device, and no size depends on what was
-chosen: a CUDA graph can record it. reference.moe says what is computed.
+fill blocks of block_size rows; all rows of a block belong to one expert, and an expert's last block is padded. So one
+grid of equal programs multiplies all experts (kernels.grouped_gemm). The host does not wait for the device, and no size
+depends on the choices, so a CUDA graph can record it. reference.moe says what is computed.
 """
 
 from typing import NamedTuple
@@ -14,8 +14,8 @@ import triton.language as tl
 
 from nanovllm.kernels.launching import launch
 
-TILE_SIZE = 1024  # logits that one program of the first launch looks at
-CHUNK_SIZE = 4096  # assignments that one step of the second looks at
+TILE_SIZE = 1024  # logits that one program of the first launch reads
+CHUNK_SIZE = 4096  # assignments that one step of the second launch reads
 
 
 class Routing(NamedTuple):
@@ -35,7 +35,7 @@ class Routing(NamedTuple):
 
 
 def max_num_blocks(num_assignments: int, num_experts: int, block_size: int) -> int:
-    """The most blocks that there can be: every expert that has an assignment begins one, and the rest fill blocks.
+    """The largest possible number of blocks: every expert with an assignment begins one, and the others fill blocks.
 
     >>> max_num_blocks(9, 4, 4)  # 6, 1, 1 and 1 assignments
     5
@@ -141,7 +141,7 @@ def choose_experts_kernel(
     logits = tl.load(logits_ptr + token[:, None] * row_stride + expert, mask=is_expert, other=float("-inf"))
     logits = logits.to(tl.float32)
     key = tl.where(logits == logits, logits, float("inf"))  # NaN is the largest
-    probability = tl.exp(logits - tl.max(key, axis=1)[:, None])  # but for a factor
+    probability = tl.exp(logits - tl.max(key, axis=1)[:, None])  # not normalised yet
 
     rank = tl.full((TILE_ROWS, ROW_SIZE), TOP_K, tl.int32)
     for choice in tl.static_range(TOP_K):
@@ -173,7 +173,7 @@ def sort_assignments_kernel(
     BLOCK_SIZE: tl.constexpr,
     CHUNK_SIZE: tl.constexpr,
 ):
-    """One expert's blocks. Every program counts all experts' assignments, so that none waits for another."""
+    """The blocks of one expert. Every program counts the assignments of all experts, so that none waits for another."""
     expert = tl.program_id(0)
     experts = tl.arange(0, ROW_SIZE)
     counts = tl.zeros((ROW_SIZE,), tl.int32)

@@ -1,7 +1,7 @@
-"""paged_attention: one query a sequence attends to its keys and values where they lie in the paged cache.
+"""paged_attention: one query for each sequence attends to the sequence's keys and values in the paged cache.
 
-One program a (sequence, kv head, split of the keys). It reads each key and value once, for all query heads that share
-them (Ainslie et al. 2023, arXiv 2305.13245), and keeps a running softmax (Milakov and Gimelshein 2018,
+There is a program for each (sequence, kv head, split of the keys). It reads each key and value once, for all query
+heads that share them (Ainslie et al. 2023, arXiv 2305.13245), and keeps a running softmax (Milakov and Gimelshein 2018,
 arXiv 1805.02867). If the sequences do not fill the GPU, their keys are split, and a second kernel combines the results
 of the splits (flash-decoding, Dao et al. 2023).
 
@@ -36,12 +36,12 @@ class TileConfig(NamedTuple):
 
 
 class SharedPrefixPart(NamedTuple):
-    """What shared_prefix_attention found, in up to num_splits parts of the shared keys.
+    """The result of shared_prefix_attention, in up to num_splits parts of the shared keys.
 
-    lens: [B] int32, how many of each sequence's first keys are in it, 0 for none.
+    lens: [B] int32, how many of each sequence's first keys it covers, 0 for none.
     out: [B, H, num_splits, D], lse: [B, H, num_splits], each part's output and log2 of the sum of its weights, float32
         (float64 of a float32 query). Parts without keys are not written.
-    tile_size: a part has a multiple of so many keys.
+    tile_size: the number of keys of a part is a multiple of it.
     """
 
     lens: torch.Tensor
@@ -174,7 +174,7 @@ def choose_num_splits(num_seqs: int, num_kv_heads: int, max_context_len: int, nu
 
 
 def num_multiprocessors(device: torch.device) -> int:
-    """That of the GPU; for other devices, on which kernels are interpreted or only compiled, that of an H200."""
+    """Multiprocessors of the GPU; for other devices, on which kernels are interpreted or only compiled, of an H200."""
     return _properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
@@ -184,7 +184,7 @@ def _properties(device: torch.device):
 
 
 def _check(query, k_cache, v_cache, block_tables, context_lens, sequence_order, out) -> None:
-    """Raise ValueError for what paged_attention's contract excludes and shapes, strides and dtypes show."""
+    """Raise ValueError for shapes, strides and dtypes that paged_attention's contract excludes."""
     num_seqs, num_heads, head_dim = query.shape
     _, block_size, num_kv_heads, _ = k_cache.shape
     integers = [block_tables, context_lens] + ([] if sequence_order is None else [sequence_order])
@@ -249,7 +249,7 @@ def paged_attention_kernel(
     STARTS_EARLY: tl.constexpr,
 ):
     if STARTS_EARLY:
-        gdc_wait()  # for what the kernels before wrote
+        gdc_wait()  # for the results of the preceding kernels
         gdc_launch_dependents()
     # The kv head is the fastest axis: programs that run together read the heads of one token, which are neighbours.
     kv_head = tl.program_id(0)
@@ -264,7 +264,7 @@ def paged_attention_kernel(
     split_len = tl.cdiv(tl.cdiv(context_len - shared_len, TILE_SIZE), tl.num_programs(1)) * TILE_SIZE
     start = shared_len + split * split_len
     end = tl.minimum(start + split_len, context_len)
-    seq = seq.to(tl.int64)  # int64: what is multiplied by a stride here passes 2**31 on large GPUs
+    seq = seq.to(tl.int64)  # int64: products with strides exceed 2**31 on large GPUs
     if (start < end) | (split == 0):  # the first writes zeros if there are no keys
         row = tl.arange(0, ROWS)  # the query heads of the group, padded for tl.dot
         dim = tl.arange(0, HEAD_DIM)

@@ -33,8 +33,8 @@ def attend_to_paged_keys(
     highest: [ROWS], the largest score so far, times log2(e). total: [ROWS], the sum of the weights, relative to
     2**highest. accumulator: [ROWS, D], the sum of the weighted values.
     """
-    # What is summed has twice the bits of float32 where that is the dtype: tl.dot adds product after product, which
-    # over long heads and contexts errs by far more than the partial sums of a matrix library.
+    # float32 inputs are summed in float64: tl.dot adds product after product, whose error over long heads and contexts
+    # is far larger than that of the partial sums of a matrix library.
     multiplied: tl.constexpr = tl.float64 if query.dtype == tl.float32 else query.dtype
     summed: tl.constexpr = tl.float64 if query.dtype == tl.float32 else tl.float32
     token = tl.arange(0, TILE_SIZE)
@@ -45,7 +45,7 @@ def attend_to_paged_keys(
     for position in range(start, end, TILE_SIZE):
         in_range = position + token < end
         block = next_block.to(tl.int64)
-        # Known one tile ahead, so that keys and values need not wait for it.
+        # The block is loaded one tile ahead, so that the loads of keys and values need not wait for it.
         following = position + TILE_SIZE
         if TILE_SIZE <= BLOCK_SIZE:  # a tile lies in one block
             next_block = tl.load(table_ptr + following // BLOCK_SIZE, mask=following < end, other=0)

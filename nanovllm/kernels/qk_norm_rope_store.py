@@ -107,7 +107,7 @@ def qk_norm_rope_store(
 
 
 def choose_num_warps(num_tokens: int, row: int) -> int:
-    """Measured: for few tokens many threads each are faster, for many tokens few threads, which wait less."""
+    """Warps of a program. As measured, many threads are faster for few tokens, and few threads for many tokens."""
     if num_tokens < MANY_TOKENS:
         return 8 if row > 2048 else 4
     return 4 if row > 6144 else 2 if row > 2048 else 1

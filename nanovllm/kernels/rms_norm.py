@@ -1,4 +1,4 @@
-"""rms_norm and add_rms_norm: a row is read once, normalised in registers and written once. One program, some rows."""
+"""rms_norm and add_rms_norm: a program reads some rows once, normalises them in registers and writes them once."""
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # (Triton's types know neither launches nor functions that return several values.)
@@ -23,7 +23,7 @@ def rms_norm(
 
     x: [T, E] or [T, heads, E], float32, float16 or bfloat16, last dimension contiguous (so views of a packed qkv).
     weight: [E], contiguous, of x's dtype. Mean and division are float32, rounded to the dtype, then times weight.
-    rows: how many a program takes, a power of two. Raises ValueError for other shapes, strides and dtypes.
+    rows: rows of a program, a power of two. Raises ValueError for other shapes, strides and dtypes.
     """
     return _launch(x, None, weight, eps, rows, num_warps)[0]
 
@@ -42,7 +42,7 @@ def add_rms_norm(
 
 
 def choose_launch(num_rows: int, size: int) -> tuple[int, int]:
-    """(rows, num_warps) of a program, as measured: of many rows each program takes a power of two, 2048 elements."""
+    """(rows, num_warps) of a program, as measured. With many rows, a program takes a power of two, 2048 elements."""
     rows = 1
     while num_rows >= MANY_ROWS and 2 * rows * size <= 2048:
         rows *= 2

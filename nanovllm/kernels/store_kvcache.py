@@ -88,7 +88,7 @@ def store_kvcache_kernel(
 ):
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     slot = tl.load(slot_mapping_ptr + token, mask=token < num_tokens, other=-1)
-    token = token.to(tl.int64)[:, None]  # int64: token * stride and slot * row_size pass 2**31 on large GPUs
+    token = token.to(tl.int64)[:, None]  # int64: token * stride and slot * row_size exceed 2**31 on large GPUs
     slot = slot.to(tl.int64)[:, None]
     element = (tl.program_id(1) * ELEMENTS + tl.arange(0, ELEMENTS))[None, :]
     is_stored = (slot >= 0) & (element < row_size)

@@ -45,7 +45,7 @@ REGISTERS = 168  # of a thread, on average
 
 
 def takes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether varlen_attention_hopper can do it, of what varlen_attention's contract allows."""
+    """Whether varlen_attention_hopper supports these inputs, which varlen_attention's contract allows."""
     return (
         query.dtype in DTYPES
         and query.shape[2] in HEAD_DIMS
@@ -56,7 +56,7 @@ def takes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
 
 
 def _is_matrix_of_slots(tensor: torch.Tensor) -> bool:
-    """[..., K, D] whose K * D elements a slot lie together, slots at even distances, at multiples of 16 bytes."""
+    """Whether in [..., K, D] each slot's K * D elements are contiguous, with slots at equal multiples of 16 bytes."""
     *outer, token_stride, head_stride, _ = tensor.stride()
     return (
         head_stride == tensor.shape[-1]
@@ -79,15 +79,15 @@ def varlen_attention_hopper(
     keys: int = 128,
     num_stages: int = 2,
 ) -> torch.Tensor:
-    """varlen_attention, with its contract, of what takes() takes and varlen_attention has checked. Capability 9.0.
+    """varlen_attention, with its contract, for inputs that it has checked and takes() accepts. Capability 9.0.
 
-    keys: of a tile. num_stages: places of the ring.
+    keys: keys of a tile. num_stages: places of the ring.
     """
     num_heads, head_dim = query.shape[1:]
     num_kv_heads = key.shape[-2]
     block_size = 0 if block_tables is None else key.shape[1]
     copied_keys = min(block_size, keys) if block_size else keys
-    # Of a thread; 4 warps take these, 2 x 4 warps what they leave. Several copies a tile need some more.
+    # Registers of a thread of the 4 producer warps; the 8 consumer warps get the rest. Several copies a tile need more.
     producer_registers = 24 if copied_keys == keys else 40
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     group_size = num_heads // num_kv_heads
@@ -254,7 +254,7 @@ def _copy(
     BLOCK_SIZE: gl.constexpr,
     COPIED_KEYS: gl.constexpr,
 ):
-    """Start copying keys start, start + 1, ... of a sequence to `tile`; barrier completes when all are there."""
+    """Start copying keys start, start + 1, ... of a sequence to `tile`; barrier completes when all have arrived."""
     for part in gl.static_range(tile.shape[0] // COPIED_KEYS):
         key = start + part * COPIED_KEYS
         if BLOCK_SIZE == 0:
@@ -270,7 +270,7 @@ def _copy(
 
 @gluon.jit
 def _clear(tile, num_keys):
-    """Zero the rows of a tile from num_keys on: their weight is 0, but what they hold may be NaN."""
+    """Zero the rows of a tile from num_keys on: their weight is 0, but they may hold NaN."""
     HEAD_DIM: gl.constexpr = tile.shape[1]
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
     for part in gl.static_range(tile.shape[0] // 16):
@@ -340,9 +340,9 @@ def _consume(WHICH: gl.constexpr, rows, ring, queries, tensors, scale_log2, GROU
 
 @gluon.jit
 def _attend_tile(tile, ring, query, zeros, weight, best, total, output, scale_log2, position, IS_MASKED: gl.constexpr):
-    """(weight, best, total, output): the weights of `tile`, and output with the tile before it taken in.
+    """(weight, best, total, output): the weights of `tile`, and output with the values of the tile before it added.
 
-    The tensor cores multiply that tile's `weight` with its values while this one's softmax is taken.
+    The tensor cores multiply the previous tile's `weight` with its values while this tile's softmax is computed.
     """
     keys, values, key_ready, key_free, value_ready, value_free = ring
     STAGES: gl.constexpr = keys.shape[0]
@@ -364,8 +364,8 @@ def _attend_tile(tile, ring, query, zeros, weight, best, total, output, scale_lo
 
 @gluon.jit
 def _softmax(score, best, total, scale_log2, position, start, IS_MASKED: gl.constexpr):
-    """(weight, best, total, correction) of one more tile: weight = 2 ** (score - best), and what came before counts
-    `correction` times."""
+    """(weight, best, total, correction) of one more tile: weight = 2 ** (score - best); the earlier output must be
+    multiplied by `correction`."""
     if IS_MASKED:
         key = start + gl.arange(0, score.shape[1], layout=gl.SliceLayout(0, score.type.layout))
         score = gl.where(key[None, :] <= position[:, None], score, float("-inf"))

@@ -23,7 +23,7 @@ _dtype: ContextVar[torch.dtype | None] = ContextVar("parameter_dtype", default=N
 def parameter_dtype(dtype: torch.dtype) -> Iterator[None]:
     """Set the dtype of the parameters that make_parameter makes in this thread.
 
-    torch.set_default_dtype is not used, because it applies to all threads.
+    torch.set_default_dtype would set it for all threads.
     """
     token = _dtype.set(dtype)
     try:

@@ -1,6 +1,6 @@
 """Rotary position embedding (Su et al. 2021, arXiv 2104.09864) with the scalings of linear, llama3 and yarn.
 
-Angles are computed once in a forward pass and shared by all layers: there is no table to size, to move or to share.
+Angles are computed once in a forward pass and shared by all layers, so there is no table of all positions.
 """
 
 import math
@@ -14,7 +14,7 @@ from nanovllm.rope_config import RopeConfig
 class RotaryEmbedding(nn.Module):
     """positions [T] -> (cos, sin), each [T, head_dim / 2], float32.
 
-    Frequencies and angles are float32, as in training: wider angles would differ from those the weights have seen.
+    Frequencies and angles are float32, as in training; float64 angles would differ from those of the training.
     """
 
     def __init__(self, head_dim: int, rope: RopeConfig) -> None:

@@ -14,9 +14,9 @@ from nanovllm.layers.torch_ops import TORCH_OPS
 def select_ops(attention_backend: str, requirements: AttentionRequirements) -> LayerOps:
     """Triton kernels where they support device and dtype, else PyTorch; with the attention backend of that name.
 
-    Norm, rotation and store are one fused kernel, unless attention_backend is "flash_attn" itself: then each is a
-    kernel of its own, as in nano-vllm. "auto" combines flash-attn's attention with the fused kernel.
-    Raises ValueError as select_attention_backend does.
+    Norm, rotation and store are one fused kernel, unless attention_backend is "flash_attn": then each is a kernel of
+    its own, as in nano-vllm. If "auto" selects flash-attn, its attention is combined with the fused kernel. Raises
+    ValueError as select_attention_backend does.
     """
     backend = select_attention_backend(attention_backend, requirements)
     if kernels.unsupported_reason(requirements.device, requirements.dtype) is not None:

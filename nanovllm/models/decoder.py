@@ -71,7 +71,7 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Attention and MLP, each after a norm; what they compute is added to the residual stream by the next norm."""
+    """Attention and MLP, each after a norm. The next norm adds their output to the residual stream."""
 
     def __init__(self, config: ModelConfig, self_attn: SelfAttention, mlp: nn.Module, ops: LayerOps) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class DecoderLayer(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, residual: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(last output, stream without it) -> the same, one layer on. The first layer has no stream yet: None."""
+        """(last output, stream without it) -> the same of this layer. The first layer gets None as the stream."""
         if residual is None:
             stream, hidden_states = hidden_states, self.input_layernorm(hidden_states)
         else:
@@ -153,7 +153,7 @@ class DecoderForCausalLM(nn.Module):
 
 @contextmanager
 def one_layer_of_each_kind(model: DecoderForCausalLM) -> Iterator[None]:
-    """In the `with` block, `model` has one layer for each kind of MLP; all others launch the same kernels."""
+    """In the `with` block, `model` has only one layer of each kind of MLP; the others launch the same kernels."""
     decoder, layers = model.model, model.model.layers
     decoder.layers = nn.ModuleList({type(layer.mlp): layer for layer in layers}.values())
     try:
