@@ -1,4 +1,4 @@
-"""Batches for attention tests: a paged cache poisoned with NaN, a Context, and what the reference makes of them."""
+"""Batches for attention tests: a paged cache poisoned with NaN, a Context, and the outputs of the reference."""
 
 from dataclasses import dataclass, replace
 

@@ -1,7 +1,7 @@
 """EngineMachine: everything that can happen to a Scheduler, as rules that Hypothesis puts in any order.
 
-Tokens come from a symbolic model, which computes what is left of each batch after pickling; what a step reads is
-compared with the formula at once. Half of the machines use async scheduling. Subclasses have another hash, another
+Tokens come from a symbolic model, which computes each batch after pickling; what a step reads is compared with the
+formula at once. Half of the machines use async scheduling. Subclasses have another hash, another
 model, or an oracle of the decisions.
 """
 
@@ -26,7 +26,7 @@ from tests.support.symbolic_model import PickledModel, expected_digest
 
 MAX_MODEL_LEN = 28
 EOS = 2
-# Prompts of two letters, and of one: prefixes, blocks and whole prompts repeat.
+# Prompts of two different tokens, or of one: prefixes, blocks and whole prompts repeat.
 PROMPTS = st.lists(st.integers(0, 1), min_size=1, max_size=20) | st.integers(1, 20).map(lambda length: [0] * length)
 SAMPLING: list[dict[str, Any]] = [{"top_k": 1}, {"temperature": 0.5, "seed": 7}, {"top_p": 0.75, "seed": 2**64 - 1}]
 
@@ -68,7 +68,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.model = type(self).make_model(num_blocks, block_size)
         self.longest = min(MAX_MODEL_LEN, num_blocks * block_size + 1)  # prompt and output that fit together
         self.live: list[Sequence] = []
-        self.texts: list[list[int]] = [[0]]  # of every sequence there was
+        self.texts: list[list[int]] = [[0]]  # of every sequence so far
         self.num_steps = 0
         self.deadline: dict[Sequence, int] = {}  # the step in which it must have finished
         self.last_token: dict[Sequence, int] = {}  # of running sequences: the step of the last token
@@ -90,7 +90,7 @@ class EngineMachine(RuleBasedStateMachine):
 
     @rule(prompts=st.lists(PROMPTS, min_size=2, max_size=4))
     def add_a_crowd(self, prompts: list[list[int]]) -> None:
-        """Memory pressure: each grows until it alone would fill the pool or the model's length."""
+        """Memory pressure: each grows until it would fill the pool or the model's length alone."""
         self.add(prompts, self.longest, ignore_eos=True)
 
     @rule(num_tokens=st.integers(1, MAX_MODEL_LEN + 3), too_many=st.integers(1, 9))

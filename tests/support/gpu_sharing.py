@@ -1,4 +1,4 @@
-"""Plugin: refuses a run of GPU tests without a GPU, and shares one GPU between the processes of `pytest -m gpu`.
+"""Plugin: ends a run of GPU tests where there is no GPU, and shares one GPU between the processes of `pytest -m gpu`.
 
 A run whose -m selects GPU tests alone ends in one line where there is no GPU. A test that needs more GPUs than exist is
 skipped: multi_gpu(N) needs N, multi_gpu alone needs 2.

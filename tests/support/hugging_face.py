@@ -28,11 +28,11 @@ def hugging_face_logits(model_dir: Path, token_ids: list[int], dtype: torch.dtyp
 
 @dataclass(frozen=True)
 class GreedyCheck:
-    """How transformers, given a prompt and our tokens, rates each of our greedy choices.
+    """How transformers, given a prompt and our tokens, rates our greedy choices.
 
     shortfalls [num_tokens]: float64's best logit less the chosen one's; 0 where it would have chosen the same.
-    rounding: the most that transformers' own logits in that dtype are off from float64, in this text.
-    largest_logit: in this text, its sign left out.
+    rounding: the largest error of transformers' own logits in that dtype, against float64, in this text.
+    largest_logit: the largest absolute logit in this text.
     """
 
     shortfalls: torch.Tensor

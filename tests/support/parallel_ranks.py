@@ -1,4 +1,4 @@
-"""Tensor-parallel ranks without their processes: several ranks' layers in one test."""
+"""Tensor-parallel ranks without processes: the layers of several ranks in one test."""
 
 import threading
 from collections.abc import Callable

@@ -6,14 +6,14 @@ A block may be read as long as a sequence owns it, or may still hit it in the pr
 
     before the first step                               nothing was written yet
     when it is freed and is not in the prefix cache     finish, abort and preemption alike
-    when it is taken for new tokens                     what it held, cached or not, is lost then
+    when it is taken for new tokens                     its content, cached or not, is lost then
 
-A freed block that stays in the prefix cache keeps its keys until it is evicted, which is when it is taken: hitting them
-is no stale read. Besides, torch.empty and its kin give NaN, or integers that are no token, slot or block; the padding
-of block tables names a block of NaN, if one is free; and so do the rows that pad a CUDA graph's batch.
+A freed block that stays in the prefix cache keeps its keys until another sequence takes it, so a hit is no stale read.
+Furthermore, torch.empty and similar functions give NaN, or integers that are no token, slot or block. The padding of
+block tables, and the rows that pad a CUDA graph's batch, name a block of NaN, if one is free.
 
-A computed row that is NaN raises PoisonError, which names the step, the sequence and the block. The instrument wraps
-methods of one LLM from outside. It sees the first rank only.
+A computed row that is NaN raises PoisonError, which names the step, the sequence and the block. Poison wraps
+methods of one LLM, and observes the first rank only.
 """
 
 from collections.abc import Callable, Iterator
@@ -135,7 +135,7 @@ class Poison:
         return block.ref_count == 0 and not block.is_cached
 
     def _block_of_nan(self) -> int:
-        """For padding to name; PADDING_BLOCK when there is none."""
+        """A block of NaN that padding can name; PADDING_BLOCK when there is none."""
         return next(filter(self._is_free, range(len(self._manager.blocks))), PADDING_BLOCK)
 
     # --- a step ---
@@ -187,7 +187,7 @@ class Poison:
     def _poisoned_slot(self, index: int, model_input: ModelInput) -> str | None:
         """The first poisoned slot among those that the input says sequence `index` of the batch reads.
 
-        The first layer is searched: in later ones a NaN has been handed on to the sequence's own new keys.
+        Only the first layer is searched: in later layers the sequence's own new keys are NaN, too.
         """
         if model_input.block_tables is None:
             return None

@@ -41,8 +41,8 @@ def message_of(fault: Fault, size: int) -> str:
 
 
 def check_failure(monkeypatch: pytest.MonkeyPatch, watch: Watch, fault: Fault, size: int = 2, **options: Any) -> None:
-    """Engines have the fault from now on. One of `size` ranks must raise the cause in time and leave nothing, although
-    its error, and so its traceback, is still referenced.
+    """Engines have the fault from now on. One with `size` ranks must raise the cause in time and leave no resources,
+    although its error, and so its traceback, is still referenced.
     """
     plant(monkeypatch, fault)
     before = watch.snapshot()

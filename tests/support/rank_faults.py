@@ -19,7 +19,7 @@ from nanovllm.worker import model_runner
 
 PLACES = ("joining", "load", "sizing", "prefill", "decode")  # in the order in which a rank reaches them
 CONNECTING = "connecting"  # after "joining": the others know this rank's address, and it does not connect
-CONNECTED = "connected"  # after that: it has connected, and does not say so
+CONNECTED = "connected"  # after that: the rank has connected, and does not publish it
 WARM_UP = "warm-up"  # after "load", on GPUs only
 MEMORY = 2**30  # holds fewer blocks of the bundled model than its 512 sequences could use
 WORDS = "planted on purpose"
@@ -35,7 +35,7 @@ ERRORS: dict[str, type[Exception]] = {
 class Fault:
     """Rank `rank` does `what` when it reaches `place`: kill, exit, stop, or raise that of ERRORS.
 
-    log: a file to which the rank writes the time of it.
+    log: a file to which the rank writes the time of the fault.
     """
 
     rank: int
@@ -53,7 +53,7 @@ class Fault:
         os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[self.what])
 
     def seconds_since(self) -> float:
-        """Since the fault was triggered last; one clock for all processes of a machine."""
+        """Seconds since the fault was triggered last, by one clock for all processes of a machine."""
         assert self.log is not None
         return time.monotonic() - float(self.log.read_text())
 

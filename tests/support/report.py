@@ -48,7 +48,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 
 class Reporter:
-    """In the process that was started: adds up the reports of the tests, checks the skips, writes the report."""
+    """In the main process: adds up the reports of the tests, checks the skips, writes the report."""
 
     def __init__(self, config: pytest.Config) -> None:
         self.config = config

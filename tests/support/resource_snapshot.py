@@ -1,4 +1,4 @@
-"""What this process holds of the system, so that a test can check that an engine left nothing behind."""
+"""The system resources of this process, so that a test can check that an engine left nothing behind."""
 
 import gc
 import multiprocessing
@@ -31,7 +31,7 @@ class ResourceSnapshot(NamedTuple):
 
 
 class Watch:
-    """Gives what engines make a prefix of its own: other programs use the machine at the same time."""
+    """Gives the resources that engines make a prefix of their own, since other programs use the machine too."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory

@@ -1,9 +1,8 @@
-"""Arithmetic without company: each row of a matrix product, and each query of attention, is computed by itself.
+"""Arithmetic row by row: each row of a matrix product, and each query of attention, is computed alone.
 
-A matrix library may add up a row's products in another order when other rows stand beside it, so float32 results
-depend on the batch in their last bits. With this arithmetic they cannot: every token is computed by the same operations
-on operands of the same shapes, whatever batch, chunk or cache it came through. Then any difference that is left is the
-engine's.
+A matrix library may add up a row's products in another order when the batch has other rows, so the last bits of
+float32 results depend on the batch. With this arithmetic they do not: every token is computed by the same operations on
+operands of the same shapes, for every batch, chunk and cache. So a remaining difference is an error of the engine.
 """
 
 import sys
@@ -72,7 +71,7 @@ def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale:
 def row_by_row() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(functional, "linear", linear_row_by_row)
-        monkeypatch.setattr(packed_weights, "MIN_SIZE", sys.maxsize)  # packed matrices have a product of their own
+        monkeypatch.setattr(packed_weights, "MIN_SIZE", sys.maxsize)  # packed matrices use another product
         monkeypatch.setattr(TorchAttentionBackend, "prefill", prefill_query_by_query)
         monkeypatch.setattr(TorchAttentionBackend, "decode", decode_query_by_query)
         yield

@@ -46,7 +46,7 @@ def make_sampler(device: torch.device | str) -> Sampler:
 
 
 def sample(logits: torch.Tensor, rows: SimpleNamespace) -> list[int]:
-    """Token ids of `rows`, as make_rows makes them, where logits are."""
+    """Token ids of `rows`, which make_rows made, on the device of the logits."""
     return make_sampler(logits.device)(logits, rows_on_device(rows, logits.device)).tolist()
 
 
@@ -96,7 +96,7 @@ class Case:
         return z.where(is_kept, -torch.inf).softmax(dim=0).tolist()
 
     def draw(self, sampler: Draw | None = None) -> list[int]:
-        """How often each token came."""
+        """How often each token was drawn."""
         sampler = sampler or Sampler()
         logits = self.logits
         filters = {name: getattr(self, name) for name in NO_FILTER}
@@ -124,7 +124,7 @@ class Case:
 
 
 def one_against(num_others: int, prob: float, *tail: float) -> tuple[float, ...]:
-    """One token of probability `prob`, the others alike, and a tail: nothing tells temperatures apart better.
+    """One token of probability `prob`, equal others, and a tail: the distribution that shows a wrong temperature best.
 
     Their variance of log-probability, which decides how many draws a given error takes, is the largest for one token
     against many.

@@ -39,7 +39,7 @@ class Served:
 
 @dataclass(frozen=True)
 class Way:
-    """How prompts are served, and what must happen on the way for it to be that way at all.
+    """How prompts are served, and the events that must occur so that they are served in this way.
 
     after_step: called with the LLM and the number of steps so far. happens: how often it did.
     """
@@ -94,7 +94,7 @@ def _run(llm: LLM, prompts: list[list[int]], way: Way) -> tuple[list[int], dict[
 def recorded(llm: LLM, is_pickled: bool = False) -> Iterator[dict[tuple[int, int], torch.Tensor]]:
     """(seq_id, position) -> the logits, on the CPU, that the token at this position was sampled from.
 
-    is_pickled: as a rank in another process has the batch.
+    is_pickled: the batch is pickled, as for a rank in another process.
     """
     runner: Any = llm._core.executor._runner
     logits: dict[tuple[int, int], torch.Tensor] = {}

@@ -3,13 +3,13 @@
 Chernoff's bound: of n independent draws, each an event of probability p, a fraction f >= p (or f <= p) are events with
 probability at most exp(-n * KL(f || p)), whatever n and p. So n * KL, in nats, is the evidence against p, and a
 comparison fails when it exceeds THRESHOLD: both sides together happen with probability 2 * exp(-THRESHOLD) at most. The
-same bound holds for the mean of any function of a draw; for the logits' mean it makes the sharpest test there is of the
+same bound holds for the mean of any function of a draw; for the logits' mean it gives the sharpest possible test of the
 temperature, since p_T(v) ~ exp(logit[v] / T) is an exponential family with that mean as its statistic.
 
-A run of the suite makes at most MAX_COMPARISONS such comparisons (counted, and enforced), so a right sampler fails a
+A run of the suite makes at most MAX_COMPARISONS such comparisons (counted, and enforced), so a correct sampler fails a
 run with probability FALSE_ALARMS at most. A test that plants an error misses it with probability MISSES at most.
-Together, a run fails for no reason less than once in 1e9 times, over the choice of NANOVLLM_TEST_SEED, which decides
-all draws.
+So a run fails without an error in the code less than once in 1e9 choices of NANOVLLM_TEST_SEED, which decides all
+draws.
 """
 
 import math
@@ -90,9 +90,9 @@ def smallest_dropped_mass(num_draws: int) -> float:
 
 
 def miss_probability(probs: Sequence[float], num_draws: int, error: float, threshold: float = THRESHOLD) -> float:
-    """At most this: the probability that check_temperature passes draws at a temperature 1 + error times the right one.
+    """A bound on the probability that check_temperature passes draws at a temperature 1 + error times the right one.
 
-    Chernoff's bound once more, from the other side: the draws' mean must then come at least as near to the right one
+    Chernoff's bound, from the other side: the draws' mean must then come at least as near to the right one
     as the mean at which check_temperature begins to pass.
     """
     family, wrong = TemperatureFamily(probs), 1 / (1 + error) - 1

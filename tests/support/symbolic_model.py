@@ -91,7 +91,7 @@ class PickledModel(SymbolicModel):
 
 @functools.lru_cache(100_000)
 def expected_digest(token_ids: tuple[int, ...], params: SamplingParams, seed: int) -> int:
-    """What must come out after these tokens, from the formula: no cache, no batch, no blocks."""
+    """The digest after these tokens by the formula, without cache, batch and blocks."""
     keys = [digest((token_id, position)) for position, token_id in enumerate(token_ids)]
     for _ in range(NUM_LAYERS):
         keys = [digest(keys[: position + 1]) for position in range(len(keys))]

@@ -1,7 +1,7 @@
 """Tiny random checkpoints of every supported architecture, written by transformers and cached for the process.
 
 They have a byte-level tokenizer, so that an LLM can be built on them. Weights (biases and norm weights too) are random
-and so large that attention is sharp, logits spread, and nothing can be left out unnoticed.
+and so large that attention is sharp, logits spread, and a test notices when a weight is left out.
 """
 
 import atexit

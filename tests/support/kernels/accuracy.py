@@ -1,6 +1,6 @@
 """Comparisons of a kernel's output with its reference, whose failures say where, by how much, and what was allowed.
 
-axes: how an index is told: a name for each dimension ("token", "head"), or a function of the index.
+axes: how a message names an index: a name for each dimension ("token", "head"), or a function of the index.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,7 +1,7 @@
-"""Compiles what a launcher launches, for a GPU that need not be there, and reads the resources off the result.
+"""Compiles what a launcher launches, on a machine without that GPU, and reads the resources from the result.
 
-The launcher runs on meta tensors, which have shapes, strides and dtypes but no contents: so it compiles exactly what it
-would launch, specialised as Triton would specialise it, and cannot depend on what the tensors hold.
+The launcher runs on meta tensors, which have shapes, strides and dtypes but no contents. So it compiles exactly what it
+would launch, specialised as Triton would specialise it, and cannot depend on the values of the tensors.
 """
 
 import re
@@ -50,7 +50,7 @@ def gpu_that_need_not_be_there(capability: int) -> Iterator[None]:
     from triton.backends.compiler import GPUTarget
 
     class Driver:
-        """Stands for a GPU: all that Triton asks before it compiles."""
+        """Replaces a GPU: answers all that Triton asks before it compiles."""
 
         def get_current_target(self) -> GPUTarget:
             return GPUTarget("cuda", capability, 32)
@@ -103,7 +103,7 @@ def compile_own_launches(launch: Callable[[], object], capability: int, name: st
         raise
     except AssertionError as error:
         raise NotJudged(none) from error
-    except Exception as error:  # whatever it raises where it looks at contents, or asks for a GPU
+    except Exception as error:  # it may raise any type where it reads contents or asks for a GPU
         error = error.__cause__ if isinstance(error, NotJudged) and error.__cause__ is not None else error
         reason = f"{type(error).__name__}: {error}".splitlines()[0].split(". ")[0]
         raise NotJudged(f"{NOT_JUDGED}: it does not run on tensors without contents ({reason})") from error

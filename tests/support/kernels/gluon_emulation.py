@@ -1,6 +1,6 @@
-"""Runs kernels that are written in Gluon for Hopper on the CPU: what such a kernel calls, in plain Python and PyTorch.
+"""Runs Gluon kernels for Hopper on the CPU, with plain Python and PyTorch in place of what they call.
 
-install() imports those kernels with the stand-ins in Gluon's place. Layouts mean nothing here. The parts of a
+install() imports those kernels with the stand-ins in Gluon's place. Layouts are ignored. The parts of a
 warp-specialised program are threads of which one runs at a time, until it waits at a barrier. Everything asynchronous
 happens as late as the barriers and waits allow, so that using it earlier is noticed:
 
@@ -192,7 +192,7 @@ class Part:
         self.thread.start()
 
     def step(self) -> None:
-        """Let it run until it waits or ends. Raises what it raises."""
+        """Run this part until it waits or ends. Raises what it raises."""
         self.turn.release()
         self.yielded.acquire()
         if self.error is not None:

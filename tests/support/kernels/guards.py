@@ -11,7 +11,8 @@ MARGIN = 4096  # elements on each side: more than a tile, so that what runs over
 class Guards(TorchFunctionMode):
     """Gives tensors between margins of NaN (the largest number, if integers), in one buffer each.
 
-    Each buffer has another NaN, told by its bits: one that a kernel computes of a margin and stores in another is seen.
+    Each buffer has a NaN with other bits, so that a value which a kernel reads from one margin and stores in another is
+    detected.
 
     Inside `with guards:` torch.empty and its like are guarded too, and start as NaN: so are a launcher's outputs and
     scratch. At its end, assert_intact() raises unless all margins, and all tensors given by `read`, are as they were.

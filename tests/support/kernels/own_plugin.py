@@ -84,7 +84,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 class Judgements:
-    """In the process that was started: what was judged of each callable, printed at the end."""
+    """In the main process: what was judged of each callable, printed at the end."""
 
     def __init__(self, config: pytest.Config) -> None:
         self.specs = dict(spec.split("=", 1) for spec in config.option.kernel)

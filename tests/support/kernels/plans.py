@@ -1,4 +1,4 @@
-"""What FlashInfer needs to know of a step before its kernels run: pages in the place of block tables, and a plan.
+"""What FlashInfer needs before its kernels run: pages instead of block tables, and a plan.
 
 Both follow from the step's lengths on the host, so they are made at every call. While a CUDA graph is recorded that is
 not possible: see keep_plans.

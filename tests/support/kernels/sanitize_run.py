@@ -1,13 +1,12 @@
-"""A small run of every kernel on a GPU, for compute-sanitizer to watch: the cases that the interpreter runs too.
+"""A small run of every kernel on a GPU under compute-sanitizer: the cases that the interpreter runs too.
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck \\
         python -m tests.support.kernels.sanitize_run [NAME ...]
 
 `make sanitize` does so with memcheck, initcheck and racecheck. Without torch's caching, and without the margins that
-the interpreter needs, every tensor is an allocation of its own, and what lies beyond it belongs to no tensor. A
-launcher's outputs and scratch are left as they come, so that initcheck sees a read of what no kernel wrote. A case ends
-when its kernels have run: what they computed is for the other tests to judge, and judging would read what need not be
-written.
+the interpreter needs, every tensor is a separate allocation, and the memory beyond it belongs to no tensor. A
+launcher's outputs and scratch are not initialised, so that initcheck sees a read of what no kernel wrote. A case ends
+when its kernels have run: other tests check the results, and a check here would read elements that need not be written.
 """
 
 import sys

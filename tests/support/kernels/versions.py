@@ -1,4 +1,4 @@
-"""What depends on the installed versions of Triton and numpy. Imports neither."""
+"""What depends on the installed versions of Triton and numpy; the file imports neither."""
 
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
