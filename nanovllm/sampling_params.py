@@ -29,7 +29,7 @@ class SamplingParams:
     top_k: sample from the k most likely tokens only; None is no limit; 1 is argmax.
     top_p: sample from the smallest set of most likely tokens whose probability reaches top_p, in (0, 1].
     min_p: leave out tokens whose probability is below min_p times that of the most likely one, in [0, 1].
-    seed: 0 .. 2**64-1. Equal seed, prompt and parameters give equal tokens, whatever other requests are computed (except
+    seed: 0 .. 2**64-1. Equal seed, prompt and parameters give equal tokens, whatever other requests run (except
         where rounding of the logits changes a draw). None derives a seed from the engine's and the request's number.
     stop: a string or strings; the text ends before the first one that appears. The text has no special tokens, but
         a stop string that contains the whole text of a special token ("<|im_end|>") is found where that token is. Part
