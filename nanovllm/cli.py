@@ -1,7 +1,7 @@
 """The `nanovllm` command: its entry point, exit codes and list of commands. Each command is a module of commands/.
 
-What a user can get wrong ends in one line on stderr and exit code 2, Ctrl-C in 130, a bug of nanovllm in its traceback
-and 70. torch and transformers are imported only by the commands that run a model, so that `--help` is quick.
+A user's error ends in one line on stderr and exit code 2, Ctrl-C in 130, a bug of nanovllm in a traceback and 70.
+torch and transformers are imported only by the commands that run a model, so that `--help` is quick.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def _option_names(arguments: argparse.Namespace) -> dict[str, str]:
 
 @contextmanager
 def _log_on_stderr() -> Iterator[None]:
-    """Shows on stderr what the engine logs while a command runs, such as the attention backend and the reason."""
+    """Show on stderr what the engine logs while a command runs, such as the attention backend and the reason."""
     logger, handler = logging.getLogger("nanovllm"), logging.StreamHandler(sys.stderr)
     level = logger.level
     logger.addHandler(handler)

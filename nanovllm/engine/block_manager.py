@@ -50,7 +50,7 @@ class Block:
 class BlockManager:
     """Manages num_blocks blocks of block_size tokens.
 
-    hash_function: a weaker one costs time and never a wrong hit.
+    hash_function: a weaker one makes look-ups slower, and never causes a wrong hit.
     num_hit_blocks, num_evictions: counted since construction.
     """
 
@@ -161,7 +161,7 @@ class BlockManager:
             parent = block.prefix_id
 
     def clear_prefix_cache(self) -> None:
-        """No block is found any more by its tokens. Sequences keep their blocks."""
+        """Remove all blocks from the prefix cache. Sequences keep their blocks."""
         for block in self.blocks:
             if block.is_cached:
                 self._evict(block)
