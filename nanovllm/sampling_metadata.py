@@ -16,8 +16,8 @@ class SamplingMetadata(Generic[Array]):
     seed_low, seed_high: [num_rows] int64, the halves of the 64-bit seed.
     position: [num_rows] int64, the position of the sampled token in its sequence.
     greedy_rows, plain_rows, filtered_rows: int64 row numbers; each row is in one of the three. Greedy: argmax; plain:
-        drawn from the whole vocabulary; filtered: drawn after top_k, top_p or min_p. The host makes them, so that it need
-        not wait for the device.
+        drawn from the whole vocabulary; filtered: drawn after top_k, top_p or min_p. The host makes them, so that
+        it need not wait for the device.
     temperature, top_p, min_p: [num_rows] float32.
     is_plain: [num_rows] bool, whether the row is one of plain_rows.
     Fields are declared by falling item size: packed end to end in this order, each one is aligned.

@@ -1,4 +1,4 @@
-"""RequestState: what the engine stores for a request besides its Sequence: the text, and how much of it was streamed."""
+"""RequestState: the data of a request besides its Sequence: its text, and how much of it was streamed."""
 
 from typing import Any
 
