@@ -29,7 +29,8 @@ class LayerOps:
     store_kvcache: Callable[..., None]  # (key [T, K, D], value, k_cache, v_cache, slot_mapping [T]); skips slot -1
     qk_norm_rope_store: Callable[..., tuple[Tensor, Any]]  # these three in one: see separate_steps
     moe: Callable[..., Tensor]  # (x, router_logits [T, N], gate_up_proj, down_proj, top_k, norm_topk_prob) -> [T, E]
-    sample_unfiltered: Callable[..., Tensor]  # (logits [T, V], SamplingMetadata) -> ids [T], undefined in filtered rows
+    # (logits [T, V], temperature [T], seed_low [T], seed_high [T], position [T], takes_argmax [T]) -> token ids [T]
+    sample_unfiltered: Callable[..., Tensor]
     waits_for_device: bool
     # (run) calls run, which runs the model, and compiles the kernels and launches none; None if that cannot be.
     compile_ahead: Callable[[Callable[[], None]], None] | None = None

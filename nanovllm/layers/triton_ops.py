@@ -19,7 +19,6 @@ from nanovllm.kernels.skinny_linear import skinny_linear, skinny_linear_silu_and
 from nanovllm.kernels.store_kvcache import store_kvcache
 from nanovllm.kernels.varlen_attention import varlen_attention
 from nanovllm.layers.ops import LayerOps
-from nanovllm.sampling_metadata import SamplingMetadata
 
 # Measured on an H200, in decode steps of four models: cuBLAS is as fast or faster for more rows and larger matrices.
 MAX_SKINNY_ROWS = 16
@@ -51,12 +50,6 @@ def moe(
     return grouped_gemm(x, gate_up_proj, down_proj, routing, tiles=tiles)
 
 
-def sample_unfiltered(logits: Tensor, rows: SamplingMetadata) -> Tensor:
-    """One pass over all rows: filtered ones get their argmax, which costs less than to leave them out."""
-    is_greedy = rows.is_plain.logical_not()
-    return sampling(logits, rows.temperature, rows.seed_low, rows.seed_high, rows.position, is_greedy)
-
-
 TRITON_OPS = LayerOps(
     attention=TritonAttentionBackend(varlen_attention, paged_attention, shared_prefix_attention),
     linear=linear,
@@ -67,7 +60,7 @@ TRITON_OPS = LayerOps(
     store_kvcache=store_kvcache,
     qk_norm_rope_store=qk_norm_rope_store,
     moe=moe,
-    sample_unfiltered=sample_unfiltered,
+    sample_unfiltered=sampling,
     waits_for_device=False,
     compile_ahead=compile_ahead,
 )

@@ -159,17 +159,18 @@ class Poison:
         self._check(hidden_states, model_input.cu_seqlens_q, model_input)
         return hidden_states
 
-    def _replay(self, replay: Callable[..., Any], model_input: ModelInput, *others: Any) -> torch.Tensor | None:
+    def _replay(self, replay: Callable[..., Any], model_input: ModelInput, *others: Any) -> Any:
         """Rows that pad the batch, and columns behind each table, name a block of NaN; logits begin as NaN."""
         graphs = self._runner.graphs
         graphs._host.block_tables[:] = self._block_of_nan()
         for logits in graphs._logits.values():
             if logits is not None:
                 logits.fill_(torch.nan)
-        logits = replay(model_input, *others)
-        if logits is not None:
+        output = replay(model_input, *others)
+        if output is not None:
+            logits, _ = output
             self._check(logits, np.arange(len(logits) + 1), model_input)
-        return logits
+        return output
 
     def _check(self, rows: torch.Tensor, bounds: np.ndarray, model_input: ModelInput) -> None:
         """rows [num_rows, size]; those of sequence i begin at bounds[i]."""

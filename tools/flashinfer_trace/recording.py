@@ -120,12 +120,18 @@ class Recorder:
             self.note("moe", hidden_states=x, **weights, top_k=top_k, norm_topk_prob=norm_topk_prob)
             return TORCH_OPS.moe(x, router_logits, gate_up_proj, down_proj, top_k, norm_topk_prob)
 
-        def noted_sampling(logits: Tensor, rows: Any) -> Tensor:
-            for row in rows.plain_rows.tolist():
-                seed = int(rows.seed_low[row]) | int(rows.seed_high[row]) << 32
-                place = {"seed": seed, "position": int(rows.position[row])}
-                self.note("sampling", logits=logits[row], temperature=float(rows.temperature[row]), **place)
-            return TORCH_OPS.sample_unfiltered(logits, rows)
+        def noted_sampling(
+            logits: Tensor,
+            temperature: Tensor,
+            seed_low: Tensor,
+            seed_high: Tensor,
+            position: Tensor,
+            takes_argmax: Tensor,
+        ) -> Tensor:
+            for row in (~takes_argmax).nonzero()[:, 0].tolist():
+                place = {"seed": int(seed_low[row]) | int(seed_high[row]) << 32, "position": int(position[row])}
+                self.note("sampling", logits=logits[row], temperature=float(temperature[row]), **place)
+            return TORCH_OPS.sample_unfiltered(logits, temperature, seed_low, seed_high, position, takes_argmax)
 
         return replace(
             TORCH_OPS,
