@@ -2,8 +2,9 @@
 
 A kernel boundary costs about a microsecond of an idle GPU. A kernel that is launched with launch_pdl=True has its
 programs placed as soon as the kernel in front calls gdc_launch_dependents() or ends; gdc_wait() then waits until that
-kernel has ended and its writes are visible. So a kernel calls gdc_wait() before its first read of what another kernel
-wrote and before its first write, and gdc_launch_dependents() after it: then at most one kernel waits in place.
+kernel has ended and its writes are visible. So a kernel calls gdc_wait() before its first read of what the kernel in
+front wrote and before its first write, and gdc_launch_dependents() after it. Then at most one kernel waits in place,
+and what earlier kernels and the host wrote may be read before gdc_wait(): weights, angles, lengths and tables.
 """
 
 from functools import cache

@@ -138,9 +138,6 @@ def qk_norm_rope_store_kernel(
     RETURNS_KEY: tl.constexpr,
     LAUNCHES_EARLY: tl.constexpr,
 ):
-    if LAUNCHES_EARLY:
-        gdc_wait()
-        gdc_launch_dependents()
     D: tl.constexpr = 2 * HALF
     token = tl.program_id(0).to(tl.int64)
     dim = tl.arange(0, PADDED_HALF)[None, :]
@@ -149,19 +146,23 @@ def qk_norm_rope_store_kernel(
     q_mask, kv_mask = (q_head < NUM_HEADS) & in_half, (kv_head < NUM_KV_HEADS) & in_half
 
     # All loads come first, so that all are in flight before the first result is used.
+    cos = tl.load(cos_ptr + token * HALF + dim, mask=in_half, other=0.0)
+    sin = tl.load(sin_ptr + token * HALF + dim, mask=in_half, other=0.0)
+    if HAS_CACHE:
+        slot = tl.load(slot_mapping_ptr + token).to(tl.int64)
+    if LAUNCHES_EARLY:
+        gdc_wait()  # for qkv, and for the kernels that read the cache
+        gdc_launch_dependents()
     row_ptr = qkv_ptr + token * qkv_stride + dim
     q_first = tl.load(row_ptr + q_head * D, mask=q_mask, other=0.0)
     q_second = tl.load(row_ptr + q_head * D + HALF, mask=q_mask, other=0.0)
     row_ptr += NUM_HEADS * D
     k_first = tl.load(row_ptr + kv_head * D, mask=kv_mask, other=0.0)
     k_second = tl.load(row_ptr + kv_head * D + HALF, mask=kv_mask, other=0.0)
-    cos = tl.load(cos_ptr + token * HALF + dim, mask=in_half, other=0.0)
-    sin = tl.load(sin_ptr + token * HALF + dim, mask=in_half, other=0.0)
     if HAS_CACHE:
         row_ptr += NUM_KV_HEADS * D
         v_first = tl.load(row_ptr + kv_head * D, mask=kv_mask, other=0.0)
         v_second = tl.load(row_ptr + kv_head * D + HALF, mask=kv_mask, other=0.0)
-        slot = tl.load(slot_mapping_ptr + token).to(tl.int64)
 
     if HAS_NORM:
         q_first, q_second = normalize(q_first, q_second, q_weight_ptr + dim, in_half, eps, HALF)

@@ -122,15 +122,15 @@ def rms_norm_kernel(
     HAS_RESIDUAL: tl.constexpr,
     LAUNCHES_EARLY: tl.constexpr,
 ):
-    if LAUNCHES_EARLY:
-        gdc_wait()
-        gdc_launch_dependents()
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     token, head = row // num_heads, row % num_heads
     element = tl.arange(0, PADDED_SIZE)[None, :]
     mask = (row < num_rows) & (element < SIZE)
-    x = tl.load(x_ptr + token * x_token_stride + head * x_head_stride + element, mask=mask, other=0.0)
     weight = tl.load(weight_ptr + element, mask=element < SIZE, other=0.0).to(tl.float32)
+    if LAUNCHES_EARLY:
+        gdc_wait()  # for x and the residual
+        gdc_launch_dependents()
+    x = tl.load(x_ptr + token * x_token_stride + head * x_head_stride + element, mask=mask, other=0.0)
     dtype = x.dtype
     wide = x.to(tl.float32)
     if HAS_RESIDUAL:

@@ -11,6 +11,8 @@ Letters: M rows, N output features, K input features.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
 # (Triton's types know neither launches nor what its functions return.)
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -21,7 +23,17 @@ from nanovllm.kernels.launching import launch
 
 MAX_ROWS = 16
 DTYPES = (torch.float16, torch.bfloat16)
-NUM_WARPS = 4
+
+
+class TileConfig(NamedTuple):
+    """A program computes tile_n columns of the output; each of its warps loads tile_k columns of K at once.
+
+    Powers of two, tile_k from 16.
+    """
+
+    tile_n: int
+    tile_k: int
+    num_warps: int
 
 
 def skinny_linear(
@@ -29,26 +41,23 @@ def skinny_linear(
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
     *,
-    tile_n: int = 8,
-    tile_k: int = 256,
+    tiles: TileConfig | None = None,
     launches_early: bool | None = None,
 ) -> torch.Tensor:
     """x W' + b, [M, N], new and contiguous, summed in float32 and rounded once.
 
     x: [M, K], M at most 16; weight: [N, K]; bias: [N] or None. All in float16 or bfloat16, rows contiguous.
-    tile_n: columns of the output that a program computes, a power of two. tile_k: columns of K that a warp loads at
-    once, a power of two from 16. launches_early: can_launch_early(device) by default.
+    tiles: choose_tile_config by default. launches_early: can_launch_early(device) by default.
     Raises ValueError for other shapes, strides and dtypes.
     """
-    return _launch(x, weight, bias, len(weight), False, tile_n, tile_k, launches_early)
+    return _launch(x, weight, bias, len(weight), False, tiles, launches_early)
 
 
 def skinny_linear_silu_and_mul(
     x: torch.Tensor,
     weight: torch.Tensor,
     *,
-    tile_n: int = 8,
-    tile_k: int = 256,
+    tiles: TileConfig | None = None,
     launches_early: bool | None = None,
 ) -> torch.Tensor:
     """silu_and_mul(x W'), [M, N / 2]: the first half of W gives the gate, the second half what it scales.
@@ -57,7 +66,7 @@ def skinny_linear_silu_and_mul(
     """
     if weight.ndim == 2 and len(weight) % 2:
         raise ValueError(f"weight must be [2 * F, K], gate and up on top of each other, got {list(weight.shape)}")
-    return _launch(x, weight, None, len(weight) // 2, True, tile_n, tile_k, launches_early)
+    return _launch(x, weight, None, len(weight) // 2, True, tiles, launches_early)
 
 
 def _launch(
@@ -66,8 +75,7 @@ def _launch(
     bias: torch.Tensor | None,
     num_columns: int,
     is_gated: bool,
-    tile_n: int,
-    tile_k: int,
+    tiles: TileConfig | None,
     launches_early: bool | None,
 ) -> torch.Tensor:
     if x.ndim != 2 or len(x) > MAX_ROWS or x.stride(1) != 1 or x.dtype not in DTYPES:
@@ -88,9 +96,11 @@ def _launch(
         return out
     if launches_early is None:
         launches_early = can_launch_early(x.device)
+    if tiles is None:
+        tiles = choose_tile_config(num_rows, num_columns, in_features, is_gated)
     launch(
         skinny_linear_kernel,
-        (triton.cdiv(num_columns, tile_n),),
+        (triton.cdiv(num_columns, tiles.tile_n),),
         x,
         weight,
         bias,
@@ -101,15 +111,26 @@ def _launch(
         num_columns,
         IN_FEATURES=in_features,
         ROWS=8 if num_rows <= 8 else 16,
-        NUM_PARTS=NUM_WARPS,
-        TILE_N=tile_n,
-        TILE_K=tile_k,
+        NUM_PARTS=tiles.num_warps,
+        TILE_N=tiles.tile_n,
+        TILE_K=tiles.tile_k,
         IS_GATED=is_gated,
         LAUNCHES_EARLY=launches_early,
         launch_pdl=launches_early,
-        num_warps=NUM_WARPS,
+        num_warps=tiles.num_warps,
     )
     return out
+
+
+def choose_tile_config(num_rows: int, num_columns: int, in_features: int, is_gated: bool) -> TileConfig:
+    """As measured on an H200. Best is a program that has all of K in flight and still leaves one to each processor."""
+    if is_gated:
+        return TileConfig(tile_n=8, tile_k=128, num_warps=4)
+    if num_rows > 8:
+        return TileConfig(tile_n=8, tile_k=256, num_warps=4)
+    if in_features <= 1024:
+        return TileConfig(tile_n=16 if num_columns >= 2048 else 8, tile_k=128, num_warps=8)
+    return TileConfig(tile_n=8, tile_k=256, num_warps=8)
 
 
 @triton.jit(do_not_specialize=["num_rows"])

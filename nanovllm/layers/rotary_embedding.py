@@ -33,6 +33,8 @@ class RotaryEmbedding(nn.Module):
 
     def forward(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         angle = positions[:, None].float() * self.inv_freq
+        if self.attention_factor == 1:
+            return angle.cos(), angle.sin()
         return angle.cos() * self.attention_factor, angle.sin() * self.attention_factor
 
 

@@ -9,6 +9,7 @@ attend to nothing (context length 0).
 import functools
 from bisect import bisect_left
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -99,6 +100,7 @@ class CUDAGraphRunner:
 
     forward: (input_ids [B], positions [B], Context) -> logits [B, V] (None on ranks but 0). It must not wait for the
     device, and its memory and launches must depend on B alone. sample: LayerOps.sample_unfiltered; likewise.
+    shortened: makes a context in which forward still launches each of its kernels, but in fewer layers.
     batch_sizes: ascending. max_num_seqs: the most tokens that a step samples.
     max_blocks_per_seq: max_model_len / block size, rounded up.
     max_model_len: max_seqlen_k of the captured Context, whatever the lengths at a replay.
@@ -108,6 +110,7 @@ class CUDAGraphRunner:
         self,
         forward: Forward,
         sample: Sample,
+        shortened: Callable[[], AbstractContextManager[object]],
         batch_sizes: list[int],
         shared_prefix_sizes: list[int],
         max_num_seqs: int,
@@ -136,16 +139,24 @@ class CUDAGraphRunner:
         self._cu_seqlens = torch.arange(capacity + 1, dtype=torch.int32, device=device)
         self._graphs: dict[GraphKey, torch.cuda.CUDAGraph] = {}
         self._logits: dict[GraphKey, torch.Tensor | None] = {}
-        self._capture(forward, sample, _capture_stream(device), use_tqdm)
+        self._capture(forward, sample, shortened, _capture_stream(device), use_tqdm)
 
-    def _capture(self, forward: Forward, sample: Sample, stream: torch.cuda.Stream, use_tqdm: bool) -> None:
+    def _capture(
+        self,
+        forward: Forward,
+        sample: Sample,
+        shortened: Callable[[], AbstractContextManager[object]],
+        stream: torch.cuda.Stream,
+        use_tqdm: bool,
+    ) -> None:
         pool: Any = None
         keys = [(size, False) for size in self.batch_sizes] + [(size, True) for size in self.shared_prefix_sizes]
         with Progress("Capturing CUDA graphs", len(keys), is_shown=use_tqdm) as progress:
             for key in sorted(keys, reverse=True):  # the largest first: the smaller graphs reuse its memory
                 graph = torch.cuda.CUDAGraph()
                 with gpu_lock:
-                    self._warm_up(lambda key=key: self._compute(forward, sample, *key), stream)
+                    with shortened():
+                        self._warm_up(lambda key=key: self._compute(forward, sample, *key), stream)
                     # thread_local: GPU calls of the program's other threads do not invalidate the capture.
                     with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                         logits = self._compute(forward, sample, *key)

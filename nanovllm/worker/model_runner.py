@@ -217,8 +217,9 @@ class ModelRunner:
         """Compile the kernels of every kind of prefill on a GPU, so that no request waits for the compiler."""
         limits = (self.config.max_num_batched_tokens, self.config.max_model_len, self.config.max_num_seqs)
         block_size = self.block_size
-        for query_lens, num_cached_tokens in prefill_warmup_shapes(*limits, self.num_kv_cache_blocks, block_size):
-            self._execute(dummy_prefill(query_lens, num_cached_tokens, block_size))
+        with one_layer_of_each_kind(self.model):
+            for query_lens, num_cached_tokens in prefill_warmup_shapes(*limits, self.num_kv_cache_blocks, block_size):
+                self._execute(dummy_prefill(query_lens, num_cached_tokens, block_size))
         with gpu_lock:
             torch.cuda.synchronize(self.device)
 
@@ -237,6 +238,7 @@ class ModelRunner:
         return CUDAGraphRunner(
             forward,
             self.sampler.sample_unfiltered,
+            lambda: one_layer_of_each_kind(self.model),
             batch_sizes,
             shared_sizes,
             self.config.max_num_seqs,

@@ -15,6 +15,7 @@ from tests.support.kernels.registry import Compilation, Kernel, Limits, Refused,
 
 skinny_linear = lazy("skinny_linear.skinny_linear")
 skinny_linear_silu_and_mul = lazy("skinny_linear.skinny_linear_silu_and_mul")
+TileConfig = lazy("skinny_linear.TileConfig")
 MATRICES = ((4096, 1024), (1024, 2048), (1024, 3072), (1152, 896), (896, 4864))  # of qwen3-0.6b and qwen2.5-0.5b
 HALF = (torch.float16, torch.bfloat16)
 
@@ -27,15 +28,16 @@ def check(
     is_gated: bool = False,
     has_bias: bool = False,
     spare: int = 0,
-    **tiles: int,
+    tiles: tuple[int, int, int] | None = None,
 ) -> None:
     """shape: rows, output features, input features. spare: elements between the rows of x and of the weight."""
+    options = {} if tiles is None else {"tiles": TileConfig(*tiles)}
     guards, (num_rows, out_features, in_features) = Guards(device), shape
     x = guards.randn(num_rows, in_features + spare, dtype=dtype)[:, :in_features]
     weight = guards.randn(out_features, in_features + spare, dtype=dtype)[:, :in_features]
     bias = guards.randn(out_features, dtype=dtype) if has_bias else None
     with guards:
-        y = skinny_linear_silu_and_mul(x, weight, **tiles) if is_gated else skinny_linear(x, weight, bias, **tiles)
+        y = skinny_linear_silu_and_mul(x, weight, **options) if is_gated else skinny_linear(x, weight, bias, **options)
     plain = functional.linear(x, weight, bias)
     exact = linear(x.double(), weight.double(), None if bias is None else bias.double())
     if is_gated:
@@ -87,13 +89,14 @@ def measured(num_rows: int, out_features: int, in_features: int, is_gated: bool 
 KERNEL = Kernel(
     name="skinny_linear",
     launched={"skinny_linear_kernel": Limits()},
-    cases=each(check, shape=[(1, 8, 64), (3, 13, 100), (9, 16, 200), (16, 5, 33), (0, 4, 16)], tile_k=[16])
+    cases=each(check, shape=[(1, 8, 64), (3, 13, 100), (9, 16, 200), (16, 5, 33), (0, 4, 16)], tiles=[(8, 16, 4)])
     | {
         "one chunk": check((2, 8, 40)),
-        "bias": check((3, 13, 100), has_bias=True, tile_k=16),
-        "rows far apart": check((5, 9, 72), spare=7, tile_k=16),
-        "gated": check((3, 26, 100), is_gated=True, tile_k=16),
-        "gated, rows far apart": check((9, 26, 100), is_gated=True, spare=3, tile_k=16),
+        "bias": check((3, 13, 100), has_bias=True, tiles=(8, 16, 4)),
+        "more parts than warps hold": check((3, 35, 300), tiles=(16, 16, 8)),
+        "rows far apart": check((5, 9, 72), spare=7, tiles=(8, 16, 4)),
+        "gated": check((3, 26, 100), is_gated=True, tiles=(8, 16, 4)),
+        "gated, rows far apart": check((9, 26, 100), is_gated=True, spare=3, tiles=(8, 16, 4)),
         "rows do not meet": check_rows_do_not_meet,
         "far row": check_far_row,
     },

@@ -6,7 +6,7 @@ graphs do the same.
 
 import itertools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 from unittest.mock import Mock
@@ -105,8 +105,8 @@ def runner(captures: Captures, inputs: Inputs) -> CUDAGraphRunner:
         return 2 * input_ids[:, None]
 
     return CUDAGraphRunner(
-        forward, sample, BATCH_SIZES, SHARED_PREFIX_SIZES, MAX_NUM_SEQS, MAX_BLOCKS, MAX_BLOCKS * BLOCK_SIZE,
-        torch.device("cpu"), False,
+        forward, sample, nullcontext, BATCH_SIZES, SHARED_PREFIX_SIZES, MAX_NUM_SEQS, MAX_BLOCKS,
+        MAX_BLOCKS * BLOCK_SIZE, torch.device("cpu"), False,
     )  # fmt: skip
 
 
