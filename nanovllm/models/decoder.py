@@ -166,9 +166,13 @@ class DecoderForCausalLM(nn.Module):
 
 @contextmanager
 def one_layer_of_each_kind(model: DecoderForCausalLM) -> Iterator[None]:
-    """In the `with` block, `model` has one layer for each kind of MLP; all others launch the same kernels."""
+    """In the `with` block, `model` has its first layer, which gets no residual, and one with each kind of MLP.
+
+    All other layers launch the same kernels.
+    """
     decoder, layers = model.model, model.model.layers
-    decoder.layers = nn.ModuleList({type(layer.mlp): layer for layer in layers}.values())
+    kinds = {(index > 0, type(layer.mlp)): layer for index, layer in enumerate(layers)}
+    decoder.layers = nn.ModuleList(kinds.values())
     try:
         yield
     finally:
