@@ -78,18 +78,7 @@ def qk_norm_rope_store(
     launch(
         qk_norm_rope_store_kernel,
         (num_tokens,),
-        qkv,
-        cos,
-        sin,
-        q_weight,
-        k_weight,
-        eps,
-        query,
-        key,
-        k_cache,
-        v_cache,
-        slot_mapping,
-        qkv.stride(0),
+        qkv, cos, sin, q_weight, k_weight, eps, query, key, k_cache, v_cache, slot_mapping, qkv.stride(0),
         NUM_HEADS=num_heads,
         NUM_KV_HEADS=num_kv_heads,
         HALF=head_dim // 2,
@@ -102,7 +91,7 @@ def qk_norm_rope_store(
         LAUNCHES_EARLY=launches_early,
         launch_pdl=launches_early,
         num_warps=choose_num_warps(num_tokens, row) if num_warps is None else num_warps,
-    )
+    )  # fmt: skip
     return query, key
 
 
@@ -115,29 +104,12 @@ def choose_num_warps(num_tokens: int, row: int) -> int:
 
 @triton.jit
 def qk_norm_rope_store_kernel(
-    qkv_ptr,
-    cos_ptr,
-    sin_ptr,
-    q_weight_ptr,
-    k_weight_ptr,
-    eps,
-    query_ptr,
-    key_ptr,
-    k_cache_ptr,
-    v_cache_ptr,
-    slot_mapping_ptr,
-    qkv_stride,
-    NUM_HEADS: tl.constexpr,
-    NUM_KV_HEADS: tl.constexpr,
-    HALF: tl.constexpr,
-    PADDED_HALF: tl.constexpr,
-    PADDED_HEADS: tl.constexpr,
-    PADDED_KV_HEADS: tl.constexpr,
-    HAS_NORM: tl.constexpr,
-    HAS_CACHE: tl.constexpr,
-    RETURNS_KEY: tl.constexpr,
-    LAUNCHES_EARLY: tl.constexpr,
-):
+    qkv_ptr, cos_ptr, sin_ptr, q_weight_ptr, k_weight_ptr, eps,
+    query_ptr, key_ptr, k_cache_ptr, v_cache_ptr, slot_mapping_ptr, qkv_stride,
+    NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HALF: tl.constexpr,
+    PADDED_HALF: tl.constexpr, PADDED_HEADS: tl.constexpr, PADDED_KV_HEADS: tl.constexpr,
+    HAS_NORM: tl.constexpr, HAS_CACHE: tl.constexpr, RETURNS_KEY: tl.constexpr, LAUNCHES_EARLY: tl.constexpr,
+):  # fmt: skip
     D: tl.constexpr = 2 * HALF
     token = tl.program_id(0).to(tl.int64)
     dim = tl.arange(0, PADDED_HALF)[None, :]

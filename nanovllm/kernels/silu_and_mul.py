@@ -30,13 +30,9 @@ def silu_and_mul(x: torch.Tensor, *, tile_size: int = 2048, num_warps: int = 8) 
     launch(
         silu_and_mul_kernel,
         (num_tokens, triton.cdiv(size, tile_size)),
-        x,
-        y,
-        x.stride(0),
-        size,
-        TILE_SIZE=tile_size,
-        num_warps=num_warps,
-    )
+        x, y, x.stride(0), size,
+        TILE_SIZE=tile_size, num_warps=num_warps,
+    )  # fmt: skip
     return y
 
 
