@@ -54,8 +54,10 @@ class InputProcessor:
                 raise ValueError(f"prompt {index}: {error}") from error
             requests.append(RequestState(seq, self._tokenizer, index))
         with self._number_lock:  # only now: requests that are refused get no number
-            for request in requests:
-                self._number(request.sequence)
+            for seq in (request.sequence for request in requests):
+                seq.seq_id, seed = self.num_requests, seq.sampling_params.seed
+                seq.seed = request_seed(self._config.seed, seq.seq_id) if seed is None else seed
+                self.num_requests += 1
         return requests
 
     def chat_prompts(self, messages: Any, *options: Any) -> list[list[int]]:
@@ -75,12 +77,6 @@ class InputProcessor:
         seq = Sequence(token_ids, params, block_size=self._config.kv_cache_block_size)
         self._validate_request(seq)
         return seq
-
-    def _number(self, seq: Sequence) -> None:
-        """Set the sequence's id, and its seed: the one of its parameters, or one derived from the id."""
-        seq.seq_id, seed = self.num_requests, seq.sampling_params.seed
-        seq.seed = request_seed(self._config.seed, seq.seq_id) if seed is None else seed
-        self.num_requests += 1
 
 
 def as_prompt_list(prompts: Any) -> list[Prompt]:
