@@ -12,7 +12,6 @@ from nanovllm.bench.session import Percentiles, Row
 from nanovllm.bench.workload import Scenario
 
 FORMAT = 1  # of the JSON file; a change that a reader of it must know raises it
-BAR_WIDTH = 40
 ABSENT = "-"
 
 
@@ -125,12 +124,12 @@ def to_json(result: Result) -> dict[str, Any]:
 
 
 def draw(result: Result, folder: Path) -> Path:
-    """The picture: pixels if matplotlib is installed (the extra `bench`), else text."""
+    """The picture if matplotlib is installed (the extra `bench`), else the table."""
     try:
         import matplotlib
     except ImportError:
         path = folder / "bench.txt"
-        path.write_text(text_chart(result), encoding="utf-8")
+        path.write_text(table(result) + "\n", encoding="utf-8")
         return path
     matplotlib.use("agg")
     from matplotlib import pyplot
@@ -176,26 +175,3 @@ def _draw_latency(axes: Any, rows: Sequence[Row], what: str) -> None:
     axes.set_ylabel("ms: median; dashed: 99th percentile")
     axes.set_ylim(bottom=0)
     axes.legend(fontsize=7)
-
-
-def text_chart(result: Result) -> str:
-    """Bars of the fraction of the limit, and of the median time to the first token at each rate."""
-    lines = ["throughput as a fraction of the physical limit"]
-    loads = [row for row in result.rows if row.rate is None]
-    lines += _bars([(row.scenario, row.fraction or 0.0, _percent(row.fraction)) for row in loads], longest=1.0)
-    rated = [row for row in result.rows if row.rate is not None]
-    if rated:
-        lines.append("time to first token, median, ms")
-        names = [f"{row.scenario} at {row.rate:g} requests/s" for row in rated]
-        medians = [1e3 * row.time_to_first_token.median for row in rated]
-        bars = [(name, median, f"{median:.1f}") for name, median in zip(names, medians, strict=True)]
-        lines += _bars(bars, longest=max(value for _, value, _ in bars))
-    return "\n".join(lines) + "\n"
-
-
-def _bars(bars: list[tuple[str, float, str]], longest: float) -> list[str]:
-    width = max(len(name) for name, _, _ in bars)
-    return [
-        f"{name:{width}} |{'#' * round(BAR_WIDTH * min(1.0, value / longest)):.<{BAR_WIDTH}}| {text}"
-        for name, value, text in bars
-    ]
