@@ -136,13 +136,12 @@ def as_token_ids(prompt: Any, tokenizer: Any, vocab_size: int) -> list[int]:
     plain = as_ints(token_ids)
     if plain is not None and min(plain) >= 0 and max(plain) < vocab_size:
         return plain
-    for position, token_id in enumerate(token_ids):
-        if not is_int(token_id) or not 0 <= token_id < vocab_size:
-            raise ValueError(
-                f"a token id must be an integer from 0 to {vocab_size - 1} (the model's vocabulary), got {token_id!r} "
-                f"at position {position}{_remedy(token_id) if isinstance(token_id, Mapping) else ''}"
-            )
-    raise AssertionError("some token id is invalid")
+    wrong = (item for item in enumerate(token_ids) if not is_int(item[1]) or not 0 <= item[1] < vocab_size)
+    position, token_id = next(wrong)
+    raise ValueError(
+        f"a token id must be an integer from 0 to {vocab_size - 1} (the model's vocabulary), got {token_id!r} "
+        f"at position {position}{_remedy(token_id) if isinstance(token_id, Mapping) else ''}"
+    )
 
 
 def _remedy(value: Any) -> str:
