@@ -1,8 +1,5 @@
 """rms_norm and add_rms_norm: a row is read once, normalised in registers and written once. One program, some rows."""
 
-# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
-# (Triton's types know neither launches nor functions that return several values.)
-
 import torch
 import triton
 import triton.language as tl
@@ -83,12 +80,8 @@ def _launch(
         x.stride(0), x.stride(1) if x.ndim == 3 else 0,
         0 if residual is None else residual.stride(0),
         residual.stride(1) if residual is not None and residual.ndim == 3 else 0,
-        SIZE=size,
-        PADDED_SIZE=triton.next_power_of_2(size),
-        ROWS=rows,
-        HAS_RESIDUAL=residual is not None,
-        LAUNCHES_EARLY=launches_early,
-        launch_pdl=launches_early,
+        SIZE=size, PADDED_SIZE=triton.next_power_of_2(size), ROWS=rows, HAS_RESIDUAL=residual is not None,
+        LAUNCHES_EARLY=launches_early, launch_pdl=launches_early,
         num_warps=default_warps if num_warps is None else num_warps,
     )  # fmt: skip
     return normed, total

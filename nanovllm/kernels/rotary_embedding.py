@@ -1,7 +1,7 @@
 """rotary_embedding: rotates queries and keys in one launch. One program a token."""
 
-# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
-# (Triton's types know neither launches nor functions that return several values.)
+# pyright: reportGeneralTypeIssues=false
+# (Triton's types do not know functions that return several values.)
 
 import torch
 import triton
@@ -42,9 +42,7 @@ def rotary_embedding(
         (num_tokens,),
         query, key, cos, sin, rotated_query, rotated_key,
         query.stride(0), query.stride(1), key.stride(0), key.stride(1),
-        NUM_HEADS=num_heads,
-        NUM_KV_HEADS=num_kv_heads,
-        HALF=head_dim // 2,
+        NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HALF=head_dim // 2,
         PADDED_HALF=triton.next_power_of_2(head_dim // 2),
         PADDED_HEADS=triton.next_power_of_2(num_heads),
         PADDED_KV_HEADS=triton.next_power_of_2(num_kv_heads),

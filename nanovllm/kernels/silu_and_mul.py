@@ -1,8 +1,5 @@
 """silu_and_mul: both halves of a row are read once and their product written once. One program a tile of elements."""
 
-# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
-# (Triton's types know neither launches nor functions that return several values.)
-
 import torch
 import triton
 import triton.language as tl

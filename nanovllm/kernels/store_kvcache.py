@@ -1,8 +1,5 @@
 """store_kvcache: new keys and values go to their slots in the paged cache. One program moves a tile of tokens."""
 
-# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
-# (Triton's types know neither launches nor functions that return several values.)
-
 import torch
 import triton
 import triton.language as tl

@@ -14,9 +14,6 @@ attends to the most keys and is started first, so that no long program starts la
 The contract, the choice of tiles and the kernel are in one file, because each depends on the others.
 """
 
-# pyright: reportArgumentType=false, reportCallIssue=false
-# A launch takes arguments that the kernel's Python signature does not have.
-
 from functools import cache
 from math import e, log2, sqrt
 from typing import NamedTuple
