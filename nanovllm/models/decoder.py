@@ -27,15 +27,8 @@ class SelfAttention(nn.Module):
 
     def __init__(self, config: ModelConfig, ops: LayerOps, tp: TensorParallel) -> None:
         super().__init__()
-        self.qkv_proj = QKVParallelLinear(
-            config.hidden_size,
-            config.head_dim,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            bias=config.qkv_bias,
-            tp=tp,
-            ops=ops,
-        )
+        sizes = (config.hidden_size, config.head_dim, config.num_attention_heads, config.num_key_value_heads)
+        self.qkv_proj = QKVParallelLinear(*sizes, bias=config.qkv_bias, tp=tp, ops=ops)
         self.o_proj = RowParallelLinear(
             config.num_attention_heads * config.head_dim, config.hidden_size, bias=config.o_bias, tp=tp, ops=ops
         )

@@ -11,6 +11,7 @@ from hypothesis import example, given, settings
 
 from nanovllm import SamplingParams
 from nanovllm.engine.input_processor import request_seed
+from tests.support.block_invariants import check_invariants
 from tests.support.counts import count_event
 from tests.support.engine_events import assert_occurred, scheduler_events
 from tests.support.oracle import Oracle
@@ -123,7 +124,7 @@ def run(model_dir: str, scenario: Scenario, oracle: Oracle) -> Counter[str]:
             step += 1
             if scenario.preempt_every and step % scenario.preempt_every == 0 and llm.scheduler.running and step < 500:
                 llm.scheduler.preempt(llm.scheduler.running[-1])
-            llm.scheduler.block_manager.check_invariants((*llm.scheduler.running, *llm.scheduler.waiting))
+            check_invariants(llm.scheduler.block_manager, (*llm.scheduler.running, *llm.scheduler.waiting))
             assert step < 2000, "the engine does not finish"
         manager = llm.scheduler.block_manager
         assert manager.num_free_blocks == len(manager.blocks), "blocks are left behind"

@@ -19,6 +19,7 @@ from nanovllm import LLMEngine, SamplingParams, bundled_model_path
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import FinishCause, Sequence
+from tests.support.block_invariants import check_invariants
 from tests.support.replay.trace import Trace, outcome_of
 
 
@@ -93,7 +94,7 @@ def play(trace: Trace, target: Any) -> Counter[str]:
             now = {"raised": f"{type(error).__name__}: {error}"}
         for place, recorded, found in _differences(where, event["then"], now):
             raise AssertionError(f"{place}: recorded {recorded!r}, now {found!r}")
-        scheduler.block_manager.check_invariants((*scheduler.running, *scheduler.waiting))
+        check_invariants(scheduler.block_manager, (*scheduler.running, *scheduler.waiting))
         if name in ("schedule", "commit_async_batch") and returned is not None:
             batches["current"] = returned
             tokens = engine._core.executor.execute(returned).token_ids() if engine and not returned.is_empty else None
