@@ -277,7 +277,8 @@ def run(arguments: argparse.Namespace, folder: str) -> list[str]:
         if arguments.json:
             result = {"machine": machine, "model": named, "failures": failures, "points": [*map(as_json, points)]}
             arguments.json.write_text(json.dumps(result, indent=1))
-    print("\n".join([table(points), ", ".join(f"{key} {value}" for key, value in machine.items() if value), *failures]))
+    shown = ", ".join(f"{key} {value}" for key, value in machine.items() if value)
+    print("\n".join(filter(None, [table(points), shown, *failures])))
     if points and arguments.plot:
         draw(points, arguments.plot)
     return failures
