@@ -75,7 +75,8 @@ def _product_speed(model: ModelConfig, dtype: torch.dtype, num_rows: int, num_ra
     counts = [num_rows, *[size] * choose_num_sets(dtype.itemsize * size * size, 16)]
     rows, *weights = [torch.randn(count, size, device="cuda").to(dtype) for count in counts]
     replay = Replay([lambda weight=weight: torch.nn.functional.linear(rows, weight) for weight in weights])
-    return 2 * num_rows * size * size / (median(replay.seconds() for _ in range(ROUNDS)) - kernel)
+    seconds = median(replay.seconds() for _ in range(ROUNDS))
+    return 2 * num_rows * size * size / max(seconds - kernel, seconds / 2)  # a tiny product takes little else
 
 
 def measure_collectives(

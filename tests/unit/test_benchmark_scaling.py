@@ -2,6 +2,7 @@
 
 import json
 from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,9 +12,11 @@ import torch
 
 from benchmarks import scaling
 from benchmarks.rank_costs import Collectives, measure_collectives
-from benchmarks.scaling import Point, Step, draw, parse, possible_ranks, run, split, table
+from benchmarks.scaling import WINDOW_STEPS, Point, Step, draw, measure_step, parse, possible_ranks, run, split, table
 from benchmarks.step_model import Batch, Costs, StepTimes
+from nanovllm import LLM, bundled_model_path
 from nanovllm.bench.limits import Ceilings
+from nanovllm.bench.workload import Scenario
 from tests.support.checkpoints import small_config
 
 
@@ -40,6 +43,37 @@ def test_a_step_is_divided_by_the_names_of_the_kernels() -> None:
         event("reduce_kernel", 50, 60), event("one_shot_all_reduce_kernel", 70, 80),
     ]  # fmt: skip
     assert split(50e-6, events, 2) == pytest.approx((20e-6, 10e-6, 20e-6, 2.0))
+
+
+def test_a_step_on_a_gpu_is_timed_without_the_profiler_and_divided_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step takes 1 ms by the clock. In the profiled window the GPU computes for 10 ms, and adds up for 5 ms more."""
+
+    class Profiler:
+        def __init__(self, **_: Any) -> None:
+            self.events = lambda: [
+                SimpleNamespace(**vars(event(name, start, end)), device_type=SimpleNamespace(name=kind))
+                for name, start, end, kind in [
+                    ("gemm", 0, 10_000, "CUDA"), ("ncclKernel", 10_000, 15_000, "CUDA"), ("host", 0, 90_000, "CPU"),
+                ]
+            ]  # fmt: skip
+
+        def __enter__(self) -> "Profiler":
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            return None
+
+    ticks = count()
+    monkeypatch.setattr(torch.profiler, "profile", Profiler)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    clock = SimpleNamespace(perf_counter=lambda: next(ticks) * 1e-3 * WINDOW_STEPS)
+    monkeypatch.setattr(scaling, "time", clock)
+    with LLM(str(bundled_model_path()), device="cpu", max_model_len=256, max_num_seqs=4) as llm:
+        step = measure_step(llm, Scenario(3, (10, 20), (10, 30)), 1, has_gpu=True)
+        assert llm.is_finished()
+    assert step[1:] == pytest.approx((1e-3, 0.5e-3, 0.25e-3, 0.25e-3, 2 / WINDOW_STEPS))
+    assert step.batch.num_seqs == 3
+    assert 25 + WINDOW_STEPS / 2 < step.batch.num_tokens < 25 + WINDOW_STEPS, "half of 10 + 20, and of half of 10 + 30"
 
 
 def test_ranks_beyond_the_gpus_are_left_out_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
