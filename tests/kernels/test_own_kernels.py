@@ -30,6 +30,7 @@ FILE = """
 import torch
 import triton
 import triton.language as tl
+from reference.paged_attention import paged_attention as attend
 
 
 @triton.jit
@@ -57,16 +58,7 @@ def silu_that_writes_outside(x):
 def paged_attention(query, k_cache, v_cache, block_tables, context_lens, scale=None, skipped=0):
     if query.dtype == torch.float16:
         raise NotImplementedError("float16")
-    scale = query.shape[2] ** -0.5 if scale is None else scale
-    output = torch.zeros_like(query)
-    for row, length in enumerate(context_lens.tolist()):
-        blocks = block_tables[row, : -(-length // k_cache.shape[1])]
-        key, value = (cache[blocks].flatten(0, 1)[: length - skipped].double() for cache in (k_cache, v_cache))
-        if len(key):
-            heads = query[row].double().unflatten(0, (key.shape[1], -1))
-            weight = (torch.einsum("kgd,tkd->kgt", heads, key) * scale).softmax(dim=2)
-            output[row] = torch.einsum("kgt,tkd->kgd", weight, value).flatten(0, 1).to(query.dtype)
-    return output
+    return attend(query, k_cache, v_cache, block_tables, (context_lens - skipped).clamp(min=0), scale=scale)
 
 
 def attention_without_the_last_key(query, k_cache, v_cache, block_tables, context_lens, scale=None):
