@@ -47,8 +47,6 @@ SAME_SHAPES = {
 }
 OTHER_SHAPES = {
     "in a batch": Way(),
-    "in a batch, last first": Way(is_reversed=True),
-    "one arrival a step": Way(is_staggered=True),
     "all cached": Way(is_repeated=True, happens=lambda llm: llm.scheduler.block_manager.num_hit_blocks),
     "in chunks": Way({"max_num_batched_tokens": 9}, happens=lambda llm: llm.scheduler.num_prefill_chunks),
     "preempted": Way(after_step=preempt_every_third_step, happens=lambda llm: llm.scheduler.num_preemptions),

@@ -8,7 +8,7 @@ import torch
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.scheduler import ScheduledBatch
-from tests.e2e.conftest import bundled_llm, change_json, run_to_end, tokens
+from tests.e2e.conftest import bundled_llm, run_to_end, tokens
 
 GREEDY = SamplingParams.greedy(max_tokens=4)
 GOOD = [5, 6, 7]
@@ -91,20 +91,3 @@ def test_a_model_that_cannot_be_loaded_leaves_torch_as_it_was(model: Path) -> No
     with pytest.raises(ValueError, match="safetensors"):
         LLM(str(model), device="cpu", dtype="bfloat16")
     assert (torch.get_default_dtype(), torch.get_default_device()) == before
-
-
-def test_without_a_tokenizer_token_ids_work_and_text_is_refused(model: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """D91: the ids that end a text are those of the files then."""
-    for path in model.glob("tokenizer*"):
-        path.unlink()
-    change_json(model / "config.json", {"eos_token_id": 5})
-    (model / "generation_config.json").unlink()
-    with bundled_llm(model) as llm:
-        assert "no tokenizer" in caplog.text
-        assert llm.scheduler.eos_token_ids == {5}
-        (output,) = llm.generate([GOOD], GREEDY, use_tqdm=False)
-        assert (output["text"], len(output["token_ids"])) == ("", 4)
-        with pytest.raises(ValueError, match="needs a tokenizer"):
-            llm.generate("And", GREEDY)
-        with pytest.raises(ValueError, match="stop strings need a tokenizer"):
-            llm.generate([GOOD], SamplingParams(stop="a"))
