@@ -4,6 +4,7 @@ tokens and logits stay the same. Under poison: what may not be read is NaN.
 
 from collections import Counter
 from dataclasses import dataclass, replace
+from typing import Any
 
 import hypothesis.strategies as st
 import pytest
@@ -93,8 +94,8 @@ CROWDED = Scenario(
 )
 
 
-def run(model_dir: str, scenario: Scenario, oracle: Oracle) -> Counter[str]:
-    """Play the scenario, check every output, and count the events."""
+def run(model_dir: str, scenario: Scenario, oracle: Oracle, **options: Any) -> Counter[str]:
+    """Play the scenario, check every output, and count the events. options: more of the engine's."""
     largest = max(
         min(len(arrival.prompt) + arrival.params.max_tokens, MAX_MODEL_LEN) - 1 for arrival in scenario.arrivals
     )
@@ -109,6 +110,7 @@ def run(model_dir: str, scenario: Scenario, oracle: Oracle) -> Counter[str]:
         max_num_seqs=scenario.max_num_seqs,
         max_num_batched_tokens=scenario.max_num_seqs + scenario.num_spare_tokens,
         async_scheduling=scenario.is_async,
+        **options,
     )
     with poisoned as llm, recorded(llm) as logits:
         arrivals, outputs, step = {}, {}, 0
