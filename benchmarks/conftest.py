@@ -4,22 +4,19 @@ With a GPU: kernels/ and host/. Without one: host/ alone, and the header says so
 """
 
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import report
-from benchmarks.hosting import measure as measure_host
+from benchmarks import regression, report
+from benchmarks.hosting import HostMeasurement
 from nanovllm.bench.machine import machine_info
 
 FOLDER = Path(__file__).resolve().parent
 RESULTS = FOLDER / "results"
 CEILINGS: pytest.StashKey[Any] = pytest.StashKey()
-GROWTHS: pytest.StashKey[dict[str, tuple[float, float]]] = pytest.StashKey()
-# A figure of extra_info, and by how much it may grow. A host's is a ratio to plain Python, and scatters more.
-SLOWER = {"yardsticks": 1.7, "microseconds": 1.1}
+DECISIONS: pytest.StashKey[list[regression.Decision]] = pytest.StashKey()
 
 
 def gpu_name() -> str | None:
@@ -35,6 +32,7 @@ def gpu_name() -> str | None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     """Where no path is given, --benchmark-only means this folder, and other runs leave it out."""
+    config.option.benchmark_save_data = True  # what is stored can be compared: regression.py needs the samples
     if config.args_source is not pytest.Config.ArgsSource.TESTPATHS:
         return
     own = [argument for argument in config.args if (config.rootpath / argument).resolve() == FOLDER]
@@ -77,9 +75,14 @@ def measure(request: pytest.FixtureRequest, benchmark: Any) -> Any:
 
 
 @pytest.fixture
-def host(benchmark: Any) -> Any:
-    """benchmarks.hosting.measure, for one benchmark of the host side."""
-    return partial(measure_host, benchmark)
+def host(request: pytest.FixtureRequest, benchmark: Any) -> HostMeasurement:
+    """For one benchmark of the host side."""
+    state = getattr(request.config, "_benchmarksession", None)
+    for stored in state.compared_mapping.values() if state is not None else ():
+        ratios = stored.get(benchmark.fullname, {}).get("extra_info", {}).get("ratios")
+        if ratios:
+            return HostMeasurement(benchmark, ratios[0])
+    return HostMeasurement(benchmark, None)
 
 
 @pytest.fixture(autouse=True)
@@ -100,13 +103,10 @@ def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, A
 
 
 def pytest_benchmark_compare_machine_info(machine_info: dict[str, Any], compared_benchmark: dict[str, Any]) -> None:
-    now, before = (info.get("gpu") for info in (machine_info, compared_benchmark.get("machine_info", {})))
-    if now != before:
-        raise pytest.UsageError(
-            f"--benchmark-compare: both runs must be of the same GPU, got {now or 'no GPU'} now and "
-            f"{before or 'no GPU'} in the stored run; name another with --benchmark-compare=NUMBER, or store one here "
-            "with --benchmark-autosave"
-        )
+    try:
+        regression.check_same_device(machine_info, compared_benchmark.get("machine_info", {}))
+    except ValueError as error:
+        raise pytest.UsageError(f"--benchmark-compare: {error}") from error
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -122,16 +122,20 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     benchmarks = getattr(session.config, "_benchmarksession", None)
     if benchmarks is None or not benchmarks.compared_mapping:
         return
-    growths: dict[str, tuple[float, float]] = {}  # benchmark -> its median over that of the stored run, and the limit
-    for bench in filter(None, benchmarks.benchmarks):
-        for stored in benchmarks.compared_mapping.values():
-            before = stored.get(bench.fullname, {}).get("extra_info", {})
-            for figure, limit in SLOWER.items():
-                if figure in before and figure in bench.extra_info:
-                    growths[bench.fullname] = bench.extra_info[figure] / before[figure], limit
-                    break
-    session.config.stash[GROWTHS] = growths
-    if any(growth > limit for growth, limit in growths.values()):
+    done = [bench for bench in benchmarks.benchmarks if bench]
+    kernels = {bench.fullname: list(bench.stats.data) for bench in done if "kernel" in bench.extra_info}
+    hosts = {bench.fullname: bench.extra_info["ratios"] for bench in done if "host" in bench.extra_info}
+    decisions = []
+    for stored in benchmarks.compared_mapping.values():
+        decisions += regression.decide_all(
+            {name: bench["stats"].get("data", []) for name, bench in stored.items()}, kernels
+        )
+        for name, ratios in hosts.items():
+            before = stored.get(name, {}).get("extra_info", {}).get("ratios")
+            if before:
+                decisions.append(regression.decide_host(name, before[0], ratios))
+    session.config.stash[DECISIONS] = decisions
+    if any(decision.is_slower for decision in decisions):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
@@ -155,10 +159,6 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.write_line(report.table(result))
         folder = RESULTS / "own_kernels" if getattr(config.option, "kernel", None) else RESULTS
         terminalreporter.write_line(f"written: {report.write(result, folder)}")
-    if GROWTHS in config.stash:
+    if DECISIONS in config.stash:
         terminalreporter.section("against the stored run")
-        growths = config.stash[GROWTHS]
-        for name, (growth, limit) in sorted(growths.items(), key=lambda item: -item[1][0]):
-            if growth > limit or growth < 1 / limit:
-                terminalreporter.write_line(f"{'SLOWER' if growth > limit else 'faster'} {growth - 1:+.1%}  {name}")
-        terminalreporter.write_line(f"{len(growths)} benchmarks compared; limits of median over median: {SLOWER}")
+        terminalreporter.write_line(regression.summary(config.stash[DECISIONS]))

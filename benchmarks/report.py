@@ -29,7 +29,7 @@ def table(result: Result | HostResult) -> str:
     if isinstance(result, HostResult):
         width = max(len(row["host"]) for row in result.rows)
         lines = [f"{'host side':{width}} {'us':>9} {'yardsticks':>10}"]
-        lines += [f"{row['host']:{width}} {row['microseconds']:9.1f} {row['yardsticks']:10.2f}" for row in result.rows]
+        lines += [f"{row['host']:{width}} {row['microseconds']:9.1f} {row['ratios'][0]:10.2f}" for row in result.rows]
         return "\n".join(lines)
     peers = sorted({name for row in result.rows for name in row["peers"]})
     widths = [max(len(str(row[name])) for row in result.rows) for name in ("kernel", "case")]

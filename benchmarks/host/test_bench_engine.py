@@ -1,6 +1,6 @@
 """The host's part of whole decode steps, and of the admission of prompts: all of engine/, and no model.
 
-benchmarks/hosting.py says how they are compared.
+test_bench_host.py has the parts. benchmarks/hosting.py says how they are compared.
 """
 
 from collections.abc import Sequence as Sequences

@@ -1,10 +1,51 @@
-"""What --benchmark-compare decides, and what a benchmark of the host measures."""
+"""What --benchmark-compare decides, on planted samples: a real slowdown is caught, and noise is not."""
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
-from benchmarks import conftest, hosting
+from benchmarks import conftest, hosting, regression
+
+
+def samples(rng: np.random.Generator, seconds: float, noise: float, num_samples: int = 15) -> list[float]:
+    """Times of one benchmark: `noise` of scatter, and now and then a hiccup of half as much again."""
+    hiccups = 1 + 0.5 * (rng.random(num_samples) < 0.05)
+    return (seconds * hiccups * (1 + noise * np.abs(rng.standard_normal(num_samples)))).tolist()
+
+
+@pytest.mark.parametrize("noise", [0.002, 0.02])
+def test_a_slowdown_of_ten_percent_is_caught_among_fifty(noise):
+    rng = np.random.default_rng(1)
+    before = {f"b{i}": samples(rng, 1e-5 * (i + 1), noise) for i in range(50)}
+    now = {f"b{i}": samples(rng, 1e-5 * (i + 1) * (1.1 if i == 37 else 1.0), noise) for i in range(50)}
+    decisions = regression.decide_all(before, now)
+    assert [decision.name for decision in decisions if decision.is_slower] == ["b37"]
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.05, 0.3])
+@pytest.mark.parametrize("seed", range(3))
+def test_noise_is_not_a_slowdown(noise, seed):
+    rng = np.random.default_rng(seed)
+    runs = [{f"b{i}": samples(rng, 1e-5, noise) for i in range(50)} for _ in range(2)]
+    assert not any(decision.is_slower or decision.is_faster for decision in regression.decide_all(*runs))
+
+
+@pytest.mark.parametrize(("change", "is_faster"), [(0.8, True), (0.97, False), (1.04, False)])
+def test_a_change_within_the_practical_threshold_and_an_improvement_fail_nothing(change, is_faster):
+    rng = np.random.default_rng(0)
+    decision = regression.decide("b", samples(rng, 1e-5, 0.001), samples(rng, change * 1e-5, 0.001))
+    assert not decision.is_slower
+    assert decision.is_faster == is_faster
+    assert decision.low <= decision.ratio <= decision.high
+
+
+def test_runs_without_samples_are_refused():
+    with pytest.raises(ValueError, match="at least 8 samples, got 0 stored ones; store runs with --benchmark-autosave"):
+        regression.decide("b", [], [1.0] * 15)
+
+
+# --- the hooks ---
 
 
 @pytest.mark.parametrize(("now", "before"), [("NVIDIA H200", "NVIDIA H100"), (None, "NVIDIA H200")])
@@ -15,46 +56,84 @@ def test_another_gpu_is_refused(now, before):
     conftest.pytest_benchmark_compare_machine_info({"gpu": now, "torch": "1"}, {"machine_info": {"gpu": now}})
 
 
+def session(kernel_samples: list[float], host_ratios: list[float], stored: dict[str, dict]) -> SimpleNamespace:
+    """What the hook reads of pytest's session, after benchmarks "kernel" and "host" have run."""
+    benchmarks = [
+        SimpleNamespace(
+            fullname="kernel", stats=SimpleNamespace(data=kernel_samples), extra_info={"kernel": "rms_norm"}
+        ),
+        SimpleNamespace(fullname="host", stats=None, extra_info={"host": "schedule", "ratios": host_ratios}),
+    ]
+    state = SimpleNamespace(compared_mapping={"0001.json": stored}, benchmarks=benchmarks)
+    return SimpleNamespace(config=SimpleNamespace(_benchmarksession=state, stash=pytest.Stash()), exitstatus=0)
+
+
 FAILED = pytest.ExitCode.TESTS_FAILED
-STORED = {"kernel": {"extra_info": {"microseconds": 10.0}}}
-STORED["host"] = {"extra_info": {"microseconds": 90.0, "yardsticks": 4.0}}
 
 
 @pytest.mark.parametrize(
-    ("kernel", "host", "exit_status"),
+    ("kernel_factor", "host_ratios", "exit_status"),
     [
-        ({"microseconds": 10.9}, {"microseconds": 900.0, "yardsticks": 5.0}, 0),  # a slower machine
-        ({"microseconds": 11.1}, {"microseconds": 90.0, "yardsticks": 4.0}, FAILED),
-        ({"microseconds": 5.0}, {"microseconds": 90.0, "yardsticks": 8.0}, FAILED),
-        ({"microseconds": 5.0}, {}, 0),
+        (1.0, [4.0], 0),
+        (1.1, [4.0], FAILED),
+        (0.8, [4.0], 0),
+        (1.0, [8.0, 8.1, 7.9], FAILED),
+        (1.0, [8.0, 8.1, 4.1], 0),
+        (1.0, [5.9], 0),
     ],
+    ids=["unchanged", "slower kernel", "faster kernel", "slower host", "host that was busy", "host below the limit"],
 )
-def test_the_session_fails_when_a_kernel_or_the_host_became_slower(kernel, host, exit_status):
-    benchmarks = [
-        SimpleNamespace(fullname="kernel", extra_info=kernel),
-        SimpleNamespace(fullname="host", extra_info=host),
-        SimpleNamespace(fullname="new", extra_info=kernel),
-        None,  # that was skipped
-    ]
-    state = SimpleNamespace(compared_mapping={"0001.json": STORED}, benchmarks=benchmarks)
-    session: object = SimpleNamespace(
-        config=SimpleNamespace(_benchmarksession=state, stash=pytest.Stash()), exitstatus=0
-    )
-    conftest.pytest_sessionfinish(session)
-    assert session.exitstatus == exit_status
+def test_the_session_fails_when_a_kernel_or_the_host_became_slower(kernel_factor, host_ratios, exit_status):
+    rng = np.random.default_rng(3)
+    stored = {"kernel": {"stats": {"data": samples(rng, 1e-5, 0.01)}}}
+    stored["host"] = {"stats": {"data": []}, "extra_info": {"ratios": [4.0]}}
+    fake: object = session(samples(rng, kernel_factor * 1e-5, 0.01), host_ratios, stored)
+    conftest.pytest_sessionfinish(fake)
+    assert fake.exitstatus == exit_status
 
 
-def test_the_host_is_measured_in_yardsticks():
-    """As much work as two yardsticks takes about as long as two, whatever the machine."""
-    data = []
+def test_a_stored_run_without_ratios_decides_nothing_about_the_host():
+    fake: object = session([1e-5] * 15, [8.0, 8.0, 8.0], {"host": {"stats": {"data": []}}})
+    conftest.pytest_sessionfinish(fake)
+    assert fake.exitstatus == 0
 
-    def pedantic(run, *, setup, rounds, warmup_rounds):
+
+# --- the host's measurement ---
+
+
+class Clock:
+    """Stands for pytest-benchmark's fixture: runs all rounds, and says what a round took."""
+
+    disabled = False
+    name = "test_something"
+
+    def __init__(self):
+        self.extra_info = {}
+
+    def pedantic(self, run, *, setup, teardown, rounds, warmup_rounds):
+        data = []
         for _ in range(warmup_rounds + rounds):
-            setup()
-            data.append(hosting.seconds_per_yardstick(1) + hosting.seconds_per_yardstick(1))
-        clock.stats = SimpleNamespace(stats=SimpleNamespace(data=data[warmup_rounds:]))
+            arguments, _ = setup()
+            data.append(hosting.seconds_of(lambda: run(*arguments)))  # noqa: B023 (called at once)
+        self.stats = SimpleNamespace(stats=SimpleNamespace(data=data[warmup_rounds:], median=np.median(data)))
 
-    clock = SimpleNamespace(disabled=False, name="test_something", extra_info={}, pedantic=pedantic)
-    hosting.measure(clock, lambda: None)
-    assert clock.extra_info["host"] == "something"
-    assert clock.extra_info["yardsticks"] == pytest.approx(2, rel=0.4)
+
+def work(times: int) -> None:
+    for _ in range(times):
+        hosting.yardstick()
+
+
+def ratios_of(times: int, stored_ratio: float | None) -> list[float]:
+    clock = Clock()
+    hosting.HostMeasurement(clock, stored_ratio)(lambda: work(times))
+    return clock.extra_info["ratios"]
+
+
+def test_a_host_benchmark_that_is_twice_as_slow_is_measured_again_and_fails():
+    """A planted slowdown: as much work twice. The ratio to plain Python does not depend on the machine."""
+    (before,) = ratios_of(2, None)
+    assert before == pytest.approx(2, rel=0.4)
+    now = ratios_of(4, before)
+    assert len(now) == 1 + hosting.RETRIES
+    assert regression.decide_host("host", before, now).is_slower
+    assert not regression.decide_host("host", before, ratios_of(2, before)).is_slower

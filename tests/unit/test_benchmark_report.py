@@ -44,8 +44,8 @@ def test_the_table_has_the_worst_first_and_a_dash_where_there_is_no_figure():
 HOST = report.HostResult(
     {"gpu": None, "python": "3.12.1", "cpu": "x86_64"},
     [
-        {"host": "prepare_decode", "microseconds": 200.0, "yardsticks": 2.0},
-        {"host": "append", "microseconds": 50.0, "yardsticks": 0.5},
+        {"host": "prepare_decode", "microseconds": 200.0, "yardstick_microseconds": 100.0, "ratios": [2.0]},
+        {"host": "append", "microseconds": 50.0, "yardstick_microseconds": 100.0, "ratios": [0.5]},
     ],
 )
 
