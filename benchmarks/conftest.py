@@ -157,8 +157,10 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         results.append(report.HostResult(machine, rows))
     for result in results:
         terminalreporter.write_line(report.table(result))
-        folder = RESULTS / "own_kernels" if getattr(config.option, "kernel", None) else RESULTS
-        terminalreporter.write_line(f"written: {report.write(result, folder)}")
+        for path in report.write(
+            result, RESULTS / "own_kernels" if getattr(config.option, "kernel", None) else RESULTS
+        ):
+            terminalreporter.write_line(f"written: {path}")
     if DECISIONS in config.stash:
         terminalreporter.section("against the stored run")
         terminalreporter.write_line(regression.summary(config.stash[DECISIONS]))

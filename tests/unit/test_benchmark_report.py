@@ -1,8 +1,6 @@
-"""The benchmarks' table and file."""
+"""The benchmarks' table and chart."""
 
 import json
-
-import pytest
 
 from benchmarks import report
 
@@ -41,6 +39,20 @@ def test_the_table_has_the_worst_first_and_a_dash_where_there_is_no_figure():
     assert "784 TFLOP/s" in ceilings
 
 
+def test_json_holds_what_was_measured(tmp_path):
+    path, picture = report.write(RESULT, tmp_path / "results")
+    assert report.Result(**json.loads(path.read_text())) == RESULT
+    assert picture.stat().st_size > 0
+
+
+def test_without_matplotlib_bars_of_text_are_as_long_as_the_fractions(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)  # what makes an import fail
+    assert report.draw(RESULT, tmp_path) == tmp_path / "kernels.txt"
+    first, second = (tmp_path / "kernels.txt").read_text().splitlines()
+    assert first.startswith("paged_attention, b")
+    assert (first.count("#"), second.count("#")) == (report.BAR_WIDTH // 4, report.BAR_WIDTH // 2)
+
+
 HOST = report.HostResult(
     {"gpu": None, "python": "3.12.1", "cpu": "x86_64"},
     [
@@ -50,13 +62,12 @@ HOST = report.HostResult(
 )
 
 
-def test_the_host_side_has_a_table_of_its_own():
-    """Without a GPU it is all that a run writes."""
+def test_the_host_side_has_a_table_a_file_and_a_picture_of_its_own(tmp_path):
+    """Without a GPU these are all that a run writes."""
     assert report.table(HOST).splitlines()[1].split() == ["prepare_decode", "200.0", "2.00"]
-
-
-@pytest.mark.parametrize(("result", "name"), [(RESULT, "kernels.json"), (HOST, "host.json")])
-def test_json_holds_what_was_measured(result, name, tmp_path):
-    path = report.write(result, tmp_path / "results")
-    assert path.name == name
-    assert type(result)(**json.loads(path.read_text())) == result
+    path, picture = report.write(HOST, tmp_path)
+    assert path.name == "host.json"
+    assert report.HostResult(**json.loads(path.read_text())) == HOST
+    assert picture.stat().st_size > 0
+    first, second = report.text_chart(HOST).splitlines()
+    assert (first.count("#"), second.count("#")) == (report.BAR_WIDTH, report.BAR_WIDTH // 4)
