@@ -23,7 +23,7 @@ from nanovllm.model_config import ModelConfig
 
 
 class SelfAttention(nn.Module):
-    """Projections, rotary embedding and attention of one layer."""
+    """Norm, projections, rotary embedding and attention of one layer."""
 
     def __init__(self, config: ModelConfig, ops: LayerOps, tp: TensorParallel) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class SelfAttention(nn.Module):
             self.qkv_proj.num_heads, config.head_dim, config.head_dim**-0.5, self.qkv_proj.num_kv_heads, ops
         )
 
-    def after_norm(
+    def forward(
         self,
         hidden_states: torch.Tensor,
         residual: torch.Tensor | None,
@@ -59,7 +59,7 @@ class SelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Gated feed-forward network."""
+    """Norm and gated feed-forward network."""
 
     def __init__(self, config: ModelConfig, ops: LayerOps, tp: TensorParallel) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class MLP(nn.Module):
             config.intermediate_size, config.hidden_size, bias=config.mlp_bias, tp=tp, ops=ops
         )
 
-    def after_norm(
+    def forward(
         self, hidden_states: torch.Tensor, residual: torch.Tensor, norm: RMSNorm
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(output [T, E] of the normalised sum, hidden_states + residual, to which it is to be added)."""
@@ -95,8 +95,8 @@ class DecoderLayer(nn.Module):
         self, hidden_states: torch.Tensor, residual: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(last output, residual stream without it) -> the same, one layer on. The first layer has no stream: None."""
-        hidden_states, residual = self.self_attn.after_norm(hidden_states, residual, self.input_layernorm, cos, sin)
-        return self.mlp.after_norm(hidden_states, residual, self.post_attention_layernorm)
+        hidden_states, residual = self.self_attn(hidden_states, residual, self.input_layernorm, cos, sin)
+        return self.mlp(hidden_states, residual, self.post_attention_layernorm)
 
 
 class Decoder(nn.Module):
