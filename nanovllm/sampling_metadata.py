@@ -15,11 +15,11 @@ class SamplingMetadata(Generic[Array]):
     top_k: [num_rows] int64; 0 for no limit, 1 for greedy.
     seed_low, seed_high: [num_rows] int64, the halves of the 64-bit seed.
     position: [num_rows] int64, the position of the sampled token in its sequence.
-    greedy_rows, plain_rows, filtered_rows: int64 row numbers; each row is in one of the three. Greedy: argmax; plain:
-        drawn from the whole vocabulary; filtered: drawn after top_k, top_p or min_p. The host makes them, so that
+    filtered_rows: int64 numbers of the rows that are drawn after top_k, top_p or min_p. The host makes them, so that
         it need not wait for the device.
     temperature, top_p, min_p: [num_rows] float32.
-    is_plain: [num_rows] bool, whether the row is one of plain_rows.
+    takes_argmax: [num_rows] bool, False for a row that is drawn from the whole vocabulary. True for a greedy row, and
+        for a filtered one, whose token is drawn afterwards.
     Fields are declared by falling item size: packed end to end in this order, each one is aligned.
     """
 
@@ -27,13 +27,11 @@ class SamplingMetadata(Generic[Array]):
     seed_low: Array
     seed_high: Array
     position: Array
-    greedy_rows: Array
-    plain_rows: Array
     filtered_rows: Array
     temperature: Array
     top_p: Array
     min_p: Array
-    is_plain: Array
+    takes_argmax: Array
 
 
 def make_sampling_metadata(
@@ -51,17 +49,14 @@ def make_sampling_metadata(
     """
     is_greedy = top_k == 1
     is_filtered = ~is_greedy & ((top_k > 0) | (top_p < 1) | (min_p > 0))
-    is_plain = ~(is_greedy | is_filtered)
     return SamplingMetadata(
         top_k=top_k,
         seed_low=(seed & np.uint64(0xFFFFFFFF)).astype(np.int64),
         seed_high=(seed >> np.uint64(32)).astype(np.int64),
         position=position,
-        greedy_rows=np.flatnonzero(is_greedy),
-        plain_rows=np.flatnonzero(is_plain),
         filtered_rows=np.flatnonzero(is_filtered),
         temperature=temperature,
         top_p=top_p,
         min_p=min_p,
-        is_plain=is_plain,
+        takes_argmax=is_greedy | is_filtered,
     )

@@ -3,7 +3,8 @@
 A kernel boundary leaves the GPU idle for about a microsecond. The programs of a kernel that is launched with
 launch_pdl=True are placed as soon as the preceding kernel calls gdc_launch_dependents() or ends; gdc_wait() then waits
 until that kernel has ended and its writes are visible. So a kernel calls gdc_wait() before its first read of data that
-another kernel wrote and before its first write, and gdc_launch_dependents() after it: then at most one kernel waits.
+the preceding kernel wrote and before its first write, and gdc_launch_dependents() after it. Then at most one kernel
+waits, and data of the host and of earlier kernels may be read before gdc_wait(): weights, angles, lengths and tables.
 """
 
 from functools import cache

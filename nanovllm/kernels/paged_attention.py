@@ -20,7 +20,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nanovllm.kernels.early_launch import can_launch_early
 from nanovllm.kernels.launching import launch
-from nanovllm.kernels.paged_softmax import attend_to_paged_keys
+from nanovllm.kernels.paged_softmax import attend_to_paged_keys, load_blocks
 
 HEAD_DIMS = (32, 64, 128, 256)
 MIN_BLOCK_SIZE = 16
@@ -75,8 +75,9 @@ def paged_attention(
     out: [B, H, D], written and returned if given. Last dimensions must be contiguous, other strides may be any.
     sequence_order: [B] int32, a permutation: the order of starting. Longest first is fastest; the result is the same.
     num_splits: the number of parts that each sequence's keys are split into. tiles: see TileConfig.
-    starts_early: programmatic dependent launch: the kernels start before the preceding kernels end, and wait for them.
-        By default if keys are split and the GPU supports it; unsplit, long sequences would share a multiprocessor.
+    starts_early: programmatic dependent launch: the kernels start before the preceding kernels end, and wait for them
+        after reading block_tables, context_lens and sequence_order, which the preceding kernel must not write. By
+        default if keys are split and the GPU supports it; unsplit, long sequences would share a multiprocessor.
     shared_prefix: the attention to each sequence's first keys, which shared_prefix_attention computed. Only the keys
         after them are read, and split.
 
@@ -248,9 +249,6 @@ def paged_attention_kernel(
     SHARED_TILE_SIZE: tl.constexpr,
     STARTS_EARLY: tl.constexpr,
 ):
-    if STARTS_EARLY:
-        gdc_wait()  # for the results of the preceding kernels
-        gdc_launch_dependents()
     # The kv head is the fastest axis: programs that run together read the heads of one token, which are neighbours.
     kv_head = tl.program_id(0)
     split = tl.program_id(1)
@@ -265,6 +263,11 @@ def paged_attention_kernel(
     start = shared_len + split * split_len
     end = tl.minimum(start + split_len, context_len)
     seq = seq.to(tl.int64)  # int64: products with strides exceed 2**31 on large GPUs
+    table_ptr = block_tables_ptr + seq * table_stride
+    first_block = load_blocks(table_ptr, start, end, BLOCK_SIZE, TILE_SIZE)
+    if STARTS_EARLY:
+        gdc_wait()  # for the query and the newest key and value; the host wrote what is read above
+        gdc_launch_dependents()
     if (start < end) | (split == 0):  # the first writes zeros if there are no keys
         row = tl.arange(0, ROWS)  # the query heads of the group, padded for tl.dot
         dim = tl.arange(0, HEAD_DIM)
@@ -278,7 +281,6 @@ def paged_attention_kernel(
         summed: tl.constexpr = tl.float64 if query.dtype == tl.float32 else tl.float32
         k_ptr = k_cache_ptr + kv_head.to(tl.int64) * k_head_stride + dim[None, :]
         v_ptr = v_cache_ptr + kv_head.to(tl.int64) * v_head_stride + dim[None, :]
-        table_ptr = block_tables_ptr + seq * table_stride
 
         highest = tl.full([ROWS], float("-inf"), summed)  # score so far, times log2(e)
         total = tl.zeros([ROWS], summed)  # of the weights, relative to 2**highest
@@ -302,6 +304,7 @@ def paged_attention_kernel(
             k_ptr,
             v_ptr,
             table_ptr,
+            first_block,
             start,
             end,
             scale_log2_e,
@@ -348,9 +351,6 @@ def combine_splits_kernel(
     STARTS_EARLY: tl.constexpr,
 ):
     """out = the mean of partial_out weighted by 2**partial_lse, over the splits that had keys; DIMS of a head each."""
-    if STARTS_EARLY:
-        gdc_wait()
-        gdc_launch_dependents()
     dim = tl.program_id(0) * DIMS + tl.arange(0, DIMS)
     head = tl.program_id(1)
     seq = tl.program_id(2)
@@ -359,6 +359,9 @@ def combine_splits_kernel(
         context_len -= tl.load(shared_lens_ptr + seq)
     split_len = tl.cdiv(tl.cdiv(context_len, TILE_SIZE), num_splits) * TILE_SIZE  # as in paged_attention_kernel
     seq = seq.to(tl.int64)
+    if STARTS_EARLY:
+        gdc_wait()  # for the parts
+        gdc_launch_dependents()
     if split_len < context_len:  # else one split had all keys and wrote out itself
         num_used = tl.cdiv(context_len, split_len)
         first_part = (seq * tl.num_programs(1) + head) * num_splits

@@ -1,4 +1,4 @@
-"""attend_to_paged_keys: the loop that the kernels of decode attention share."""
+"""attend_to_paged_keys and load_blocks: the loop that the kernels of decode attention share."""
 
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportOperatorIssue=false
 # (Triton's types know neither tl.constexpr annotations nor what becomes of them.)
@@ -9,27 +9,16 @@ import triton.language as tl
 
 @triton.jit
 def attend_to_paged_keys(
-    query,
-    k_ptr,
-    v_ptr,
-    table_ptr,
-    start,
-    end,
-    scale_log2_e,
-    k_block_stride,
-    k_slot_stride,
-    v_block_stride,
-    v_slot_stride,
-    highest,
-    total,
-    accumulator,
-    BLOCK_SIZE: tl.constexpr,
-    TILE_SIZE: tl.constexpr,
-):
+    query, k_ptr, v_ptr, table_ptr, first_block, start, end, scale_log2_e,
+    k_block_stride, k_slot_stride, v_block_stride, v_slot_stride,
+    highest, total, accumulator,
+    BLOCK_SIZE: tl.constexpr, TILE_SIZE: tl.constexpr,
+):  # fmt: skip
     """The running softmax (highest, total, accumulator), continued over the keys of positions start .. end - 1.
 
     query: [ROWS, D]. k_ptr, v_ptr: [1, D] pointers to slot 0 of block 0 of one kv head. table_ptr: the sequence's row
-    of the block table. start: a multiple of the smaller of TILE_SIZE and BLOCK_SIZE, both powers of two.
+    of the block table. first_block: load_blocks at start, which a multiple of the smaller of TILE_SIZE and BLOCK_SIZE
+    must be, both powers of two.
     highest: [ROWS], the largest score so far, times log2(e). total: [ROWS], the sum of the weights, relative to
     2**highest. accumulator: [ROWS, D], the sum of the weighted values.
     """
@@ -38,20 +27,15 @@ def attend_to_paged_keys(
     multiplied: tl.constexpr = tl.float64 if query.dtype == tl.float32 else query.dtype
     summed: tl.constexpr = tl.float64 if query.dtype == tl.float32 else tl.float32
     token = tl.arange(0, TILE_SIZE)
-    if TILE_SIZE <= BLOCK_SIZE:
-        next_block = tl.load(table_ptr + start // BLOCK_SIZE, mask=start < end, other=0)
-    else:
-        next_block = tl.load(table_ptr + (start + token) // BLOCK_SIZE, mask=start + token < end, other=0)
+    next_block = first_block
     for position in range(start, end, TILE_SIZE):
         in_range = position + token < end
         block = next_block.to(tl.int64)
-        # The block is loaded one tile ahead, so that the loads of keys and values need not wait for it.
-        following = position + TILE_SIZE
-        if TILE_SIZE <= BLOCK_SIZE:  # a tile lies in one block
-            next_block = tl.load(table_ptr + following // BLOCK_SIZE, mask=following < end, other=0)
+        # The blocks are loaded one tile ahead, so that the loads of keys and values need not wait for them.
+        next_block = load_blocks(table_ptr, position + TILE_SIZE, end, BLOCK_SIZE, TILE_SIZE)
+        if TILE_SIZE <= BLOCK_SIZE:  # a tile lies in one block; the rest is a number and needs no registers
             slot = position % BLOCK_SIZE + token
         else:
-            next_block = tl.load(table_ptr + (following + token) // BLOCK_SIZE, mask=following + token < end, other=0)
             slot = (position + token) % BLOCK_SIZE
         # A slot beyond the context may hold NaN, and 0 * NaN is NaN: it is not read.
         k_row = block * k_block_stride + slot * k_slot_stride
@@ -69,3 +53,13 @@ def attend_to_paged_keys(
         accumulator = tl.dot(weight.to(multiplied), value.to(multiplied), accumulator, out_dtype=summed)
         highest = new_highest
     return highest, total, accumulator
+
+
+@triton.jit
+def load_blocks(table_ptr, position, end, BLOCK_SIZE: tl.constexpr, TILE_SIZE: tl.constexpr):
+    """The block of the tile that begins at `position`, or of each of its tokens if a tile is larger than a block."""
+    if TILE_SIZE <= BLOCK_SIZE:
+        return tl.load(table_ptr + position // BLOCK_SIZE, mask=position < end, other=0)
+    else:
+        token = position + tl.arange(0, TILE_SIZE)
+        return tl.load(table_ptr + token // BLOCK_SIZE, mask=token < end, other=0)

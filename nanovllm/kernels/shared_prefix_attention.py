@@ -19,7 +19,7 @@ import triton.language as tl
 
 from nanovllm.kernels.launching import launch
 from nanovllm.kernels.paged_attention import SharedPrefixPart, num_multiprocessors
-from nanovllm.kernels.paged_softmax import attend_to_paged_keys
+from nanovllm.kernels.paged_softmax import attend_to_paged_keys, load_blocks
 
 SEQS_PER_TILE = 32
 MAX_SPLITS = 8
@@ -148,11 +148,13 @@ def shared_prefix_attention_kernel(
         query_row = seq * query_seq_stride + head * query_head_stride
         query = tl.load(query_ptr + query_row[:, None] + dim[None, :], mask=in_tile[:, None], other=0.0)
         summed: tl.constexpr = tl.float64 if query.dtype == tl.float32 else tl.float32
+        table_ptr = block_tables_ptr + first_seq * table_stride
         highest, total, accumulator = attend_to_paged_keys(
             query,
             k_cache_ptr + kv_head.to(tl.int64) * k_head_stride + dim[None, :],
             v_cache_ptr + kv_head.to(tl.int64) * v_head_stride + dim[None, :],
-            block_tables_ptr + first_seq * table_stride,
+            table_ptr,
+            load_blocks(table_ptr, start, end, BLOCK_SIZE, TILE_SIZE),
             start,
             end,
             scale_log2_e,

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from nanovllm.distributed.tensor_parallel import SINGLE_RANK, TensorParallel
+from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import ReplicatedLinear
 from nanovllm.layers.ops import LayerOps
 from nanovllm.layers.parameter import load_shard, make_parameter, require_shape
@@ -72,7 +73,7 @@ class Experts(nn.Module):
 
 
 class SparseMoeBlock(nn.Module):
-    """Router and experts: [T, E] -> [T, E]."""
+    """Norm, router and experts."""
 
     def __init__(
         self, hidden_size: int, moe: MoEConfig, ops: LayerOps = TORCH_OPS, tp: TensorParallel = SINGLE_RANK
@@ -85,7 +86,15 @@ class SparseMoeBlock(nn.Module):
         self.gate = ReplicatedLinear(hidden_size, moe.num_experts, ops=ops)
         self.experts = Experts(moe.num_experts, hidden_size, moe.moe_intermediate_size, tp)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, hidden_states: torch.Tensor, residual: torch.Tensor, norm: RMSNorm
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(output [T, E] of the normalised sum, hidden_states + residual, to which it is to be added)."""
+        x, residual = norm(hidden_states, residual)
+        return self.compute(x), residual
+
+    def compute(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, E] -> [T, E], without the norm."""
         gate_up_proj, down_proj = self.experts.gate_up_proj.weight, self.experts.down_proj.weight
         output = self.ops.moe(x, self.gate(x), gate_up_proj, down_proj, self.top_k, self.norm_topk_prob)
         return self.tp.all_reduce(output)

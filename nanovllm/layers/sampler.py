@@ -5,9 +5,9 @@
 which is argmax(p / e), the first arrival of exponentials with rates p (Gumbel-max), and so draws from p. The noise is
 counter-based (see philox): it depends neither on the batch, nor on its order, nor on the device's generator.
 
-LayerOps.sample_unfiltered takes all rows but the filtered ones: here in PyTorch, in triton_ops.py in one pass over the
-logits. Both compare float64 scores of the same words and logits, so they choose the same token unless the best two
-scores differ in their last bits only.
+LayerOps.sample_unfiltered takes all rows (the filtered ones are drawn again afterwards): here in PyTorch, in
+triton_ops.py in one pass over the logits. Both compare float64 scores of the same words and logits, so they choose the
+same token unless the best two scores differ in their last bits only.
 """
 
 from collections.abc import Callable, Iterator
@@ -56,21 +56,37 @@ class Sampler(nn.Module):
 
     def forward(self, logits: torch.Tensor, rows: SamplingMetadata[torch.Tensor]) -> torch.Tensor:
         """[num_rows] int64 token ids of logits [num_rows, vocab_size], any float dtype, which are not changed."""
-        token_ids = self.sample_unfiltered(logits, rows)
-        for row_ids in _slices(rows.filtered_rows, logits):
-            scaled = _scaled(logits, rows, row_ids)
-            allowed = allowed_mask(scaled, rows.top_k[row_ids], rows.top_p[row_ids], rows.min_p[row_ids])
-            token_ids[row_ids] = _gumbel_argmax(scaled.masked_fill_(~allowed, -torch.inf), rows, row_ids)
+        columns = (rows.temperature, rows.seed_low, rows.seed_high, rows.position, rows.takes_argmax)
+        token_ids = self.sample_unfiltered(logits, *columns)
+        self.sample_filtered(logits, rows, token_ids)
         return token_ids
 
+    def sample_filtered(
+        self, logits: torch.Tensor, rows: SamplingMetadata[torch.Tensor], token_ids: torch.Tensor
+    ) -> None:
+        """Write the tokens of rows.filtered_rows into token_ids [num_rows]."""
+        for row_ids in _slices(rows.filtered_rows, logits):
+            scaled = _scaled(logits[row_ids], rows.temperature[row_ids])
+            allowed = allowed_mask(scaled, rows.top_k[row_ids], rows.top_p[row_ids], rows.min_p[row_ids])
+            counters = (rows.seed_low[row_ids], rows.seed_high[row_ids], rows.position[row_ids])
+            token_ids[row_ids] = _gumbel_argmax(scaled.masked_fill_(~allowed, -torch.inf), *counters)
 
-def sample_unfiltered_in_torch(logits: torch.Tensor, rows: SamplingMetadata[torch.Tensor]) -> torch.Tensor:
-    """LayerOps.sample_unfiltered: the tokens of greedy_rows and plain_rows; those of filtered_rows are undefined."""
+
+def sample_unfiltered_in_torch(
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    seed_low: torch.Tensor,
+    seed_high: torch.Tensor,
+    position: torch.Tensor,
+    takes_argmax: torch.Tensor,
+) -> torch.Tensor:
+    """LayerOps.sample_unfiltered: [num_rows] int64, with the columns of SamplingMetadata. Waits for the device."""
     token_ids = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
-    for row_ids in _slices(rows.greedy_rows, logits):
+    for row_ids in _slices(takes_argmax.nonzero()[:, 0], logits):
         token_ids[row_ids] = argmax(_replace_non_finite(logits[row_ids]))
-    for row_ids in _slices(rows.plain_rows, logits):
-        token_ids[row_ids] = _gumbel_argmax(_scaled(logits, rows, row_ids), rows, row_ids)
+    for row_ids in _slices(takes_argmax.logical_not().nonzero()[:, 0], logits):
+        scaled = _scaled(logits[row_ids], temperature[row_ids])
+        token_ids[row_ids] = _gumbel_argmax(scaled, seed_low[row_ids], seed_high[row_ids], position[row_ids])
     return token_ids
 
 
@@ -116,11 +132,12 @@ def _replace_non_finite(scores: torch.Tensor) -> torch.Tensor:
     return scores.nan_to_num(nan=-torch.inf, neginf=-torch.inf)
 
 
-def _scaled(logits: torch.Tensor, rows: SamplingMetadata[torch.Tensor], row_ids: torch.Tensor) -> torch.Tensor:
-    return _replace_non_finite(logits[row_ids].to(torch.float32) / rows.temperature[row_ids, None])
+def _scaled(logits: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
+    return _replace_non_finite(logits.to(torch.float32) / temperature[:, None])
 
 
-def _gumbel_argmax(scaled: torch.Tensor, rows: SamplingMetadata[torch.Tensor], row_ids: torch.Tensor) -> torch.Tensor:
-    seed_low, seed_high, position = rows.seed_low[row_ids], rows.seed_high[row_ids], rows.position[row_ids]
+def _gumbel_argmax(
+    scaled: torch.Tensor, seed_low: torch.Tensor, seed_high: torch.Tensor, position: torch.Tensor
+) -> torch.Tensor:
     noise = exponential_from_words(token_words(seed_low, seed_high, position, scaled.shape[1]))
     return argmax(noise.log_().neg_().add_(scaled))

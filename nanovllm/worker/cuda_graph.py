@@ -9,6 +9,7 @@ attend to nothing (context length 0).
 import functools
 from bisect import bisect_left
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -24,6 +25,8 @@ MAX_GRAPH_BATCH_SIZE = 512  # larger batches run eagerly: their kernels take lon
 
 Array = TypeVar("Array")  # np.ndarray on the host, torch.Tensor on the device
 Forward = Callable[[torch.Tensor, torch.Tensor, Context], torch.Tensor | None]
+Sample = Callable[..., torch.Tensor]
+GraphKey = tuple[int, bool]  # the batch size, and whether the graph reads a shared prefix once
 
 
 @functools.cache
@@ -48,55 +51,69 @@ def shared_prefix_batch_sizes(batch_sizes: list[int]) -> list[int]:
 
 @dataclass(frozen=True)
 class DecodeBuffers(Generic[Array]):
-    """The integers of a decode step, as views of one buffer of bytes in this order, so that one copy moves them all.
+    """The numbers of a decode step, as views of one buffer of bytes in this order, so that one copy moves them all.
 
-    input_ids, positions, slot_mapping: [max_batch_size] int64.
-    context_lens, sequence_order, shared_prefix_order, shared_prefix_lens: [max_batch_size] int32.
-    block_tables: [max_batch_size, max_blocks_per_seq] int32; last, since a smaller batch needs its first rows only.
+    input_ids: [capacity] int64, the tokens that the host knows.
+    input_ids_source: [capacity] int64, the place of each sequence's input id in CUDAGraphRunner's table of tokens.
+    positions, slot_mapping, seed_low, seed_high, sample_positions: [capacity] int64.
+    context_lens, sequence_order, shared_prefix_order, shared_prefix_lens: [capacity] int32.
+    temperature: [capacity] float32. takes_argmax: [capacity] bool. As in SamplingMetadata, whose position is here
+        sample_positions.
+    block_tables: [capacity, max_blocks_per_seq] int32; last, since a smaller batch needs its first rows only.
     """
 
     input_ids: Array
+    input_ids_source: Array
     positions: Array
     slot_mapping: Array
+    seed_low: Array
+    seed_high: Array
+    sample_positions: Array
     context_lens: Array
     sequence_order: Array
     shared_prefix_order: Array
     shared_prefix_lens: Array
+    temperature: Array
+    takes_argmax: Array
     block_tables: Array
 
 
-def _views(packed: torch.Tensor, max_batch_size: int) -> DecodeBuffers[torch.Tensor]:
+_DTYPES = [torch.int64] * 7 + [torch.int32] * 4 + [torch.float32, torch.bool]  # of the columns before block_tables
+_COLUMN_BYTES = sum(dtype.itemsize for dtype in _DTYPES)
+_CAPACITY_MULTIPLE = 16  # keeps each column at an address of a multiple of 16
+
+
+def _views(packed: torch.Tensor, capacity: int) -> DecodeBuffers[torch.Tensor]:
     """The DecodeBuffers in `packed`, a uint8 tensor."""
-    int64s, int32s = packed.tensor_split((max_batch_size * 3 * 8,))
-    columns, block_tables = int32s.view(torch.int32).tensor_split((max_batch_size * 4,))
-    input_ids, positions, slot_mapping = int64s.view(torch.int64).view(3, max_batch_size)
-    block_tables = block_tables.view(max_batch_size, -1)
-    context_lens, sequence_order, shared_order, shared_lens = columns.view(4, max_batch_size)
-    int32_views = (context_lens, sequence_order, shared_order, shared_lens, block_tables)
-    return DecodeBuffers(input_ids, positions, slot_mapping, *int32_views)
-
-
-def _fill(rows: np.ndarray, values: np.ndarray, padding: int | np.ndarray) -> None:
-    rows[: len(values)] = values
-    rows[len(values) :] = padding
+    columns, block_tables = packed.tensor_split((_COLUMN_BYTES * capacity,))
+    parts = columns.split([dtype.itemsize * capacity for dtype in _DTYPES])
+    views = [part.view(dtype) for part, dtype in zip(parts, _DTYPES, strict=True)]
+    return DecodeBuffers(*views, *block_tables.view(torch.int32).view(1, capacity, -1))
 
 
 class CUDAGraphRunner:
-    """Captures a graph of `forward` for each of `batch_sizes`; they share one memory pool and one set of buffers.
+    """Captures a graph of `forward` and `sample` for each of `batch_sizes`; they share a memory pool and the buffers.
 
     A second graph for each of shared_prefix_sizes is for batches whose sequences share enough of their beginnings.
+    A graph also chooses the input ids, because the tokens of the step before may still be computed when the host
+    submits this one: a table holds first the tokens that were sampled last, then those that the host has copied.
 
     forward: (input_ids [B], positions [B], Context) -> logits [B, V] (None on ranks but 0). It must not wait for the
-    device, and its memory and launches must depend on B alone.
-    batch_sizes: ascending. max_blocks_per_seq: max_model_len / block size, rounded up.
+    device, and its memory and launches must depend on B alone. sample: LayerOps.sample_unfiltered; likewise.
+    shortened: makes a context in which forward still launches each of its kernels, but in fewer layers.
+    batch_sizes: ascending. max_num_seqs: the most tokens that a step samples.
+    max_blocks_per_seq: max_model_len / block size, rounded up.
     max_model_len: max_seqlen_k of the captured Context, whatever the lengths at a replay.
     """
 
     def __init__(
         self,
         forward: Forward,
+        sample: Sample,
+        shortened: Callable[[], AbstractContextManager[object]],
         batch_sizes: list[int],
         shared_prefix_sizes: list[int],
+        max_num_seqs: int,
         max_blocks_per_seq: int,
         max_model_len: int,
         device: torch.device,
@@ -105,48 +122,58 @@ class CUDAGraphRunner:
         self.batch_sizes = batch_sizes
         self.shared_prefix_sizes = shared_prefix_sizes
         self._max_model_len = max_model_len
-        max_batch_size = batch_sizes[-1]
-        num_bytes = max_batch_size * (3 * 8 + 4 * 4 + max_blocks_per_seq * 4)
+        capacity = -(-batch_sizes[-1] // _CAPACITY_MULTIPLE) * _CAPACITY_MULTIPLE
+        num_bytes = capacity * (_COLUMN_BYTES + max_blocks_per_seq * 4)
         self._packed_on_host = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=True)
-        views = _views(self._packed_on_host, max_batch_size)
+        views = _views(self._packed_on_host, capacity)
         self._host = DecodeBuffers(*(view.numpy() for view in vars(views).values()))
         self._host.slot_mapping[:] = PADDING_SLOT
-        self._host.sequence_order[:] = np.arange(max_batch_size)
         self._copy_done = torch.cuda.Event()  # the host buffers may be filled again
-        self._packed = self._packed_on_host.to(device)
-        self._buffers = _views(self._packed, max_batch_size)
-        self._cu_seqlens = torch.arange(max_batch_size + 1, dtype=torch.int32, device=device)
-        self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}  # by size, and whether a prefix is shared
-        self._logits: dict[tuple[int, bool], torch.Tensor | None] = {}
-        self._capture(forward, _capture_stream(device), use_tqdm)
+        num_sampled_bytes = max_num_seqs * torch.int64.itemsize
+        on_device = torch.zeros(num_sampled_bytes + num_bytes, dtype=torch.uint8, device=device)
+        self._packed = on_device[num_sampled_bytes:]
+        self._buffers = _views(self._packed, capacity)
+        self._tokens = on_device[: num_sampled_bytes + capacity * torch.int64.itemsize].view(torch.int64)
+        self._sampled = self._tokens[:max_num_seqs]  # of the last step
+        self._own_tokens = np.arange(max_num_seqs, len(self._tokens))  # the places of self._buffers.input_ids
+        self._cu_seqlens = torch.arange(capacity + 1, dtype=torch.int32, device=device)
+        self._graphs: dict[GraphKey, torch.cuda.CUDAGraph] = {}
+        self._logits: dict[GraphKey, torch.Tensor | None] = {}
+        self._capture(forward, sample, shortened, _capture_stream(device), use_tqdm)
 
-    def _capture(self, forward: Forward, stream: torch.cuda.Stream, use_tqdm: bool) -> None:
+    def _capture(
+        self,
+        forward: Forward,
+        sample: Sample,
+        shortened: Callable[[], AbstractContextManager[object]],
+        stream: torch.cuda.Stream,
+        use_tqdm: bool,
+    ) -> None:
         pool: Any = None
         keys = [(size, False) for size in self.batch_sizes] + [(size, True) for size in self.shared_prefix_sizes]
         with Progress("Capturing CUDA graphs", len(keys), is_shown=use_tqdm) as progress:
             for key in sorted(keys, reverse=True):  # the largest first: the smaller graphs reuse its memory
                 graph = torch.cuda.CUDAGraph()
-                inputs = self._inputs(*key)
                 with gpu_lock:
-                    self._warm_up(forward, inputs, stream)
+                    with shortened():
+                        self._warm_up(lambda key=key: self._compute(forward, sample, *key), stream)
                     # thread_local: GPU calls of the program's other threads do not invalidate the capture.
                     with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                        logits = forward(*inputs)
+                        logits = self._compute(forward, sample, *key)
                 pool = pool or graph.pool()
                 self._graphs[key], self._logits[key] = graph, logits
                 progress.update()
 
     @staticmethod
-    def _warm_up(
-        forward: Forward, inputs: tuple[torch.Tensor, torch.Tensor, Context], stream: torch.cuda.Stream
-    ) -> None:
+    def _warm_up(compute: Callable[[], object], stream: torch.cuda.Stream) -> None:
         """Compile kernels and create library handles before the capture, which forbids both."""
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            forward(*inputs)
+            compute()
         torch.cuda.current_stream().wait_stream(stream)
 
-    def _inputs(self, size: int, shares_prefix: bool) -> tuple[torch.Tensor, torch.Tensor, Context]:
+    def _compute(self, forward: Forward, sample: Sample, size: int, shares_prefix: bool) -> torch.Tensor | None:
+        """The logits of a step of `size` sequences; their tokens go to self._sampled."""
         buffers = self._buffers
         context = Context(
             is_prefill=False,
@@ -161,43 +188,82 @@ class CUDAGraphRunner:
             shared_prefix_order=buffers.shared_prefix_order[:size] if shares_prefix else None,
             shared_prefix_lens=buffers.shared_prefix_lens[:size] if shares_prefix else None,
         )
-        return buffers.input_ids[:size], buffers.positions[:size], context
+        input_ids = self._tokens.index_select(0, buffers.input_ids_source[:size])
+        logits = forward(input_ids, buffers.positions[:size], context)
+        if logits is not None:
+            columns = (
+                buffers.temperature,
+                buffers.seed_low,
+                buffers.seed_high,
+                buffers.sample_positions,
+                buffers.takes_argmax,
+            )
+            self._sampled[:size].copy_(sample(logits, *(column[:size] for column in columns)))
+        return logits
 
     def can_replay(self, model_input: ModelInput) -> bool:
         """Whether model_input is a decode step of a batch size that a graph holds."""
         return not model_input.is_prefill and len(model_input.input_ids) <= self.batch_sizes[-1]
 
-    def replay(self, model_input: ModelInput, input_ids: torch.Tensor | None = None) -> torch.Tensor | None:
-        """What forward returned, for a decode step: logits [num_seqs, V]. The next replay overwrites them.
+    def replay(
+        self, model_input: ModelInput, previous_token_ids: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Logits [num_seqs, V] and token ids [num_seqs] int64 of a decode step; None on ranks but 0.
 
-        input_ids: [num_seqs] int64 on the device, in place of model_input.input_ids.
+        The next replay overwrites both. The token ids of filtered rows are those of the largest logits.
+
+        previous_token_ids: those of the step before, which model_input.input_ids_source refers to.
         """
         num_seqs = len(model_input.input_ids)
         shared = model_input.shared_prefixes
         shares_prefix = shared is not None and num_seqs <= max(self.shared_prefix_sizes, default=0)
         sizes = self.shared_prefix_sizes if shares_prefix else self.batch_sizes
         size = sizes[bisect_left(sizes, num_seqs)]
+        if model_input.input_ids_source is not None:
+            assert previous_token_ids is not None
+            if previous_token_ids.data_ptr() != self._sampled.data_ptr():  # of a step without a graph
+                self._sampled[: len(previous_token_ids)].copy_(previous_token_ids)
         self._copy_done.synchronize()
-        host, block_tables = self._host, model_input.block_tables
-        assert block_tables is not None
-        _fill(host.input_ids, model_input.input_ids, padding=0)
-        _fill(host.positions, model_input.positions, padding=0)
-        _fill(host.slot_mapping, model_input.slot_mapping, padding=PADDING_SLOT)
-        _fill(host.context_lens, model_input.context_lens, padding=0)
-        padding_rows = np.arange(num_seqs, len(host.sequence_order))
-        _fill(host.sequence_order, model_input.sequence_order, padding=padding_rows)
-        if shared is not None:
-            _fill(host.shared_prefix_order, shared.order, padding=padding_rows)
-            _fill(host.shared_prefix_lens, shared.lens, padding=0)
-        host.block_tables[:num_seqs, : block_tables.shape[1]] = block_tables
-        num_bytes = self._packed.nbytes - host.block_tables[size:].nbytes
+        self._fill(model_input, size)
+        num_bytes = self._packed.nbytes - self._host.block_tables[size:].nbytes
         self._packed[:num_bytes].copy_(self._packed_on_host[:num_bytes], non_blocking=True)
         self._copy_done.record()
-        if input_ids is not None:
-            self._buffers.input_ids[:num_seqs].copy_(input_ids)
         self._graphs[size, shares_prefix].replay()
         logits = self._logits[size, shares_prefix]
-        return None if logits is None else logits[:num_seqs]
+        return None if logits is None else (logits[:num_seqs], self._sampled[:num_seqs])
+
+    def _fill(self, model_input: ModelInput, size: int) -> None:
+        """Write the first `size` rows of the buffers on the host."""
+        host, sampling, block_tables = self._host, model_input.sampling, model_input.block_tables
+        num_seqs, source = len(model_input.input_ids), model_input.input_ids_source
+        own_tokens = self._own_tokens[:num_seqs]
+        padding_rows = np.arange(num_seqs, size)
+        assert block_tables is not None
+
+        def fill(column: np.ndarray, values: np.ndarray, padding: int | np.ndarray) -> None:
+            column[:num_seqs] = values
+            if size > num_seqs:
+                column[num_seqs:size] = padding
+
+        fill(host.input_ids, model_input.input_ids, padding=0)
+        fill(
+            host.input_ids_source,
+            own_tokens if source is None else np.where(source >= 0, source, own_tokens),
+            padding=self._own_tokens[num_seqs:size],
+        )
+        fill(host.positions, model_input.positions, padding=0)
+        fill(host.slot_mapping, model_input.slot_mapping, padding=PADDING_SLOT)
+        fill(host.seed_low, sampling.seed_low, padding=0)
+        fill(host.seed_high, sampling.seed_high, padding=0)
+        fill(host.sample_positions, sampling.position, padding=0)
+        fill(host.context_lens, model_input.context_lens, padding=0)
+        fill(host.sequence_order, model_input.sequence_order, padding=padding_rows)
+        if model_input.shared_prefixes is not None:
+            fill(host.shared_prefix_order, model_input.shared_prefixes.order, padding=padding_rows)
+            fill(host.shared_prefix_lens, model_input.shared_prefixes.lens, padding=0)
+        fill(host.temperature, sampling.temperature, padding=1)
+        fill(host.takes_argmax, sampling.takes_argmax, padding=True)
+        host.block_tables[:num_seqs, : block_tables.shape[1]] = block_tables
 
     def close(self) -> None:
         """Free the graphs and their memory; required before a process group that they use is destroyed."""

@@ -129,10 +129,9 @@ class ModelRunner:
         limits = (config.max_num_batched_tokens, config.max_model_len, config.max_num_seqs)
         num_blocks = config.num_kv_cache_blocks or math.ceil(config.max_model_len / block_size)
         batch_sizes = graph_batch_sizes(config.max_num_seqs)
-        with one_layer_of_each_kind(self.model):
-            self._execute(prepare_profile_run(*limits, block_size))
         cache = self.allocate_kv_cache(1)  # of the right strides; nothing is read or written
         with one_layer_of_each_kind(self.model):
+            # The largest prefills come first: their attention takes longest to compile.
             for query_lens, num_cached_tokens in prefill_warmup_shapes(*limits, num_blocks, block_size):
                 self._execute(dummy_prefill(query_lens, num_cached_tokens, block_size))
             for batch_size in batch_sizes:
@@ -142,6 +141,8 @@ class ModelRunner:
         del cache
         for layer in self._attention_layers():
             layer.kv_cache = None
+        with one_layer_of_each_kind(self.model):
+            self._execute(prepare_profile_run(*limits, block_size))
 
     def profile_memory(self) -> int:
         """The number of KV blocks: the user's, or as many as fit on every rank. A GPU runs the largest step before."""
@@ -217,8 +218,9 @@ class ModelRunner:
         """Compile the kernels of every kind of prefill on a GPU, so that no request waits for the compiler."""
         limits = (self.config.max_num_batched_tokens, self.config.max_model_len, self.config.max_num_seqs)
         block_size = self.block_size
-        for query_lens, num_cached_tokens in prefill_warmup_shapes(*limits, self.num_kv_cache_blocks, block_size):
-            self._execute(dummy_prefill(query_lens, num_cached_tokens, block_size))
+        with one_layer_of_each_kind(self.model):
+            for query_lens, num_cached_tokens in prefill_warmup_shapes(*limits, self.num_kv_cache_blocks, block_size):
+                self._execute(dummy_prefill(query_lens, num_cached_tokens, block_size))
         with gpu_lock:
             torch.cuda.synchronize(self.device)
 
@@ -235,7 +237,16 @@ class ModelRunner:
         use_tqdm = use_tqdm and self.tp.rank == 0
         shared_sizes = self._shared_prefix_sizes(batch_sizes)
         return CUDAGraphRunner(
-            forward, batch_sizes, shared_sizes, max_blocks_per_seq, max_model_len, self.device, use_tqdm
+            forward,
+            self.sampler.sample_unfiltered,
+            lambda: one_layer_of_each_kind(self.model),
+            batch_sizes,
+            shared_sizes,
+            self.config.max_num_seqs,
+            max_blocks_per_seq,
+            max_model_len,
+            self.device,
+            use_tqdm,
         )
 
     # --- one step: sequences -> ModelInput -> logits -> token ids ---
@@ -281,17 +292,27 @@ class ModelRunner:
         with torch_threads(self.num_threads), gpu_lock if self.device.type == "cuda" else nullcontext():
             if previous_token_ids is not None and model_input.input_ids_source is not None:
                 previous_token_ids = self.tp.broadcast(previous_token_ids)
+            if self.graphs is not None and self.graphs.can_replay(model_input):
+                return self._replay(self.graphs, model_input, previous_token_ids)
             logits = self._compute_logits(model_input, previous_token_ids)
             if logits is None:
                 return torch.empty(0, dtype=torch.int64)
             return self.sampler(logits, to_device(model_input.sampling, self.device))
 
+    def _replay(
+        self, graphs: CUDAGraphRunner, model_input: ModelInput, previous_token_ids: torch.Tensor | None
+    ) -> torch.Tensor:
+        output = graphs.replay(model_input, previous_token_ids)
+        if output is None:
+            return torch.empty(0, dtype=torch.int64)
+        logits, token_ids = output
+        if len(model_input.sampling.filtered_rows):
+            self.sampler.sample_filtered(logits, to_device(model_input.sampling, self.device), token_ids)
+        return token_ids
+
     def _compute_logits(self, model_input: ModelInput, previous_token_ids: torch.Tensor | None) -> torch.Tensor | None:
         """[num_samples, vocab_size]; None on ranks but 0, and if no sequence is sampled in this step."""
-        input_ids = self._input_ids(model_input, previous_token_ids)
-        if self.graphs is not None and self.graphs.can_replay(model_input):
-            return self.graphs.replay(model_input, input_ids)
-        hidden_states = self.run_model(model_input, input_ids)
+        hidden_states = self.run_model(model_input, self._input_ids(model_input, previous_token_ids))
         if not len(model_input.sample_indices):
             return None
         return self.model.compute_logits(hidden_states[self._tensor(model_input.sample_indices)])

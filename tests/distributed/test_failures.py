@@ -1,7 +1,7 @@
 """A rank that fails: rank 0 names it and the cause, and nothing is left behind. On the CPU, over gloo.
 
 The promise is a time, ten seconds from a rank's failure to the error, so these tests look at the clock. Most take about
-one second and the slowest three: the limit is for a hang, not for a slow machine.
+one second and the slowest three, besides the start of eight ranks: the limit is for a hang, not for a slow machine.
 """
 
 from pathlib import Path
@@ -19,8 +19,14 @@ from nanovllm.executor.multiproc import CHECK_INTERVAL_S
 from tests.support.rank_engines import MAX_SECONDS, OPTIONS, check_failure, engine, generate
 from tests.support.rank_faults import CONNECTED, CONNECTING, PLACES, Fault
 from tests.support.resource_snapshot import Watch
+from tests.support.tiny_models import tiny_model
 
 CLOSED = "this engine is closed: make a new one"
+
+
+@pytest.fixture(scope="module")
+def model_of_eight_heads() -> Path:
+    return tiny_model("llama", num_heads=8)  # made before nothing_left looks
 
 
 @pytest.mark.parametrize(
@@ -43,6 +49,14 @@ def test_a_rank_killed_when_it_has_connected(nothing_left: Watch, monkeypatch: p
     """D33 D34: rank 0's thread, which has a group then, notices it later than rank 0 does."""
     monkeypatch.setattr(rendezvous, "POLL_S", 10 * CHECK_INTERVAL_S)
     check_failure(monkeypatch, nothing_left, Fault(1, CONNECTED, "kill", log))
+
+
+@pytest.mark.parametrize("what", ["kill", pytest.param("raise", marks=pytest.mark.campaign)])
+def test_one_of_eight_ranks_fails(
+    model_of_eight_heads: Path, nothing_left: Watch, monkeypatch: pytest.MonkeyPatch, log: Path, what: str
+) -> None:
+    """D33 D34: the six others, which wait in a collective, are not blamed, and end."""
+    check_failure(monkeypatch, nothing_left, Fault(5, "decode", what, log), size=8, model=model_of_eight_heads)
 
 
 @pytest.mark.parametrize("what", ["raise", "kill"])

@@ -4,6 +4,7 @@ Those with several GPUs say how many blocks they need, so that they can run side
 """
 
 import multiprocessing
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ from nanovllm.demo_prompts import DEMO_PROMPTS
 from nanovllm.distributed.placement import RankPlacement
 from nanovllm.distributed.process_group import FileStore, destroy_process_group, init_process_group, new_nccl_group
 from nanovllm.executor.base import RankError
+from tests.support.counts import record_error
+from tests.support.rank_engines import MAX_SECONDS
 from tests.support.rank_faults import WARM_UP, Fault, plant
 from tests.support.tiny_models import tiny_model
 
@@ -82,19 +85,27 @@ def test_ranks_over_nccl_give_what_one_gives(
     assert several == tokens(architecture, 1, num_kv_cache_blocks=NUM_BLOCKS)
 
 
-@pytest.mark.multi_gpu
 @pytest.mark.parametrize("place", [WARM_UP, "decode"])
 @pytest.mark.parametrize("what", ["raise", "kill"])
-def test_a_rank_that_fails_over_nccl(what: str, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """D33: rank 0, whose GPU waits inside a collective, is unblocked; its memory is freed, and a new engine starts."""
+@pytest.mark.parametrize("size", [pytest.param(size, marks=pytest.mark.multi_gpu(size)) for size in (2, 4, 8)])
+def test_a_rank_that_fails_over_nccl(
+    size: int, what: str, place: str, monkeypatch: pytest.MonkeyPatch, log: Path
+) -> None:
+    """D33: rank 0, whose GPU waits inside a collective, is unblocked in time and names the rank; its memory is freed,
+    and a new engine starts.
+    """
     expected = tokens("llama", 1, num_kv_cache_blocks=NUM_BLOCKS)
     before = torch.cuda.memory_allocated()  # with what libraries keep for each stream until the process ends
     with monkeypatch.context() as planted:
-        plant(planted, Fault(1, place, what))
+        fault = Fault(size - 1, place, what, log)
+        plant(planted, fault)
         for _ in range(NUM_FAILURES):
-            with pytest.raises(RankError, match="rank 1 of 2"):
-                tokens("llama", 2, num_kv_cache_blocks=NUM_BLOCKS)
+            with pytest.raises(RankError, match=f"rank {fault.rank} of {size}"):
+                tokens("llama", size, num_kv_cache_blocks=NUM_BLOCKS)
+            seconds = fault.seconds_since()
+            record_error("seconds from a rank's failure to the error", seconds, MAX_SECONDS)
+            assert seconds < MAX_SECONDS
             torch.cuda.synchronize()  # raises if the GPU is lost to this process
             assert torch.cuda.memory_allocated() == before
             assert not multiprocessing.active_children()
-    assert tokens("llama", 2, num_kv_cache_blocks=NUM_BLOCKS) == expected
+    assert tokens("llama", size, num_kv_cache_blocks=NUM_BLOCKS) == expected

@@ -13,6 +13,7 @@ from nanovllm.engine import model_input as model_input_module
 from nanovllm.engine import shared_prefix
 from nanovllm.engine.model_input import ModelInput, prepare_decode, prepare_prefill
 from nanovllm.engine.sequence import Sequence
+from nanovllm.layers.sampler import to_device
 from nanovllm.worker.model_runner import ModelRunner
 from reference.checkpoint import load_checkpoint
 from reference.transformer import transformer
@@ -67,9 +68,11 @@ def eager_logits(runner: ModelRunner, model_input: ModelInput) -> torch.Tensor:
 def graph_logits(runner: ModelRunner, model_input: ModelInput) -> torch.Tensor:
     assert runner.graphs is not None
     assert runner.graphs.can_replay(model_input)
-    logits = runner.graphs.replay(model_input)
+    output = runner.graphs.replay(model_input)
     count_event("graph replay")
-    assert logits is not None
+    assert output is not None
+    logits, token_ids = output
+    assert torch.equal(token_ids, runner.sampler(logits, to_device(model_input.sampling, logits.device)))
     return logits.double().cpu()
 
 

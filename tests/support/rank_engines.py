@@ -1,5 +1,6 @@
-"""Engines of the bundled model with several ranks, on the CPU over gloo, and the check of one whose rank fails."""
+"""Engines with several ranks, on the CPU over gloo, and the check of one whose rank fails."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,8 +20,9 @@ GREEDY = SamplingParams.greedy(max_tokens=4, ignore_eos=True)
 MAX_SECONDS = 10  # from a rank's failure to the error
 
 
-def engine(size: int = 2, **options: Any) -> LLM:
-    return LLM(str(bundled_model_path()), tensor_parallel_size=size, **{**OPTIONS, **options})
+def engine(size: int = 2, model: Path | None = None, **options: Any) -> LLM:
+    """model: the bundled one by default, whose 4 heads 2 or 4 ranks can share."""
+    return LLM(str(model or bundled_model_path()), tensor_parallel_size=size, **{**OPTIONS, **options})
 
 
 def generate(llm: LLM) -> list[list[int]]:

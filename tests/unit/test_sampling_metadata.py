@@ -13,10 +13,8 @@ def test_each_row_is_greedy_plain_or_filtered() -> None:
     """top_k 0, top_p 1 and min_p 0 filter nothing; top_k 1 is greedy, whatever the other filters are."""
     rows = make_rows(6, top_k=[0, 1, 2, 0, 0, 1], top_p=[1, 1, 1, 0.9, 1, 0.9], min_p=[0, 0, 0, 0, 0.1, 0.1])
     metadata = make_sampling_metadata(**vars(rows))
-    assert metadata.greedy_rows.tolist() == [1, 5]
-    assert metadata.plain_rows.tolist() == [0]
     assert metadata.filtered_rows.tolist() == [2, 3, 4]
-    assert metadata.is_plain.tolist() == [True, False, False, False, False, False]
+    assert metadata.takes_argmax.tolist() == [False, True, True, True, True, True]
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -105,7 +105,7 @@ def test_dtypes_are_those_that_are_documented() -> None:
     assert {getattr(model_input, name).dtype.name for name in int32} == {"int32"}
     without_samples = prepare_prefill([scheduled(5, 0, 2, [0, 1])])
     for sampling in (model_input.sampling, without_samples.sampling):
-        assert [array.dtype.name for array in vars(sampling).values()] == ["int64"] * 7 + ["float32"] * 3 + ["bool"]
+        assert [array.dtype.name for array in vars(sampling).values()] == ["int64"] * 5 + ["float32"] * 3 + ["bool"]
 
 
 @st.composite

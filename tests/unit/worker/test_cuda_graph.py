@@ -6,7 +6,7 @@ graphs do the same.
 
 import itertools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 from unittest.mock import Mock
@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from nanovllm.context import Context
-from nanovllm.engine.model_input import PADDING_SLOT, prepare_decode, prepare_decode_async
+from nanovllm.engine.model_input import PADDING_SLOT, ModelInput, prepare_decode, prepare_decode_async
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.shared_prefix import SharedPrefixes
 from nanovllm.worker import cuda_graph
@@ -28,6 +28,7 @@ BATCH_SIZES = [1, 2, 4, 7]
 SHARED_PREFIX_SIZES = [4]
 BLOCK_SIZE = 4
 MAX_BLOCKS = 5
+MAX_NUM_SEQS = 9
 
 
 @pytest.mark.parametrize(
@@ -66,32 +67,60 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> Captures:
     monkeypatch.setattr(torch.cuda, "Event", Mock)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Mock(**{"pool.return_value": "the pool of the largest"}))
     monkeypatch.setattr(torch.cuda, "graph", capture)
-    monkeypatch.setattr(CUDAGraphRunner, "_warm_up", staticmethod(lambda forward, inputs, stream: None))
+    monkeypatch.setattr(CUDAGraphRunner, "_warm_up", staticmethod(lambda compute, stream: None))
+    compute = CUDAGraphRunner._compute
+
+    def record(runner: CUDAGraphRunner, *arguments: Any) -> torch.Tensor | None:
+        graph, _ = captures[-1]
+        logits = compute(runner, *arguments)
+
+        def replay() -> None:
+            new_logits = compute(runner, *arguments)
+            if logits is not None:
+                logits.copy_(new_logits)
+
+        graph.replay.side_effect = replay
+        return logits
+
+    monkeypatch.setattr(CUDAGraphRunner, "_compute", record)
     monkeypatch.setattr(cuda_graph, "_capture_stream", "the capture stream of {}".format)
     return captures
 
 
+Inputs = list[tuple[torch.Tensor, torch.Tensor, Context]]
+
+
 @pytest.fixture
-def runner(captures: Captures) -> CUDAGraphRunner:
-    """Its forward pass doubles the token ids."""
+def inputs() -> Inputs:
+    """(input_ids, positions, context) of each forward pass, the captured ones first."""
+    return []
+
+
+@pytest.fixture
+def runner(captures: Captures, inputs: Inputs) -> CUDAGraphRunner:
+    """Its logits are twice the token ids. Its sampled tokens are the sum of all that sampling depends on."""
 
     def forward(input_ids: torch.Tensor, positions: torch.Tensor, context: Context) -> torch.Tensor:
-        logits = 2 * input_ids[:, None]
-        graph, _ = captures[-1]
-        graph.inputs = (input_ids, positions, context)
-        graph.replay.side_effect = lambda: logits.copy_(2 * input_ids[:, None])
-        return logits
+        inputs.append((input_ids, positions, context))
+        return 2 * input_ids[:, None]
 
     return CUDAGraphRunner(
-        forward, BATCH_SIZES, SHARED_PREFIX_SIZES, MAX_BLOCKS, MAX_BLOCKS * BLOCK_SIZE, torch.device("cpu"), False
-    )
+        forward, sample, nullcontext, BATCH_SIZES, SHARED_PREFIX_SIZES, MAX_NUM_SEQS, MAX_BLOCKS,
+        MAX_BLOCKS * BLOCK_SIZE, torch.device("cpu"), False,
+    )  # fmt: skip
 
 
-def replayed_inputs(captures: Captures) -> tuple[torch.Tensor, torch.Tensor, Any]:
-    """(input_ids, positions, context) of the graph that was replayed since the last call."""
-    [graph] = [graph for graph, _ in captures if graph.replay.called]
-    graph.replay.reset_mock()
-    return graph.inputs
+def sample(logits: torch.Tensor, *columns: torch.Tensor) -> torch.Tensor:
+    weights = (10_000, 1_000, 1, 100, 100_000)
+    total = sum(weight * column for weight, column in zip(weights, columns, strict=True))
+    return (logits[:, 0] + total).to(torch.int64)
+
+
+def sampled_by_hand(model_input: ModelInput) -> list[int]:
+    rows = model_input.sampling
+    columns = (rows.temperature, rows.seed_low, rows.seed_high, rows.position, rows.takes_argmax)
+    logits = torch.from_numpy(2 * model_input.input_ids[:, None])
+    return sample(logits, *(torch.from_numpy(column) for column in columns)).tolist()
 
 
 def decoding(num_seqs: int, offset: int = 0) -> list[Sequence]:
@@ -107,17 +136,30 @@ def decoding(num_seqs: int, offset: int = 0) -> list[Sequence]:
     return sequences
 
 
-def test_each_batch_sees_its_own_integers_and_neutral_padding(captures: Captures, runner: CUDAGraphRunner) -> None:
+def decoding_async(sequences: list[Sequence], sampled: list[Sequence]) -> ModelInput:
+    for seq in sequences:
+        seq.block_table.append(50)  # for the next token, if it is the first of a block
+    return prepare_decode_async(sequences, sampled)
+
+
+def replayed(runner: CUDAGraphRunner, model_input: ModelInput, *previous: torch.Tensor) -> tuple[list[Any], list[int]]:
+    output = runner.replay(model_input, *previous)
+    assert output is not None
+    logits, token_ids = output
+    return logits.tolist(), token_ids.tolist()
+
+
+def test_each_batch_sees_its_own_numbers_and_neutral_padding(inputs: Inputs, runner: CUDAGraphRunner) -> None:
     """D40, D41, D57: wide, narrow, wide again; batch sizes with a graph, and those between."""
     for step, num_seqs in enumerate([*range(7, 0, -1), *range(1, 8), 1, 6, 2, 5]):
         sequences = decoding(num_seqs, offset=step)
         model_input = prepare_decode(sequences)
         assert runner.can_replay(model_input)
-        logits = runner.replay(model_input)
-        assert logits is not None
-        assert logits.tolist() == [[2 * token_id] for token_id in model_input.input_ids]
+        logits, token_ids = replayed(runner, model_input)
+        assert logits == [[2 * token_id] for token_id in model_input.input_ids]
+        assert token_ids == sampled_by_hand(model_input)
 
-        input_ids, positions, context = replayed_inputs(captures)
+        input_ids, positions, context = inputs[-1]
         size = next(each for each in BATCH_SIZES if each >= num_seqs)
         num_padding = size - num_seqs
         assert input_ids.tolist() == [*model_input.input_ids, *[0] * num_padding], "the smallest graph that holds it"
@@ -130,45 +172,56 @@ def test_each_batch_sees_its_own_integers_and_neutral_padding(captures: Captures
         assert context.block_tables.shape == (size, MAX_BLOCKS)
         for seq, table in zip(sequences, context.block_tables.tolist(), strict=False):
             assert table[: len(seq.block_table)] == seq.block_table
-        count_comparisons("graph buffers against the batch's integers", 5 * size + len(context.block_tables))
+        count_comparisons("graph buffers against the batch's numbers", 6 * size + len(context.block_tables))
 
 
-def test_tokens_that_the_host_does_not_know_come_from_the_device(captures: Captures, runner: CUDAGraphRunner) -> None:
+@pytest.mark.parametrize("previous", [torch.tensor([7, 8, 9]), torch.arange(7, 7 + MAX_NUM_SEQS)], ids=len)
+def test_tokens_that_the_host_does_not_know_come_from_a_step_without_a_graph(
+    inputs: Inputs, runner: CUDAGraphRunner, previous: torch.Tensor
+) -> None:
+    """Also if that step sampled more tokens than a graph takes."""
     sequences = decoding(3)
-    for seq in sequences:
-        seq.block_table.append(50)  # for the next token, if it is the first of a block
-    logits = runner.replay(prepare_decode_async(sequences, sequences), torch.tensor([7, 8, 9]))
-    assert logits is not None
-    assert logits.tolist() == [[14], [16], [18]]
-    assert replayed_inputs(captures)[1].tolist() == [len(seq) for seq in sequences] + [0]
+    logits, _ = replayed(runner, decoding_async(sequences, sequences), previous)
+    assert logits == [[14], [16], [18]]
+    assert inputs[-1][1].tolist() == [len(seq) for seq in sequences] + [0]
+
+
+def test_tokens_that_the_host_does_not_know_come_from_the_graph_before(runner: CUDAGraphRunner) -> None:
+    """Sequences leave the batch, so rows move; the last one was not in the step before."""
+    first, gone, last, new = decoding(4)
+    output = runner.replay(prepare_decode([first, gone, last]))
+    assert output is not None
+    _, previous = output
+    sampled = previous.tolist()
+    expected = [[2 * sampled[2]], [2 * sampled[0]], [2 * new.last_token]]
+    assert replayed(runner, decoding_async([last, first, new], [first, gone, last]), previous)[0] == expected
 
 
 @pytest.mark.usefixtures("runner")
-def test_the_largest_is_captured_first_and_all_share_its_memory(captures: Captures) -> None:
+def test_the_largest_is_captured_first_and_all_share_its_memory(captures: Captures, inputs: Inputs) -> None:
     """D42."""
-    assert [len(graph.inputs[0]) for graph, _ in captures] == [7, 4, 4, 2, 1]
+    assert [len(input_ids) for input_ids, _, _ in inputs] == [7, 4, 4, 2, 1]
     assert [pool for _, pool in captures] == [None, *["the pool of the largest"] * 4]
 
 
 @pytest.mark.parametrize("num_seqs", [2, 4, 6])
 def test_a_shared_prefix_takes_the_graph_that_reads_it_once(
-    captures: Captures, runner: CUDAGraphRunner, num_seqs: int
+    inputs: Inputs, runner: CUDAGraphRunner, num_seqs: int
 ) -> None:
     """Six sequences are more than that graph holds."""
     model_input = prepare_decode(decoding(num_seqs))
     rows = np.arange(num_seqs, dtype=np.int32)
     shared = SharedPrefixes(order=rows[::-1], lens=rows + 4)
-    logits = runner.replay(replace(model_input, shared_prefixes=shared))
-    assert logits is not None
-    assert logits.tolist() == [[2 * token_id] for token_id in model_input.input_ids]
-    context = replayed_inputs(captures)[2]
+    logits, _ = replayed(runner, replace(model_input, shared_prefixes=shared))
+    assert logits == [[2 * token_id] for token_id in model_input.input_ids]
+    context = inputs[-1][2]
     if num_seqs == 6:
         assert context.shared_prefix_order is None
     else:
         assert context.shared_prefix_order.tolist() == [*rows[::-1], *range(num_seqs, 4)]
         assert context.shared_prefix_lens.tolist() == [*(rows + 4), *[0] * (4 - num_seqs)]
     runner.replay(model_input)
-    assert replayed_inputs(captures)[2].shared_prefix_order is None
+    assert inputs[-1][2].shared_prefix_order is None
 
 
 def test_prefills_and_larger_batches_have_no_graph(runner: CUDAGraphRunner) -> None:
