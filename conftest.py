@@ -6,7 +6,7 @@ pytest.register_assert_rewrite("tests.support")  # so that a failing assert ther
 
 pytest_plugins = [
     "tests.support.report",
-    "tests.support.replay.plugin",
+    "tests.support.replay",
     "tests.support.gpu_sharing",
     "tests.conformance.engines.plugin",
     "tests.support.kernels.own_plugin",  # after gpu_sharing: its hook of the command line comes first

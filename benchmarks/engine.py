@@ -60,7 +60,6 @@ def profile_decode(llm: Any, num_seqs: int, input_len: int) -> None:
     scenario = Scenario(num_seqs, (input_len, input_len), (max_tokens, max_tokens))
     ids = start_requests(llm, draw_scenario(scenario, llm.vocab_size, random.randrange(2**32)), until_decode=True)
     wall = steps()
-    host = "" if llm.config.async_scheduling else time_host_parts(llm, PROFILED_STEPS)
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         steps()
     for seq_id in ids:
@@ -70,34 +69,11 @@ def profile_decode(llm: Any, num_seqs: int, input_len: int) -> None:
     count = sum(event.count for event in events) / PROFILED_STEPS
     print(
         f"  decode step of {num_seqs} sequences of about {input_len} tokens: {wall:.0f} us wall, "
-        f"GPU busy {busy:.0f} us in {count:.0f} kernels and copies, idle {max(0.0, wall - busy):.0f} us{host}"
+        f"GPU busy {busy:.0f} us in {count:.0f} kernels and copies, idle {max(0.0, wall - busy):.0f} us"
     )
     for event in sorted(events, key=lambda event: -event.self_device_time_total)[:15]:
         each = event.self_device_time_total / PROFILED_STEPS
         print(f"    {each:8.1f} us {each / busy:6.1%} {event.count / PROFILED_STEPS:6.1f} x  {event.key[:90]}")
-
-
-def time_host_parts(llm: Any, num_steps: int) -> str:
-    """Mean microseconds a step spends outside and inside executor.execute (which waits for the GPU), in words."""
-    inside = 0.0
-    execute = llm._core.executor.execute
-
-    def timed(batch: Any) -> Any:
-        nonlocal inside
-        start = time.perf_counter()
-        pending = execute(batch)
-        pending.token_ids()
-        inside += time.perf_counter() - start
-        return pending
-
-    llm._core.executor.execute = timed
-    start = time.perf_counter()
-    for _ in range(num_steps):
-        llm.step()
-    total = time.perf_counter() - start
-    del llm._core.executor.execute
-    per_step = 1e6 / num_steps
-    return f"; of {total * per_step:.0f} us {(total - inside) * per_step:.0f} are outside execute(), the rest inside"
 
 
 def measure(model: str, backend: str, mode: str, arguments: argparse.Namespace, results: list[dict[str, Any]]) -> None:

@@ -98,9 +98,15 @@ def prefills_of_models() -> Points:
 
 
 def few_rows() -> Points:
-    """(number of rows, output features, input features, whether silu_and_mul follows) of qwen3-0.6b's matrices."""
-    matrices = {"qkv": (4096, 1024), "o": (1024, 2048), "gate_up": (6144, 1024, True), "down": (1024, 3072)}
+    """(number of rows, output features, input features) of qwen3-0.6b's matrices"""
+    matrices = {"qkv": (4096, 1024), "o": (1024, 2048), "down": (1024, 3072)}
     return {f"{n} rows, {name}": (n, *matrix) for name, matrix in matrices.items() for n in (1, 8, 16)}
+
+
+def few_rows_after_norm() -> Points:
+    """(number of rows, output features, input features, whether silu_and_mul follows) of qwen3-0.6b's matrices."""
+    matrices = {"qkv": (4096, 1024, False), "gate_up": (6144, 1024, True)}
+    return {f"{n} rows, {name}": (n, *matrix) for name, matrix in matrices.items() for n in (1, 8)}
 
 
 def shared_prefixes() -> Points:
@@ -117,6 +123,7 @@ POINTS: dict[str, Points] = {
     "add_rms_norm": steps_of_models(),
     "grouped_gemm": tokens_of_experts(),
     "moe_routing": tokens_of_experts(),
+    "norm_skinny_linear": few_rows_after_norm(),
     "paged_attention": decodes(),
     "prefill": prefills_of_models(),
     "qk_norm_rope_store": steps_of_models(),

@@ -80,10 +80,7 @@ class Config:
         )
         require_int("max_model_len", self.max_model_len, 2, remedy="one prompt token and one generated token")
         require_number(
-            "gpu_memory_utilization",
-            self.gpu_memory_utilization,
-            "a number in (0, 1]",
-            lambda value: 0 < value <= 1,
+            "gpu_memory_utilization", self.gpu_memory_utilization, "a number in (0, 1]", lambda value: 0 < value <= 1
         )
         require_int("tensor_parallel_size", self.tensor_parallel_size, 1, MAX_TENSOR_PARALLEL_SIZE)
         require_bool("enforce_eager", self.enforce_eager)

@@ -19,12 +19,16 @@ def read_json(path: Path) -> RawConfig:
     return content
 
 
+def _get(raw: RawConfig, key: str, default: Any, kind: str) -> Any:
+    value = default if raw.get(key) is None else raw[key]
+    if value is None:
+        raise ValueError(f"{key} must be {kind}, but the key is missing")
+    return value
+
+
 def get_int(raw: RawConfig, key: str, default: int | None = None, minimum: int = 1) -> int:
     """raw[key], or `default` if the key is missing or null. Raises ValueError if it is, and there is no default."""
-    value = raw.get(key)
-    value = default if value is None else value
-    if value is None:
-        raise ValueError(f"{key} must be an integer, but the key is missing")
+    value = _get(raw, key, default, "an integer")
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     require_int(key, value, minimum)
@@ -33,18 +37,14 @@ def get_int(raw: RawConfig, key: str, default: int | None = None, minimum: int =
 
 def get_number(raw: RawConfig, key: str, default: float | None = None) -> float:
     """raw[key], a positive number; `default` as in get_int."""
-    value = raw.get(key)
-    value = default if value is None else value
-    if value is None:
-        raise ValueError(f"{key} must be a number, but the key is missing")
+    value = _get(raw, key, default, "a number")
     require_number(key, value, "a number above 0", lambda number: number > 0)
     return float(value)
 
 
 def get_bool(raw: RawConfig, key: str, default: bool = False) -> bool:
     """raw[key], or `default` if the key is missing or null."""
-    value = raw.get(key)
-    value = default if value is None else value
+    value = _get(raw, key, default, "true or false")
     require_bool(key, value)
     return value
 

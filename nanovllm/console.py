@@ -2,8 +2,8 @@
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 
@@ -45,46 +45,32 @@ def read_lines_from_stdin() -> list[str]:
     """
     if sys.stdin is None:
         raise ValueError("'-' reads one prompt a line from standard input, and it is closed; give prompts as arguments")
-    try:
-        lines = [line.rstrip("\r\n") for line in sys.stdin]
-    except UnicodeError as error:  # the decoder reads ahead, so the line is unknown
-        raise _wrong_encoding(str(error)) from error
-    for number, line in enumerate(lines, 1):
-        _require_decoded(line, number)
-    lines = [line for line in lines if line.strip()]
+    lines = [line.rstrip("\r\n") for line in _decoded(sys.stdin) if line.strip()]
     if not lines:
         raise ValueError("'-' reads one prompt a line from standard input, and there was none")
     return lines
 
 
-def read_line_from_stdin(prompt: str, number: int) -> str | None:
-    """Show `prompt` and read line `number` of standard input, without its line end; None at the end of the input.
-
-    Raises ValueError when it is closed, or holds bytes that are no text in its encoding.
-    """
+def typed_lines(prompt: str) -> Iterator[str]:
+    """Show `prompt` and yield a line of standard input without its end, again and again. Raises ValueError as above."""
     if sys.stdin is None:
         raise ValueError("messages are read from standard input, one a line, and it is closed; redirect it from a file")
+    with suppress(EOFError):
+        yield from _decoded(iter(lambda: input(prompt), None))
+
+
+def _decoded(lines: Iterable[str]) -> Iterator[str]:
     try:
-        line = input(prompt)
-    except EOFError:
-        return None
-    except UnicodeError as error:
-        raise _wrong_encoding(str(error)) from error
-    _require_decoded(line, number)
-    return line
-
-
-def _require_decoded(line: str, number: int) -> None:
-    undecoded = [character for character in line if "\ud800" <= character <= "\udfff"]
-    if undecoded:  # the error handler surrogateescape, as under LANG=C, turns a byte into a lone surrogate
-        raise _wrong_encoding(f"byte 0x{ord(undecoded[0]) & 0xFF:02x} in line {number} cannot be decoded")
-
-
-def _wrong_encoding(reason: str) -> ValueError:
-    return ValueError(
-        f"standard input must be text in {sys.stdin.encoding}, and {reason}; set PYTHONIOENCODING to the encoding that "
-        "it has, for example PYTHONIOENCODING=latin-1"
-    )
+        for number, line in enumerate(lines, 1):
+            undecoded = [character for character in line if "\ud800" <= character <= "\udfff"]
+            if undecoded:  # the error handler surrogateescape, as under LANG=C, turns a byte into a lone surrogate
+                raise UnicodeError(f"byte 0x{ord(undecoded[0]) & 0xFF:02x} in line {number} cannot be decoded")
+            yield line
+    except UnicodeError as error:  # of a strict decoder, which reads ahead, so the line is unknown
+        raise ValueError(
+            f"standard input must be text in {sys.stdin.encoding}, and {error}; set PYTHONIOENCODING to the encoding "
+            "that it has, for example PYTHONIOENCODING=latin-1"
+        ) from error
 
 
 def discard_stdout() -> None:

@@ -284,12 +284,8 @@ def _eos_token_ids(raw: RawConfig, generation: RawConfig | None, vocab_size: int
             raise ValueError(f"eos_token_id ({file_name}) must be an integer or a list of integers, got {given!r}")
     eos_token_ids = frozenset(token_id for token_id in ids if 0 <= token_id < vocab_size)
     if len(eos_token_ids) < len(set(ids)):
-        logger.warning(
-            "eos_token_id %r of %s names ids outside the vocabulary (0 to %d): these end no text",
-            given,
-            file_name,
-            vocab_size - 1,
-        )
+        where = f"{file_name} names ids outside the vocabulary (0 to {vocab_size - 1})"
+        logger.warning("eos_token_id %r of %s: these end no text", given, where)
     return eos_token_ids
 
 

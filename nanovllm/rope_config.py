@@ -57,12 +57,8 @@ def read_rope(raw: RawConfig, max_position_embeddings: int) -> RopeConfig:
     if nested:
         raise ValueError(f"per-layer rope parameters are not supported, got some for {', '.join(nested)}")
     for key in sorted(set(parameters) & _IGNORED.keys()):
-        logger.warning(
-            "config.json: rope parameter %s=%r is not applied, as in transformers: %s",
-            key,
-            parameters[key],
-            _IGNORED[key],
-        )
+        value, meaning = parameters[key], _IGNORED[key]
+        logger.warning("config.json: rope parameter %s=%r is not applied, as in transformers: %s", key, value, meaning)
     unknown = sorted(set(parameters) - _ROPE_KEYS - _IGNORED.keys())
     if unknown:
         raise ValueError(f"rope parameters must be among {', '.join(sorted(_ROPE_KEYS))}; got {', '.join(unknown)}")

@@ -76,18 +76,13 @@ class ScheduleTrace:
 def recording(scheduler: Scheduler) -> Iterator[ScheduleTrace]:
     """Record the steps that are scheduled within the block. Wraps methods of this one object, until the block ends."""
     recorder = _Recorder(scheduler)
-    wrapped = {
-        "schedule": recorder.schedule,
-        "commit_async_batch": recorder.commit_async_batch,
-        "preempt": recorder.preempt,
-        "finish": recorder.finish,
-    }
-    for name, method in wrapped.items():
-        setattr(scheduler, name, method)
+    names = ("schedule", "commit_async_batch", "preempt", "finish")
+    for name in names:
+        setattr(scheduler, name, getattr(recorder, name))
     try:
         yield recorder.trace
     finally:
-        for name in wrapped:
+        for name in names:
             delattr(scheduler, name)
 
 

@@ -19,6 +19,7 @@ BAND_GAP = 12
 AXIS_HEIGHT = 20
 MIN_STEP_WIDTH, MAX_STEP_WIDTH, WISHED_WIDTH = 3, 18, 900
 MIN_TICK_DISTANCE = 40
+STEP_FIELDS = ("is_prefill", "computed", "running", "waiting", "admitted", "preempted", "finished")  # for the script
 MAX_LABEL = 300  # characters of a prompt beside its row; the page has the whole prompt below
 
 
@@ -117,13 +118,7 @@ def _data(trace: ScheduleTrace, requests: Mapping[int, TracedRequest]) -> dict[s
     for step in trace.steps:
         steps.append(
             {
-                "is_prefill": step.is_prefill,
-                "computed": step.computed,
-                "running": step.running,
-                "waiting": step.waiting,
-                "admitted": step.admitted,
-                "preempted": step.preempted,
-                "finished": step.finished,
+                **{name: getattr(step, name) for name in STEP_FIELDS},
                 "evictions": step.num_evictions,
                 "tables": {seq_id: table for seq_id, table in step.block_tables.items() if tables.get(seq_id) != table},
                 "cached": [sorted(step.cached_blocks - cached), sorted(cached - step.cached_blocks)],

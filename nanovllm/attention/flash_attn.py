@@ -36,20 +36,9 @@ class FlashAttentionBackend(AttentionBackend):
         return kernels.unsupported_reason(device, dtype)  # a Triton kernel stores the keys and values
 
     def prefill(self, query: Tensor, key: Tensor, value: Tensor, context: Context, scale: float) -> Tensor:
-        return flash_attention.flash_attention_prefill(
-            query,
-            key,
-            value,
-            context.cu_seqlens_q,
-            context.cu_seqlens_k,
-            context.max_seqlen_q,
-            context.max_seqlen_k,
-            scale,
-            context.block_tables,
-        )
+        lens = (context.cu_seqlens_q, context.cu_seqlens_k, context.max_seqlen_q, context.max_seqlen_k)
+        return flash_attention.flash_attention_prefill(query, key, value, *lens, scale, context.block_tables)
 
     def decode(self, query: Tensor, cache: KVCache, context: Context, scale: float) -> Tensor:
         assert context.block_tables is not None
-        return flash_attention.flash_attention_decode(
-            query, cache.k, cache.v, context.context_lens, context.block_tables, scale
-        )
+        return flash_attention.flash_attention_decode(query, *cache, context.context_lens, context.block_tables, scale)

@@ -46,36 +46,20 @@ class TritonAttentionBackend(AttentionBackend):
 
     def prefill(self, query: Tensor, key: Tensor, value: Tensor, context: Context, scale: float) -> Tensor:
         return self._varlen_attention(
-            query,
-            key,
-            value,
-            context.cu_seqlens_q,
-            context.cu_seqlens_k,
-            scale,
+            *(query, key, value, context.cu_seqlens_q, context.cu_seqlens_k, scale),
             max_seqlen_q=context.max_seqlen_q,
             block_tables=context.block_tables,
         )
 
     def decode(self, query: Tensor, cache: KVCache, context: Context, scale: float) -> Tensor:
+        tables, order, lens = context.block_tables, context.shared_prefix_order, context.shared_prefix_lens
         shared_prefix = None
-        if context.shared_prefix_order is not None:
+        if order is not None:
             shared_prefix = self._shared_prefix_attention(
-                query,
-                cache.k,
-                cache.v,
-                context.block_tables,
-                context.shared_prefix_order,
-                context.shared_prefix_lens,
-                scale,
-                seqs_per_tile=SEQS_PER_TILE,
+                query, *cache, tables, order, lens, scale, seqs_per_tile=SEQS_PER_TILE
             )
         return self._paged_attention(
-            query,
-            cache.k,
-            cache.v,
-            context.block_tables,
-            context.context_lens,
-            scale,
+            *(query, *cache, tables, context.context_lens, scale),
             sequence_order=context.sequence_order,
             shared_prefix=shared_prefix,
         )

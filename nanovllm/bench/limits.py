@@ -17,7 +17,7 @@ host. Prefill and decode are counted one after the other; an engine that compute
 of the two parts behind the larger one, and no more than that.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from nanovllm.bench.workload import Requests
@@ -64,7 +64,7 @@ def limit(model: ModelConfig, dtype: str, requests: Requests, num_shared: int, c
     return Limit(prefill[0], decode[0], prefill[1], decode[1])
 
 
-def _seconds(works: "Iterator[StepWork] | list[StepWork]", ceilings: Ceilings) -> tuple[float, str]:
+def _seconds(works: Iterable[StepWork], ceilings: Ceilings) -> tuple[float, str]:
     """The seconds of all steps, and the ceiling that sets most of them."""
     by_ceiling = {"memory": 0.0, "matmul": 0.0}
     for work in works:
@@ -112,8 +112,7 @@ def _work(
 
 def parameters_per_token(model: ModelConfig) -> float:
     """Parameters of the layers' matrices with which one token is multiplied."""
-    chosen = 0 if model.moe is None else model.moe.num_experts_per_tok
-    return _attention_parameters(model) + _mlp_parameters(model, chosen)
+    return _parameters(model, 0 if model.moe is None else model.moe.num_experts_per_tok)
 
 
 def layer_parameters(model: ModelConfig, num_tokens: int) -> float:
@@ -123,24 +122,17 @@ def layer_parameters(model: ModelConfig, num_tokens: int) -> float:
     a fraction (1 - k/X)^n unread. Tokens that prefer the same experts read fewer.
     """
     if model.moe is None:
-        return _attention_parameters(model) + _mlp_parameters(model, 0)
+        return _parameters(model, 0)
     num_experts, chosen = model.moe.num_experts, model.moe.num_experts_per_tok
-    read = num_experts * (1 - (1 - chosen / num_experts) ** num_tokens)
-    return _attention_parameters(model) + _mlp_parameters(model, read)
+    return _parameters(model, num_experts * (1 - (1 - chosen / num_experts) ** num_tokens))
 
 
-def _attention_parameters(model: ModelConfig) -> int:
+def _parameters(model: ModelConfig, num_experts: float) -> float:
+    """Those of attention and dense layers, and of num_experts experts and the router of each layer with experts."""
     heads = 2 * model.num_attention_heads + 2 * model.num_key_value_heads
-    return model.num_hidden_layers * model.hidden_size * model.head_dim * heads
-
-
-def _mlp_parameters(model: ModelConfig, num_experts: float) -> float:
-    """Dense layers, and num_experts experts and the router of each layer with experts."""
-    moe = model.moe
-    num_moe = 0 if moe is None else len(moe.layers)
-    dense = 3 * model.hidden_size * model.intermediate_size
-    total: float = (model.num_hidden_layers - num_moe) * dense
-    if moe is not None:
-        expert = 3 * model.hidden_size * moe.moe_intermediate_size
-        total += num_moe * (num_experts * expert + model.hidden_size * moe.num_experts)
-    return total
+    attention = model.num_hidden_layers * model.hidden_size * model.head_dim * heads
+    dense, moe = 3 * model.hidden_size * model.intermediate_size, model.moe
+    if moe is None:
+        return attention + model.num_hidden_layers * dense
+    sparse = model.hidden_size * (3 * num_experts * moe.moe_intermediate_size + moe.num_experts)
+    return attention + (model.num_hidden_layers - len(moe.layers)) * dense + len(moe.layers) * sparse

@@ -6,69 +6,24 @@ from typing import Any
 from nanovllm.omp_wait_policy import passive_omp_wait
 from nanovllm.validation import require_choice, require_int
 
+_SIZES = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("vocab_size", "max_position_embeddings"),
+)
+_EXPERTS = {"moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True}
+
+
+def _shape(name: str, rope_theta: float, sizes: tuple[int, ...], **others: Any) -> tuple[str, dict[str, Any]]:
+    rope = {"rope_type": "default", "rope_theta": rope_theta}
+    return f"{name}Config", {**dict(zip(_SIZES, sizes, strict=True)), "rope_parameters": rope, **others}
+
+
 # transformers' configuration class, and what differs from its defaults. From the models' published config.json.
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
-    "qwen3-0.6b": (
-        "Qwen3Config",
-        {
-            "hidden_size": 1024,
-            "intermediate_size": 3072,
-            "num_hidden_layers": 28,
-            "num_attention_heads": 16,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-            "vocab_size": 151936,
-            "max_position_embeddings": 40960,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
-            "tie_word_embeddings": True,
-        },
-    ),
-    "llama-3-8b": (
-        "LlamaConfig",
-        {
-            "hidden_size": 4096,
-            "intermediate_size": 14336,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-            "vocab_size": 128256,
-            "max_position_embeddings": 8192,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
-        },
-    ),
-    "qwen2.5-0.5b": (
-        "Qwen2Config",
-        {
-            "hidden_size": 896,
-            "intermediate_size": 4864,
-            "num_hidden_layers": 24,
-            "num_attention_heads": 14,
-            "num_key_value_heads": 2,
-            "vocab_size": 151936,
-            "max_position_embeddings": 32768,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
-            "tie_word_embeddings": True,
-        },
-    ),
-    "qwen3-30b-a3b": (
-        "Qwen3MoeConfig",
-        {
-            "hidden_size": 2048,
-            "intermediate_size": 6144,
-            "moe_intermediate_size": 768,
-            "num_experts": 128,
-            "num_experts_per_tok": 8,
-            "norm_topk_prob": True,
-            "num_hidden_layers": 48,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 4,
-            "head_dim": 128,
-            "vocab_size": 151936,
-            "max_position_embeddings": 40960,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
-        },
-    ),
+    "qwen3-0.6b": _shape("Qwen3", 1e6, (1024, 3072, 28, 16, 8, 151936, 40960), head_dim=128, tie_word_embeddings=True),
+    "llama-3-8b": _shape("Llama", 5e5, (4096, 14336, 32, 32, 8, 128256, 8192), head_dim=128),
+    "qwen2.5-0.5b": _shape("Qwen2", 1e6, (896, 4864, 24, 14, 2, 151936, 32768), tie_word_embeddings=True),
+    "qwen3-30b-a3b": _shape("Qwen3Moe", 1e6, (2048, 6144, 48, 32, 4, 151936, 40960), head_dim=128, **_EXPERTS),
 }
 
 

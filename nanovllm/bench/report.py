@@ -12,7 +12,6 @@ from nanovllm.bench.session import Percentiles, Row
 from nanovllm.bench.workload import Scenario
 
 FORMAT = 1  # of the JSON file; a change that a reader of it must know raises it
-BAR_WIDTH = 40
 ABSENT = "-"
 
 
@@ -40,6 +39,7 @@ _LEFT_ALIGNED = ("scenario", "")
 def table(result: Result) -> str:
     """Throughput of each scenario, latencies of each row, and the ceilings. "-" stands where there is no figure."""
     at_once = [_throughput_cells(row) for row in result.rows if row.rate is None]
+    ceilings, model = result.ceilings, result.model
     lines = [
         "Throughput with all requests at once; lowest and highest of the runs",
         *_aligned(_THROUGHPUT, at_once),
@@ -47,7 +47,9 @@ def table(result: Result) -> str:
         "Latency in ms: of the first token, from the arrival of a request, and of each token after it",
         *_aligned(_LATENCY, [_latency_cells(row) for row in result.rows]),
         "",
-        *_notes(result),
+        f"{model['name']}, {model['dtype']}; {_describe(result.machine)}; nanovllm {__version__}",
+        f"ceilings of this run: memory {ceilings.memory / 1e9:,.1f} GB/s, matrix product "
+        f"{ceilings.matmul / 1e12:.3g} TFLOP/s",
     ]
     return "\n".join(lines)
 
@@ -93,21 +95,7 @@ def _milliseconds(times: Percentiles | None) -> tuple[str, str]:
     return (ABSENT, ABSENT) if times is None else (f"{times.median * 1e3:.1f}", f"{times.p99 * 1e3:.1f}")
 
 
-def _notes(result: Result) -> list[str]:
-    ceilings, model = result.ceilings, result.model
-    return [
-        f"{model['name']}, {model['dtype']}; {describe(result.machine)}; nanovllm {__version__}",
-        f"ceilings of this run: memory {ceilings.memory / 1e9:,.1f} GB/s, matrix product "
-        f"{ceilings.matmul / 1e12:.3g} TFLOP/s",
-    ]
-
-
-def row_name(row: Row) -> str:
-    return row.scenario if row.rate is None else f"{row.scenario} at {row.rate:g} requests/s"
-
-
-def describe(machine: dict[str, Any]) -> str:
-    """The machine in a few words."""
+def _describe(machine: dict[str, Any]) -> str:
     return f"{machine['gpu'] or machine['cpu'] + ' CPU'}, torch {machine['torch']}, Python {machine['python']}"
 
 
@@ -127,16 +115,8 @@ def to_json(result: Result) -> dict[str, Any]:
     fields = asdict(result)
     fields["ceilings"] = result.ceilings._asdict()
     for row, written in zip(result.rows, fields["rows"], strict=True):
-        written["repetitions"] = [
-            {
-                "seed": run.seed,
-                "seconds": run.seconds,
-                "num_input_tokens": run.num_input_tokens,
-                "num_output_tokens": run.num_output_tokens,
-                "limit": None if run.limit is None else run.limit._asdict(),
-            }
-            for run in row.repetitions
-        ]
+        for run, repetition in zip(row.repetitions, written["repetitions"], strict=True):
+            repetition["limit"] = None if run.limit is None else run.limit._asdict()
     return {"format": FORMAT, "nanovllm": __version__, **fields}
 
 
@@ -144,12 +124,12 @@ def to_json(result: Result) -> dict[str, Any]:
 
 
 def draw(result: Result, folder: Path) -> Path:
-    """The picture: pixels if matplotlib is installed (the extra `bench`), else text."""
+    """The picture if matplotlib is installed (the extra `bench`), else the table."""
     try:
         import matplotlib
     except ImportError:
         path = folder / "bench.txt"
-        path.write_text(text_chart(result), encoding="utf-8")
+        path.write_text(table(result) + "\n", encoding="utf-8")
         return path
     matplotlib.use("agg")
     from matplotlib import pyplot
@@ -161,7 +141,7 @@ def draw(result: Result, folder: Path) -> Path:
     if with_rates:
         _draw_latency(axes[0][1], result.rows, "time to first token")
         _draw_latency(axes[0][2], result.rows, "time per output token")
-    figure.suptitle(f"nanovllm bench: {result.model['name']}; {describe(result.machine)}", fontsize=9)
+    figure.suptitle(f"nanovllm bench: {result.model['name']}; {_describe(result.machine)}", fontsize=9)
     path = folder / "bench.png"
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
@@ -169,27 +149,22 @@ def draw(result: Result, folder: Path) -> Path:
 
 
 def _draw_throughput(axes: Any, rows: list[Row]) -> None:
-    names = [f"{row.scenario}\n{_of_limit(row)} tok/s {row.counted}" for row in rows][::-1]
-    axes.barh(names, [row.fraction or 0.0 for row in rows][::-1])
+    rows = rows[::-1]
+    rates = [f"{row.tokens_per_second:,.0f} of {row.limit_tokens_per_second or 0:,.0f}" for row in rows]
+    names = [f"{row.scenario}\n{rate} tok/s {row.counted}" for row, rate in zip(rows, rates, strict=True)]
+    axes.barh(names, [row.fraction or 0.0 for row in rows])
     axes.axvline(1.0, color="gray")
     axes.set_xlim(0, 1.05)
     axes.set_title("throughput", fontsize=9)
     axes.set_xlabel("fraction of the physical limit")
 
 
-def _of_limit(row: Row) -> str:
-    return f"{row.tokens_per_second:,.0f} of {row.limit_tokens_per_second or 0:,.0f}"
-
-
 def _draw_latency(axes: Any, rows: Sequence[Row], what: str) -> None:
     """Median and 99th percentile against the request rate, a colour for each scenario."""
     attribute = what.replace(" ", "_")
     for index, scenario in enumerate(dict.fromkeys(row.scenario for row in rows)):
-        points = [
-            (row.rate, getattr(row, attribute))
-            for row in rows
-            if row.scenario == scenario and row.rate is not None and getattr(row, attribute) is not None
-        ]
+        measured = [(row.rate, getattr(row, attribute)) for row in rows if row.scenario == scenario]
+        points = [(rate, times) for rate, times in measured if rate is not None and times is not None]
         points.sort(key=lambda point: point[0])
         for percentile, style in (("median", "o-"), ("p99", "^--")):
             values = [1e3 * getattr(times, percentile) for _, times in points]
@@ -200,26 +175,3 @@ def _draw_latency(axes: Any, rows: Sequence[Row], what: str) -> None:
     axes.set_ylabel("ms: median; dashed: 99th percentile")
     axes.set_ylim(bottom=0)
     axes.legend(fontsize=7)
-
-
-def text_chart(result: Result) -> str:
-    """Bars of the fraction of the limit, and of the median time to the first token at each rate."""
-    lines = ["throughput as a fraction of the physical limit"]
-    loads = [row for row in result.rows if row.rate is None]
-    lines += _bars([(row.scenario, row.fraction or 0.0, _percent(row.fraction)) for row in loads], longest=1.0)
-    rated = [row for row in result.rows if row.rate is not None]
-    if rated:
-        lines.append("time to first token, median, ms")
-        bars = [
-            (row_name(row), row.time_to_first_token.median, _milliseconds(row.time_to_first_token)[0]) for row in rated
-        ]
-        lines += _bars(bars, longest=max(value for _, value, _ in bars))
-    return "\n".join(lines) + "\n"
-
-
-def _bars(bars: list[tuple[str, float, str]], longest: float) -> list[str]:
-    width = max(len(name) for name, _, _ in bars)
-    return [
-        f"{name:{width}} |{'#' * round(BAR_WIDTH * min(1.0, value / longest)):.<{BAR_WIDTH}}| {text}"
-        for name, value, text in bars
-    ]

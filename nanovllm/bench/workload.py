@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.validation import require_int, require_number
@@ -102,8 +103,4 @@ def poisson_arrivals(num_requests: int, rate: float, seed: int) -> list[float]:
     """
     require_number("rate", rate, "a number above 0, in requests a second", lambda value: value > 0)
     rng = random.Random(f"arrivals {seed}")
-    arrivals, now = [], 0.0
-    for _ in range(num_requests):
-        now += rng.expovariate(1.0) / rate
-        arrivals.append(now)
-    return arrivals
+    return list(accumulate(rng.expovariate(1.0) / rate for _ in range(num_requests)))

@@ -3,13 +3,15 @@
 import argparse
 import dataclasses
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
-from nanovllm.bench.random_model import SHAPES
-from nanovllm.bench.workload import SCENARIOS, Scenario
+from nanovllm.bench.random_model import SHAPES, make_config, make_random_model
+from nanovllm.bench.workload import SCENARIOS, Scenario, draw_requests
 from nanovllm.commands.options import CONFIG_HELP, add_command, add_model_options, flag, given, open_llm
 from nanovllm.config import Config
+from nanovllm.sampling_params import SamplingParams
 from nanovllm.torchrun_env import read_torchrun_env
 from nanovllm.validation import require_int, require_number
 
@@ -18,6 +20,7 @@ NUM_SEQS = 32  # without a scenario
 LENGTHS = (16, 128)
 _ONLY_WITHOUT_SCENARIO = ("input_len", "output_len")
 _ONLY_WITH_SCENARIO = ("rate", "repeat", "scale", "results")
+_REPORTED = ("like", "num_layers", "num_seqs", "seed", "scenario", "rate", "repeat", "scale")  # in the JSON file
 _DEFAULT_REPETITIONS = 3
 
 _EPILOG = """\
@@ -71,7 +74,8 @@ def run(arguments: argparse.Namespace) -> int:
     _check(arguments)
     with tempfile.TemporaryDirectory(prefix="nanovllm-bench-") as folder:  # for --like
         if arguments.like is not None:
-            _make_model(arguments, Path(folder))
+            make_random_model(Path(folder), make_config(arguments.like, arguments.num_layers))
+            arguments.model = folder
         if arguments.scenario is not None:
             _run_scenarios(arguments)
         else:
@@ -111,21 +115,26 @@ def _check(arguments: argparse.Namespace) -> None:
         arguments.results.mkdir(parents=True, exist_ok=True)  # what cannot be made fails now, not after the measurement
 
 
-def _make_model(arguments: argparse.Namespace, folder: Path) -> None:
-    """Write random weights to `folder`, and make it the model of the command."""
-    from nanovllm.bench.random_model import make_config, make_random_model
-
-    make_random_model(folder, make_config(arguments.like, arguments.num_layers))
-    arguments.model = str(folder)
-
-
 def _run_plain(arguments: argparse.Namespace) -> None:
-    from nanovllm.bench.plain import run_bench
-
+    """Generate once to warm up, then time one generate() of all requests and print what it did."""
     num_seqs = NUM_SEQS if arguments.num_seqs is None else arguments.num_seqs
     input_len, output_len = arguments.input_len or LENGTHS, arguments.output_len or LENGTHS
     with open_llm(arguments) as llm:
-        run_bench(llm, num_seqs, (input_len[0], input_len[1]), (output_len[0], output_len[1]), arguments.seed)
+        max_model_len = llm.config.max_model_len
+        remedy = f"lower it: a prompt leaves room for one generated token, and sequences have {max_model_len} at most"
+        require_int("input_len's maximum", input_len[1], 1, max_model_len - 1, remedy)
+        prompts, params = draw_requests(num_seqs, input_len, output_len, llm.vocab_size, arguments.seed)
+        llm.generate([[1]], SamplingParams(max_tokens=2, ignore_eos=True), use_tqdm=False)
+        start = time.perf_counter()
+        outputs = llm.generate(prompts, params)
+        seconds = time.perf_counter() - start
+    num_input = sum(map(len, prompts))
+    num_output = sum(len(output["token_ids"]) for output in outputs)
+    with_prompts = (num_input + num_output) / seconds
+    print(f"{num_seqs} requests, {num_input} prompt tokens, {num_output} generated tokens in {seconds:.2f} s")
+    print(f"throughput: {num_output / seconds:.1f} generated tok/s ({with_prompts:.1f} with the prompts counted in)")
+    print("One run, prefill and decode together, every request present from the start, random prompts without common")
+    print("prefixes. Runs scatter: compare several before you conclude anything.")
 
 
 def _run_scenarios(arguments: argparse.Namespace) -> None:
@@ -139,16 +148,12 @@ def _run_scenarios(arguments: argparse.Namespace) -> None:
     engine = given(arguments, CONFIG_HELP)
     config = Config(arguments.model or str(bundled_model_path()), **engine)
     name = f"random weights like {arguments.like}" if arguments.like else arguments.model or "the bundled model"
-    result = bench_scenarios(lambda: open_llm(arguments), config, name, plan, {**engine, **_settings(arguments)})
+    options = {**engine, **given(arguments, _REPORTED)}
+    result = bench_scenarios(lambda: open_llm(arguments), config, name, plan, options)
     print(table(result))
     if arguments.results is not None:
         for path in write(result, arguments.results):
             print(f"written: {path}")
-
-
-def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The options of the measurement that the user gave, for the JSON file."""
-    return given(arguments, ("like", "num_layers", "num_seqs", "seed", "scenario", "rate", "repeat", "scale"))
 
 
 def choose_scenarios(names: list[str], scale: float | None, num_seqs: int | None) -> dict[str, Scenario]:

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import itertools
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ from nanovllm.commands.options import (
     open_llm,
     sampling_params,
 )
-from nanovllm.console import read_line_from_stdin
+from nanovllm.console import typed_lines
 from nanovllm.sampling_params import SamplingParams
 
 MAX_TOKENS = 512  # of an answer: more than a request without --max-tokens gets from the other commands
@@ -70,14 +69,13 @@ def _lines(is_terminal: bool) -> Iterator[str]:
     if is_terminal:
         with contextlib.suppress(ImportError):  # on Windows, input() edits lines without it
             import readline  # noqa: F401
-    for number in itertools.count(1):
-        line = read_line_from_stdin("> " if is_terminal else "", number)
-        if line is None and is_terminal:
-            print()  # after the prompt, for the shell's own
-        if line is None or line.strip() == "/quit":
+    for line in map(str.strip, typed_lines("> " if is_terminal else "")):
+        if line == "/quit":
             return
-        if line.strip():
-            yield line.strip()
+        if line:
+            yield line
+    if is_terminal:
+        print()  # after the prompt, for the shell's own
 
 
 def _answer(llm: Any, messages: list[dict[str, str]], params: SamplingParams) -> str:

@@ -38,13 +38,11 @@ def run(arguments: argparse.Namespace) -> int:
             f"nanovllm conformance runs from a checkout, which has {CHECKS}, and not from an installed package; clone "
             "the project and run python -m nanovllm conformance there"
         )
-    options = [f"--{name}={value}" for name in _VALUES if (value := getattr(arguments, name)) is not None]
+    values = ("scenarios", "seed", "seconds")
+    options = [f"--{name}={value}" for name in values if (value := getattr(arguments, name)) is not None]
     if arguments.html is not None:
         options.append(f"--html={arguments.html.resolve()}")
     options += ["--json"] * arguments.json
     paths = [str(path.resolve()) for path in arguments.paths]
     command = [sys.executable, "-m", CHECKS.replace("/", "."), *options, "--", *paths]
     return subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}).returncode
-
-
-_VALUES = ("scenarios", "seed", "seconds")

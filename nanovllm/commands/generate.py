@@ -4,8 +4,14 @@ import argparse
 import json
 from typing import Any
 
-from nanovllm.commands.options import add_command, open_llm, sampling_params
-from nanovllm.commands.prompts import add_generation_options, model_inputs, read_prompts
+from nanovllm.commands.options import (
+    add_command,
+    add_generation_options,
+    model_inputs,
+    open_llm,
+    read_prompts,
+    sampling_params,
+)
 
 
 def add_parser(commands: Any) -> None:

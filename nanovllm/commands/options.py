@@ -1,4 +1,4 @@
-"""What the commands share: options from the fields of Config and SamplingParams, and the LLM that they describe."""
+"""What the commands share: options from the fields of Config and SamplingParams, the LLM they describe, the prompts."""
 
 import argparse
 import dataclasses
@@ -6,8 +6,11 @@ import sys
 from typing import Any
 
 from nanovllm.config import ATTENTION_BACKENDS, DEVICES, DTYPES, Config
+from nanovllm.console import read_lines_from_stdin
+from nanovllm.engine.chat import chat_prompts
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.torchrun_env import read_torchrun_env
+from nanovllm.validation import require_unicode
 
 # name of the option -> its text in --help. Type, choices and default come from Config and SamplingParams.
 CONFIG_HELP = {
@@ -127,3 +130,38 @@ def sampling_params(arguments: argparse.Namespace) -> SamplingParams:
         note = f"; {flags} without effect" if unused else ""
         print(f"--temperature 0: taking the most likely token at every step, as --greedy{note}", file=sys.stderr)
     return SamplingParams.greedy(**given(arguments, ["max_tokens"]), **ends)
+
+
+# --- prompts ---
+
+
+def add_generation_options(command: argparse.ArgumentParser) -> None:
+    """The prompts, and the options of the model, of sampling and of the chat template."""
+    text = 'text to continue; "-" reads prompts from standard input, one a line'
+    command.add_argument("prompts", nargs="+", metavar="PROMPT", help=text)
+    add_model_options(command)
+    add_sampling_options(command)
+    command.add_argument("--chat", action="store_true", help="apply the model's chat template to each prompt")
+
+
+def read_prompts(prompts: list[str]) -> list[str]:
+    """The prompts of the command line; "-" stands for the lines of standard input, blank ones left out."""
+    read = []
+    for prompt in prompts:
+        if prompt != "-":
+            require_unicode("a prompt", prompt)
+            read.append(prompt)
+        else:
+            read.extend(read_lines_from_stdin())
+    return read
+
+
+def model_inputs(llm: Any, prompts: list[str], arguments: argparse.Namespace) -> list[Any]:
+    """What LLM.generate gets for `prompts`: with --chat, the token ids of a conversation of one message each."""
+    if llm.tokenizer is None:
+        raise ValueError(f"model must have a tokenizer to read prompts, got {arguments.model!r}; add tokenizer.json")
+    if not arguments.chat:
+        return prompts
+    if not getattr(llm.tokenizer, "chat_template", None):
+        raise ValueError("--chat needs a model with a chat template, and this one has none: leave out --chat")
+    return chat_prompts(llm.tokenizer, [[{"role": "user", "content": prompt}] for prompt in prompts])

@@ -5,8 +5,14 @@ import os
 from pathlib import Path
 from typing import Any
 
-from nanovllm.commands.options import add_command, open_llm, sampling_params
-from nanovllm.commands.prompts import add_generation_options, model_inputs, read_prompts
+from nanovllm.commands.options import (
+    add_command,
+    add_generation_options,
+    model_inputs,
+    open_llm,
+    read_prompts,
+    sampling_params,
+)
 
 _EXAMPLE = """\
 example, in which a small pool makes sequences share blocks and lose them:

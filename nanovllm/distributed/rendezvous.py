@@ -94,13 +94,11 @@ def _exchange_status(store: Any, placement: RankPlacement, status: str, check: C
 def _environment(variables: dict[str, str]) -> Iterator[None]:
     """Set environment variables and restore them afterwards, for the program's other groups. One thread at a time."""
     with _environment_lock:
-        before = {name: os.environ.get(name) for name in variables}
+        before = {name: os.environ[name] for name in variables if name in os.environ}
         os.environ.update(variables)
         try:
             yield
         finally:
-            for name, value in before.items():
-                if value is None:
-                    del os.environ[name]
-                else:
-                    os.environ[name] = value
+            for name in variables:
+                del os.environ[name]
+            os.environ.update(before)

@@ -6,7 +6,7 @@ a prefix are reused before its first ones.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -221,48 +221,3 @@ class BlockManager:
             self._evict(block)
         block.ref_count = 1
         return block_id
-
-    # --- self-test ---
-
-    def check_invariants(self, sequences: Iterable[Sequence] | None = None) -> None:
-        """Raise RuntimeError that names the first broken invariant. sequences: all that own blocks, if known."""
-        for problem in self._broken_invariants(sequences):
-            raise RuntimeError(f"BlockManager invariant broken: {problem}")
-
-    def _broken_invariants(self, sequences: Iterable[Sequence] | None) -> Iterator[str]:
-        unowned = {block.block_id for block in self.blocks if block.ref_count == 0}
-        if unowned != set(self._free_block_ids):
-            yield f"free list {sorted(self._free_block_ids)} is not the set of unowned blocks {sorted(unowned)}"
-        if sequences is not None:
-            yield from self._broken_ownership(list(sequences))
-        mapped = [block_id for hash_value in self.hash_to_block_id for block_id in self._ids_with_hash(hash_value)]
-        cached = [block.block_id for block in self.blocks if block.is_cached]
-        if sorted(mapped) != cached:
-            yield f"blocks found by hash {sorted(mapped)} are not the cached blocks {cached}"
-        if not set(self._same_hash) <= set(self.hash_to_block_id) or [] in self._same_hash.values():
-            yield "a hash has further blocks but no first one, or an empty list of them"
-        prefix_of: dict[tuple[int | None, tuple[int, ...]], int | None] = {}
-        for block in (self.blocks[block_id] for block_id in cached):
-            if block.hash is None or block.block_id not in self._ids_with_hash(block.hash):
-                yield f"cached block {block.block_id} is not found by its hash"
-            if len(block.token_ids) != self.block_size:
-                yield f"cached block {block.block_id} holds {len(block.token_ids)} tokens, not {self.block_size}"
-            content = (block.parent_prefix_id, tuple(block.token_ids))
-            if prefix_of.setdefault(content, block.prefix_id) != block.prefix_id:
-                yield f"cached block {block.block_id} has the content of another but not its prefix_id"
-        if len(set(prefix_of.values())) != len(prefix_of):
-            yield "one prefix_id names two contents"
-
-    def _broken_ownership(self, sequences: list[Sequence]) -> Iterator[str]:
-        owners = [0] * len(self.blocks)
-        for seq in sequences:
-            if len(set(seq.block_table)) != len(seq.block_table):
-                yield f"{seq!r} owns a block twice"
-            for block_id in seq.block_table:
-                owners[block_id] += 1
-        for block in self.blocks:
-            if block.ref_count != owners[block.block_id]:
-                yield f"block {block.block_id} has ref_count {block.ref_count} and {owners[block.block_id]} owners"
-
-    def _ids_with_hash(self, hash_value: int) -> list[int]:
-        return [block.block_id for block in self._candidates(hash_value)]

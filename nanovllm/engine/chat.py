@@ -28,9 +28,8 @@ def chat_prompts(
     Raises ValueError for messages, options and templates that cannot be rendered.
     """
     _check_options(tokenizer, chat_template, add_generation_prompt, continue_final_message, chat_template_kwargs)
-    conversations = as_conversations(messages)
     prompts = []
-    for index, conversation in enumerate(conversations):
+    for index, conversation in enumerate(as_conversations(messages)):
         try:
             text = tokenizer.apply_chat_template(
                 conversation,
@@ -58,10 +57,7 @@ def chat_prompts(
 def as_conversations(messages: Any) -> list[list[dict[str, Any]]]:
     """The conversations in `messages`: one list of messages, or a list of such lists. Raises ValueError otherwise."""
     if not isinstance(messages, (list, tuple)):
-        if isinstance(messages, Mapping):
-            remedy = "wrap the message in a list"
-        else:
-            remedy = f"write [{_EXAMPLE}]"
+        remedy = "wrap the message in a list" if isinstance(messages, Mapping) else f"write [{_EXAMPLE}]"
         raise ValueError(f"messages must be a list of messages, got {type(messages).__name__}; {remedy}")
     if messages and not isinstance(messages[0], (list, tuple)):
         return [_as_conversation(messages, "messages")]

@@ -16,14 +16,6 @@ _NUM_CONTEXT_TOKENS = 4  # an incomplete character has at most three bytes, so a
 _MAX_WINDOW = 2 * _NUM_CONTEXT_TOKENS
 
 
-def decode(tokenizer: Any, token_ids: list[int]) -> str:
-    """The text of `token_ids` without a prompt. Special tokens are left out; spaces are not cleaned up."""
-    detokenizer = Detokenizer(tokenizer)
-    detokenizer.extend(token_ids)
-    detokenizer.close()
-    return detokenizer.text
-
-
 class Detokenizer:
     """The generated text of one request. It continues the text of the prompt and ends before a stop string.
 

@@ -54,8 +54,10 @@ class InputProcessor:
                 raise ValueError(f"prompt {index}: {error}") from error
             requests.append(RequestState(seq, self._tokenizer, index))
         with self._number_lock:  # only now: requests that are refused get no number
-            for request in requests:
-                self._number(request.sequence)
+            for seq in (request.sequence for request in requests):
+                seq.seq_id, seed = self.num_requests, seq.sampling_params.seed
+                seq.seed = request_seed(self._config.seed, seq.seq_id) if seed is None else seed
+                self.num_requests += 1
         return requests
 
     def chat_prompts(self, messages: Any, *options: Any) -> list[list[int]]:
@@ -75,12 +77,6 @@ class InputProcessor:
         seq = Sequence(token_ids, params, block_size=self._config.kv_cache_block_size)
         self._validate_request(seq)
         return seq
-
-    def _number(self, seq: Sequence) -> None:
-        """Set the sequence's id, and its seed: the one of its parameters, or one derived from the id."""
-        seq.seq_id, seed = self.num_requests, seq.sampling_params.seed
-        seq.seed = request_seed(self._config.seed, seq.seq_id) if seed is None else seed
-        self.num_requests += 1
 
 
 def as_prompt_list(prompts: Any) -> list[Prompt]:
@@ -140,13 +136,12 @@ def as_token_ids(prompt: Any, tokenizer: Any, vocab_size: int) -> list[int]:
     plain = as_ints(token_ids)
     if plain is not None and min(plain) >= 0 and max(plain) < vocab_size:
         return plain
-    for position, token_id in enumerate(token_ids):
-        if not is_int(token_id) or not 0 <= token_id < vocab_size:
-            raise ValueError(
-                f"a token id must be an integer from 0 to {vocab_size - 1} (the model's vocabulary), got {token_id!r} "
-                f"at position {position}{_remedy(token_id) if isinstance(token_id, Mapping) else ''}"
-            )
-    raise AssertionError("some token id is invalid")
+    wrong = (item for item in enumerate(token_ids) if not is_int(item[1]) or not 0 <= item[1] < vocab_size)
+    position, token_id = next(wrong)
+    raise ValueError(
+        f"a token id must be an integer from 0 to {vocab_size - 1} (the model's vocabulary), got {token_id!r} "
+        f"at position {position}{_remedy(token_id) if isinstance(token_id, Mapping) else ''}"
+    )
 
 
 def _remedy(value: Any) -> str:

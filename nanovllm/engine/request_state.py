@@ -30,10 +30,12 @@ class RequestState:
 
     def output(self) -> RequestOutput:
         """The output of a finished request."""
-        seq = self.sequence
+        seq, detokenizer = self.sequence, self._decode_new_tokens()
         assert seq.finish_reason is not None
+        if detokenizer is not None:
+            detokenizer.close()
         return RequestOutput(
-            text=self._whole_text(),
+            text="" if detokenizer is None else detokenizer.text,
             token_ids=seq.completion_token_ids,
             finish_reason=seq.finish_reason,
             num_cached_tokens=seq.num_cached_prompt_tokens or 0,
@@ -55,13 +57,6 @@ class RequestState:
         return StreamOutput(
             index=self.index, text=text, token_ids=token_ids, finish_reason=seq.finish_reason, seq_id=seq.seq_id
         )
-
-    def _whole_text(self) -> str:
-        detokenizer = self._decode_new_tokens()
-        if detokenizer is None:
-            return ""
-        detokenizer.close()
-        return detokenizer.text
 
     def _decode_new_tokens(self) -> Detokenizer | None:
         """Pass the tokens since the last call to the detokenizer, which is made at the first call."""

@@ -155,16 +155,8 @@ class Sequence:
     # What a worker needs to compute and sample the scheduled step. It depends on the tokens that the step computes, and
     # not on those that were generated: a preempted sequence prefills its own output again.
     _WORKER_FIELDS = (
-        "seq_id",
-        "block_size",
-        "sampling_params",
-        "seed",
-        "num_tokens",
-        "num_prompt_tokens",
-        "block_table",
-        "num_cached_tokens",
-        "num_tokens_with_kv",
-        "num_scheduled_tokens",
+        *("seq_id", "block_size", "sampling_params", "seed", "num_tokens", "num_prompt_tokens", "block_table"),
+        *("num_cached_tokens", "num_tokens_with_kv", "num_scheduled_tokens"),
     )
 
     def __getstate__(self) -> tuple[Any, ...]:

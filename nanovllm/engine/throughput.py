@@ -14,8 +14,7 @@ class ThroughputMeter:
 
     def __init__(self) -> None:
         self._last = perf_counter()
-        self._num_tokens = {True: 0, False: 0}  # is_prefill -> tokens
-        self._seconds = {True: 0.0, False: 0.0}  # is_prefill -> seconds
+        self._num_tokens, self._seconds = {True: 0, False: 0}, {True: 0.0, False: 0.0}  # by is_prefill
 
     def add(self, batch: ScheduledBatch) -> None:
         """Count a step that ends now. Its duration is the time since the previous call."""

@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,16 +43,11 @@ def load_tokenizer(model_dir: Path, model_config: ModelConfig | None = None) -> 
 
 def _require_sentencepiece(model_dir: Path) -> None:
     """Raise ValueError unless the packages are installed that transformers needs for a tokenizer.model."""
-    if not all(map(_is_installed, _SENTENCEPIECE.values())):
-        raise ValueError(
-            f"the tokenizer in {str(model_dir)!r} cannot be read: without a tokenizer.json, tokenizer.model needs "
-            f"{' and '.join(_SENTENCEPIECE)} (nanovllm's extra [sentencepiece]), which are not installed; "
-            f"pip install {' '.join(_SENTENCEPIECE)}"
-        )
-
-
-def _is_installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # its parent package is missing
-        return False
+    with suppress(ModuleNotFoundError):  # of the parent package
+        if all(map(importlib.util.find_spec, _SENTENCEPIECE.values())):
+            return
+    raise ValueError(
+        f"the tokenizer in {str(model_dir)!r} cannot be read: without a tokenizer.json, tokenizer.model needs "
+        f"{' and '.join(_SENTENCEPIECE)} (nanovllm's extra [sentencepiece]), which are not installed; "
+        f"pip install {' '.join(_SENTENCEPIECE)}"
+    )

@@ -151,10 +151,7 @@ class FailureMonitor:
 
 
 def find_root_cause(
-    failures: Mapping[int, RankFailure | None],
-    size: int,
-    exit_code: Callable[[int], int | None],
-    is_starting: bool,
+    failures: Mapping[int, RankFailure | None], size: int, exit_code: Callable[[int], int | None], is_starting: bool
 ) -> RankError:
     """The first of several failures, by rank. A rank that ended without a report failed before those that report."""
     for rank, failure in failures.items():
@@ -167,20 +164,14 @@ def find_root_cause(
 
 def _describe_exit(code: int | None, is_starting: bool) -> str:
     if code is not None and code < 0:
-        return f"was killed by {_signal_name(-code)}: by hand, or by the system for want of memory"
+        names = {number.value: number.name for number in signal.Signals}  # a real-time signal has none
+        return f"was killed by {names.get(-code, f'signal {-code}')}: by hand, or by the system for want of memory"
     if not is_starting:
         return f"ended with exit code {code} without an error message"
     return (
         f"ended with exit code {code} while it started; its own output says more. A program that starts an engine "
         'with several ranks does so under `if __name__ == "__main__":`, since the ranks import it too'
     )
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:  # a real-time signal
-        return f"signal {number}"
 
 
 def _receive(pipe: Any) -> Any:

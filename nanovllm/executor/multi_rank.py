@@ -62,32 +62,25 @@ class MultiRankExecutor(Executor):
         self._aborted: DaemonThread | None = None
         self._outputs: deque[AsyncModelOutput] = deque(maxlen=2)  # of the step in flight and the one before
         try:
-            self._runner = self._start(spec)
+            self._runner = spec.make_runner(placement, self._connect(spec), self._check)
         except BaseException as error:
             self._fail(error)
         self.num_kv_cache_blocks = self._runner.num_kv_cache_blocks
         self.kv_cache_block_size = self._runner.block_size
         self.supports_async_scheduling = self._tp is not None and self._tp.is_nccl
 
-    def _start(self, spec: WorkerSpec) -> ModelRunner:
-        return spec.make_runner(self._placement, self._connect(spec), self._check)
-
     def execute(self, batch: ScheduledBatch, previous: PendingTokens | None = None) -> MultiRankPendingTokens:
         if self._runner is None:
             raise RuntimeError(ENDED)
         try:
-            self._send(StepMessage(batch, None if previous is None else previous.batch.sampled_sequences))
-            self._outputs.append(self._run(self._runner, batch, previous))
+            assert previous is None or isinstance(previous, MultiRankPendingTokens)
+            previous_sequences = None if previous is None else previous.batch.sampled_sequences
+            self._send(StepMessage(batch, previous_sequences))
+            previous_token_ids = None if previous is None else previous.output.sampled
+            self._outputs.append(self._runner.run(batch, previous_sequences, previous_token_ids))
         except BaseException as error:
             self._fail(error)
         return MultiRankPendingTokens(self._outputs[-1], self._collect)
-
-    @staticmethod
-    def _run(runner: ModelRunner, batch: ScheduledBatch, previous: PendingTokens | None) -> AsyncModelOutput:
-        if previous is None:
-            return runner.run(batch)
-        assert isinstance(previous, MultiRankPendingTokens)
-        return runner.run(batch, previous.batch.sampled_sequences, previous.output.sampled)
 
     def _collect(self, pending: MultiRankPendingTokens) -> list[int]:
         try:

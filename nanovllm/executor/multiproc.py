@@ -69,7 +69,9 @@ class MultiprocExecutor(MultiRankExecutor):
                 receivers[worker.rank], self._senders[worker.rank] = context.Pipe(duplex=False)
                 stack.callback(receivers[worker.rank].close)
                 stack.callback(self._senders[worker.rank].close)
-            self._monitor = FailureMonitor(receivers, self._exit_code, self._kill_workers, self._unblock)
+            self._monitor = FailureMonitor(
+                receivers, lambda rank: _exit_code(self._processes[rank - 1]), self._kill_workers, self._unblock
+            )
             self._resources = stack.pop_all()  # _release() closes them after the processes have ended
         super().__init__(spec, placement)
 
@@ -126,9 +128,6 @@ class MultiprocExecutor(MultiRankExecutor):
     def _unblock(self) -> None:
         if self._tp is not None and self._tp.is_nccl:
             self._abort_group()  # only an abort ends an NCCL kernel that waits for other GPUs
-
-    def _exit_code(self, rank: int) -> int | None:
-        return _exit_code(self._processes[rank - 1])
 
     # --- shutdown ---
 

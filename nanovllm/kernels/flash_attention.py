@@ -35,17 +35,10 @@ def flash_attention_prefill(
     from flash_attn import flash_attn_varlen_func
 
     return flash_attn_varlen_func(
-        query,
-        key,
-        value,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
-        softmax_scale=scale,
-        causal=True,
-        block_table=block_table,
-    )
+        query, key, value,
+        cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
+        softmax_scale=scale, causal=True, block_table=block_table,
+    )  # fmt: skip
 
 
 def flash_attention_decode(
@@ -55,12 +48,7 @@ def flash_attention_decode(
     from flash_attn import flash_attn_with_kvcache
 
     output = flash_attn_with_kvcache(
-        query[:, None],
-        k_cache,
-        v_cache,
-        cache_seqlens=context_lens,
-        block_table=block_table,
-        softmax_scale=scale,
-        causal=True,
-    )
+        query[:, None], k_cache, v_cache,
+        cache_seqlens=context_lens, block_table=block_table, softmax_scale=scale, causal=True,
+    )  # fmt: skip
     return output[:, 0]

@@ -9,24 +9,11 @@ import triton.language as tl
 
 @triton.jit
 def attend_to_paged_keys(
-    query,
-    k_ptr,
-    v_ptr,
-    table_ptr,
-    first_block,
-    start,
-    end,
-    scale_log2_e,
-    k_block_stride,
-    k_slot_stride,
-    v_block_stride,
-    v_slot_stride,
-    highest,
-    total,
-    accumulator,
-    BLOCK_SIZE: tl.constexpr,
-    TILE_SIZE: tl.constexpr,
-):
+    query, k_ptr, v_ptr, table_ptr, first_block, start, end, scale_log2_e,
+    k_block_stride, k_slot_stride, v_block_stride, v_slot_stride,
+    highest, total, accumulator,
+    BLOCK_SIZE: tl.constexpr, TILE_SIZE: tl.constexpr,
+):  # fmt: skip
     """The running softmax (highest, total, accumulator), continued over the keys of positions start .. end - 1.
 
     query: [ROWS, D]. k_ptr, v_ptr: [1, D] pointers to slot 0 of block 0 of one kv head. table_ptr: the sequence's row

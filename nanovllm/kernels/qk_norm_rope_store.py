@@ -4,8 +4,8 @@ A program normalises (for models with head norms) and rotates the query and key 
 stores key and value in the cache: rms_norm, rotary_embedding and store_kvcache with one read and one write, not three.
 """
 
-# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
-# (Triton's types know neither launches nor functions that return several values.)
+# pyright: reportGeneralTypeIssues=false
+# (Triton's types do not know functions that return several values.)
 
 import torch
 import triton
@@ -78,31 +78,15 @@ def qk_norm_rope_store(
     launch(
         qk_norm_rope_store_kernel,
         (num_tokens,),
-        qkv,
-        cos,
-        sin,
-        q_weight,
-        k_weight,
-        eps,
-        query,
-        key,
-        k_cache,
-        v_cache,
-        slot_mapping,
-        qkv.stride(0),
-        NUM_HEADS=num_heads,
-        NUM_KV_HEADS=num_kv_heads,
-        HALF=head_dim // 2,
+        qkv, cos, sin, q_weight, k_weight, eps, query, key, k_cache, v_cache, slot_mapping, qkv.stride(0),
+        NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HALF=head_dim // 2,
         PADDED_HALF=triton.next_power_of_2(head_dim // 2),
         PADDED_HEADS=triton.next_power_of_2(num_heads),
         PADDED_KV_HEADS=triton.next_power_of_2(num_kv_heads),
-        HAS_NORM=q_weight is not None,
-        HAS_CACHE=k_cache is not None,
-        RETURNS_KEY=returns_key,
-        LAUNCHES_EARLY=launches_early,
-        launch_pdl=launches_early,
+        HAS_NORM=q_weight is not None, HAS_CACHE=k_cache is not None, RETURNS_KEY=returns_key,
+        LAUNCHES_EARLY=launches_early, launch_pdl=launches_early,
         num_warps=choose_num_warps(num_tokens, row) if num_warps is None else num_warps,
-    )
+    )  # fmt: skip
     return query, key
 
 
@@ -115,29 +99,12 @@ def choose_num_warps(num_tokens: int, row: int) -> int:
 
 @triton.jit
 def qk_norm_rope_store_kernel(
-    qkv_ptr,
-    cos_ptr,
-    sin_ptr,
-    q_weight_ptr,
-    k_weight_ptr,
-    eps,
-    query_ptr,
-    key_ptr,
-    k_cache_ptr,
-    v_cache_ptr,
-    slot_mapping_ptr,
-    qkv_stride,
-    NUM_HEADS: tl.constexpr,
-    NUM_KV_HEADS: tl.constexpr,
-    HALF: tl.constexpr,
-    PADDED_HALF: tl.constexpr,
-    PADDED_HEADS: tl.constexpr,
-    PADDED_KV_HEADS: tl.constexpr,
-    HAS_NORM: tl.constexpr,
-    HAS_CACHE: tl.constexpr,
-    RETURNS_KEY: tl.constexpr,
-    LAUNCHES_EARLY: tl.constexpr,
-):
+    qkv_ptr, cos_ptr, sin_ptr, q_weight_ptr, k_weight_ptr, eps,
+    query_ptr, key_ptr, k_cache_ptr, v_cache_ptr, slot_mapping_ptr, qkv_stride,
+    NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HALF: tl.constexpr,
+    PADDED_HALF: tl.constexpr, PADDED_HEADS: tl.constexpr, PADDED_KV_HEADS: tl.constexpr,
+    HAS_NORM: tl.constexpr, HAS_CACHE: tl.constexpr, RETURNS_KEY: tl.constexpr, LAUNCHES_EARLY: tl.constexpr,
+):  # fmt: skip
     D: tl.constexpr = 2 * HALF
     token = tl.program_id(0).to(tl.int64)
     dim = tl.arange(0, PADDED_HALF)[None, :]

@@ -1,8 +1,5 @@
 """rms_norm and add_rms_norm: a row is read once, normalised in registers and written once. One program, some rows."""
 
-# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
-# (Triton's types know neither launches nor functions that return several values.)
-
 import torch
 import triton
 import triton.language as tl
@@ -79,49 +76,24 @@ def _launch(
     launch(
         rms_norm_kernel,
         (triton.cdiv(num_rows, rows),),
-        x,
-        residual,
-        weight,
-        normed,
-        total,
-        eps,
-        num_rows,
-        x.shape[1] if x.ndim == 3 else 1,
-        x.stride(0),
-        x.stride(1) if x.ndim == 3 else 0,
+        x, residual, weight, normed, total, eps, num_rows, x.shape[1] if x.ndim == 3 else 1,
+        x.stride(0), x.stride(1) if x.ndim == 3 else 0,
         0 if residual is None else residual.stride(0),
         residual.stride(1) if residual is not None and residual.ndim == 3 else 0,
-        SIZE=size,
-        PADDED_SIZE=triton.next_power_of_2(size),
-        ROWS=rows,
-        HAS_RESIDUAL=residual is not None,
-        LAUNCHES_EARLY=launches_early,
-        launch_pdl=launches_early,
+        SIZE=size, PADDED_SIZE=triton.next_power_of_2(size), ROWS=rows, HAS_RESIDUAL=residual is not None,
+        LAUNCHES_EARLY=launches_early, launch_pdl=launches_early,
         num_warps=default_warps if num_warps is None else num_warps,
-    )
+    )  # fmt: skip
     return normed, total
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def rms_norm_kernel(
-    x_ptr,
-    residual_ptr,
-    weight_ptr,
-    normed_ptr,
-    total_ptr,
-    eps,
-    num_rows,
-    num_heads,
-    x_token_stride,
-    x_head_stride,
-    residual_token_stride,
-    residual_head_stride,
-    SIZE: tl.constexpr,
-    PADDED_SIZE: tl.constexpr,
-    ROWS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    LAUNCHES_EARLY: tl.constexpr,
-):
+    x_ptr, residual_ptr, weight_ptr, normed_ptr, total_ptr, eps, num_rows, num_heads,
+    x_token_stride, x_head_stride, residual_token_stride, residual_head_stride,
+    SIZE: tl.constexpr, PADDED_SIZE: tl.constexpr, ROWS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, LAUNCHES_EARLY: tl.constexpr,
+):  # fmt: skip
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     token, head = row // num_heads, row % num_heads
     element = tl.arange(0, PADDED_SIZE)[None, :]

@@ -1,7 +1,7 @@
 """rotary_embedding: rotates queries and keys in one launch. One program a token."""
 
-# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
-# (Triton's types know neither launches nor functions that return several values.)
+# pyright: reportGeneralTypeIssues=false
+# (Triton's types do not know functions that return several values.)
 
 import torch
 import triton
@@ -40,24 +40,14 @@ def rotary_embedding(
     launch(
         rotary_embedding_kernel,
         (num_tokens,),
-        query,
-        key,
-        cos,
-        sin,
-        rotated_query,
-        rotated_key,
-        query.stride(0),
-        query.stride(1),
-        key.stride(0),
-        key.stride(1),
-        NUM_HEADS=num_heads,
-        NUM_KV_HEADS=num_kv_heads,
-        HALF=head_dim // 2,
+        query, key, cos, sin, rotated_query, rotated_key,
+        query.stride(0), query.stride(1), key.stride(0), key.stride(1),
+        NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HALF=head_dim // 2,
         PADDED_HALF=triton.next_power_of_2(head_dim // 2),
         PADDED_HEADS=triton.next_power_of_2(num_heads),
         PADDED_KV_HEADS=triton.next_power_of_2(num_kv_heads),
         num_warps=choose_num_warps(num_heads, head_dim) if num_warps is None else num_warps,
-    )
+    )  # fmt: skip
     return rotated_query, rotated_key
 
 
@@ -78,23 +68,11 @@ def choose_num_warps(num_heads: int, head_dim: int) -> int:
 
 @triton.jit
 def rotary_embedding_kernel(
-    query_ptr,
-    key_ptr,
-    cos_ptr,
-    sin_ptr,
-    rotated_query_ptr,
-    rotated_key_ptr,
-    query_token_stride,
-    query_head_stride,
-    key_token_stride,
-    key_head_stride,
-    NUM_HEADS: tl.constexpr,
-    NUM_KV_HEADS: tl.constexpr,
-    HALF: tl.constexpr,
-    PADDED_HALF: tl.constexpr,
-    PADDED_HEADS: tl.constexpr,
-    PADDED_KV_HEADS: tl.constexpr,
-):
+    query_ptr, key_ptr, cos_ptr, sin_ptr, rotated_query_ptr, rotated_key_ptr,
+    query_token_stride, query_head_stride, key_token_stride, key_head_stride,
+    NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HALF: tl.constexpr,
+    PADDED_HALF: tl.constexpr, PADDED_HEADS: tl.constexpr, PADDED_KV_HEADS: tl.constexpr,
+):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     dim = tl.arange(0, PADDED_HALF)[None, :]
     cos = tl.load(cos_ptr + token * HALF + dim, mask=dim < HALF, other=0.0)

@@ -1,8 +1,5 @@
 """silu_and_mul: both halves of a row are read once and their product written once. One program a tile of elements."""
 
-# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
-# (Triton's types know neither launches nor functions that return several values.)
-
 import torch
 import triton
 import triton.language as tl
@@ -30,13 +27,9 @@ def silu_and_mul(x: torch.Tensor, *, tile_size: int = 2048, num_warps: int = 8) 
     launch(
         silu_and_mul_kernel,
         (num_tokens, triton.cdiv(size, tile_size)),
-        x,
-        y,
-        x.stride(0),
-        size,
-        TILE_SIZE=tile_size,
-        num_warps=num_warps,
-    )
+        x, y, x.stride(0), size,
+        TILE_SIZE=tile_size, num_warps=num_warps,
+    )  # fmt: skip
     return y
 
 

@@ -1,8 +1,5 @@
 """store_kvcache: new keys and values go to their slots in the paged cache. One program moves a tile of tokens."""
 
-# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
-# (Triton's types know neither launches nor functions that return several values.)
-
 import torch
 import triton
 import triton.language as tl
@@ -51,41 +48,18 @@ def store_kvcache(
     launch(
         store_kvcache_kernel,
         (triton.cdiv(num_tokens, tokens), triton.cdiv(row_size, elements)),
-        key,
-        value,
-        k_cache,
-        v_cache,
-        slot_mapping,
-        key.stride(0),
-        key.stride(1),
-        value.stride(0),
-        value.stride(1),
-        num_tokens,
-        row_size,
-        HEAD_DIM=head_dim,
-        TOKENS=tokens,
-        ELEMENTS=elements,
-        num_warps=num_warps,
-    )
+        key, value, k_cache, v_cache, slot_mapping,
+        key.stride(0), key.stride(1), value.stride(0), value.stride(1), num_tokens, row_size,
+        HEAD_DIM=head_dim, TOKENS=tokens, ELEMENTS=elements, num_warps=num_warps,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def store_kvcache_kernel(
-    key_ptr,
-    value_ptr,
-    k_cache_ptr,
-    v_cache_ptr,
-    slot_mapping_ptr,
-    key_token_stride,
-    key_head_stride,
-    value_token_stride,
-    value_head_stride,
-    num_tokens,
-    row_size,
-    HEAD_DIM: tl.constexpr,
-    TOKENS: tl.constexpr,
-    ELEMENTS: tl.constexpr,
-):
+    key_ptr, value_ptr, k_cache_ptr, v_cache_ptr, slot_mapping_ptr,
+    key_token_stride, key_head_stride, value_token_stride, value_head_stride, num_tokens, row_size,
+    HEAD_DIM: tl.constexpr, TOKENS: tl.constexpr, ELEMENTS: tl.constexpr,
+):  # fmt: skip
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     slot = tl.load(slot_mapping_ptr + token, mask=token < num_tokens, other=-1)
     token = token.to(tl.int64)[:, None]  # int64: token * stride and slot * row_size pass 2**31 on large GPUs

@@ -14,9 +14,6 @@ attends to the most keys and is started first, so that no long program starts la
 The contract, the choice of tiles and the kernel are in one file, because each depends on the others.
 """
 
-# pyright: reportArgumentType=false, reportCallIssue=false
-# A launch takes arguments that the kernel's Python signature does not have.
-
 from functools import cache
 from math import e, log2, sqrt
 from typing import NamedTuple
@@ -120,29 +117,15 @@ def varlen_attention(
     launch(
         varlen_attention_kernel,
         grid,
-        query,
-        key,
-        value,
-        output,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        block_tables,
-        scale * log2(e),
+        query, key, value, output, cu_seqlens_q, cu_seqlens_k, block_tables, scale * log2(e),
         *query.stride()[:2],
         0 if block_tables is None else key.stride(0),
-        *key.stride()[-3:-1],
-        *value.stride()[-3:-1],
-        *output.stride()[:2],
+        *key.stride()[-3:-1], *value.stride()[-3:-1], *output.stride()[:2],
         0 if block_tables is None else block_tables.stride(0),
-        GROUP_SIZE=group_size,
-        HEAD_DIM=head_dim,
-        BLOCK_SIZE=block_size,
-        ROWS=tiles.rows,
-        KEYS=tiles.keys,
-        MASKED_KEYS=min(tiles.keys, MAX_MASKED_KEYS),
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
-    )
+        GROUP_SIZE=group_size, HEAD_DIM=head_dim, BLOCK_SIZE=block_size,
+        ROWS=tiles.rows, KEYS=tiles.keys, MASKED_KEYS=min(tiles.keys, MAX_MASKED_KEYS),
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+    )  # fmt: skip
     return output
 
 
@@ -212,31 +195,13 @@ def _describe(tensor: torch.Tensor) -> str:
 
 @triton.jit(do_not_specialize=["block_tables_stride"])
 def varlen_attention_kernel(
-    query_ptr,
-    key_ptr,
-    value_ptr,
-    output_ptr,
-    cu_seqlens_q_ptr,
-    cu_seqlens_k_ptr,
-    block_tables_ptr,
-    scale_log2,
-    query_token_stride,
-    query_head_stride,
-    block_stride,
-    key_token_stride,
-    key_head_stride,
-    value_token_stride,
-    value_head_stride,
-    output_token_stride,
-    output_head_stride,
-    block_tables_stride,
-    GROUP_SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,  # 0: keys are packed
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
-    MASKED_KEYS: tl.constexpr,
-):
+    query_ptr, key_ptr, value_ptr, output_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, block_tables_ptr, scale_log2,
+    query_token_stride, query_head_stride,
+    block_stride, key_token_stride, key_head_stride, value_token_stride, value_head_stride,
+    output_token_stride, output_head_stride, block_tables_stride,
+    GROUP_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,  # 0: keys are packed
+    ROWS: tl.constexpr, KEYS: tl.constexpr, MASKED_KEYS: tl.constexpr,
+):  # fmt: skip
     sequence = tl.program_id(2)
     kv_head = tl.program_id(1).to(tl.int64)
     q_start = tl.load(cu_seqlens_q_ptr + sequence).to(tl.int64)

@@ -95,28 +95,15 @@ def varlen_attention_hopper(
     launch(
         varlen_attention_hopper_kernel,
         grid,
-        query,
-        _descriptor(key, copied_keys),
-        _descriptor(value, copied_keys),
-        output,
-        cu_seqlens_q,
-        cu_seqlens_k,
+        query, _descriptor(key, copied_keys), _descriptor(value, copied_keys), output, cu_seqlens_q, cu_seqlens_k,
         cu_seqlens_q if block_tables is None else block_tables,
         scale * log2(e),
-        *query.stride()[:2],
-        *output.stride()[:2],
-        0 if block_tables is None else block_tables.stride(0),
-        GROUP_SIZE=group_size,
-        HEAD_DIM=head_dim,
-        BLOCK_SIZE=block_size,
-        COPIED_KEYS=copied_keys,
-        KEYS=keys,
-        STAGES=num_stages,
-        PRODUCER_REGISTERS=producer_registers,
-        CONSUMER_REGISTERS=(3 * REGISTERS - producer_registers) // 2,
-        num_warps=4,
-        maxnreg=REGISTERS,
-    )
+        *query.stride()[:2], *output.stride()[:2], 0 if block_tables is None else block_tables.stride(0),
+        GROUP_SIZE=group_size, HEAD_DIM=head_dim, BLOCK_SIZE=block_size,
+        COPIED_KEYS=copied_keys, KEYS=keys, STAGES=num_stages,
+        PRODUCER_REGISTERS=producer_registers, CONSUMER_REGISTERS=(3 * REGISTERS - producer_registers) // 2,
+        num_warps=4, maxnreg=REGISTERS,
+    )  # fmt: skip
     return output
 
 
@@ -130,28 +117,12 @@ def _descriptor(tensor: torch.Tensor, copied_keys: int) -> TensorDescriptor:
 
 @gluon.jit(do_not_specialize=["block_tables_stride"])
 def varlen_attention_hopper_kernel(
-    query_ptr,
-    key_desc,
-    value_desc,
-    output_ptr,
-    cu_seqlens_q_ptr,
-    cu_seqlens_k_ptr,
-    block_tables_ptr,
-    scale_log2,
-    query_token_stride,
-    query_head_stride,
-    output_token_stride,
-    output_head_stride,
-    block_tables_stride,
-    GROUP_SIZE: gl.constexpr,
-    HEAD_DIM: gl.constexpr,
-    BLOCK_SIZE: gl.constexpr,  # 0: keys are packed
-    COPIED_KEYS: gl.constexpr,
-    KEYS: gl.constexpr,
-    STAGES: gl.constexpr,
-    PRODUCER_REGISTERS: gl.constexpr,
-    CONSUMER_REGISTERS: gl.constexpr,
-):
+    query_ptr, key_desc, value_desc, output_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, block_tables_ptr, scale_log2,
+    query_token_stride, query_head_stride, output_token_stride, output_head_stride, block_tables_stride,
+    GROUP_SIZE: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_SIZE: gl.constexpr,  # 0: keys are packed
+    COPIED_KEYS: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr,
+    PRODUCER_REGISTERS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
+):  # fmt: skip
     sequence = gl.program_id(2)
     kv_head = gl.program_id(1)
     q_start = gl.load(cu_seqlens_q_ptr + sequence)
@@ -186,13 +157,9 @@ def varlen_attention_hopper_kernel(
         block_table_ptr = block_tables_ptr + sequence.to(gl.int64) * block_tables_stride
         source = (key_desc, value_desc, block_table_ptr, kv_head, k_start, k_len, num_tiles)
         tensors = (
-            query_ptr,
-            query_token_stride,
-            query_head_stride,
-            output_ptr,
-            output_token_stride,
-            output_head_stride,
-        )
+            query_ptr, query_token_stride, query_head_stride,
+            output_ptr, output_token_stride, output_head_stride,
+        )  # fmt: skip
         gl.warp_specialize(
             [
                 (_consume, (0, rows, ring, queries, tensors, scale_log2, GROUP_SIZE)),
@@ -220,9 +187,8 @@ def _produce(source, ring, value_copied, BLOCK_SIZE: gl.constexpr, COPIED_KEYS: 
         start = tile * KEYS
         stage = tile % STAGES
         phase = tile // STAGES & 1
-        mbarrier.wait(
-            key_free.index(stage), phase ^ 1
-        )  # at first passed at once: the phase before the first is complete
+        # Passed at once at first: the phase before the first is complete.
+        mbarrier.wait(key_free.index(stage), phase ^ 1)
         mbarrier.expect(key_ready.index(stage), num_bytes)
         _copy(key_desc, keys.index(stage), key_ready.index(stage), block_table_ptr, start, k_start, k_len, column,
               BLOCK_SIZE, COPIED_KEYS)  # fmt: skip
@@ -243,17 +209,9 @@ def _produce(source, ring, value_copied, BLOCK_SIZE: gl.constexpr, COPIED_KEYS: 
 
 @gluon.jit
 def _copy(
-    desc,
-    tile,
-    barrier,
-    block_table_ptr,
-    start,
-    k_start,
-    k_len,
-    column,
-    BLOCK_SIZE: gl.constexpr,
-    COPIED_KEYS: gl.constexpr,
-):
+    desc, tile, barrier, block_table_ptr, start, k_start, k_len, column,
+    BLOCK_SIZE: gl.constexpr, COPIED_KEYS: gl.constexpr,
+):  # fmt: skip
     """Start copying keys start, start + 1, ... of a sequence to `tile`; barrier completes when all are there."""
     for part in gl.static_range(tile.shape[0] // COPIED_KEYS):
         key = start + part * COPIED_KEYS
@@ -377,16 +335,9 @@ def _softmax(score, best, total, scale_log2, position, start, IS_MASKED: gl.cons
 
 @gluon.jit
 def _row_offsets(
-    first_row,
-    q_start,
-    q_len,
-    kv_head,
-    token_stride,
-    head_stride,
-    GROUP_SIZE: gl.constexpr,
-    HEAD_DIM: gl.constexpr,
-    layout: gl.constexpr,
-):
+    first_row, q_start, q_len, kv_head, token_stride, head_stride,
+    GROUP_SIZE: gl.constexpr, HEAD_DIM: gl.constexpr, layout: gl.constexpr,
+):  # fmt: skip
     """(offsets [HALF, HEAD_DIM] of rows in a tensor [T, H, D], whether each row exists [HALF, 1])."""
     row = first_row + gl.arange(0, HALF, layout=gl.SliceLayout(1, layout))
     dim = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, layout))

@@ -46,18 +46,11 @@ class Attention(nn.Module):
         if self.kv_cache is None and reads_cache:
             raise RuntimeError("attention over cached keys needs bind_kv_cache() first")
         k_cache, v_cache = self.kv_cache or (None, None)
-        q_norm, k_norm = head_norms or (None, None)
+        slot_mapping = None if k_cache is None else context.slot_mapping
+        q_weight, k_weight = (norm.weight for norm in head_norms) if head_norms else (None, None)
+        eps = head_norms[0].eps if head_norms else 0.0
         query, key = self.ops.qk_norm_rope_store(
-            qkv,
-            cos,
-            sin,
-            q_norm.weight if q_norm else None,
-            k_norm.weight if k_norm else None,
-            q_norm.eps if q_norm else 0.0,
-            self.num_heads,
-            k_cache,
-            v_cache,
-            None if k_cache is None else context.slot_mapping,
+            *(qkv, cos, sin, q_weight, k_weight, eps, self.num_heads, k_cache, v_cache, slot_mapping),
             num_kv_heads=self.num_kv_heads,
             returns_key=not reads_cache,
         )

@@ -6,30 +6,24 @@ matrices of the checkpoint on top of each other; shard_id is the number or name 
 Paper: Shoeybi et al. 2019 (arXiv 1909.08053).
 """
 
+from collections.abc import Callable, Hashable
+
 import torch
 from torch import nn
 
 from nanovllm.distributed.tensor_parallel import SINGLE_RANK, TensorParallel
 from nanovllm.layers.ops import LayerOps
-from nanovllm.layers.parameter import load_replicated, load_shard, make_parameter
+from nanovllm.layers.parameter import WHOLE, load_replicated, load_shard, make_parameter
 from nanovllm.layers.torch_ops import TORCH_OPS
 
 
-class ReplicatedLinear(nn.Module):
-    """Every rank holds and computes the whole layer."""
+class LinearBase(nn.Module):
+    """A layer of which this rank holds the shard whose shape shard_shape returns, and weight_loader loads.
 
-    def __init__(self, input_size: int, output_size: int, bias: bool = False, ops: LayerOps = TORCH_OPS) -> None:
-        super().__init__()
-        self.ops = ops
-        self.weight = make_parameter((output_size, input_size), load_replicated)
-        self.bias = make_parameter((output_size,), load_replicated) if bias else None
+    shard_ids: of weight and bias, see make_parameter.
+    """
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [T, input_size] -> [T, output_size]
-        return self.ops.linear(x, self.weight, self.bias)
-
-
-class ColumnParallelLinear(nn.Module):
-    """Each rank computes and keeps its shard of the outputs: [T, input_size] -> [T, output_size / size]."""
+    weight_loader: Callable[..., None]
 
     def __init__(
         self,
@@ -38,26 +32,43 @@ class ColumnParallelLinear(nn.Module):
         bias: bool = False,
         tp: TensorParallel = SINGLE_RANK,
         ops: LayerOps = TORCH_OPS,
+        shard_ids: tuple[Hashable, ...] = WHOLE,
     ) -> None:
         super().__init__()
         self.tp = tp
         self.ops = ops
-        shard_size = tp.divide("output_size", output_size)
-        self.weight = make_parameter((shard_size, input_size), self.weight_loader)
-        self.bias = make_parameter((shard_size,), self.weight_loader) if bias else None
+        num_outputs, num_inputs = self.shard_shape(output_size, input_size)
+        self.weight = make_parameter((num_outputs, num_inputs), self.weight_loader, shard_ids)
+        self.bias = make_parameter((num_outputs,), self.weight_loader, shard_ids) if bias else None
 
-    def weight_loader(self, param: nn.Parameter, loaded_weight: torch.Tensor) -> None:
-        """Loads weight or bias: both are divided along the outputs, dimension 0."""
-        load_shard(param, loaded_weight, 0, self.tp.rank, self.tp.size)
+    def shard_shape(self, output_size: int, input_size: int) -> tuple[int, int]:
+        return output_size, input_size
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.ops.linear(x, self.weight, self.bias)
 
 
-class MergedColumnParallelLinear(nn.Module):
+class ReplicatedLinear(LinearBase):
+    """Every rank holds and computes the whole layer: [T, input_size] -> [T, output_size]."""
+
+    weight_loader = staticmethod(load_replicated)
+
+
+class ColumnParallelLinear(LinearBase):
+    """Each rank computes and keeps its shard of the outputs: [T, input_size] -> [T, output_size / size]."""
+
+    def shard_shape(self, output_size: int, input_size: int) -> tuple[int, int]:
+        return self.tp.divide("output_size", output_size), input_size
+
+    def weight_loader(self, param: nn.Parameter, loaded_weight: torch.Tensor) -> None:
+        """Loads weight or bias: both are divided along the outputs, dimension 0."""
+        load_shard(param, loaded_weight, 0, self.tp.rank, self.tp.size)
+
+
+class MergedColumnParallelLinear(LinearBase):
     """Column-parallel matrices of one input, packed: rank r computes its shard of each, in order.
 
-    shard_id: index into output_sizes.
+    [T, input_size] -> [T, sum(output_sizes) / size]. shard_id: index into output_sizes.
     """
 
     def __init__(
@@ -68,23 +79,15 @@ class MergedColumnParallelLinear(nn.Module):
         tp: TensorParallel = SINGLE_RANK,
         ops: LayerOps = TORCH_OPS,
     ) -> None:
-        super().__init__()
-        self.tp = tp
-        self.ops = ops
-        self.shard_sizes = [tp.divide(f"output_sizes[{i}]", output_size) for i, output_size in enumerate(output_sizes)]
-        shard_ids = tuple(range(len(output_sizes)))
-        self.weight = make_parameter((sum(self.shard_sizes), input_size), self.weight_loader, shard_ids)
-        self.bias = make_parameter((sum(self.shard_sizes),), self.weight_loader, shard_ids) if bias else None
+        shard_sizes = [tp.divide(f"output_sizes[{i}]", output_size) for i, output_size in enumerate(output_sizes)]
+        super().__init__(input_size, sum(shard_sizes), bias, tp, ops, tuple(range(len(output_sizes))))
+        self.shard_sizes = shard_sizes
 
     def weight_loader(self, param: nn.Parameter, loaded_weight: torch.Tensor, shard_id: int) -> None:
-        target = param.narrow(0, sum(self.shard_sizes[:shard_id]), self.shard_sizes[shard_id])
-        load_shard(target, loaded_weight, 0, self.tp.rank, self.tp.size)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [T, input_size] -> [T, sum(output_sizes) / size]
-        return self.ops.linear(x, self.weight, self.bias)
+        load_shard(param.split(self.shard_sizes)[shard_id], loaded_weight, 0, self.tp.rank, self.tp.size)
 
 
-class QKVParallelLinear(nn.Module):
+class QKVParallelLinear(LinearBase):
     """Query, key and value projections, packed: [T, hidden_size] -> [T, (num_heads + 2 * num_kv_heads) * head_dim].
 
     Query heads are divided among the ranks. So are key/value heads, unless there are more ranks than key/value heads:
@@ -102,18 +105,14 @@ class QKVParallelLinear(nn.Module):
         tp: TensorParallel = SINGLE_RANK,
         ops: LayerOps = TORCH_OPS,
     ) -> None:
-        super().__init__()
-        self.tp = tp
-        self.ops = ops
-        self.head_dim = head_dim
-        self.num_heads = tp.divide("num_attention_heads", total_num_heads)
+        num_heads, num_kv_heads, kv_replicas = tp.divide("num_attention_heads", total_num_heads), 1, 1
         if tp.size > total_num_kv_heads and tp.size % total_num_kv_heads == 0:
-            self.num_kv_heads, self.kv_replicas = 1, tp.size // total_num_kv_heads
+            kv_replicas = tp.size // total_num_kv_heads
         else:
-            self.num_kv_heads, self.kv_replicas = tp.divide("num_key_value_heads", total_num_kv_heads), 1
-        num_rows = (self.num_heads + 2 * self.num_kv_heads) * head_dim
-        self.weight = make_parameter((num_rows, hidden_size), self.weight_loader, ("q", "k", "v"))
-        self.bias = make_parameter((num_rows,), self.weight_loader, ("q", "k", "v")) if bias else None
+            num_kv_heads = tp.divide("num_key_value_heads", total_num_kv_heads)
+        super().__init__(hidden_size, (num_heads + 2 * num_kv_heads) * head_dim, bias, tp, ops, ("q", "k", "v"))
+        self.head_dim = head_dim
+        self.num_heads, self.num_kv_heads, self.kv_replicas = num_heads, num_kv_heads, kv_replicas
 
     def weight_loader(self, param: nn.Parameter, loaded_weight: torch.Tensor, shard_id: str) -> None:
         heads = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
@@ -121,32 +120,21 @@ class QKVParallelLinear(nn.Module):
         replicas = 1 if shard_id == "q" else self.kv_replicas
         load_shard(target, loaded_weight, 0, self.tp.rank // replicas, self.tp.size // replicas)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.ops.linear(x, self.weight, self.bias)
 
-
-class RowParallelLinear(nn.Module):
+class RowParallelLinear(LinearBase):
     """Each rank multiplies its shard of the features; sum over ranks: [T, input_size / size] -> [T, output_size].
 
     Every rank holds the bias, but only rank 0 adds it, so that the sum contains it once.
     """
 
-    def __init__(
-        self,
-        input_size: int,
-        output_size: int,
-        bias: bool = False,
-        tp: TensorParallel = SINGLE_RANK,
-        ops: LayerOps = TORCH_OPS,
-    ) -> None:
-        super().__init__()
-        self.tp = tp
-        self.ops = ops
-        self.weight = make_parameter((output_size, tp.divide("input_size", input_size)), self.weight_loader)
-        self.bias = make_parameter((output_size,), load_replicated) if bias else None
+    def shard_shape(self, output_size: int, input_size: int) -> tuple[int, int]:
+        return output_size, self.tp.divide("input_size", input_size)
 
     def weight_loader(self, param: nn.Parameter, loaded_weight: torch.Tensor) -> None:
-        load_shard(param, loaded_weight, 1, self.tp.rank, self.tp.size)
+        if param is self.bias:
+            load_replicated(param, loaded_weight)
+        else:
+            load_shard(param, loaded_weight, 1, self.tp.rank, self.tp.size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.tp.all_reduce(self.ops.linear(x, self.weight, self.bias if self.tp.rank == 0 else None))

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from nanovllm.distributed.tensor_parallel import SINGLE_RANK, TensorParallel
+from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import ReplicatedLinear
 from nanovllm.layers.ops import LayerOps
 from nanovllm.layers.parameter import load_shard, make_parameter, require_shape
@@ -89,3 +90,10 @@ class SparseMoeBlock(nn.Module):
         gate_up_proj, down_proj = self.experts.gate_up_proj.weight, self.experts.down_proj.weight
         output = self.ops.moe(x, self.gate(x), gate_up_proj, down_proj, self.top_k, self.norm_topk_prob)
         return self.tp.all_reduce(output)
+
+    def after_norm(
+        self, hidden_states: torch.Tensor, residual: torch.Tensor, norm: RMSNorm
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(output of the normalised sum, hidden_states + residual, to which it is to be added)."""
+        x, residual = norm(hidden_states, residual)
+        return self(x), residual

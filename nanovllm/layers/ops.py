@@ -22,7 +22,9 @@ class LayerOps:
 
     attention: AttentionBackend
     linear: Callable[..., Tensor]  # (x [T, E], weight [N, E], bias [N] or None) -> x weight' + bias
-    linear_silu_and_mul: Callable[..., Tensor]  # (x [T, E], weight [2 * F, E], bias) -> silu_and_mul of linear, [T, F]
+    # (x, residual or None, norm_weight, eps, weight, bias, is_gated=False) -> linear of add_rms_norm and x + residual;
+    # if is_gated, silu_and_mul of the linear. See norm_then_linear
+    norm_linear: Callable[..., tuple[Tensor, Tensor]]
     rms_norm: Callable[..., Tensor]  # (x [T, E] or [T, heads, E], weight [E], eps) -> normalised x
     add_rms_norm: Callable[..., tuple[Tensor, Tensor]]  # (x, residual, weight, eps) -> normalised x + residual, the sum
     rotary_embedding: Callable[..., tuple[Tensor, Tensor]]  # (query [T, H, D], key [T, K, D], cos [T, D / 2], sin)
@@ -71,3 +73,30 @@ def separate_steps(
         return query, key if returns_key else None
 
     return qk_norm_rope_store
+
+
+def norm_then_linear(
+    rms_norm: Callable[..., Any],
+    add_rms_norm: Callable[..., Any],
+    linear: Callable[..., Any],
+    silu_and_mul: Callable[..., Any],
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """LayerOps.norm_linear as separate operations, with the contract of kernels.skinny_linear.norm_skinny_linear."""
+
+    def norm_linear(
+        x: Tensor,
+        residual: Tensor | None,
+        norm_weight: Tensor,
+        eps: float,
+        weight: Tensor,
+        bias: Tensor | None,
+        is_gated: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        if residual is None:
+            normed, total = rms_norm(x, norm_weight, eps), x
+        else:
+            normed, total = add_rms_norm(x, residual, norm_weight, eps)
+        y = linear(normed, weight, bias)
+        return silu_and_mul(y) if is_gated else y, total
+
+    return norm_linear

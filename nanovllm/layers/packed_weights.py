@@ -12,24 +12,10 @@ import torch
 from torch import nn
 
 from nanovllm.layers.embedding import ParallelLMHead
-from nanovllm.layers.linear import (
-    ColumnParallelLinear,
-    MergedColumnParallelLinear,
-    QKVParallelLinear,
-    ReplicatedLinear,
-    RowParallelLinear,
-)
+from nanovllm.layers.linear import LinearBase
 from nanovllm.layers.ops import LayerOps
 from nanovllm.layers.torch_ops import TORCH_OPS
 
-LINEAR_LAYERS = (
-    ColumnParallelLinear,
-    MergedColumnParallelLinear,
-    ParallelLMHead,
-    QKVParallelLinear,
-    ReplicatedLinear,
-    RowParallelLinear,
-)
 # Elements of a matrix. Smaller ones stay in a core's cache as they are, and oneDNN takes half a millisecond to prepare
 # a product for each number of tokens that is new.
 MIN_SIZE = 300_000
@@ -44,7 +30,7 @@ def pack_weights(model: nn.Module, ops: LayerOps) -> None:
     if ops is not TORCH_OPS:
         return
     for module in model.modules():
-        if isinstance(module, LINEAR_LAYERS) and can_pack(module.weight):
+        if isinstance(module, (LinearBase, ParallelLMHead)) and can_pack(module.weight):
             packed = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach())
             module.weight = nn.Parameter(packed, requires_grad=False)
 

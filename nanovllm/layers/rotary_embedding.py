@@ -14,22 +14,14 @@ from nanovllm.rope_config import RopeConfig
 class RotaryEmbedding(nn.Module):
     """positions [T] -> (cos, sin), each [T, head_dim / 2], float32.
 
-    Frequencies and angles are float32, as in training: wider angles would differ from those the weights have seen.
+    Frequencies and angles are float32, as in training: wider angles would differ from those the weights have seen. The
+    frequencies are no buffer, which a cast of the model would cast too; they are on torch's default device.
     """
 
     def __init__(self, head_dim: int, rope: RopeConfig) -> None:
         super().__init__()
         self.attention_factor = rope.attention_factor
-        self.inv_freq: torch.Tensor
-        inv_freq = inverse_frequencies(head_dim, rope).to(torch.get_default_device())
-        self.register_buffer("inv_freq", inv_freq, persistent=False)
-
-    def _apply(self, fn, recurse=True):  # type: ignore[override]
-        """Move inv_freq with the model to another device, but keep it float32 when the model is cast."""
-        inv_freq = self.inv_freq
-        super()._apply(fn, recurse)
-        self.inv_freq = inv_freq.to(self.inv_freq.device)
-        return self
+        self.inv_freq = inverse_frequencies(head_dim, rope).to(torch.get_default_device())
 
     def forward(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         angle = positions[:, None].float() * self.inv_freq

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from nanovllm.attention.torch import TorchAttentionBackend, slot_view
-from nanovllm.layers.ops import LayerOps, separate_steps
+from nanovllm.layers.ops import LayerOps, norm_then_linear, separate_steps
 from nanovllm.layers.sampler import sample_unfiltered_in_torch
 
 
@@ -60,10 +60,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return functional.linear(x, weight, bias)
 
 
-def linear_silu_and_mul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return silu_and_mul(linear(x, weight, bias))
-
-
 def moe(
     x: Tensor, router_logits: Tensor, gate_up_proj: Tensor, down_proj: Tensor, top_k: int, norm_topk_prob: bool
 ) -> Tensor:
@@ -92,7 +88,7 @@ def apply_experts(x: Tensor, experts: Tensor, weights: Tensor, gate_up_proj: Ten
 TORCH_OPS = LayerOps(
     attention=TorchAttentionBackend(),
     linear=linear,
-    linear_silu_and_mul=linear_silu_and_mul,
+    norm_linear=norm_then_linear(rms_norm, add_rms_norm, linear, silu_and_mul),
     rms_norm=rms_norm,
     add_rms_norm=add_rms_norm,
     rotary_embedding=rotary_embedding,

@@ -15,14 +15,14 @@ from nanovllm.kernels.sampling import sampling
 from nanovllm.kernels.shared_prefix_attention import shared_prefix_attention
 from nanovllm.kernels.silu_and_mul import silu_and_mul
 from nanovllm.kernels.skinny_linear import DTYPES as SKINNY_DTYPES
-from nanovllm.kernels.skinny_linear import skinny_linear, skinny_linear_silu_and_mul
+from nanovllm.kernels.skinny_linear import norm_skinny_linear, skinny_linear
 from nanovllm.kernels.store_kvcache import store_kvcache
 from nanovllm.kernels.varlen_attention import varlen_attention
-from nanovllm.layers.ops import LayerOps
+from nanovllm.layers.ops import LayerOps, norm_then_linear
 
 # Measured on an H200, in decode steps of four models: cuBLAS is as fast or faster for more rows and larger matrices.
 MAX_SKINNY_ROWS = 16
-MAX_SKINNY_ROWS_WITH_SILU = 8
+MAX_SKINNY_ROWS_WITH_NORM = 8
 MAX_SKINNY_WEIGHTS = 2**24
 
 
@@ -32,10 +32,21 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return functional.linear(x, weight, bias)
 
 
-def linear_silu_and_mul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if bias is None and is_skinny(x, weight, MAX_SKINNY_ROWS_WITH_SILU):
-        return skinny_linear_silu_and_mul(x, weight)
-    return silu_and_mul(linear(x, weight, bias))
+_norm_then_linear = norm_then_linear(rms_norm, add_rms_norm, linear, silu_and_mul)
+
+
+def norm_linear(
+    x: Tensor,
+    residual: Tensor | None,
+    norm_weight: Tensor,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    is_gated: bool = False,
+) -> tuple[Tensor, Tensor]:
+    is_fused = is_skinny(x, weight, MAX_SKINNY_ROWS_WITH_NORM)
+    run = norm_skinny_linear if is_fused else _norm_then_linear
+    return run(x, residual, norm_weight, eps, weight, bias, is_gated=is_gated)
 
 
 def is_skinny(x: Tensor, weight: Tensor, max_rows: int) -> bool:
@@ -53,7 +64,7 @@ def moe(
 TRITON_OPS = LayerOps(
     attention=TritonAttentionBackend(varlen_attention, paged_attention, shared_prefix_attention),
     linear=linear,
-    linear_silu_and_mul=linear_silu_and_mul,
+    norm_linear=norm_linear,
     rms_norm=rms_norm,
     add_rms_norm=add_rms_norm,
     rotary_embedding=rotary_embedding,

@@ -23,19 +23,12 @@ from nanovllm.model_config import ModelConfig
 
 
 class SelfAttention(nn.Module):
-    """Projections, rotary embedding and attention of one layer: [T, E] -> [T, E]."""
+    """Projections, rotary embedding and attention of one layer."""
 
     def __init__(self, config: ModelConfig, ops: LayerOps, tp: TensorParallel) -> None:
         super().__init__()
-        self.qkv_proj = QKVParallelLinear(
-            config.hidden_size,
-            config.head_dim,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            bias=config.qkv_bias,
-            tp=tp,
-            ops=ops,
-        )
+        sizes = (config.hidden_size, config.head_dim, config.num_attention_heads, config.num_key_value_heads)
+        self.qkv_proj = QKVParallelLinear(*sizes, bias=config.qkv_bias, tp=tp, ops=ops)
         self.o_proj = RowParallelLinear(
             config.num_attention_heads * config.head_dim, config.hidden_size, bias=config.o_bias, tp=tp, ops=ops
         )
@@ -43,18 +36,30 @@ class SelfAttention(nn.Module):
             self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, ops)
             self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, ops)
         self.has_qk_norm = config.qk_norm
+        self.ops = ops
         self.attn = Attention(
             self.qkv_proj.num_heads, config.head_dim, config.head_dim**-0.5, self.qkv_proj.num_kv_heads, ops
         )
 
-    def forward(self, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        qkv = self.qkv_proj(hidden_states)  # [T, (H + 2 K) * D]
+    def after_norm(
+        self,
+        hidden_states: torch.Tensor,
+        residual: torch.Tensor | None,
+        norm: RMSNorm,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(output [T, E] of the normalised sum, hidden_states + residual, to which it is to be added)."""
+        qkv_proj = self.qkv_proj
+        qkv, residual = self.ops.norm_linear(  # qkv: [T, (H + 2 K) * D]
+            hidden_states, residual, norm.weight, norm.eps, qkv_proj.weight, qkv_proj.bias
+        )
         head_norms = (self.q_norm, self.k_norm) if self.has_qk_norm else None
-        return self.o_proj(self.attn(qkv, cos, sin, head_norms).flatten(1))
+        return self.o_proj(self.attn(qkv, cos, sin, head_norms).flatten(1)), residual
 
 
 class MLP(nn.Module):
-    """Gated feed-forward network: [T, E] -> [T, E]."""
+    """Gated feed-forward network."""
 
     def __init__(self, config: ModelConfig, ops: LayerOps, tp: TensorParallel) -> None:
         super().__init__()
@@ -65,15 +70,21 @@ class MLP(nn.Module):
             config.intermediate_size, config.hidden_size, bias=config.mlp_bias, tp=tp, ops=ops
         )
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def after_norm(
+        self, hidden_states: torch.Tensor, residual: torch.Tensor, norm: RMSNorm
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(output [T, E] of the normalised sum, hidden_states + residual, to which it is to be added)."""
         gate_up = self.gate_up_proj
-        return self.down_proj(self.ops.linear_silu_and_mul(hidden_states, gate_up.weight, gate_up.bias))
+        activated, residual = self.ops.norm_linear(
+            hidden_states, residual, norm.weight, norm.eps, gate_up.weight, gate_up.bias, is_gated=True
+        )
+        return self.down_proj(activated), residual
 
 
 class DecoderLayer(nn.Module):
-    """Attention and MLP, each after a norm; what they compute is added to the residual stream by the next norm."""
+    """Attention and MLP, each with the norm before it, which adds the last output to the residual stream."""
 
-    def __init__(self, config: ModelConfig, self_attn: SelfAttention, mlp: nn.Module, ops: LayerOps) -> None:
+    def __init__(self, config: ModelConfig, self_attn: SelfAttention, mlp: MLP | SparseMoeBlock, ops: LayerOps) -> None:
         super().__init__()
         self.self_attn = self_attn
         self.mlp = mlp
@@ -83,14 +94,9 @@ class DecoderLayer(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, residual: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(last output, stream without it) -> the same, one layer on. The first layer has no stream yet: None."""
-        if residual is None:
-            stream, hidden_states = hidden_states, self.input_layernorm(hidden_states)
-        else:
-            hidden_states, stream = self.input_layernorm(hidden_states, residual)
-        hidden_states = self.self_attn(hidden_states, cos, sin)
-        hidden_states, stream = self.post_attention_layernorm(hidden_states, stream)
-        return self.mlp(hidden_states), stream
+        """(last output, residual stream without it) -> the same, one layer on. The first layer has no stream: None."""
+        hidden_states, residual = self.self_attn.after_norm(hidden_states, residual, self.input_layernorm, cos, sin)
+        return self.mlp.after_norm(hidden_states, residual, self.post_attention_layernorm)
 
 
 class Decoder(nn.Module):
@@ -153,16 +159,20 @@ class DecoderForCausalLM(nn.Module):
 
 @contextmanager
 def one_layer_of_each_kind(model: DecoderForCausalLM) -> Iterator[None]:
-    """In the `with` block, `model` has one layer for each kind of MLP; all others launch the same kernels."""
+    """In the `with` block, `model` has its first layer, which gets no residual, and one with each kind of MLP.
+
+    All other layers launch the same kernels.
+    """
     decoder, layers = model.model, model.model.layers
-    decoder.layers = nn.ModuleList({type(layer.mlp): layer for layer in layers}.values())
+    kinds = {(index > 0, type(layer.mlp)): layer for index, layer in enumerate(layers)}
+    decoder.layers = nn.ModuleList(kinds.values())
     try:
         yield
     finally:
         decoder.layers = layers
 
 
-def _build_mlp(config: ModelConfig, layer_index: int, ops: LayerOps, tp: TensorParallel) -> nn.Module:
+def _build_mlp(config: ModelConfig, layer_index: int, ops: LayerOps, tp: TensorParallel) -> MLP | SparseMoeBlock:
     if config.moe is not None and layer_index in config.moe.layers:
         return SparseMoeBlock(config.hidden_size, config.moe, ops, tp)
     return MLP(config, ops, tp)

@@ -9,7 +9,6 @@ import json
 import logging
 from collections.abc import Callable, Collection, Hashable, Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,8 +28,8 @@ _UNSAFE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 # Buffers that older versions of transformers stored beside the weights: values that follow from config.json, and a
 # constant of the attention mask.
 _UNUSED_BUFFERS = (
-    *("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached"),
-    "self_attn.masked_bias",
+    *(".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached"),
+    ".self_attn.masked_bias",
 )
 _QUANTISED = {
     *("qweight", "qzeros", "scales", "g_idx", "weight_packed", "weight_scale", "weight_scale_inv", "weight_zero_point"),
@@ -59,7 +58,7 @@ def load_model(
     """
     files = checkpoint_files(Path(model_dir))
     sources = _tensor_files(files)
-    names = {name for name in sources if not _is_unused_buffer(name)}
+    names = {name for name in sources if not f".{name}".endswith(_UNUSED_BUFFERS)}
     is_base_model = _is_base_model(names)
     if model.is_tied and LM_HEAD in names:
         _untie_or_drop_copy(model, names, sources, EMBEDDING.removeprefix(BASE_PREFIX) if is_base_model else EMBEDDING)
@@ -154,13 +153,9 @@ def expected_weights(model: DecoderForCausalLM, names: Collection[str] = ()) -> 
         elif model.is_tied and param_name == EMBEDDING and LM_HEAD in names and stored_name not in names:
             targets[LM_HEAD] = (param, None)
         else:
-            for shard_id in _shard_ids(param):
+            for shard_id in param.shard_ids:  # type: ignore[attr-defined]
                 targets[_checkpoint_name(stored_name, shard_id, originals)] = (param, shard_id)
     return targets
-
-
-def _shard_ids(param: Any) -> tuple[Hashable, ...]:
-    return param.shard_ids
 
 
 def _checkpoint_name(param_name: str, shard_id: Hashable, originals: dict[tuple[str, Hashable], str]) -> str:
@@ -179,12 +174,8 @@ def _load(target: Target, loaded_weight: torch.Tensor) -> None:
     if loaded_weight.dtype not in WEIGHT_DTYPES:
         supported = ", ".join(str(dtype).removeprefix("torch.") for dtype in WEIGHT_DTYPES)
         raise ValueError(f"weights must be {supported}, got {str(loaded_weight.dtype).removeprefix('torch.')}")
-    param: Any
     param, shard_id = target
-    if shard_id is None:
-        param.weight_loader(param, loaded_weight)
-    else:
-        param.weight_loader(param, loaded_weight, shard_id)
+    param.weight_loader(param, loaded_weight, *(() if shard_id is None else (shard_id,)))  # type: ignore[operator]
 
 
 def checkpoint_files(model_dir: Path) -> list[Path]:
@@ -244,10 +235,6 @@ def _tensor_files(files: list[Path]) -> dict[str, Path]:
 def _read(file: Path, name: str) -> torch.Tensor:
     with safe_open(file, framework="pt") as tensors:
         return tensors.get_tensor(name)
-
-
-def _is_unused_buffer(name: str) -> bool:
-    return any(name == buffer or name.endswith("." + buffer) for buffer in _UNUSED_BUFFERS)
 
 
 def _refuse(reason: str, names: Iterable[str]) -> None:

@@ -129,10 +129,9 @@ class ModelRunner:
         limits = (config.max_num_batched_tokens, config.max_model_len, config.max_num_seqs)
         num_blocks = config.num_kv_cache_blocks or math.ceil(config.max_model_len / block_size)
         batch_sizes = graph_batch_sizes(config.max_num_seqs)
-        with one_layer_of_each_kind(self.model):
-            self._execute(prepare_profile_run(*limits, block_size))
         cache = self.allocate_kv_cache(1)  # of the right strides; nothing is read or written
         with one_layer_of_each_kind(self.model):
+            # The largest prefills come first: their attention takes longest to compile.
             for query_lens, num_cached_tokens in prefill_warmup_shapes(*limits, num_blocks, block_size):
                 self._execute(dummy_prefill(query_lens, num_cached_tokens, block_size))
             for batch_size in batch_sizes:
@@ -142,6 +141,8 @@ class ModelRunner:
         del cache
         for layer in self._attention_layers():
             layer.kv_cache = None
+        with one_layer_of_each_kind(self.model):
+            self._execute(prepare_profile_run(*limits, block_size))
 
     def profile_memory(self) -> int:
         """The number of KV blocks: the user's, or as many as fit on every rank. A GPU runs the largest step before."""

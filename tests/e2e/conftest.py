@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from nanovllm import LLM, SamplingParams, bundled_model_path
+from tests.support.block_invariants import check_invariants
 from tests.support.poison import poisoned_llm
 
 BUNDLED_OPTIONS: dict[str, Any] = {
@@ -81,7 +82,7 @@ def check_empty(llm: LLM) -> None:
     assert llm.scheduler.is_finished
     assert llm._requests.is_empty
     assert manager.num_free_blocks == len(manager.blocks)
-    manager.check_invariants([])
+    check_invariants(manager, [])
 
 
 @pytest.fixture(scope="session")

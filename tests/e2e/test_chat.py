@@ -82,17 +82,6 @@ def test_both_calls_pass_the_options_of_rendering_on(llm: LLM, options: dict[str
     assert [output["token_ids"] for output in joined(llm.chat_stream(CONTINUED[:2], GREEDY, **options))] == expected
 
 
-def test_messages_that_cannot_be_rendered_are_refused_and_nothing_is_queued(llm: LLM) -> None:
-    """D96."""
-    wrong: list[Any] = [[USER], [{"role": "system", "content": "Be brief."}]]
-    for call in (llm.chat, llm.chat_stream):
-        with pytest.raises(ValueError, match="cannot render conversation 1: no system message"):
-            call(wrong, GREEDY)
-    with pytest.raises(ValueError, match=r"got dict; give chat messages to LLM\.chat"):
-        llm.generate([USER], GREEDY, use_tqdm=False)  # type: ignore[list-item]
-    assert llm.is_finished()
-
-
 def test_a_rendered_template_as_a_text_prompt_is_warned_about_once(llm: LLM, warnings: Callable[[], list[str]]) -> None:
     """D96: the tokenizer puts a second <s> before it."""
     text = llm.tokenizer.decode(rendered(llm, [USER]))

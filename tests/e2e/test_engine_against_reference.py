@@ -4,6 +4,7 @@ tokens and logits stay the same. Under poison: what may not be read is NaN.
 
 from collections import Counter
 from dataclasses import dataclass, replace
+from typing import Any
 
 import hypothesis.strategies as st
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import example, given, settings
 
 from nanovllm import SamplingParams
 from nanovllm.engine.input_processor import request_seed
+from tests.support.block_invariants import check_invariants
 from tests.support.counts import count_event
 from tests.support.engine_events import assert_occurred, scheduler_events
 from tests.support.oracle import Oracle
@@ -92,8 +94,8 @@ CROWDED = Scenario(
 )
 
 
-def run(model_dir: str, scenario: Scenario, oracle: Oracle) -> Counter[str]:
-    """Play the scenario, check every output, and count the events."""
+def run(model_dir: str, scenario: Scenario, oracle: Oracle, **options: Any) -> Counter[str]:
+    """Play the scenario, check every output, and count the events. options: more of the engine's."""
     largest = max(
         min(len(arrival.prompt) + arrival.params.max_tokens, MAX_MODEL_LEN) - 1 for arrival in scenario.arrivals
     )
@@ -108,6 +110,7 @@ def run(model_dir: str, scenario: Scenario, oracle: Oracle) -> Counter[str]:
         max_num_seqs=scenario.max_num_seqs,
         max_num_batched_tokens=scenario.max_num_seqs + scenario.num_spare_tokens,
         async_scheduling=scenario.is_async,
+        **options,
     )
     with poisoned as llm, recorded(llm) as logits:
         arrivals, outputs, step = {}, {}, 0
@@ -123,7 +126,7 @@ def run(model_dir: str, scenario: Scenario, oracle: Oracle) -> Counter[str]:
             step += 1
             if scenario.preempt_every and step % scenario.preempt_every == 0 and llm.scheduler.running and step < 500:
                 llm.scheduler.preempt(llm.scheduler.running[-1])
-            llm.scheduler.block_manager.check_invariants((*llm.scheduler.running, *llm.scheduler.waiting))
+            check_invariants(llm.scheduler.block_manager, (*llm.scheduler.running, *llm.scheduler.waiting))
             assert step < 2000, "the engine does not finish"
         manager = llm.scheduler.block_manager
         assert manager.num_free_blocks == len(manager.blocks), "blocks are left behind"

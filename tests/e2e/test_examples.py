@@ -183,15 +183,3 @@ def wait_until(is_so: Any) -> None:
     while not is_so():
         assert time.monotonic() < deadline
         time.sleep(0.01)
-
-
-@pytest.mark.skipif(not interprets(), reason=INTERPRETER_REASON)
-def test_the_suite_judges_the_custom_kernel() -> None:
-    """Its cases of ragged and empty contexts; the whole takes a minute, `-k` picks cases."""
-    pytest.importorskip("triton")
-    own = "paged_attention=examples/custom_attention.py:paged_attention"
-    options = ("-q", "-p", "no:cacheprovider", "--benchmark-disable", "-k", "interpreted and (ragged or context)")
-    command = [sys.executable, "-m", "pytest", "tests/kernels", "--kernel", own, *options]
-    result = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=HANG_SECONDS)
-    assert result.returncode == 0, result.stdout
-    assert re.search(r"custom_attention\.py:paged_attention: [3-9] tests passed, 0 failed", result.stdout)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nanovllm import LLM, SamplingParams, bundled_model_path
 from nanovllm.models.registry import load_model_config
-from tests.e2e.conftest import GREEDY, PROMPTS, bundled_llm, change_json, contents, run_to_end, tokens
+from tests.e2e.conftest import GREEDY, PROMPTS, bundled_llm, change_json, run_to_end, tokens
 
 
 def test_a_prompt_may_be_text_or_token_ids(llm: LLM) -> None:
@@ -33,18 +33,6 @@ def test_cached_prompt_tokens_are_reported(llm: LLM) -> None:
     first, second = (llm.generate([prompt], GREEDY, use_tqdm=False)[0] for _ in range(2))
     assert (first["num_cached_tokens"], second["num_cached_tokens"]) == (0, 47)
     assert first["token_ids"] == second["token_ids"]
-
-
-def test_end_of_sequence_is_the_last_token_and_not_in_the_text(llm: LLM) -> None:
-    """D70: with ignore_eos the request goes on."""
-    prompt = "and I will dwell in the house of the LORD for"
-    (stopped,) = contents(llm.generate(prompt, SamplingParams.greedy(max_tokens=40), use_tqdm=False))
-    assert (stopped["text"], stopped["finish_reason"]) == (" ever.", "stop")
-    assert stopped["token_ids"][-1] == llm.tokenizer.eos_token_id
-    params = SamplingParams.greedy(max_tokens=40, ignore_eos=True)
-    (ignored,) = contents(llm.generate(prompt, params, use_tqdm=False))
-    assert (len(ignored["token_ids"]), ignored["finish_reason"]) == (40, "length")
-    assert ignored["token_ids"][: len(stopped["token_ids"])] == stopped["token_ids"]
 
 
 def test_the_ids_that_end_a_text_are_those_of_the_files_and_of_the_tokenizer(model: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from nanovllm import LLM, SamplingParams
 from nanovllm.attention.torch import TorchAttentionBackend
 from nanovllm.engine.model_input import PADDING_BLOCK, ModelInput
-from nanovllm.engine.sequence import FinishCause, Sequence
+from nanovllm.engine.sequence import FinishCause
 from tests.e2e.conftest import run_to_end, tokens
 from tests.support.poison import PoisonError, poisoned_llm
 from tests.support.tiny_models import tiny_model
@@ -39,17 +39,12 @@ def llm() -> Iterator[LLM]:
         yield llm
 
 
-def started(llm: LLM, prompt: list[int] = PROMPT) -> Sequence:
-    """The sequence of `prompt` after its first step."""
-    llm.add_request(prompt, GREEDY)
-    llm.step()
-    return llm.scheduler.running[-1]
-
-
 @pytest.mark.parametrize("end", ["finish", "abort", "preempt"])
 def test_blocks_are_nan_before_they_are_written_and_when_they_are_freed(llm: LLM, end: str) -> None:
     """Five tokens: the first block is full and stays in the prefix cache, the second is not kept."""
-    seq = started(llm)
+    llm.add_request(PROMPT, GREEDY)
+    llm.step()
+    (seq,) = llm.scheduler.running
     written = llm._core.executor._runner.kv_cache.isfinite().all(dim=-1).all(dim=-1)  # [2, layers, blocks, block_size]
     full, partial = seq.block_table
     assert written[:, :, full].all()
@@ -83,18 +78,18 @@ def slot_one_too_far(x: ModelInput, before: ModelInput) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("fault", "message"),
+    ("fault", "step"),
     [
-        (context_one_too_long, "step 2 .* sequence 0 read NaN: position 6 in block {}, slot 2, taken by sequence 0"),
-        (block_table_of_the_step_before, r"step 5 .* sequence 0 .* position 8 in block \d+, slot 0, never written"),
-        (slot_one_too_far, "step 2 .* sequence 0 .* position 5 in block {}, slot 1"),
+        (context_one_too_long, 2),
+        (block_table_of_the_step_before, 5),
+        (slot_one_too_far, 2),
     ],
 )
 def test_a_wrong_model_input_is_named(
     llm: LLM,
     monkeypatch: pytest.MonkeyPatch,
     fault: Callable[[ModelInput, ModelInput], dict[str, Any]],
-    message: str,
+    step: int,
 ) -> None:
     """D01, D53."""
     runner = llm._core.executor._runner
@@ -105,8 +100,8 @@ def test_a_wrong_model_input_is_named(
         return replace(inputs[-1], **fault(inputs[-1], inputs[max(0, len(inputs) - 2)]))
 
     monkeypatch.setattr(runner, "prepare_decode", faulty)
-    last_block = started(llm).block_table[-1]
-    with pytest.raises(PoisonError, match=message.format(last_block)):
+    llm.add_request(PROMPT, GREEDY)
+    with pytest.raises(PoisonError, match=rf"step {step} \(decode\): sequence 0 .* read NaN"):
         run_to_end(llm)
 
 
@@ -121,7 +116,7 @@ def test_an_output_left_unwritten_is_named(llm: LLM, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(TorchAttentionBackend, "prefill", without_last)
     llm.add_request([3], GREEDY)
     llm.add_request(PROMPT, GREEDY)
-    with pytest.raises(PoisonError, match=r"step 1 \(prefill\): sequence 1 .* an output left unwritten"):
+    with pytest.raises(PoisonError, match=r"step 1 \(prefill\): sequence 1 .* an output was left"):
         llm.step()
 
 

@@ -1,13 +1,14 @@
-"""Text of an engine's outputs, from generate and the stream, with special tokens and with byte tokens."""
+"""Text of an engine's outputs, from generate and the stream, with special tokens and with byte tokens.
+
+tests/unit/engine/test_text_of_tokenizers.py has stop strings and other vocabularies.
+"""
 
 import itertools
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
 from nanovllm import LLM, SamplingParams
@@ -16,7 +17,6 @@ from tests.support.tiny_models import tiny_model
 from tests.unit.engine.text_tokenizers import byte_fallback
 
 IM_END = 257
-SAID = [71, 72, IM_END, 198, 73, 74]
 
 
 def model_that_says(directory: Path, tokens: list[int]) -> Path:
@@ -39,36 +39,12 @@ def model_that_says(directory: Path, tokens: list[int]) -> Path:
     return directory
 
 
-@pytest.fixture(scope="module")
-def talking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
-    """Says "hi<|im_end|>\\njk" after "g"."""
-    with bundled_llm(model_that_says(tmp_path_factory.mktemp("talking") / "m", [70, *SAID, 75])) as llm:
-        assert llm.tokenizer.decode([70, *SAID]) == "ghi<|im_end|>\njk"
-        yield llm
-
-
 def said(llm: LLM, prompt: list[int], **options: Any) -> tuple[str, str, list[int]]:
     """Text, finish reason and tokens, on which generate and generate_stream must agree."""
     params = SamplingParams.greedy(**options)
     (output,) = contents(llm.generate([prompt], params, use_tqdm=False))
     assert joined(llm.generate_stream([prompt], params)) == [output]
     return output["text"], output["finish_reason"], output["token_ids"]
-
-
-@pytest.mark.parametrize("ignore_eos", [False, True])
-@pytest.mark.parametrize(
-    ("stop", "expected"),
-    [
-        ("<|im_end|>", ("hi", "stop", SAID[:3])),
-        (["no", "<|im_end|>", "i<|im_end|>no"], ("hi", "stop", SAID[:3])),
-        ("hi<|im_end|>\n", ("", "stop", SAID[:4])),
-        ("i\n", ("h", "stop", SAID[:4])),  # as the text shows it
-        (["<|im_end|>jk", "im_end"], ("hi\njk", "length", SAID)),
-    ],
-)
-def test_stop_strings_with_a_special_token(talking: LLM, stop: Any, expected: Any, ignore_eos: bool) -> None:
-    """D83: they end the text as any other stop string; the last token is the last of token_ids."""
-    assert said(talking, [70], max_tokens=6, stop=stop, ignore_eos=ignore_eos) == expected
 
 
 def test_special_token_that_is_also_the_end_of_sequence(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Cases of skinny_linear and skinny_linear_silu_and_mul against reference.linear and reference.silu_and_mul. D52"""
+"""Cases of skinny_linear and norm_skinny_linear against reference.linear, rms_norm and silu_and_mul. D52"""
 
 import torch
 from hypothesis import strategies as st
@@ -7,17 +7,21 @@ from torch.nn import functional
 from benchmarks.arithmetic import Work
 from benchmarks.kernels.inputs import randn
 from benchmarks.measuring import Measured
+from nanovllm.layers.torch_ops import TORCH_OPS
 from reference.linear import linear
+from reference.rms_norm import rms_norm
 from reference.silu_and_mul import silu_and_mul
 from tests.support.kernels.accuracy import assert_within_the_error_of_plain_torch
 from tests.support.kernels.guards import Guards
 from tests.support.kernels.registry import Compilation, Kernel, Limits, Refused, Steps, case, each, lazy, meta
 
 skinny_linear = lazy("skinny_linear.skinny_linear")
-skinny_linear_silu_and_mul = lazy("skinny_linear.skinny_linear_silu_and_mul")
+norm_skinny_linear = lazy("skinny_linear.norm_skinny_linear")
 TileConfig = lazy("skinny_linear.TileConfig")
+MAX_SKINNY_ROWS_WITH_NORM = 8  # of layers.triton_ops, which imports Triton
 MATRICES = ((4096, 1024), (1024, 2048), (1024, 3072), (1152, 896), (896, 4864))  # of qwen3-0.6b and qwen2.5-0.5b
 HALF = (torch.float16, torch.bfloat16)
+SHAPES = st.tuples(st.integers(1, 16), st.integers(1, 300).map(lambda n: 2 * n), st.integers(1, 3000))
 
 
 @case
@@ -25,7 +29,6 @@ def check(
     device: str,
     shape: tuple[int, int, int],
     dtype: torch.dtype = torch.float16,
-    is_gated: bool = False,
     has_bias: bool = False,
     spare: int = 0,
     tiles: tuple[int, int, int] | None = None,
@@ -37,12 +40,39 @@ def check(
     weight = guards.randn(out_features, in_features + spare, dtype=dtype)[:, :in_features]
     bias = guards.randn(out_features, dtype=dtype) if has_bias else None
     with guards:
-        y = skinny_linear_silu_and_mul(x, weight, **options) if is_gated else skinny_linear(x, weight, bias, **options)
+        y = skinny_linear(x, weight, bias, **options)
     plain = functional.linear(x, weight, bias)
     exact = linear(x.double(), weight.double(), None if bias is None else bias.double())
-    if is_gated:
-        plain, exact = silu_and_mul(plain), silu_and_mul(exact)
     assert_within_the_error_of_plain_torch("skinny_linear", y, plain, exact, ("token", "feature"))
+
+
+@case
+def check_norm(
+    device: str,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype = torch.float16,
+    has_residual: bool = True,
+    is_gated: bool = False,
+    has_bias: bool = False,
+    spare: int = 0,
+    tiles: tuple[int, int, int] | None = None,
+) -> None:
+    """As check. The sum of x and the residual has the same bits as torch's."""
+    options = {} if tiles is None else {"tiles": TileConfig(*tiles)}
+    guards, (num_rows, out_features, in_features) = Guards(device), shape
+    x, residual = (guards.randn(num_rows, in_features + spare, dtype=dtype)[:, :in_features] for _ in range(2))
+    norm_weight = guards.randn(in_features, dtype=dtype)
+    weight = guards.randn(out_features, in_features + spare, dtype=dtype)[:, :in_features]
+    bias = guards.randn(out_features, dtype=dtype) if has_bias else None
+    added = residual if has_residual else None
+    with guards:
+        y, total = norm_skinny_linear(x, added, norm_weight, 1e-5, weight, bias, is_gated=is_gated, **options)
+    assert torch.equal(total, x + residual if has_residual else x)
+    results = []
+    for normed in (TORCH_OPS.rms_norm(total, norm_weight, 1e-5), rms_norm(total.double(), norm_weight.double(), 1e-5)):
+        result = linear(normed, weight.to(normed.dtype), None if bias is None else bias.to(normed.dtype))
+        results.append(silu_and_mul(result) if is_gated else result)
+    assert_within_the_error_of_plain_torch("skinny_linear", y, *results, ("token", "feature"))
 
 
 def check_far_row(device: str) -> None:
@@ -65,23 +95,46 @@ def check_rows_do_not_meet(device: str) -> None:
 def launch(num_rows: int, dtype: torch.dtype) -> None:
     for out_features, in_features in MATRICES:
         skinny_linear(meta(num_rows, in_features, dtype=dtype), meta(out_features, in_features, dtype=dtype))
-    skinny_linear_silu_and_mul(meta(num_rows, 1024, dtype=dtype), meta(6144, 1024, dtype=dtype))
+    if num_rows <= MAX_SKINNY_ROWS_WITH_NORM:
+        x, norm_weight = meta(num_rows, 1024, dtype=dtype), meta(1024, dtype=dtype)
+        norm_skinny_linear(x, None, norm_weight, 1e-6, meta(4096, 1024, dtype=dtype))
+        norm_skinny_linear(x, x, norm_weight, 1e-6, meta(4096, 1024, dtype=dtype))
+        norm_skinny_linear(x, x, norm_weight, 1e-6, meta(6144, 1024, dtype=dtype), is_gated=True)
 
 
-def measured(num_rows: int, out_features: int, in_features: int, is_gated: bool = False) -> Measured:
-    def plain(x, weight):
-        y = functional.linear(x, weight)
-        if is_gated:
-            gate, up = y.chunk(2, dim=-1)
-            y = functional.silu(gate) * up
-        return y
-
+def measured(num_rows: int, out_features: int, in_features: int) -> Measured:
     num_weights = out_features * in_features
     return Measured(
         make=lambda index: (randn(index, num_rows, in_features), randn(index, out_features, in_features) * 0.02),
-        run=skinny_linear_silu_and_mul if is_gated else skinny_linear,
-        expected=lambda x, weight: plain(x.double(), weight.double()),
+        run=skinny_linear,
+        expected=lambda x, weight: x.double() @ weight.double().T,
         work=Work((num_weights + num_rows * in_features) * 2, num_rows * out_features * 2, 2 * num_rows * num_weights),
+        peers={"torch": functional.linear},
+    )
+
+
+def measured_with_norm(num_rows: int, out_features: int, in_features: int, is_gated: bool) -> Measured:
+    def plain(x, residual, norm_weight, weight):
+        total = x + residual
+        y = functional.linear(functional.rms_norm(total, norm_weight.shape, norm_weight, 1e-6), weight)
+        gate, up = y.chunk(2, dim=-1)
+        return (functional.silu(gate) * up if is_gated else y), total
+
+    def make(index: int):
+        x, residual, norm_weight = (
+            randn(index, *shape) for shape in ((num_rows, in_features),) * 2 + ((in_features,),)
+        )
+        return x, residual, norm_weight, randn(index, out_features, in_features) * 0.02
+
+    num_weights, num_inputs = out_features * in_features, num_rows * in_features
+    num_outputs = num_rows * (out_features // 2 if is_gated else out_features)
+    return Measured(
+        make=make,
+        run=lambda x, residual, norm_weight, weight: norm_skinny_linear(
+            x, residual, norm_weight, 1e-6, weight, is_gated=is_gated
+        ),
+        expected=lambda *tensors: plain(*(tensor.double() for tensor in tensors)),
+        work=Work((num_weights + 2 * num_inputs) * 2, (num_outputs + num_inputs) * 2, 2 * num_rows * num_weights),
         peers={"torch": plain},
     )
 
@@ -95,18 +148,26 @@ KERNEL = Kernel(
         "bias": check((3, 13, 100), has_bias=True, tiles=(8, 16, 4)),
         "more parts than warps hold": check((3, 35, 300), tiles=(16, 16, 8)),
         "rows far apart": check((5, 9, 72), spare=7, tiles=(8, 16, 4)),
-        "gated": check((3, 26, 100), is_gated=True, tiles=(8, 16, 4)),
-        "gated, rows far apart": check((9, 26, 100), is_gated=True, spare=3, tiles=(8, 16, 4)),
+        "norm": check_norm((3, 13, 100), tiles=(8, 16, 4)),
+        "norm, one chunk": check_norm((8, 24, 60), tiles=(16, 16, 4)),
+        "norm without a residual": check_norm((2, 13, 100), has_residual=False, tiles=(8, 16, 4)),
+        "norm, bias, rows far apart": check_norm((9, 13, 100), has_bias=True, spare=3, tiles=(8, 16, 4)),
+        "gated": check_norm((3, 26, 100), is_gated=True, tiles=(8, 16, 4)),
+        "gated, bias": check_norm((9, 26, 100), is_gated=True, has_bias=True, tiles=(8, 16, 4)),
         "rows do not meet": check_rows_do_not_meet,
         "far row": check_far_row,
     },
     on_gpu=each(check, shape=[(rows, *sizes) for rows in (1, 8, 16) for sizes in MATRICES], dtype=HALF)
-    | each(check, shape=[(rows, 6144, 1024) for rows in (1, 8, 16)], dtype=HALF, is_gated=[True]),
-    drawn=st.builds(
-        check,
-        st.tuples(st.integers(1, 16), st.integers(1, 300).map(lambda n: 2 * n), st.integers(1, 3000)),
+    | each(check_norm, shape=[(rows, 6144, 1024) for rows in (1, 8)], dtype=HALF, is_gated=[False, True])
+    | each(check_norm, shape=[(1, 4096, 1024), (8, 5120, 2048)], dtype=HALF, has_residual=[False, True]),
+    drawn=st.builds(check, SHAPES, st.sampled_from(HALF), has_bias=st.booleans(), spare=st.integers(0, 9))
+    | st.builds(
+        check_norm,
+        SHAPES,
         st.sampled_from(HALF),
+        has_residual=st.booleans(),
         is_gated=st.booleans(),
+        has_bias=st.booleans(),
         spare=st.integers(0, 9),
     ),
     compiled={
@@ -129,6 +190,6 @@ KERNEL = Kernel(
     ),
     # The sizes of a matrix are constants, so each matrix of a model has a variant for 8 rows and one for 16.
     steps={"": Steps(lambda size: skinny_linear(meta(min(size, 8), 1024), meta(4096, 1024)))},
-    measured={"skinny_linear": measured},
+    measured={"skinny_linear": measured, "norm_skinny_linear": measured_with_norm},
     reached_by="half precision",
 )

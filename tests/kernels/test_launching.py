@@ -1,5 +1,7 @@
 """launch and compile_ahead: what is launched, what is compiled, and what an error of the compiler becomes."""
 
+import threading
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 from tests.support.kernels.compiling import gpu_that_need_not_be_there
 
 triton = pytest.importorskip("triton")
+from nanovllm.kernels import launching  # noqa: E402
 from nanovllm.kernels.launching import compile_ahead, launch  # noqa: E402
 from nanovllm.kernels.silu_and_mul import silu_and_mul, silu_and_mul_kernel  # noqa: E402
 
@@ -16,27 +19,45 @@ needs_async_compile = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(autouse=True)
+def gpu_of_each_thread(monkeypatch: pytest.MonkeyPatch) -> threading.local:
+    """Stands for torch's current GPU, which is 0 in a new thread. This thread's is GPU 1."""
+    current = threading.local()
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current.gpu)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda gpu: setattr(current, "gpu", gpu))
+    current.gpu = 1
+    return current
+
+
 class Recorder:
-    """A kernel that notes what it is asked for."""
+    """A kernel that notes what it is asked for; it stands for its compiled kernel too."""
+
+    metadata = SimpleNamespace(name="recorder")
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
 
+    @property
+    def run(self) -> None:
+        self.calls.append(("load on GPU", torch.cuda.current_device()))
+
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         return lambda *args, **options: self.calls.append(("launch", grid, args, options))
 
-    def warmup(self, *args: Any, grid: tuple[int, ...], **options: Any) -> None:
+    def warmup(self, *args: Any, grid: tuple[int, ...], **options: Any) -> "Recorder":
         self.calls.append(("compile", grid, args, options))
+        return self
 
 
 @needs_async_compile
 def test_a_kernel_is_launched_except_within_compile_ahead() -> None:
     kernel = Recorder()
     launch(kernel, (2, 3), 5, ROWS=7)
-    compile_ahead(lambda: launch(kernel, (2, 3), 5, ROWS=7))
+    compile_ahead(lambda: [launch(kernel, (2, 3), 5, ROWS=7) for _ in range(2)])
     launch(kernel, (1,))
     what = ((2, 3), (5,), {"ROWS": 7})
-    assert kernel.calls == [("launch", *what), ("compile", *what), ("launch", (1,), (), {})]
+    compiled = [("compile", *what)] * 2
+    assert kernel.calls == [("launch", *what), *compiled, ("load on GPU", 1), ("launch", (1,), (), {})]
 
 
 def test_a_triton_without_asynccompilemode_compiles_nothing_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,8 +66,10 @@ def test_a_triton_without_asynccompilemode_compiles_nothing_ahead(monkeypatch: p
 
 
 @needs_async_compile
-def test_the_launchers_compile_and_each_variant_once() -> None:
+def test_the_launchers_compile_and_load_each_variant_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A second launch with other sizes of the same divisibility is the same variant."""
+    loaded: list[Any] = []
+    monkeypatch.setattr(launching, "_load", loaded.extend)
 
     def run() -> None:
         for num_tokens, dtype in ((32, torch.float16), (64, torch.float16), (32, torch.bfloat16)):
@@ -58,6 +81,7 @@ def test_the_launchers_compile_and_each_variant_once() -> None:
         compile_ahead(run)
         assert len(variants) == 2
         assert all("cubin" in kernel.asm for kernel in variants.values())
+        assert sorted(loaded, key=id) == sorted(variants.values(), key=id)
         variants.clear()
 
 
@@ -75,4 +99,6 @@ def test_an_error_of_the_compiler_is_raised_at_the_end() -> None:
     kernel = Recorder()
     compile_ahead(lambda: launch(kernel, (1,)))
     launch(kernel, (1,))
-    assert [call[0] for call in kernel.calls] == ["compile", "launch"], "nothing is left of the failed one"
+    assert [call[0] for call in kernel.calls] == ["compile", "load on GPU", "launch"], (
+        "nothing is left of the failed one"
+    )

@@ -18,9 +18,9 @@ import torch
 pytest.importorskip("triton")
 
 from benchmarks.arithmetic import Work
-from benchmarks.measuring import Measured, beside_ours
+from benchmarks.measuring import Measured
 from tests.kernels.test_kernels import KERNELS, NEEDS_INTERPRETER
-from tests.support.kernels import own_kernels, own_plugin
+from tests.support.kernels import own_kernels
 from tests.support.kernels.compiling import compile_own_launches
 from tests.support.kernels.interpreting import INTERPRETER, failure_of
 from tests.support.kernels.registry import REPLACED, launchers, lazy
@@ -30,6 +30,7 @@ FILE = """
 import torch
 import triton
 import triton.language as tl
+from reference.paged_attention import paged_attention as attend
 
 
 @triton.jit
@@ -55,18 +56,7 @@ def silu_that_writes_outside(x):
 
 
 def paged_attention(query, k_cache, v_cache, block_tables, context_lens, scale=None, skipped=0):
-    if query.dtype == torch.float16:
-        raise NotImplementedError("float16")
-    scale = query.shape[2] ** -0.5 if scale is None else scale
-    output = torch.zeros_like(query)
-    for row, length in enumerate(context_lens.tolist()):
-        blocks = block_tables[row, : -(-length // k_cache.shape[1])]
-        key, value = (cache[blocks].flatten(0, 1)[: length - skipped].double() for cache in (k_cache, v_cache))
-        if len(key):
-            heads = query[row].double().unflatten(0, (key.shape[1], -1))
-            weight = (torch.einsum("kgd,tkd->kgt", heads, key) * scale).softmax(dim=2)
-            output[row] = torch.einsum("kgt,tkd->kgd", weight, value).flatten(0, 1).to(query.dtype)
-    return output
+    return attend(query, k_cache, v_cache, block_tables, (context_lens - skipped).clamp(min=0), scale=scale)
 
 
 def attention_without_the_last_key(query, k_cache, v_cache, block_tables, context_lens, scale=None):
@@ -74,6 +64,8 @@ def attention_without_the_last_key(query, k_cache, v_cache, block_tables, contex
 
 
 def store_kvcache(key, value, k_cache, v_cache, slot_mapping, **tiles):
+    if key.dtype == torch.float16:
+        raise NotImplementedError("float16")
     is_stored = slot_mapping >= 0
     for cache, tokens in ((k_cache, key), (v_cache, value)):
         cache.flatten(0, 1)[slot_mapping[is_stored].long()] = tokens[is_stored]
@@ -102,13 +94,12 @@ def attention_without_scale(query, k_cache, v_cache, block_tables, context_lens)
 
 NUMBER = 3
 """
-RIGHT = {"silu_and_mul": "silu_and_mul", "paged_attention": "paged_attention", "store_kvcache": "store_kvcache"}
 WRONG = {
     "silu_and_mul": "silu_that_writes_outside",
     "paged_attention": "attention_without_the_last_key",
     "store_kvcache": "store_that_pads_into_the_last_slot",
 }
-RIGHT_CASES = "interpreted and (24 or ragged or nothing) or silu_and_mul-768-sm_90-float16"
+RIGHT_CASES = "interpreted and (24 or ragged or nothing or (store and float16)) or silu_and_mul-768-sm_90-float16"
 WRONG_CASES = "interpreted and (ragged or nothing or (far and apart))"
 
 
@@ -142,20 +133,19 @@ def options(file: Path, functions: dict[str, str]) -> list[str]:
 
 @NEEDS_INTERPRETER
 def test_right_callables_pass_interpreted_and_compiled(file: Path) -> None:
-    """silu_and_mul is the example of docs/own_kernels.md."""
+    """silu_and_mul is the example of docs/own_kernels.md, paged_attention that of examples/."""
     page = (ROOT / "docs" / "own_kernels.md").read_text(encoding="utf-8")
-    example = file.parent / "example" / file.name
-    example.parent.mkdir()
+    example = file.parent / "example.py"
     example.write_text(page.split("```python\n")[1].split("```")[0], encoding="utf-8")
-    others = {name: function for name, function in RIGHT.items() if name != "silu_and_mul"}
-    arguments = [*options(example, {"silu_and_mul": "silu_and_mul"}), *options(file, others)]
+    sources = {
+        "silu_and_mul": example, "paged_attention": ROOT / "examples" / "custom_attention.py", "store_kvcache": file
+    }  # fmt: skip
+    arguments = [f"--kernel={name}={source}:{name}" for name, source in sources.items()]
     code, text = run_pytest("tests/kernels/test_kernels.py", *arguments, "-k", RIGHT_CASES)
     assert code == 0, text
-    for name in RIGHT:
-        assert re.search(rf"{name} by .*my_kernels.py:{name}: \d+ tests passed, 0 failed, \d+ judged nothing", text), (
-            text
-        )
-    assert re.search(r"\d x .*paged_attention does not support the inputs: float16", text)
+    for name in sources:
+        assert re.search(rf"{name} by .*\.py:{name}: \d+ tests passed, 0 failed, \d+ judged nothing", text), text
+    assert re.search(r"1 x .*store_kvcache does not support the inputs: float16", text), text
     assert re.search(r"silu_and_mul by .*: 3 tests passed, 0 failed, 0 judged nothing", text), text  # one is compiled
 
 
@@ -203,26 +193,6 @@ def test_benchmarks_take_the_place_of_the_tests(file: Path, monkeypatch: pytest.
     assert "test_kernel[rms_norm" not in text
 
 
-@pytest.mark.parametrize(
-    ("has_gpu", "kernel", "markexpr", "benchmark_only", "expected"),
-    [
-        (True, ["a=b"], "not gpu", False, "gpu"),
-        (False, ["a=b"], "not gpu", False, "not gpu"),
-        (True, ["a=b"], "not gpu and slow", False, "not gpu and slow"),  # given by hand
-        (True, ["a=b"], "not gpu", True, "not gpu"),
-        (True, None, "not gpu", False, "not gpu"),
-    ],
-)
-def test_where_there_is_a_gpu_the_tests_for_it_run(
-    monkeypatch: pytest.MonkeyPatch, has_gpu: bool, kernel: Any, markexpr: str, benchmark_only: bool, expected: str
-) -> None:
-    monkeypatch.setattr(own_plugin, "_has_gpu", lambda: has_gpu)
-    option = SimpleNamespace(kernel=kernel, markexpr=markexpr, benchmark_only=benchmark_only)
-    config: Any = SimpleNamespace(option=option, getini=lambda name: ["-m", "not gpu"])
-    own_plugin.pytest_cmdline_main(config)
-    assert option.markexpr == expected
-
-
 # --- the option's value ---
 
 
@@ -243,23 +213,15 @@ def test_where_there_is_a_gpu_the_tests_for_it_run(
         ),
         ("silu_and_mul={file}:paged_attention", r"and query, .*, context_lens would not be given: .*silu_and_mul\(x,"),
         ("silu_and_mul=torch:relu", "no signature that Python can read; wrap it in a function silu_and_mul"),
+        ("silu_and_mul={broken}:run", r"cannot import .*broken\.py: ZeroDivisionError: division by zero"),
+        ("silu_and_mul={file}:silu_and_mul", "silu_and_mul is given twice"),
     ],
 )
 def test_a_wrong_value_is_refused(file: Path, spec: str, message: str) -> None:
-    spec = spec.format(file=file)
+    broken = file.with_name("broken.py")
+    broken.write_text("1 / 0", encoding="utf-8")
+    spec = spec.format(file=file, broken=broken)
     with pytest.raises(ValueError, match=f"(?s)^--kernel {re.escape(spec)}: .*{message}"):
-        own_kernels.install([spec])
-
-
-def test_a_module_that_raises_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "broken.py").write_text("1 / 0", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"cannot import .*broken\.py: ZeroDivisionError: division by zero"):
-        own_kernels.load(f"rms_norm={tmp_path / 'broken.py'}:run")
-
-
-def test_two_callables_for_one_kernel_are_refused(file: Path) -> None:
-    spec = f"silu_and_mul={file}:relu"
-    with pytest.raises(ValueError, match="silu_and_mul is given twice"):
         own_kernels.install([spec, spec])
 
 
@@ -345,37 +307,26 @@ def test_scale_is_given_as_a_number_and_left_out_where_it_is_the_usual_one(file:
         absent(*arguments, scale=0.3)
 
 
-def test_a_row_of_the_benchmarks_names_it_and_has_ours_as_a_peer(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from benchmarks.kernels.test_bench_kernels import test_kernel as benchmark
-
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    point, rows = "llama-3-8b, 64 tokens", []
-    inputs = torch.ones(1, 4)
-    plain = Measured(
-        lambda index: (inputs,), lazy("silu_and_mul.silu_and_mul"), torch.relu, Work(1), {"torch": torch.relu}
-    )
-    kernel: Any = SimpleNamespace(name="silu_and_mul", capability=None, measured={"silu_and_mul": lambda *_: plain})
-    benchmark(lambda *row: rows.append(row), kernel, "silu_and_mul", point)
-    own_kernels.install([f"silu_and_mul={file}:relu"])
-    benchmark(lambda *row: rows.append(row), kernel, "silu_and_mul", point)
-    assert [row[:2] for row in rows] == [("silu_and_mul", point), (f"silu_and_mul by {file}:relu", point)]
-    assert [list(row[2].peers) for row in rows] == [["torch"], ["ours", "torch"]]
-    own_kernels.install([f"silu_and_mul={file}:unsupported"])
-    with pytest.raises(pytest.skip.Exception, match="does not support the inputs: planted"):
-        benchmark(lambda *row: rows.append(row), kernel, "silu_and_mul", point)
-
-
 def test_a_benchmark_measures_it_beside_ours(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.kernels.test_bench_kernels import test_kernel as benchmark
     from nanovllm.kernels import silu_and_mul as module
 
-    launcher = lazy("silu_and_mul.silu_and_mul")
-    own = installed(f"silu_and_mul={file}:relu")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(module, "silu_and_mul", lambda x: x - 1)
+    point, rows = "llama-3-8b, 64 tokens", []
+    launcher = lazy("silu_and_mul.silu_and_mul")
     plain = Measured(lambda index: (torch.full((2,), -2.0),), launcher, torch.relu, Work(1), {"torch": torch.relu})
-    measured = beside_ours(plain)
+    kernel: Any = SimpleNamespace(name="silu_and_mul", capability=None, measured={"silu_and_mul": lambda *_: plain})
+    own = installed(f"silu_and_mul={file}:relu")
+    benchmark(lambda *row: rows.append(row), kernel, "silu_and_mul", point)
+    ((name, _, measured),) = rows
+    assert name == f"silu_and_mul by {file}:relu"
     assert list(measured.peers) == ["ours", "torch"]
     assert measured.run(*measured.make(0)).tolist() == [0, 0]
     assert measured.peers["ours"](*measured.make(0)).tolist() == [-3, -3]
     assert own.num_calls == 1
     measured.make(1)  # inputs of the other sets have been seen before they are recorded
     assert own.num_calls == 2
+    own_kernels.install([f"silu_and_mul={file}:unsupported"])
+    with pytest.raises(pytest.skip.Exception, match="does not support the inputs: planted"):
+        benchmark(lambda *row: rows.append(row), kernel, "silu_and_mul", point)

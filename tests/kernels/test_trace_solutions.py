@@ -1,7 +1,8 @@
 """Definitions and Solutions of FlashInfer-Trace given to --kernel, right and wrong ones, and files that are neither.
 
-The definitions have the names, axes and dtypes of the published ones, at small sizes, and references of our own. It is
-one file, so that each definition stands beside what is wrong in its wrong version.
+The definitions have the names, axes and dtypes of the published ones, at small sizes, and references of our own.
+test_adapters.py has the other signatures of attention. It is one file, so that each definition stands beside what is
+wrong in its wrong version.
 """
 
 import json
@@ -18,59 +19,24 @@ from tests.kernels.test_kernels import KERNELS, NEEDS_INTERPRETER
 from tests.support.kernels import own_kernels, sized_cases
 from tests.support.kernels.interpreting import INTERPRETER, failure_of
 from tests.support.kernels.trace_solutions import TraceFunction, load
-from tools.flashinfer_trace.export import definition_of
-from tools.flashinfer_trace.recording import Call
+from tests.support.tiny_models import tiny_model
+from tools.flashinfer_trace.__main__ import main
 
 BF16, F32, I32, I64 = "bfloat16", "float32", "int32", "int64"
-HEADS = {"num_qo_heads": 4, "num_kv_heads": 2, "head_dim": 16}
-CACHES = dict.fromkeys(("k_cache", "v_cache"), ("num_pages page_size num_kv_heads head_dim", BF16))
-SCALE = {"sm_scale": (None, F32)}
 
-ATTEND = '''
-import math
+DECODE = """
 import torch
 
-def attend(q, k, v, sm_scale):
-    """[n, H, D] in float32: the n queries are the last of the keys' tokens."""
-    group = q.shape[1] // k.shape[1]
-    k, v = (one.float().repeat_interleave(group, dim=1) for one in (k, v))
-    scores = torch.einsum("ihd,jhd->hij", q.float(), k) * sm_scale
-    hidden = torch.ones(len(q), len(k), dtype=torch.bool).triu(1 + len(k) - len(q))
-    return torch.einsum("hij,jhd->ihd", scores.masked_fill(hidden, -math.inf).softmax(-1).nan_to_num(), v).bfloat16()
-'''
-PAGED = """
-def attend_to_pages(q, k_cache, v_cache, qo_indptr, kv_indptr, kv_indices, last_page_len, sm_scale):
-    output = torch.zeros_like(q)
-    for b in range(len(kv_indptr) - 1):
-        pages = kv_indices[kv_indptr[b] : kv_indptr[b + 1]].long()
-        length = max(len(pages) - 1, 0) * k_cache.shape[1] + int(last_page_len[b]) if len(pages) else 0
-        k, v = (cache[pages].flatten(0, 1)[:length] for cache in (k_cache, v_cache))
-        rows = slice(int(qo_indptr[b]), int(qo_indptr[b + 1]))
-        if length:
-            output[rows] = attend(q[rows], k, v, sm_scale)
-    return output, torch.zeros(q.shape[:2])
-"""
-DECODE = """
-def run(q, k_cache, v_cache, kv_indptr, kv_indices, sm_scale):
-    queries, ones = torch.arange(len(q) + 1), torch.ones(len(q))
-    return attend_to_pages(q, k_cache, v_cache, queries, kv_indptr, kv_indices, ones, sm_scale)
-"""
-DECODE_16 = """
 def run(q, k_cache, v_cache, kv_indptr, kv_indices, kv_last_page_len, sm_scale):
-    queries = torch.arange(len(q) + 1)
-    return attend_to_pages(q, k_cache, v_cache, queries, kv_indptr, kv_indices, kv_last_page_len, sm_scale)
-"""
-PREFILL = """
-def run(q, k_cache, v_cache, qo_indptr, kv_indptr, kv_indices, sm_scale):
-    ones = torch.ones(len(qo_indptr) - 1)
-    return attend_to_pages(q, k_cache, v_cache, qo_indptr, kv_indptr, kv_indices, ones, sm_scale)
-"""
-RAGGED = """
-def run(q, k, v, qo_indptr, kv_indptr, sm_scale):
     output = torch.zeros_like(q)
-    for b in range(len(qo_indptr) - 1):
-        rows, keys = (slice(int(ends[b]), int(ends[b + 1])) for ends in (qo_indptr, kv_indptr))
-        output[rows] = attend(q[rows], k[keys], v[keys], sm_scale)
+    for b in range(len(q)):
+        pages = kv_indices[kv_indptr[b] : kv_indptr[b + 1]].long()
+        if len(pages):
+            length = (len(pages) - 1) * k_cache.shape[1] + int(kv_last_page_len[b])
+            k, v = (cache[pages].flatten(0, 1)[:length].float() for cache in (k_cache, v_cache))
+            heads = q[b].float().unflatten(0, (k.shape[1], -1))
+            weights = (torch.einsum("kgd,jkd->kgj", heads, k) * sm_scale).softmax(-1)
+            output[b] = torch.einsum("kgj,jkd->kgd", weights, v).flatten(0, 1).bfloat16()
     return output, torch.zeros(q.shape[:2])
 """
 NORM = """
@@ -130,38 +96,21 @@ def run(hidden_states, gating_output, w1, w2, topk_weights, topk_ids):
     return output.bfloat16()
 """
 
-Q, KV = "num_qo_heads head_dim", "num_kv_heads head_dim"
-PAGES = {"kv_indptr": ("len_indptr", I32), "kv_indices": ("num_kv_indices", I32)}
+Q = "batch_size num_qo_heads head_dim"
+CACHE_SHAPE = "num_pages page_size num_kv_heads head_dim"
 WEIGHTS = {
     "w1": ("num_experts gemm1_out_size hidden_size", BF16),
     "w2": ("num_experts hidden_size intermediate_size", BF16),
 }
 # name -> (our launcher, constants, inputs, outputs, reference, what is wrong in it and what instead)
 DEFINITIONS: dict[str, tuple[str, dict[str, int], dict[str, Any], dict[str, Any], str, tuple[str, str]]] = {
-    "gqa_paged_decode_h4_kv2_d16_ps1": (
-        "paged_attention", HEADS | {"page_size": 1},
-        {"q": (f"batch_size {Q}", BF16), **CACHES, **PAGES, **SCALE},
-        {"output": (f"batch_size {Q}", BF16), "lse": ("batch_size num_qo_heads", F32)},
-        ATTEND + PAGED + DECODE, ("kv_indptr[b + 1]]", "kv_indptr[b + 1] - 1]"),
-    ),
     "gqa_paged_decode_h4_kv2_d16_ps16": (
-        "paged_attention", HEADS | {"page_size": 16},
-        {"q": (f"batch_size {Q}", BF16), **CACHES, **PAGES, "kv_last_page_len": ("batch_size", I32), **SCALE},
-        {"output": (f"batch_size {Q}", BF16), "lse": ("batch_size num_qo_heads", F32)},
-        ATTEND + PAGED + DECODE_16, ("int(last_page_len[b])", "k_cache.shape[1]"),
-    ),
-    "gqa_paged_prefill_causal_h4_kv2_d16_ps1": (
-        "varlen_attention", HEADS | {"page_size": 1},
-        {"q": (f"total_q {Q}", BF16), **CACHES, "qo_indptr": ("len_indptr", I32), **PAGES, **SCALE},
-        {"output": (f"total_q {Q}", BF16), "lse": ("total_q num_qo_heads", F32)},
-        ATTEND + PAGED + PREFILL, ("triu(1 + len(k) - len(q))", "triu(1)"),
-    ),
-    "gqa_ragged_prefill_causal_h4_kv2_d16": (
-        "varlen_attention", HEADS,
-        {"q": (f"total_q {Q}", BF16), "k": (f"total_kv {KV}", BF16), "v": (f"total_kv {KV}", BF16),
-         "qo_indptr": ("len_indptr", I32), "kv_indptr": ("len_indptr", I32), **SCALE},
-        {"output": (f"total_q {Q}", BF16), "lse": ("total_q num_qo_heads", F32)},
-        ATTEND + RAGGED, ("* sm_scale", "* 1.1 * sm_scale"),
+        "paged_attention", {"num_qo_heads": 4, "num_kv_heads": 2, "head_dim": 16, "page_size": 16},
+        {"q": (Q, BF16), "k_cache": (CACHE_SHAPE, BF16), "v_cache": (CACHE_SHAPE, BF16),
+         "kv_indptr": ("len_indptr", I32), "kv_indices": ("num_kv_indices", I32),
+         "kv_last_page_len": ("batch_size", I32), "sm_scale": (None, F32)},
+        {"output": (Q, BF16), "lse": ("batch_size num_qo_heads", F32)},
+        DECODE, ("int(kv_last_page_len[b])", "k_cache.shape[1]"),
     ),
     "rmsnorm_h48": (
         "rms_norm", {"hidden_size": 48},
@@ -294,40 +243,26 @@ def test_other_sizes_and_dtypes_than_the_definition_has_are_not_judged(tmp_path:
         function(torch.ones(3, 48), torch.ones(48))
 
 
-CACHE = torch.ones(4, 16, 2, 16)
-PAGED_INPUTS = {
-    "query": torch.ones(3, 4, 16),
-    "k_cache": CACHE,
-    "v_cache": CACHE,
-    "block_tables": torch.tensor([[1, 0], [2, -1], [3, -1]], dtype=torch.int32),
-    "context_lens": torch.tensor([20, 3, 9], dtype=torch.int32),
-}
-BOUNDS = torch.tensor([0, 1, 2, 3], dtype=torch.int32)
-PACKED_INPUTS = {"query": torch.randn(3, 4, 16), "key": torch.randn(3, 2, 16), "value": torch.randn(3, 2, 16)}
-KEYS = {"key": CACHE[0, :3], "value": CACHE[1, :3], "k_cache": CACHE, "v_cache": CACHE}
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trace") / "new"
+    main([str(folder), "--model", str(tiny_model("llama"))])
+    return folder
+
+
+# Of the exported definitions, those that a launcher of ours can be replaced by.
 OWN = {
-    "rms_norm": ("rms_norm", {"x": torch.randn(3, 2, 16), "weight": torch.ones(16), "eps": 1e-6}),
-    "add_rms_norm": (
-        "add_rms_norm",
-        {"x": torch.randn(3, 48), "weight": torch.ones(48), "eps": 1e-6, "residual": torch.randn(3, 48)},
-    ),
-    "silu_and_mul": ("silu_and_mul", {"x": torch.randn(3, 48)}),
-    "store_kvcache": ("store_kvcache", {**KEYS, "slot_mapping": torch.tensor([5, -1, 20])}),
-    "varlen_attention": (
-        "varlen_attention",
-        {**PACKED_INPUTS, "cu_seqlens_q": BOUNDS, "cu_seqlens_k": BOUNDS, "scale": 0.25},
-    ),
-    "paged_attention_decode": ("paged_attention", {**PAGED_INPUTS, "scale": 0.25}),
-    "paged_attention_prefill": ("varlen_attention", {**PAGED_INPUTS, "cu_seqlens_q": BOUNDS, "scale": 0.25}),
+    **{name: name for name in ("rms_norm", "add_rms_norm", "silu_and_mul", "store_kvcache", "varlen_attention")},
+    "paged_attention_decode": "paged_attention",
+    "paged_attention_prefill": "varlen_attention",
 }
 
 
 @NEEDS_INTERPRETER
 @pytest.mark.parametrize("name", OWN)
-def test_a_definition_that_we_export_is_judged(name: str, tmp_path: Path) -> None:
-    launcher, inputs = OWN[name]
-    content, _ = definition_of(Call(name, inputs))
-    assert not sized_failure(launcher, write(tmp_path / "own.json", content))
+def test_a_definition_that_we_export_is_judged(name: str, exported: Path) -> None:
+    paths = sorted(exported.rglob(f"definitions/**/{name}_*.json"))
+    assert not sized_failure(OWN[name], paths[0])
 
 
 # --- solutions ---

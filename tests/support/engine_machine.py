@@ -19,6 +19,7 @@ from nanovllm.engine.block_manager import BlockHash, block_hash
 from nanovllm.engine.model_input import PADDING_SLOT, ModelInput, prepare_decode, prepare_decode_async, prepare_prefill
 from nanovllm.engine.scheduler import MAX_CONSECUTIVE_PREFILLS, ScheduledBatch
 from nanovllm.engine.sequence import FinishCause, Sequence
+from tests.support.block_invariants import check_invariants
 from tests.support.counts import count_comparisons, count_event
 from tests.support.engine_events import scheduler_events
 from tests.support.scheduling import make_scheduler, make_sequence
@@ -276,10 +277,9 @@ class EngineMachine(RuleBasedStateMachine):
 
     @invariant()
     def limits_and_invariants_hold(self) -> None:
-        manager = self.manager
-        manager.check_invariants(self.scheduler.running)
-        for hash_value in manager._same_hash:
-            prefixes = {manager.blocks[block_id].prefix_id for block_id in manager._ids_with_hash(hash_value)}
+        check_invariants(self.manager, self.scheduler.running)
+        for hash_value in self.manager._same_hash:
+            prefixes = {block.prefix_id for block in self.manager._candidates(hash_value)}
             self.count("hash collision", len(prefixes) > 1)
         assert len(self.scheduler.running) <= self.scheduler.max_num_seqs, "D16"
         order = [seq.seq_id for seq in (*self.scheduler.running, *self.scheduler.waiting)]

@@ -1,14 +1,13 @@
 """Plugin: refuses a run of GPU tests without a GPU, and shares one GPU between the processes of `pytest -m gpu`.
 
-A run whose -m selects GPU tests alone ends in one line where there is no GPU. A test that needs more GPUs than exist is
-skipped: multi_gpu(N) needs N, multi_gpu alone needs 2.
+A run with `-m gpu` or `-m multi_gpu`, or one of them `and` more, ends in one line where there is no GPU. A test that
+needs more GPUs than exist is skipped: multi_gpu(N) needs N, multi_gpu alone needs 2.
 
 `pytest -m gpu` runs in several processes unless -n says how many, since Triton's compiler, not the GPU, takes the time.
 A test marked `whole_gpu`, which fills the GPU's memory or measures it, runs while no other does: each worker's other
 GPU tests hold a file lock of their own, and such a test holds all of them.
 """
 
-import itertools
 import os
 import re
 import sys
@@ -21,6 +20,7 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
+GPU_TESTS_ALONE = re.compile(r"(multi_)?gpu(\(.*\))?( and (?!.* or ).*)?")  # values of -m
 MOST_WORKERS = 8  # each holds memory of the GPU, some tests 4 GiB and more
 
 
@@ -29,13 +29,11 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     option = config.option
     if option.collectonly or hasattr(config, "workerinput"):
         return  # nothing is run, or this is such a process
-    needed = gpus_needed_by(option.markexpr)
-    if 0 in needed:
-        return  # also other tests
+    if not GPU_TESTS_ALONE.fullmatch(option.markexpr):
+        return
     if not num_gpus():
-        some = "an NVIDIA GPU" if 1 in needed else "several NVIDIA GPUs"
-        raise pytest.UsageError(f"-m {option.markexpr!r}: these tests need {some}, and torch finds none here")
-    if needed != {1}:
+        raise pytest.UsageError(f"-m {option.markexpr!r}: these tests need NVIDIA GPUs, and torch finds none here")
+    if option.markexpr.startswith("multi_gpu"):
         return  # several GPUs are shared only where -n is given
     if getattr(option, "numprocesses", 0) is not None or option.usepdb:
         return  # no xdist, or -n was given; a debugger wants one process
@@ -51,42 +49,9 @@ def num_gpus() -> int:
     return torch.cuda.device_count()
 
 
-def gpus_needed_by(markexpr: str) -> set[int]:
-    """How many GPUs tests may need that `markexpr`, the value of -m, selects: some of 0, 1 and 2 (several).
-
-    An expression of marker names is one of Python too. It is tried on all sets of the markers that it names and of
-    those that say what a test needs.
-    """
-    try:
-        code = compile(markexpr.strip() or "True", "-m", "eval")
-    except SyntaxError:  # pytest says what is wrong with it
-        return {0}
-    names = sorted({"gpu", "multi_gpu", *code.co_names})
-    needed = set()
-    for values in itertools.product((_Has(False), _Has(True)), repeat=len(names)):
-        has = dict(zip(names, values, strict=True))
-        if (has.get("whole_gpu") and not has["gpu"]) or (has["gpu"] and has["multi_gpu"]):
-            continue  # there are no such tests
-        if eval(code, {"__builtins__": {}}, has):
-            needed.add(2 if has["multi_gpu"] else int(has["gpu"]))
-    return needed or {0}
-
-
-class _Has(int):
-    """Whether a test has a marker. It may be called, since an expression may say multi_gpu(number=4)."""
-
-    def __call__(self, **_: object) -> "_Has":
-        return self
-
-
-def gpus_needed(item: pytest.Item) -> int:
-    """GPUs without which the test is skipped: 0 if it is not marked multi_gpu."""
-    return max([marker.args[0] if marker.args else 2 for marker in item.iter_markers("multi_gpu")], default=0)
-
-
 @pytest.hookimpl(tryfirst=True)  # before its fixtures
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    needed = gpus_needed(item)
+    needed = max([marker.args[0] if marker.args else 2 for marker in item.iter_markers("multi_gpu")], default=0)
     if needed and needed > (there := num_gpus()):
         pytest.skip(f"needs {needed} GPUs, there are {there}")
 
@@ -101,7 +66,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_protocol(item: pytest.Item) -> Any:
     if item.get_closest_marker("gpu") is None:
         return (yield)
-    with held(_folder(), exclusively=item.get_closest_marker("whole_gpu") is not None, slot=_slot()):
+    with held(
+        _folder(),
+        exclusively=item.get_closest_marker("whole_gpu") is not None,
+        slot=int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]),
+    ):
         try:
             return (yield)
         finally:
@@ -122,11 +91,6 @@ def held(folder: Path, exclusively: bool, slot: int = 0) -> Iterator[None]:
             for number in slots:
                 stack.enter_context(FileLock(folder / f"slot-{number}.lock"))
         yield
-
-
-def _slot() -> int:
-    """The number of this worker of xdist; 0 without xdist."""
-    return int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
 
 
 def _folder() -> Path:

@@ -12,7 +12,7 @@ A freed block that stays in the prefix cache keeps its keys until it is evicted,
 is no stale read. Besides, torch.empty and its kin give NaN, or integers that are no token, slot or block; the padding
 of block tables names a block of NaN, if one is free; and so do the rows that pad a CUDA graph's batch.
 
-A computed row that is NaN raises PoisonError, which names the step, the sequence and the block. The instrument wraps
+A computed row that is NaN raises PoisonError, which names the step, the sequence and its blocks. The instrument wraps
 methods of one LLM from outside. It sees the first rank only.
 """
 
@@ -94,7 +94,6 @@ class Poison:
         self._runner: Any = llm._core.executor._runner
         self._batch: ScheduledBatch | None = None  # of the running step
         self._num_steps = 0
-        self._origin = ["never written"] * len(self._manager.blocks)  # of each block's NaN
         self._runner.kv_cache.fill_(torch.nan)
         wrappers: list[tuple[Any, str, Callable[..., Any]]] = [
             (self._manager, "allocate", self._allocate),
@@ -110,24 +109,22 @@ class Poison:
 
     # --- what is poisoned, and when ---
 
-    def _fill(self, block_ids: list[int], origin: str) -> None:
-        for block_id in block_ids:
-            self._runner.kv_cache[:, :, block_id] = torch.nan
-            self._origin[block_id] = f"{origin} after step {self._num_steps}"
+    def _fill(self, block_ids: list[int]) -> None:
+        self._runner.kv_cache[:, :, block_ids] = torch.nan
         count_event("block poisoned", len(block_ids))
 
     def _allocate(self, allocate: Callable[..., None], seq: Sequence) -> None:
         allocate(seq)
-        self._fill(seq.block_table[seq.num_tokens_with_kv // seq.block_size :], f"taken by sequence {seq.seq_id}")
+        self._fill(seq.block_table[seq.num_tokens_with_kv // seq.block_size :])
 
     def _open_block(self, append_block: Callable[..., None], seq: Sequence) -> None:
         append_block(seq)
-        self._fill(seq.block_table[-1:], f"taken by sequence {seq.seq_id}")
+        self._fill(seq.block_table[-1:])
 
     def _deallocate(self, deallocate: Callable[..., None], seq: Sequence) -> None:
         table = list(seq.block_table)
         deallocate(seq)
-        self._fill([block_id for block_id in table if self._is_free(block_id)], f"freed by sequence {seq.seq_id}")
+        self._fill([block_id for block_id in table if self._is_free(block_id)])
 
     def _is_free(self, block_id: int) -> bool:
         """Whether nothing may read the block."""
@@ -177,25 +174,9 @@ class Poison:
         count_comparisons("poison: computed rows against NaN", len(rows))
         is_nan = rows.isnan().any(dim=1).cpu().numpy()
         if self._batch is not None and is_nan.any():
-            index = int(np.searchsorted(bounds, is_nan.argmax(), side="right")) - 1
+            seq = self._batch.sequences[int(np.searchsorted(bounds, is_nan.argmax(), side="right")) - 1]
             kind = "prefill" if model_input.is_prefill else "decode"
-            seq = self._batch.sequences[index]
-            slot = self._poisoned_slot(index, model_input) or (
-                f"no slot that the input names: an output left unwritten, or a read beyond its blocks {seq.block_table}"
+            raise PoisonError(
+                f"step {self._num_steps} ({kind}): sequence {seq.seq_id} of {len(seq)} tokens in blocks "
+                f"{seq.block_table} read NaN, or an output was left unwritten"
             )
-            raise PoisonError(f"step {self._num_steps} ({kind}): sequence {seq.seq_id} read NaN: {slot}")
-
-    def _poisoned_slot(self, index: int, model_input: ModelInput) -> str | None:
-        """The first poisoned slot among those that the input says sequence `index` of the batch reads.
-
-        The first layer is searched: in later ones a NaN has been handed on to the sequence's own new keys.
-        """
-        if model_input.block_tables is None:
-            return None
-        keys_and_values = self._runner.kv_cache[:, 0]  # [2, num_blocks, block_size, num_kv_heads, head_dim]
-        block_size, table = keys_and_values.shape[2], model_input.block_tables[index].tolist()
-        for position in range(int(model_input.context_lens[index])):
-            block_id, offset = table[position // block_size], position % block_size
-            if keys_and_values[:, block_id, offset].isnan().any():
-                return f"position {position} in block {block_id}, slot {offset}, {self._origin[block_id]}"
-        return None

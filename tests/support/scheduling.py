@@ -7,6 +7,7 @@ from nanovllm.engine.block_manager import BlockHash, BlockManager, block_hash
 from nanovllm.engine.scheduler import ScheduledBatch, Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.sampling_params import SamplingParams
+from tests.support.block_invariants import check_invariants
 
 
 def two_bit_hash(token_ids: list[int], parent: int | None) -> int:
@@ -61,7 +62,7 @@ def next_token(seq: Sequence) -> int:
 def step(scheduler: Scheduler, token: Callable[[Sequence], int] = next_token) -> ScheduledBatch:
     batch = scheduler.schedule()
     scheduler.postprocess(batch, [token(seq) for seq in batch.sampled_sequences])
-    scheduler.block_manager.check_invariants(scheduler.running)
+    check_invariants(scheduler.block_manager, scheduler.running)
     return batch
 
 

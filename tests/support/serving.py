@@ -46,8 +46,6 @@ class Way:
 
     options: dict[str, Any] = field(default_factory=dict)
     is_alone: bool = False  # each prompt in an engine that has seen no other
-    is_reversed: bool = False
-    is_staggered: bool = False  # one more arrives after each step
     is_repeated: bool = False  # the second time is the one that counts
     is_pickled: bool = False
     after_step: Callable[[LLM, int], None] | None = None
@@ -74,20 +72,15 @@ def _serve_together(model_dir: Path, prompts: list[list[int]], way: Way, options
 
 def _run(llm: LLM, prompts: list[list[int]], way: Way) -> tuple[list[int], dict[int, list[int]]]:
     """The prompts' seq_ids, in their order, and seq_id -> tokens."""
-    waiting = list(range(len(prompts)))[:: -1 if way.is_reversed else 1]
-    seq_ids: dict[int, int] = {}
+    seq_ids = [llm.add_request(prompt, PARAMS) for prompt in prompts]
     tokens: dict[int, list[int]] = {}
     num_steps = 0
-    while waiting or not llm.is_finished():
-        for _ in range(1 if way.is_staggered else len(waiting)):
-            if waiting:
-                index = waiting.pop(0)
-                seq_ids[index] = llm.add_request(prompts[index], PARAMS)
+    while not llm.is_finished():
         tokens.update({output["seq_id"]: output["token_ids"] for output in llm.step().finished})
         num_steps += 1
         if way.after_step is not None:
             way.after_step(llm, num_steps)
-    return [seq_ids[index] for index in range(len(prompts))], tokens
+    return seq_ids, tokens
 
 
 @contextmanager

@@ -10,12 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.gpu_sharing import (
-    gpus_needed_by,
-    held,
-    pytest_cmdline_main,
-    pytest_runtest_setup,
-)
+from tests.support.gpu_sharing import GPU_TESTS_ALONE, held, pytest_cmdline_main, pytest_runtest_setup
 from tests.support.limits import HANG_SECONDS
 from tests.support.source_tree import ROOT
 
@@ -70,38 +65,32 @@ def workers(**options: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("markexpr", "needed"),
+    ("markexpr", "is_gpu_alone"),
     [
-        ("gpu", {1}),
-        ("gpu and not whole_gpu", {1}),
-        ("not (not gpu)", {1}),
-        ("multi_gpu", {2}),
-        ("gpu or multi_gpu", {1, 2}),
-        ("gpu or campaign", {0, 1, 2}),  # a campaign may need several
-        ("not gpu", {0, 2}),
-        ("not gpu and not multi_gpu and not campaign and not real_model", {0}),
-        ("", {0, 1, 2}),
-        ("gpu and", {0}),  # pytest refuses it
-        ("gpu and not gpu", {0}),  # selects nothing
+        ("gpu", True),
+        ("gpu and not whole_gpu", True),
+        ("multi_gpu(4)", True),
+        ("gpu or campaign", False),
+        ("gpu and not slow or campaign", False),
+        ("not gpu and not multi_gpu and not campaign and not real_model", False),
+        ("gpu_like", False),
+        ("", False),
     ],
 )
-def test_what_a_run_needs_follows_from_the_meaning_of_its_markers(markexpr: str, needed: set[int]) -> None:
-    assert gpus_needed_by(markexpr) == needed
+def test_which_runs_are_of_gpu_tests_alone(markexpr: str, is_gpu_alone: bool) -> None:
+    assert bool(GPU_TESTS_ALONE.fullmatch(markexpr)) is is_gpu_alone
 
 
-@pytest.mark.parametrize(
-    ("markexpr", "needed"), [("multi_gpu", "several NVIDIA GPUs"), ("gpu and not whole_gpu", "an NVIDIA GPU")]
-)
-def test_without_a_gpu_the_run_is_one_line(markexpr: str, needed: str) -> None:
+def test_without_a_gpu_the_run_is_one_line() -> None:
     """A run of its own, with the exit code of a wrong option."""
-    command = [sys.executable, "-m", "pytest", "-m", markexpr]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu and not whole_gpu"]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=HANG_SECONDS, check=False
     )
     assert (result.returncode, result.stdout.strip()) == (pytest.ExitCode.USAGE_ERROR, "")
     (line,) = result.stderr.strip().splitlines()
-    assert line.startswith(f"ERROR: -m '{markexpr}': these tests need {needed}")
+    assert line.startswith("ERROR: -m 'gpu and not whole_gpu': these tests need NVIDIA GPUs")
 
 
 def test_a_test_that_needs_more_gpus_than_there_are_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,16 +107,22 @@ def test_a_test_that_needs_more_gpus_than_there_are_is_skipped(monkeypatch: pyte
                 pytest_runtest_setup(item)  # type: ignore[arg-type]
 
 
-def test_only_a_run_of_gpu_tests_gets_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("options", "number"),
+    [
+        ({}, 8),
+        ({"numprocesses": 3}, 3),
+        ({"markexpr": "not gpu"}, None),
+        ({"markexpr": "multi_gpu"}, None),
+        ({"usepdb": True}, None),
+        ({"collectonly": True}, None),
+        ({"arguments": ["tests/e2e/test_gpu.py::test_close_gives_gpu_memory_back"]}, None),
+        ({"workerinput": {}}, None),  # the processes start no processes
+    ],
+)
+def test_only_a_run_of_gpu_tests_gets_processes(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], number: int | None
+) -> None:
     monkeypatch.setattr("tests.support.gpu_sharing.num_gpus", lambda: 1)
     monkeypatch.setattr("os.cpu_count", lambda: 16)
-    assert workers() == 8
-    assert workers(numprocesses=3) == 3
-    assert workers(markexpr="not gpu") is None
-    assert workers(markexpr="multi_gpu") is None
-    assert workers(usepdb=True) is None
-    assert workers(collectonly=True) is None
-    assert workers(arguments=["tests/e2e/test_gpu.py::test_close_gives_gpu_memory_back"]) is None
-    assert workers(workerinput={}) is None, "the processes start no processes"
-    monkeypatch.setattr("os.cpu_count", lambda: 4)
-    assert workers() == 2
+    assert workers(**options) == number

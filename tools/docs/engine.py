@@ -67,7 +67,11 @@ ENGINE: dict[str, tuple[tuple[str, str, str], ...]] = {
     "silu_and_mul": (
         ("layers/torch_ops.py", "silu_and_mul", "is the activation in PyTorch."),
         ("kernels/silu_and_mul.py", "silu_and_mul_kernel", "is the Triton kernel."),
-        ("kernels/skinny_linear.py", "skinny_linear_silu_and_mul", "does the product before it too, for few tokens."),
+        (
+            "kernels/skinny_linear.py",
+            "norm_skinny_linear",
+            "does the norm and the product before it too, for few tokens.",
+        ),
     ),
     "moe": (
         ("layers/moe.py", "SparseMoeBlock", "is the layer."),

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nanovllm.attention.torch import TorchAttentionBackend
 from nanovllm.context import Context
-from nanovllm.layers.ops import LayerOps, separate_steps
+from nanovllm.layers.ops import LayerOps, norm_then_linear, separate_steps
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
 from nanovllm.layers.torch_ops import TORCH_OPS
 from nanovllm.layers.torch_ops import silu_and_mul as silu_and_mul_in_torch
@@ -107,10 +107,9 @@ class Recorder:
             self.note("linear", x=x, weight=weight, **({} if bias is None else {"bias": bias}))
             return TORCH_OPS.linear(x, weight, bias)
 
-        def noted_linear_silu_and_mul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            gate_up = noted_linear(x, weight, bias)
-            self.note("silu_and_mul", x=gate_up)
-            return silu_and_mul_in_torch(gate_up)
+        def noted_silu_and_mul(x: Tensor) -> Tensor:
+            self.note("silu_and_mul", x=x)
+            return silu_and_mul_in_torch(x)
 
         def noted_moe(
             x: Tensor, router_logits: Tensor, gate_up_proj: Tensor, down_proj: Tensor, top_k: int, norm_topk_prob: bool
@@ -142,7 +141,7 @@ class Recorder:
             store_kvcache=noted_store,
             qk_norm_rope_store=separate_steps(noted_rms_norm, noted_rotary_embedding, noted_store),
             linear=noted_linear,
-            linear_silu_and_mul=noted_linear_silu_and_mul,
+            norm_linear=norm_then_linear(noted_rms_norm, noted_add_rms_norm, noted_linear, noted_silu_and_mul),
             moe=noted_moe,
             sample_unfiltered=noted_sampling,
         )

@@ -1,14 +1,12 @@
 """Adapters: attention functions with the signatures of FlashInfer, flash-attn and vLLM, called by our launchers' names.
 
-ADAPTERS is a table. A row says for which of our kernels it is, by which parameters a signature is recognised, and how
-the arguments follow from ours. A function gets those of the arguments that it has parameters for. It returns its
-output, alone or as the first of several, or writes it to `out`. layer_adapters.py has the other layers.
-
-It is one file, since a row of the table is understood with the functions that it names.
+SIGNATURES_OF says by which parameters a signature is recognised, and values_of what a parameter of each name is given.
+A function returns its output, alone or as the first of several, or writes it to `out`. layer_adapters.py has the other
+layers.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -22,6 +20,7 @@ SIGNATURES = "docs/own_kernels.md lists the signatures of FlashInfer, flash-attn
 WORKSPACE_BYTES = 128 * 2**20  # what FlashInfer's documentation recommends
 HALF = (torch.float16, torch.bfloat16)
 PREFILL = ("varlen_attention", "varlen_attention_hopper")
+Parameters = Mapping[str, inspect.Parameter]
 
 
 @dataclass(frozen=True)
@@ -46,186 +45,88 @@ class Call:
         return self.block_tables.shape[1] * self.key.shape[1]
 
 
-# --- the table ---
+# Parameters that a function must have -> the launchers that it may take the place of.
+SIGNATURES_OF: dict[frozenset[str], tuple[str, ...]] = {
+    # flash-attn: flash_attn_with_kvcache, flash_attn_varlen_func
+    frozenset({"q", "k_cache", "v_cache", "cache_seqlens", "block_table"}): ("paged_attention",),
+    frozenset({"q", "k", "v", "cu_seqlens_q", "cu_seqlens_k"}): PREFILL,
+    # vLLM: unified_attention
+    frozenset({"q", "k", "v", "out", "cu_seqlens_q", "seqused_k", "block_table"}): ("paged_attention", *PREFILL),
+    # FlashInfer: a paged cache (without kv_last_page_len, a slot is a page), and packed keys
+    frozenset({"q", "k_cache", "v_cache", "kv_indptr", "kv_indices"}): ("paged_attention", *PREFILL),
+    frozenset({"q", "k", "v", "qo_indptr", "kv_indptr"}): PREFILL,
+    # our reference.paged_attention
+    frozenset({"query", "k_cache", "v_cache", "block_tables", "context_lens", "cu_seqlens_q"}): PREFILL,
+}
 
 
-@dataclass(frozen=True)
-class Adapter:
-    """arguments(call, plans): theirs by name. marks: the parameters by which such a function is recognised."""
-
-    origin: str
-    kernels: tuple[str, ...]
-    marks: frozenset[str]
-    arguments: Callable[[Call, Plans], dict[str, Any]]
-    has_query_axis: bool = False  # query and output are [B, 1, H, D]
-
-
-def _flash_attn_with_kvcache(call: Call, _: Plans) -> dict[str, Any]:
-    return {
-        "q": call.query[:, None],
-        "k_cache": call.key,
-        "v_cache": call.value,
-        "cache_seqlens": call.context_lens,
-        "block_table": _paged(call),
-        "softmax_scale": call.scale,
-        "causal": True,
-    }
-
-
-def _flash_attn_varlen(call: Call, _: Plans) -> dict[str, Any]:
-    arguments = {
-        "q": call.query,
-        "k": call.key,
-        "v": call.value,
-        "cu_seqlens_q": call.cu_seqlens_q,
+def values_of(call: Call, parameters: Parameters, plans: Plans) -> dict[str, Any]:
+    """The value of each of `parameters` that we give. Raises NotImplementedError if it cannot have these keys."""
+    pages_without_lengths = "kv_indices" in parameters and "kv_last_page_len" not in parameters
+    is_required = {name for name, one in parameters.items() if one.default is one.empty}
+    takes_tables = parameters.keys() & {"block_table", "block_tables", "kv_indices"}
+    if call.block_tables is None and takes_tables & is_required:
+        raise NotImplementedError("packed keys")
+    if call.block_tables is not None and not takes_tables:
+        raise NotImplementedError("keys in a paged cache")
+    query, key, value = call.query, call.key, call.value
+    if pages_without_lengths:
+        key, value = (cache.flatten(0, 1)[:, None] for cache in (key, value))
+    values = {
+        **dict.fromkeys(("q", "query"), query[:, None] if "cache_seqlens" in parameters else query),
+        **dict.fromkeys(("k_cache",) if "k_cache" in parameters else ("k", "key"), key),
+        **dict.fromkeys(("v_cache",) if "v_cache" in parameters else ("v", "value"), value),
+        **dict.fromkeys(("cu_seqlens_q", "qo_indptr"), call.cu_seqlens_q),
         "cu_seqlens_k": call.cu_seqlens_k,
         "max_seqlen_q": call.max_seqlen_q,
         "max_seqlen_k": call.max_seqlen_k,
-        "softmax_scale": call.scale,
+        **dict.fromkeys(("context_lens", "cache_seqlens"), call.context_lens),
+        **dict.fromkeys(("block_table", "block_tables"), call.block_tables),
+        **dict.fromkeys(("scale", "softmax_scale", "sm_scale"), call.scale),
         "causal": True,
     }
-    return arguments if call.block_tables is None else {**arguments, "block_table": call.block_tables}
+    usual = {"out": torch.empty_like(query), "seqused_k": call.context_lens, "window_size": (-1, -1), "softcap": 0.0}
+    usual |= dict.fromkeys(("q_descale", "k_descale", "v_descale"))
+    values |= {name: value for name, value in usual.items() if name in is_required}
+    if "kv_indptr" in parameters:
+        pages = _pages(call, plans, 1 if pages_without_lengths else call.key.shape[1])
+        values |= {f"kv_{name}": value for name, value in pages._asdict().items()}
+    return {name: value for name, value in values.items() if name in parameters}
 
 
-def _vllm_unified(call: Call, _: Plans) -> dict[str, Any]:
-    return {
-        "q": call.query,
-        "k": call.key,
-        "v": call.value,
-        "out": torch.empty_like(call.query),
-        "cu_seqlens_q": call.cu_seqlens_q,
-        "max_seqlen_q": call.max_seqlen_q,
-        "seqused_k": call.context_lens,
-        "max_seqlen_k": call.max_seqlen_k,
-        "softmax_scale": call.scale,
-        "causal": True,
-        "window_size": (-1, -1),
-        "block_table": _paged(call),
-        "softcap": 0.0,
-        **dict.fromkeys(("q_descale", "k_descale", "v_descale")),
-    }
-
-
-def _flashinfer_paged(call: Call, plans: Plans) -> dict[str, Any]:
-    tables = _paged(call)
-    pages = plans.get(tables, lambda: pages_of(tables, call.context_lens, call.key.shape[1]))
-    return {
-        "q": call.query,
-        "k_cache": call.key,
-        "v_cache": call.value,
-        "qo_indptr": call.cu_seqlens_q,
-        "kv_indptr": pages.indptr,
-        "kv_indices": pages.indices,
-        "kv_last_page_len": pages.last_page_len,
-        "sm_scale": call.scale,
-    }
-
-
-def _flashinfer_slots(call: Call, plans: Plans) -> dict[str, Any]:
-    """Pages of one token, without last_page_len: a slot is a page."""
-    tables, block_size = _paged(call), call.key.shape[1]
-
-    def slots() -> Pages:
-        positions = torch.arange(call.max_seqlen_k, device=tables.device)
-        of_positions = tables[:, positions // block_size] * block_size + positions % block_size
-        return pages_of(of_positions.int(), call.context_lens, 1)
-
-    pages = plans.get(tables, slots)
-    return {
-        "q": call.query,
-        "k_cache": call.key.flatten(0, 1)[:, None],
-        "v_cache": call.value.flatten(0, 1)[:, None],
-        "qo_indptr": call.cu_seqlens_q,
-        "kv_indptr": pages.indptr,
-        "kv_indices": pages.indices,
-        "sm_scale": call.scale,
-    }
-
-
-def _own_reference(call: Call, _: Plans) -> dict[str, Any]:
-    return {
-        "query": call.query,
-        "k_cache": call.key,
-        "v_cache": call.value,
-        "block_tables": _paged(call),
-        "context_lens": call.context_lens,
-        "cu_seqlens_q": call.cu_seqlens_q,
-        "scale": call.scale,
-    }
-
-
-def _flashinfer_ragged(call: Call, _: Plans) -> dict[str, Any]:
-    if call.block_tables is not None:
-        raise NotImplementedError("keys in a paged cache")
-    return {
-        "q": call.query,
-        "k": call.key,
-        "v": call.value,
-        "qo_indptr": call.cu_seqlens_q,
-        "kv_indptr": call.cu_seqlens_k,
-        "sm_scale": call.scale,
-    }
-
-
-def _paged(call: Call) -> Tensor:
+def _pages(call: Call, plans: Plans, page_size: int) -> Pages:
+    """FlashInfer's pages of one block, or of one slot, each. Of packed keys, where each sequence begins."""
     if call.block_tables is None:
-        raise NotImplementedError("packed keys")
-    return call.block_tables
+        return Pages(call.cu_seqlens_k, call.cu_seqlens_k, call.cu_seqlens_k)
+    tables, block_size = call.block_tables, call.key.shape[1]
 
+    def make() -> Pages:
+        if page_size == block_size:
+            return pages_of(tables, call.context_lens, block_size)
+        positions = torch.arange(call.max_seqlen_k, device=tables.device)
+        slots = tables[:, positions // block_size] * block_size + positions % block_size
+        return pages_of(slots.int(), call.context_lens, 1)
 
-ADAPTERS = (
-    Adapter(
-        "flash-attn's flash_attn_with_kvcache", ("paged_attention",),
-        frozenset({"q", "k_cache", "v_cache", "cache_seqlens", "block_table"}), _flash_attn_with_kvcache, True,
-    ),
-    Adapter(
-        "vLLM's unified_attention", ("paged_attention", *PREFILL),
-        frozenset({"q", "k", "v", "out", "cu_seqlens_q", "seqused_k", "block_table"}), _vllm_unified,
-    ),
-    Adapter(
-        "flash-attn's flash_attn_varlen_func", PREFILL,
-        frozenset({"q", "k", "v", "cu_seqlens_q", "cu_seqlens_k"}), _flash_attn_varlen,
-    ),
-    Adapter(
-        "FlashInfer's pages", ("paged_attention", *PREFILL),
-        frozenset({"q", "k_cache", "v_cache", "kv_indptr", "kv_indices", "kv_last_page_len"}), _flashinfer_paged,
-    ),
-    Adapter(
-        "FlashInfer's pages of one token", ("paged_attention", *PREFILL),
-        frozenset({"q", "k_cache", "v_cache", "kv_indptr", "kv_indices"}), _flashinfer_slots,
-    ),
-    Adapter(
-        "FlashInfer's packed keys", PREFILL,
-        frozenset({"q", "k", "v", "qo_indptr", "kv_indptr"}), _flashinfer_ragged,
-    ),
-    Adapter(
-        "our reference.paged_attention", PREFILL,
-        frozenset({"query", "k_cache", "v_cache", "block_tables", "context_lens", "cu_seqlens_q"}), _own_reference,
-    ),
-)  # fmt: skip
+    return plans.get(tables, make)
 
 
 def adapt(name: str, function: Any) -> Callable[..., Any]:
-    """`function` with the parameters of our launcher `name`, if a row or a FlashInfer wrapper fits; else as it is."""
+    """`function` with the parameters of our launcher `name`, if a signature or a wrapper fits; else as it is."""
     if inspect.isclass(function) and hasattr(function, "plan") and hasattr(function, "run"):
         return _with_our_parameters(name, _flashinfer_wrapper(function), function)
     try:
         parameters = inspect.signature(function).parameters
     except (TypeError, ValueError):
         return function
-    row = next((row for row in ADAPTERS if name in row.kernels and row.marks <= parameters.keys()), None)
-    if row is None:
+    if not any(name in names and marks <= parameters.keys() for marks, names in SIGNATURES_OF.items()):
         return function
     plans = Plans()
 
     def run(call: Call) -> Tensor:
-        arguments = row.arguments(call, plans)
-        absent = {"block_table"} & arguments.keys() - parameters.keys()
-        if absent:
-            raise NotImplementedError("keys in a paged cache")
-        result = function(**{name: value for name, value in arguments.items() if name in parameters})
-        output = arguments["out"] if result is None else result[0] if isinstance(result, tuple) else result
-        return output[:, 0] if row.has_query_axis else output
+        values = values_of(call, parameters, plans)
+        result = function(**values)
+        output = values["out"] if result is None else result[0] if isinstance(result, tuple) else result
+        return output[:, 0] if "cache_seqlens" in parameters else output
 
     return _with_our_parameters(name, run, function)
 
@@ -238,26 +139,16 @@ def _flashinfer_wrapper(wrapper_class: Any) -> Callable[[Call], Tensor]:
         is_paged = "page_size" in parameters
         if is_paged != (call.block_tables is not None):
             raise NotImplementedError("packed keys" if is_paged else "keys in a paged cache")
-        lengths = call.context_lens if call.block_tables is None else call.block_tables
 
         def plan() -> Any:
             wrapper = wrapper_class(_workspace(call.query.device), "NHD")
-            pages = Pages(call.cu_seqlens_k, call.cu_seqlens_k, call.cu_seqlens_k)
-            if call.block_tables is not None:
-                pages = pages_of(call.block_tables, call.context_lens, call.key.shape[1])
+            pages = _pages(call, Plans(), call.key.shape[1])._asdict()
             values = {
-                "indptr": pages.indptr,
-                "indices": pages.indices,
-                "last_page_len": pages.last_page_len,
-                "kv_indptr": pages.indptr,
-                "paged_kv_indptr": pages.indptr,
-                "paged_kv_indices": pages.indices,
-                "paged_kv_last_page_len": pages.last_page_len,
+                **{f"{prefix}{name}": value for prefix in ("", "kv_", "paged_kv_") for name, value in pages.items()},
                 "qo_indptr": call.cu_seqlens_q,
                 "num_qo_heads": call.query.shape[1],
                 "num_kv_heads": call.key.shape[-2],
-                "head_dim": call.query.shape[2],
-                "head_dim_qk": call.query.shape[2],
+                **dict.fromkeys(("head_dim", "head_dim_qk"), call.query.shape[2]),
                 "page_size": call.key.shape[1],
                 "causal": True,
                 "sm_scale": call.scale,
@@ -267,6 +158,7 @@ def _flashinfer_wrapper(wrapper_class: Any) -> Callable[[Call], Tensor]:
             return wrapper
 
         keys = ((call.key, call.value),) if is_paged else (call.key, call.value)
+        lengths = call.context_lens if call.block_tables is None else call.block_tables
         return plans.get(lengths, plan).run(call.query, *keys)
 
     return run

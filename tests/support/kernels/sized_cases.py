@@ -3,7 +3,9 @@
 Our declared cases have other sizes, mostly small ones, which such a Definition excludes.
 """
 
-from collections.abc import Callable, Mapping
+import importlib
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,63 +36,43 @@ def sized_case(name: str, function: TraceFunction) -> Check | None:
     """The case for our launcher `name`; None if there is none for it, or the Definition leaves a size of it open."""
     sizes = {LETTERS.get(axis, axis): size for axis, size in function.constants.items()}
     try:
-        return _CASES[name](sizes, function.dtype)
+        return _make(name, sizes, function.dtype)
     except KeyError:
         return None
 
 
-def _paged_attention(sizes: Sizes, dtype: torch.dtype) -> Check:
-    from tests.kernels.paged_attention_cases import Case, decode
-
-    return Case(decode(1, 33, 0, 70), max(16, sizes["block_size"]), sizes["H"], sizes["K"], sizes["D"], dtype)
-
-
-def _varlen_attention(sizes: Sizes, dtype: torch.dtype) -> Check:
-    from tests.kernels.varlen_attention_cases import CACHED, Case
-
+def _make(name: str, sizes: Sizes, dtype: torch.dtype) -> Check | None:
+    """Raises KeyError for a size that is missing."""
+    cases = partial(importlib.import_module, package="tests.kernels")
     block_size = max(16, sizes["block_size"]) if "block_size" in sizes else 0
-    return Case(CACHED, block_size, sizes["H"], sizes["K"], sizes["D"], dtype)
-
-
-def _rms_norm(sizes: Sizes, dtype: torch.dtype) -> Check:
-    from tests.kernels.rms_norm_cases import check_norm
-
-    shape = (5, sizes["heads"], sizes["E"]) if "heads" in sizes else (7, sizes["E"])
-    return check_norm(shape, dtype)
-
-
-def _add_rms_norm(sizes: Sizes, dtype: torch.dtype) -> Check:
-    from tests.kernels.rms_norm_cases import check_norm
-
-    return check_norm((7, sizes["E"]), dtype, ("dense", "dense"))
-
-
-def _rotary_embedding(sizes: Sizes, dtype: torch.dtype) -> Check:
-    from tests.kernels.rotary_embedding_cases import check_shape
-
-    return check_shape((5, sizes.get("H", 4), sizes.get("K", 2), sizes["D"]), dtype)
-
-
-def _silu_and_mul(sizes: Sizes, dtype: torch.dtype) -> Check:
-    from tests.kernels.silu_and_mul_cases import check_shape
-
-    return check_shape((7, sizes["F"]), dtype)
-
-
-def _store_kvcache(sizes: Sizes, dtype: torch.dtype) -> Check:
-    from tests.kernels.store_kvcache_cases import check_slots
-
-    return check_slots(sizes["K"], sizes["D"], (7, -1, 0, 15), block_size=sizes["block_size"], dtype=dtype)
-
-
-def _grouped_gemm(sizes: Sizes, dtype: torch.dtype) -> Check:
-    from tests.kernels.grouped_gemm_cases import check
-
-    return check(3, sizes["N"], sizes["top_k"], sizes["E"], sizes["F"], dtype, tiles=(16, 32, 32))
-
-
-def _sampling(sizes: Sizes, _: torch.dtype) -> Check:
-    return _Draws(sizes["V"])
+    match name:
+        case "paged_attention":
+            module = cases(".paged_attention_cases")
+            lengths = module.decode(1, 33, 0, 70)
+            return module.Case(lengths, max(16, sizes["block_size"]), sizes["H"], sizes["K"], sizes["D"], dtype)
+        case "varlen_attention":
+            module = cases(".varlen_attention_cases")
+            return module.Case(module.CACHED, block_size, sizes["H"], sizes["K"], sizes["D"], dtype)
+        case "rms_norm":
+            shape = (5, sizes["heads"], sizes["E"]) if "heads" in sizes else (7, sizes["E"])
+            return cases(".rms_norm_cases").check_norm(shape, dtype)
+        case "add_rms_norm":
+            return cases(".rms_norm_cases").check_norm((7, sizes["E"]), dtype, ("dense", "dense"))
+        case "rotary_embedding":
+            shape = (5, sizes.get("H", 4), sizes.get("K", 2), sizes["D"])
+            return cases(".rotary_embedding_cases").check_shape(shape, dtype)
+        case "silu_and_mul":
+            return cases(".silu_and_mul_cases").check_shape((7, sizes["F"]), dtype)
+        case "store_kvcache":
+            slots, size = (7, -1, 0, 15), sizes["block_size"]
+            check_slots = cases(".store_kvcache_cases").check_slots
+            return check_slots(sizes["K"], sizes["D"], slots, block_size=size, dtype=dtype)
+        case "grouped_gemm":
+            experts = sizes["N"], sizes["top_k"], sizes["E"], sizes["F"]
+            return cases(".grouped_gemm_cases").check(3, *experts, dtype, tiles=(16, 32, 32))
+        case "sampling":
+            return _Draws(sizes["V"])
+    return None
 
 
 class _Draws:
@@ -128,16 +110,3 @@ class _Draws:
             kept = expected.nonzero().flatten()
             shares = (expected / expected.sum())[kept].tolist()
             check_counts(counts[kept].tolist(), NUM_DRAWS, shares, f"top_k {top_k}, top_p {top_p}")
-
-
-_CASES: dict[str, Callable[[Sizes, torch.dtype], Check]] = {
-    "paged_attention": _paged_attention,
-    "varlen_attention": _varlen_attention,
-    "rms_norm": _rms_norm,
-    "add_rms_norm": _add_rms_norm,
-    "rotary_embedding": _rotary_embedding,
-    "silu_and_mul": _silu_and_mul,
-    "store_kvcache": _store_kvcache,
-    "grouped_gemm": _grouped_gemm,
-    "sampling": _sampling,
-}

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from nanovllm.engine.block_manager import BlockManager, block_hash
 from nanovllm.engine.sequence import Sequence
 from reference import block_hash as reference
+from tests.support.block_invariants import check_invariants
 from tests.support.counts import count_comparisons
 from tests.support.scheduling import allocated, compute, computed, make_sequence
 
@@ -75,7 +76,7 @@ def test_a_prompt_cached_whole_leaves_one_token_to_compute_and_none_to_store(num
     assert third.block_table[:-1] == first.block_table
     assert (third.num_cached_tokens, third.num_tokens_with_kv, third.num_cached_prompt_tokens) == (num_tokens,) * 3
     assert manager.num_hit_blocks == num_tokens
-    manager.check_invariants([first, second, third])
+    check_invariants(manager, [first, second, third])
 
 
 def test_blocks_are_hittable_once_their_keys_are_stored_and_not_before() -> None:
@@ -97,7 +98,7 @@ def test_a_hit_means_that_the_whole_prefix_is_equal(hash_function: Callable[...,
     assert hits(manager, [3, 0, 3, 4]) == second.block_table
     assert hits(manager, [2, 1, 3, 4]) == []
     assert hits(manager, [3, 4]) == []
-    manager.check_invariants([first, second])
+    check_invariants(manager, [first, second])
 
 
 @given(data=st.data(), hash_function=st.sampled_from([block_hash, weak_hash, no_hash]))
@@ -206,7 +207,7 @@ def damage(what: str, manager: BlockManager, first: Sequence, second: Sequence) 
 def test_check_invariants_names_what_is_broken(what: str, words: str) -> None:
     manager = BlockManager(6, 2)
     first, second = computed(manager, [1, 2]), computed(manager, [3, 4, 5])
-    manager.check_invariants([first, second])
+    check_invariants(manager, [first, second])
     damage(what, manager, first, second)
     with pytest.raises(RuntimeError, match=f"BlockManager invariant broken: .*{words}"):
-        manager.check_invariants([first, second])
+        check_invariants(manager, [first, second])

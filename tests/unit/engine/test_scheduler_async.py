@@ -8,6 +8,7 @@ import pytest
 from nanovllm.engine.model_input import PLACEHOLDER_TOKEN, prepare_decode, prepare_decode_async
 from nanovllm.engine.scheduler import ScheduledBatch, Scheduler
 from nanovllm.engine.sequence import Sequence
+from tests.support.block_invariants import check_invariants
 from tests.support.counts import count_comparisons
 from tests.support.scheduling import add_prompt, allocated, make_scheduler, step
 from tests.unit.engine.test_model_input import as_lists
@@ -35,7 +36,7 @@ def test_the_decode_step_after_a_prefill_is_known_and_counts_as_one() -> None:
     scheduler.postprocess(ahead, [1, 2, 3])
     assert [seq.completion_token_ids for seq in sequences] == [[7, 1], [8, 2], [9, 3]]
     assert [seq.num_cached_tokens for seq in sequences] == [4, 5, 6]
-    scheduler.block_manager.check_invariants(sequences)
+    check_invariants(scheduler.block_manager, sequences)
 
 
 @pytest.mark.parametrize("num_steps", range(1, 9))
@@ -90,7 +91,7 @@ def test_sequences_that_end_or_are_preempted_meanwhile_are_left_out() -> None:
     assert current.num_scheduled_tokens == (1, 1)
     scheduler.postprocess(current, [1, 3])
     assert [sequences[index].completion_token_ids for index in (0, 2)] == [[7, 1], [9]]
-    scheduler.block_manager.check_invariants(scheduler.running)
+    check_invariants(scheduler.block_manager, scheduler.running)
 
 
 def test_the_committed_batch_is_empty_when_all_have_ended() -> None:
@@ -142,7 +143,7 @@ def test_the_prefill_after_a_prefill_is_the_one_that_schedule_would_choose() -> 
         chosen.append((after.num_scheduled_tokens, [seq.block_table for seq in after.sequences]))
         scheduler.postprocess(after, [8, 9])
         states.append([(seq.num_cached_tokens, seq.completion_token_ids) for seq in sequences])
-        scheduler.block_manager.check_invariants(scheduler.running)
+        check_invariants(scheduler.block_manager, scheduler.running)
     assert chosen[0] == chosen[1] == ((5, 2), [[2, 3, 4], [0, 5]])
     assert states[0] == states[1] == [(9, [8]), (6, [9])]
 
@@ -177,7 +178,7 @@ def test_a_prefill_that_fails_leaves_nothing_in_the_prefix_cache() -> None:
     assert list(scheduler.waiting) == [sequences[1]]
     assert scheduler.commit_async_batch(ahead).is_empty
     assert scheduler.schedule().num_scheduled_tokens == (8,)
-    scheduler.block_manager.check_invariants(scheduler.running)
+    check_invariants(scheduler.block_manager, scheduler.running)
 
 
 @pytest.mark.parametrize(

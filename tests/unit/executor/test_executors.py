@@ -116,7 +116,7 @@ def test_a_step_is_sent_run_and_checked(parts: Any) -> None:
     executor = Ranks(parts)
     assert executor.num_kv_cache_blocks == 5
     pending = executor.execute(BATCH)
-    assert parts.calls == ["load", ("send", StepMessage(BATCH)), ("run", BATCH)]
+    assert parts.calls == ["load", ("send", StepMessage(BATCH)), ("run", BATCH, None, None)]
     assert pending.token_ids() == [7, 8]
     assert parts.calls[3:] == ["check"]
 

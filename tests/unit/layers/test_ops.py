@@ -99,7 +99,14 @@ OPERATIONS: dict[str, tuple[Callable[..., torch.Tensor], list[tuple[int, ...]]]]
     "rms_norm": (lambda ops, x, weight: ops.rms_norm(x, weight, 1e-6), [(9, 6, 96), (96,)]),
     "add_rms_norm": (lambda ops, *tensors: ops.add_rms_norm(*tensors, 1e-6)[0], [(50, 96), (50, 96), (96,)]),
     "linear": (lambda ops, *tensors: ops.linear(*tensors), [(5, 96), (64, 96), (64,)]),
-    "linear_silu_and_mul": (lambda ops, x, weight: ops.linear_silu_and_mul(x, weight, None), [(5, 96), (64, 96)]),
+    "norm_linear": (
+        lambda ops, x, residual, norm_weight, *others: ops.norm_linear(x, residual, norm_weight, 1e-6, *others)[0],
+        [(5, 96), (5, 96), (96,), (64, 96), (64,)],
+    ),
+    "norm_linear, gated": (
+        lambda ops, x, norm_weight, weight: ops.norm_linear(x, None, norm_weight, 1e-6, weight, None, is_gated=True)[0],
+        [(5, 96), (96,), (64, 96)],
+    ),
     "rotary_embedding": (rotate, [(9, 6, 96), (9, 48), (9, 48)]),
 }
 

@@ -101,17 +101,25 @@ def test_the_largest_share_of_a_tolerance_is_kept_and_one_without_meaning_refuse
 
 
 @pytest.mark.parametrize(
-    ("skips", "is_needed_here", "problem"),
+    ("skip", "is_needed_here", "problem"),
     [
-        ([Skip("test_a.py::test_b[1]", "no x")] * 2, True, None),
-        ([Skip("test_a.py::test_b[1]", "no x")] * 3, True, "3 skips where at most 2 are allowed"),
-        ([Skip("test_a.py::test_b[1]", "no x")], False, "nothing that it needs is missing here"),
-        ([Skip("test_a.py::test_b", "CUDA out of memory")], True, "not on the list"),
-        ([Skip("other/test_a.py::test_b", "no x")], True, "not on the list"),
+        (Skip("test_a.py::test_b[1]", "no x"), True, None),
+        (Skip("test_a.py::test_b[1]", "no x"), False, "nothing that it needs is missing here"),
+        (Skip("test_a.py::test_b", "CUDA out of memory"), True, "not on the list"),
+        (Skip("other/test_a.py::test_b", "no x"), True, "not on the list"),
     ],
 )
-def test_which_skips_are_allowed(skips: list[Skip], is_needed_here: bool, problem: str | None) -> None:
-    allowed = AllowedSkip(r"test_a\.py::test_b.*", "no x", 2, "x is an extra", lambda: is_needed_here)
-    problems = check(skips, [allowed])
+def test_which_skips_are_allowed(skip: Skip, is_needed_here: bool, problem: str | None) -> None:
+    problems = check([skip], [AllowedSkip(r"test_a\.py::test_b.*", "no x", "x is an extra", lambda: is_needed_here)])
     assert len(problems) == (problem is not None)
     assert (problem or "") in "".join(problems)
+
+
+@pytest.mark.parametrize(("package", "num_problems"), [("vllm.v1", 0), ("gguf", 0), ("numpy", 1), ("triton", 1)])
+def test_an_optional_package_may_be_missing_and_no_other(
+    monkeypatch: pytest.MonkeyPatch, package: str, num_problems: int
+) -> None:
+    monkeypatch.setattr("tests.support.skips.find_spec", lambda name: None)
+    monkeypatch.setattr("sys.platform", "linux")
+    problems = check([Skip("test_a.py::test_b", f"could not import {package!r}: No module named {package!r}")])
+    assert len(problems) == num_problems
