@@ -76,6 +76,7 @@ def measure_ranks(
     directory: str, model: ModelConfig, device: torch.device, ceilings: Ceilings, plan: Plan, num_ranks: int
 ) -> list[Point]:
     """A point of each scenario of the plan. Starts and closes an engine. ceilings: of one device."""
+    model.check_tensor_parallel_size(num_ranks)  # as the engine will, but before the ranks measure
     scenarios, has_gpu = plan.scenarios, device.type == "cuda"
     sizes = [scenario.num_seqs for scenario in scenarios.values()]
     all_costs = measure_costs(model, device, ceilings, sizes, num_ranks)

@@ -29,6 +29,7 @@ from nanovllm import LLMEngine, SamplingParams, bundled_model_path
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.scheduler import ScheduledBatch, Scheduler
 from nanovllm.engine.sequence import FinishCause, Sequence
+from tests.support.block_invariants import check_invariants
 
 Trace = dict[str, Any]
 LAST = pytest.StashKey[Trace | None]()  # of the running test: the trace with the last event
@@ -230,7 +231,7 @@ def _play(trace: Trace, scheduler: Scheduler, engine: LLMEngine | None) -> Count
         for key in dict.fromkeys((*then, *now)):
             same = then.get(key) == now.get(key)
             assert same, f"{where}, {key}: recorded {then.get(key)!r}, now {now.get(key)!r}"
-        scheduler.block_manager.check_invariants((*scheduler.running, *scheduler.waiting))
+        check_invariants(scheduler.block_manager, (*scheduler.running, *scheduler.waiting))
         if name in ("schedule", "commit_async_batch") and returned is not None:
             batches["current"] = returned
             tokens = engine._core.executor.execute(returned).token_ids() if engine and not returned.is_empty else []
