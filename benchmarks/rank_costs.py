@@ -14,7 +14,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from benchmarks.step_model import Costs
-from nanovllm.bench.limits import Ceilings, layer_parameters
+from nanovllm.bench.limits import Ceilings
 from nanovllm.bench.scenarios import times
 from nanovllm.distributed import torch
 from nanovllm.distributed.placement import RankPlacement, local_placements
@@ -65,18 +65,35 @@ def _kernel_seconds() -> float:
 
 
 def _product_speed(model: ModelConfig, dtype: torch.dtype, num_rows: int, num_ranks: int, kernel: float) -> float:
-    """Operations a second of a product of num_rows rows with a matrix as large as a rank's are on average, read from
-    memory; without the start of its kernel, which step_model counts.
+    """Operations a second of the engine's products of num_rows rows with a rank's shard of each matrix of a layer (of
+    attention alone if the layer has experts), read from memory; without the start of the kernels, which step_model
+    counts.
     """
     from benchmarks.timing import Replay, choose_num_sets
+    from nanovllm.layers.triton_ops import linear
 
-    mean_size = layer_parameters(model, 1) / model.num_hidden_layers / 4 / num_ranks  # a layer has four products
-    size = max(128, 128 * round(mean_size**0.5 / 128))
-    counts = [num_rows, *[size] * choose_num_sets(dtype.itemsize * size * size, 16)]
-    rows, *weights = [torch.randn(count, size, device="cuda").to(dtype) for count in counts]
-    replay = Replay([lambda weight=weight: torch.nn.functional.linear(rows, weight) for weight in weights])
-    seconds = median(replay.seconds() for _ in range(ROUNDS))
-    return 2 * num_rows * size * size / max(seconds - kernel, seconds / 2)  # a tiny product takes little else
+    operations = total = 0.0
+    for out_features, in_features in _matrices(model, num_ranks):
+        rows = torch.randn(num_rows, in_features, device="cuda").to(dtype)
+        num_sets = choose_num_sets(dtype.itemsize * out_features * in_features, 16)
+        weights = [torch.randn(out_features, in_features, device="cuda").to(dtype) for _ in range(num_sets)]
+        replay = Replay([lambda rows=rows, weight=weight: linear(rows, weight, None) for weight in weights])
+        seconds = median(replay.seconds() for _ in range(ROUNDS))
+        total += max(seconds - kernel, seconds / 2)  # a tiny product takes little else
+        operations += 2 * num_rows * out_features * in_features
+    return operations / total
+
+
+def _matrices(model: ModelConfig, num_ranks: int) -> list[tuple[int, int]]:
+    """(output features, input features) of one rank's shards."""
+    hidden, head_dim = model.hidden_size, model.head_dim
+    num_heads = model.num_attention_heads // num_ranks
+    num_kv_heads = max(1, model.num_key_value_heads // num_ranks)
+    attention = [((num_heads + 2 * num_kv_heads) * head_dim, hidden), (hidden, num_heads * head_dim)]
+    if model.moe is not None:
+        return attention
+    intermediate = model.intermediate_size // num_ranks
+    return [*attention, (2 * intermediate, hidden), (hidden, intermediate)]
 
 
 def measure_collectives(
@@ -123,10 +140,13 @@ def _seconds(tp: TensorParallel, call: Callable[[], Any]) -> float:
 
 
 def _seconds_in_graph(tp: TensorParallel, call: Callable[[], Any]) -> float:
+    """Each call stands between two small kernels, as in a decode step: what it costs to change between them counts."""
     torch.cuda.synchronize()
+    one = torch.ones(1, device="cuda")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # as CUDAGraphRunner does
         for _ in range(CALLS):
+            one.add_(1.0)
             call()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     seconds = []

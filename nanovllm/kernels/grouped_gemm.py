@@ -88,26 +88,12 @@ def _multiply(
     launch(
         grouped_gemm_kernel,
         (routing.block_experts.numel() * num_column_tiles,),
-        x,
-        weight,
-        routing.weights,
-        routing.sorted_assignments,
-        routing.block_experts,
-        routing.num_blocks,
-        output,
-        routing.experts.numel(),
-        num_columns,
-        inner_size,
-        num_column_tiles,
-        ASSIGNMENTS_PER_ROW=assignments_per_row,  # pyright: ignore[reportArgumentType]
-        IS_GATE_UP=is_gate_up,  # pyright: ignore[reportArgumentType]
-        IS_EVEN=inner_size % tiles.inner == 0,  # pyright: ignore[reportArgumentType]
-        TILE_ROWS=tiles.rows,  # pyright: ignore[reportArgumentType]
-        TILE_COLUMNS=tiles.columns,  # pyright: ignore[reportArgumentType]
-        TILE_INNER=tiles.inner,  # pyright: ignore[reportArgumentType]
-        num_warps=tiles.num_warps,  # pyright: ignore[reportCallIssue]
-        num_stages=tiles.num_stages,  # pyright: ignore[reportCallIssue]
-    )
+        x, weight, routing.weights, routing.sorted_assignments, routing.block_experts, routing.num_blocks,
+        output, routing.experts.numel(), num_columns, inner_size, num_column_tiles,
+        ASSIGNMENTS_PER_ROW=assignments_per_row, IS_GATE_UP=is_gate_up, IS_EVEN=inner_size % tiles.inner == 0,
+        TILE_ROWS=tiles.rows, TILE_COLUMNS=tiles.columns, TILE_INNER=tiles.inner, num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+    )  # fmt: skip
 
 
 def _check(hidden_states: Tensor, gate_up_proj: Tensor, down_proj: Tensor, routing: Routing, tiles: TileConfig) -> None:
@@ -137,24 +123,11 @@ def _check(hidden_states: Tensor, gate_up_proj: Tensor, down_proj: Tensor, routi
 
 @triton.jit(do_not_specialize=["num_assignments"])
 def grouped_gemm_kernel(
-    x_ptr,
-    weight_ptr,
-    routing_weights_ptr,
-    sorted_assignments_ptr,
-    block_experts_ptr,
-    num_blocks_ptr,
-    output_ptr,
-    num_assignments,
-    num_columns,
-    inner_size,
-    num_column_tiles,
-    ASSIGNMENTS_PER_ROW: tl.constexpr,
-    IS_GATE_UP: tl.constexpr,
-    IS_EVEN: tl.constexpr,
-    TILE_ROWS: tl.constexpr,
-    TILE_COLUMNS: tl.constexpr,
-    TILE_INNER: tl.constexpr,
-):
+    x_ptr, weight_ptr, routing_weights_ptr, sorted_assignments_ptr, block_experts_ptr, num_blocks_ptr,
+    output_ptr, num_assignments, num_columns, inner_size, num_column_tiles,
+    ASSIGNMENTS_PER_ROW: tl.constexpr, IS_GATE_UP: tl.constexpr, IS_EVEN: tl.constexpr, TILE_ROWS: tl.constexpr,
+    TILE_COLUMNS: tl.constexpr, TILE_INNER: tl.constexpr,
+):  # fmt: skip
     """Compute a tile of x . weight[expert], then apply silu_and_mul if IS_GATE_UP, else multiply by routing weights."""
     block = tl.program_id(0) // num_column_tiles
     if block >= tl.load(num_blocks_ptr):

@@ -93,46 +93,27 @@ def moe_routing(
     launch(
         choose_experts_kernel,
         (triton.cdiv(num_tokens, tile_rows),),
-        router_logits,
-        routing.weights,
-        routing.experts,
-        router_logits.stride(0),
-        num_tokens,
-        num_experts,
-        TOP_K=top_k,  # pyright: ignore[reportArgumentType]
-        NORM_TOPK_PROB=norm_topk_prob,  # pyright: ignore[reportArgumentType]
-        TILE_ROWS=tile_rows,  # pyright: ignore[reportArgumentType]
-        ROW_SIZE=row_size,  # pyright: ignore[reportArgumentType]
-    )
+        router_logits, routing.weights, routing.experts,
+        router_logits.stride(0), num_tokens, num_experts,
+        TOP_K=top_k, NORM_TOPK_PROB=norm_topk_prob, TILE_ROWS=tile_rows, ROW_SIZE=row_size,
+    )  # fmt: skip
     launch(
         sort_assignments_kernel,
         (num_experts,),
-        routing.experts,
-        routing.sorted_assignments,
-        routing.block_experts,
-        routing.num_blocks,
-        num_assignments,
+        routing.experts, routing.sorted_assignments, routing.block_experts, routing.num_blocks, num_assignments,
         num_experts,
-        ROW_SIZE=row_size,  # pyright: ignore[reportArgumentType]
-        BLOCK_SIZE=block_size,  # pyright: ignore[reportArgumentType]
+        ROW_SIZE=row_size, BLOCK_SIZE=block_size,
         CHUNK_SIZE=min(chunk_size, triton.next_power_of_2(num_assignments)),
-    )
+    )  # fmt: skip
     return routing
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def choose_experts_kernel(
-    logits_ptr,
-    weights_ptr,
-    experts_ptr,
-    row_stride,
-    num_tokens,
-    num_experts,
-    TOP_K: tl.constexpr,
-    NORM_TOPK_PROB: tl.constexpr,
-    TILE_ROWS: tl.constexpr,
-    ROW_SIZE: tl.constexpr,
-):
+    logits_ptr, weights_ptr, experts_ptr,
+    row_stride, num_tokens, num_experts,
+    TOP_K: tl.constexpr, NORM_TOPK_PROB: tl.constexpr, TILE_ROWS: tl.constexpr, ROW_SIZE: tl.constexpr,
+):  # fmt: skip
     """Softmax and top_k of TILE_ROWS tokens."""
     token = tl.program_id(0).to(tl.int64) * TILE_ROWS + tl.arange(0, TILE_ROWS)
     is_token = token < num_tokens
@@ -163,16 +144,9 @@ def choose_experts_kernel(
 
 @triton.jit(do_not_specialize=["num_assignments"])
 def sort_assignments_kernel(
-    experts_ptr,
-    sorted_assignments_ptr,
-    block_experts_ptr,
-    num_blocks_ptr,
-    num_assignments,
-    num_experts,
-    ROW_SIZE: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    CHUNK_SIZE: tl.constexpr,
-):
+    experts_ptr, sorted_assignments_ptr, block_experts_ptr, num_blocks_ptr, num_assignments, num_experts,
+    ROW_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, CHUNK_SIZE: tl.constexpr,
+):  # fmt: skip
     """The blocks of one expert. Every program counts the assignments of all experts, so that none waits for another."""
     expert = tl.program_id(0)
     experts = tl.arange(0, ROW_SIZE)

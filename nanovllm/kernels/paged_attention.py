@@ -108,55 +108,29 @@ def paged_attention(
     launch(
         paged_attention_kernel,
         (num_kv_heads, num_splits, num_seqs),
-        query,
-        k_cache,
-        v_cache,
-        block_tables,
-        context_lens,
-        sequence_order,
-        out,
-        partial_out,
-        partial_lse,
+        query, k_cache, v_cache, block_tables, context_lens, sequence_order, out, partial_out, partial_lse,
         None if shared_prefix is None else shared_prefix.lens,
         None if shared_prefix is None else shared_prefix.out,
         None if shared_prefix is None else shared_prefix.lse,
         (head_dim**-0.5 if scale is None else scale) * log2(e),
-        *query.stride()[:2],
-        *k_cache.stride()[:3],
-        *v_cache.stride()[:3],
-        block_tables.stride(0),  # pyright: ignore[reportCallIssue]
-        *out.stride()[:2],  # pyright: ignore[reportCallIssue]
-        BLOCK_SIZE=block_size,
-        HEAD_DIM=head_dim,
-        GROUP_SIZE=group_size,  # pyright: ignore[reportArgumentType]
-        ROWS=max(16, triton.next_power_of_2(group_size)),
-        TILE_SIZE=tiles.tile_size,
+        *query.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3], block_tables.stride(0),
+        *out.stride()[:2],
+        BLOCK_SIZE=block_size, HEAD_DIM=head_dim, GROUP_SIZE=group_size,
+        ROWS=max(16, triton.next_power_of_2(group_size)), TILE_SIZE=tiles.tile_size,
         SHARED_SPLITS=0 if shared_prefix is None else shared_prefix.lse.shape[2],
-        SHARED_TILE_SIZE=0 if shared_prefix is None else shared_prefix.tile_size,
-        STARTS_EARLY=starts_early,
-        launch_pdl=starts_early,  # pyright: ignore[reportCallIssue]
-        num_warps=tiles.num_warps,  # pyright: ignore[reportCallIssue]
-        num_stages=tiles.num_stages,  # pyright: ignore[reportCallIssue]
-    )
+        SHARED_TILE_SIZE=0 if shared_prefix is None else shared_prefix.tile_size, STARTS_EARLY=starts_early,
+        launch_pdl=starts_early, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+    )  # fmt: skip
     if is_split:
         launch(
             combine_splits_kernel,
             (head_dim // DIMS_TO_COMBINE, num_heads, num_seqs),
-            partial_out,
-            partial_lse,
-            context_lens,
-            None if shared_prefix is None else shared_prefix.lens,
-            out,
-            *out.stride()[:2],
-            num_splits,  # pyright: ignore[reportCallIssue]
-            HEAD_DIM=head_dim,
-            DIMS=DIMS_TO_COMBINE,
-            TILE_SIZE=tiles.tile_size,
-            SPLITS_AT_ONCE=min(64, triton.next_power_of_2(num_splits)),
-            STARTS_EARLY=starts_early,
-            launch_pdl=starts_early,  # pyright: ignore[reportCallIssue]
-            num_warps=4,  # pyright: ignore[reportCallIssue]
-        )
+            partial_out, partial_lse, context_lens, None if shared_prefix is None else shared_prefix.lens, out,
+            *out.stride()[:2], num_splits,
+            HEAD_DIM=head_dim, DIMS=DIMS_TO_COMBINE, TILE_SIZE=tiles.tile_size,
+            SPLITS_AT_ONCE=min(64, triton.next_power_of_2(num_splits)), STARTS_EARLY=starts_early,
+            launch_pdl=starts_early, num_warps=4,
+        )  # fmt: skip
     return out
 
 
@@ -216,39 +190,18 @@ def _check(query, k_cache, v_cache, block_tables, context_lens, sequence_order, 
 
 @triton.jit(do_not_specialize=["table_stride"])
 def paged_attention_kernel(
-    query_ptr,
-    k_cache_ptr,
-    v_cache_ptr,
-    block_tables_ptr,
-    context_lens_ptr,
+    query_ptr, k_cache_ptr, v_cache_ptr, block_tables_ptr, context_lens_ptr,
     sequence_order_ptr,  # or None
-    out_ptr,
-    partial_out_ptr,
+    out_ptr, partial_out_ptr,
     partial_lse_ptr,  # or None: not split
     shared_lens_ptr,  # or None: no shared prefix
-    shared_out_ptr,
-    shared_lse_ptr,
-    scale_log2_e,
-    query_seq_stride,
-    query_head_stride,
-    k_block_stride,
-    k_slot_stride,
-    k_head_stride,
-    v_block_stride,
-    v_slot_stride,
-    v_head_stride,
-    table_stride,
-    out_seq_stride,
-    out_head_stride,
-    BLOCK_SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,
-    ROWS: tl.constexpr,
-    TILE_SIZE: tl.constexpr,
-    SHARED_SPLITS: tl.constexpr,
-    SHARED_TILE_SIZE: tl.constexpr,
+    shared_out_ptr, shared_lse_ptr, scale_log2_e,
+    query_seq_stride, query_head_stride, k_block_stride, k_slot_stride, k_head_stride, v_block_stride,
+    v_slot_stride, v_head_stride, table_stride, out_seq_stride, out_head_stride,
+    BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, GROUP_SIZE: tl.constexpr, ROWS: tl.constexpr,
+    TILE_SIZE: tl.constexpr, SHARED_SPLITS: tl.constexpr, SHARED_TILE_SIZE: tl.constexpr,
     STARTS_EARLY: tl.constexpr,
-):
+):  # fmt: skip
     # The kv head is the fastest axis: programs that run together read the heads of one token, which are neighbours.
     kv_head = tl.program_id(0)
     split = tl.program_id(1)
@@ -336,20 +289,13 @@ def paged_attention_kernel(
 
 @triton.jit(do_not_specialize=["num_splits"])
 def combine_splits_kernel(
-    partial_out_ptr,
-    partial_lse_ptr,
-    context_lens_ptr,
+    partial_out_ptr, partial_lse_ptr, context_lens_ptr,
     shared_lens_ptr,  # or None
     out_ptr,
-    out_seq_stride,
-    out_head_stride,
-    num_splits,
-    HEAD_DIM: tl.constexpr,
-    DIMS: tl.constexpr,
-    TILE_SIZE: tl.constexpr,
-    SPLITS_AT_ONCE: tl.constexpr,
+    out_seq_stride, out_head_stride, num_splits,
+    HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, TILE_SIZE: tl.constexpr, SPLITS_AT_ONCE: tl.constexpr,
     STARTS_EARLY: tl.constexpr,
-):
+):  # fmt: skip
     """out = the mean of partial_out weighted by 2**partial_lse, over the splits that had keys; DIMS of a head each."""
     dim = tl.program_id(0) * DIMS + tl.arange(0, DIMS)
     head = tl.program_id(1)

@@ -63,26 +63,16 @@ def sampling(
     launch(
         sampling_tile_kernel,
         (num_rows * num_tiles,),
-        logits,
-        *row_arguments,
-        maxima,
-        *shape,
-        **constants,
-        num_warps=num_warps,  # pyright: ignore[reportCallIssue]
-    )
+        logits, *row_arguments, maxima, *shape, **constants,
+        num_warps=num_warps,
+    )  # fmt: skip
     launch(
         sampling_row_kernel,
         (num_rows,),
-        logits,
-        *row_arguments,
-        maxima,
-        token_ids,
-        *shape,
-        **constants,
-        MAX_TILES=triton.next_power_of_2(num_tiles),
-        EXACT_SIZE=min(EXACT_SIZE, tile_size),
-        num_warps=num_row_warps,  # pyright: ignore[reportCallIssue]
-    )
+        logits, *row_arguments, maxima, token_ids, *shape, **constants,
+        MAX_TILES=triton.next_power_of_2(num_tiles), EXACT_SIZE=min(EXACT_SIZE, tile_size),
+        num_warps=num_row_warps,
+    )  # fmt: skip
     return token_ids
 
 
@@ -109,19 +99,10 @@ ROW_POINTERS = ["temperature_ptr", "seed_low_ptr", "seed_high_ptr", "position_pt
 
 @triton.jit(do_not_specialize_on_alignment=ROW_POINTERS)
 def sampling_tile_kernel(
-    logits_ptr,
-    temperature_ptr,
-    seed_low_ptr,
-    seed_high_ptr,
-    position_ptr,
-    is_greedy_ptr,
-    maxima_ptr,
-    row_stride,
-    vocab_size,
-    num_tiles,
-    LARGEST: tl.constexpr,
-    TILE_SIZE: tl.constexpr,
-):
+    logits_ptr, temperature_ptr, seed_low_ptr, seed_high_ptr, position_ptr, is_greedy_ptr, maxima_ptr,
+    row_stride, vocab_size, num_tiles,
+    LARGEST: tl.constexpr, TILE_SIZE: tl.constexpr,
+):  # fmt: skip
     """maxima[row, tile]: the largest logit of a greedy row, the largest score of another to within score_error."""
     program = tl.program_id(0)
     row = (program // num_tiles).to(tl.int64)  # int64: row * row_stride passes 2**31
@@ -140,22 +121,11 @@ def sampling_tile_kernel(
 
 @triton.jit(do_not_specialize_on_alignment=ROW_POINTERS)
 def sampling_row_kernel(
-    logits_ptr,
-    temperature_ptr,
-    seed_low_ptr,
-    seed_high_ptr,
-    position_ptr,
-    is_greedy_ptr,
-    maxima_ptr,
+    logits_ptr, temperature_ptr, seed_low_ptr, seed_high_ptr, position_ptr, is_greedy_ptr, maxima_ptr,
     token_ids_ptr,
-    row_stride,
-    vocab_size,
-    num_tiles,
-    LARGEST: tl.constexpr,
-    TILE_SIZE: tl.constexpr,
-    MAX_TILES: tl.constexpr,
-    EXACT_SIZE: tl.constexpr,
-):
+    row_stride, vocab_size, num_tiles,
+    LARGEST: tl.constexpr, TILE_SIZE: tl.constexpr, MAX_TILES: tl.constexpr, EXACT_SIZE: tl.constexpr,
+):  # fmt: skip
     """token_ids[row]: the best, by exact score, of the tokens whose approximate score comes close to the largest."""
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * row_stride

@@ -102,29 +102,12 @@ def _launch(
     launch(
         skinny_linear_kernel,
         (triton.cdiv(num_columns, tiles.tile_n),),
-        x,
-        residual,
-        norm_weight,
-        weight,
-        bias,
-        total,
-        out,
-        eps,
-        num_rows,
-        x.stride(0),
-        0 if residual is None else residual.stride(0),
-        weight.stride(0),
-        num_columns,
-        IN_FEATURES=in_features,
-        ROWS=8 if num_rows <= 8 else 16,
-        NUM_PARTS=tiles.num_warps,
-        TILE_N=tiles.tile_n,
-        TILE_K=tiles.tile_k,
-        IS_GATED=is_gated,
-        LAUNCHES_EARLY=launches_early,
-        launch_pdl=launches_early,
-        num_warps=tiles.num_warps,
-    )
+        x, residual, norm_weight, weight, bias, total, out, eps, num_rows,
+        x.stride(0), 0 if residual is None else residual.stride(0), weight.stride(0), num_columns,
+        IN_FEATURES=in_features, ROWS=8 if num_rows <= 8 else 16, NUM_PARTS=tiles.num_warps,
+        TILE_N=tiles.tile_n, TILE_K=tiles.tile_k, IS_GATED=is_gated, LAUNCHES_EARLY=launches_early,
+        launch_pdl=launches_early, num_warps=tiles.num_warps,
+    )  # fmt: skip
     return out, total
 
 
@@ -178,22 +161,11 @@ def skinny_linear_kernel(
     norm_weight_ptr,  # or None: x is multiplied as it is
     weight_ptr,
     bias_ptr,  # or None
-    total_ptr,
-    out_ptr,
-    eps,
-    num_rows,
-    x_stride,
-    residual_stride,
-    weight_stride,
-    num_columns,
-    IN_FEATURES: tl.constexpr,
-    ROWS: tl.constexpr,
-    NUM_PARTS: tl.constexpr,
-    TILE_N: tl.constexpr,
-    TILE_K: tl.constexpr,
-    IS_GATED: tl.constexpr,
-    LAUNCHES_EARLY: tl.constexpr,
-):
+    total_ptr, out_ptr, eps, num_rows,
+    x_stride, residual_stride, weight_stride, num_columns,
+    IN_FEATURES: tl.constexpr, ROWS: tl.constexpr, NUM_PARTS: tl.constexpr, TILE_N: tl.constexpr,
+    TILE_K: tl.constexpr, IS_GATED: tl.constexpr, LAUNCHES_EARLY: tl.constexpr,
+):  # fmt: skip
     CHUNK: tl.constexpr = NUM_PARTS * TILE_K
     dtype = out_ptr.dtype.element_ty
     row = tl.arange(0, ROWS)

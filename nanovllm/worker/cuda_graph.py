@@ -80,7 +80,11 @@ class DecodeBuffers(Generic[Array]):
 
 _DTYPES = [torch.int64] * 7 + [torch.int32] * 4 + [torch.float32, torch.bool]  # of the columns before block_tables
 _COLUMN_BYTES = sum(dtype.itemsize for dtype in _DTYPES)
-_CAPACITY_MULTIPLE = 16  # keeps each column at an address of a multiple of 16
+
+
+def _round_up(capacity: int) -> int:
+    """To a multiple of 16, so that each column begins at an address of a multiple of 16."""
+    return -(-capacity // 16) * 16
 
 
 def _views(packed: torch.Tensor, capacity: int) -> DecodeBuffers[torch.Tensor]:
@@ -122,20 +126,20 @@ class CUDAGraphRunner:
         self.batch_sizes = batch_sizes
         self.shared_prefix_sizes = shared_prefix_sizes
         self._max_model_len = max_model_len
-        capacity = -(-batch_sizes[-1] // _CAPACITY_MULTIPLE) * _CAPACITY_MULTIPLE
+        capacity, num_sampled = _round_up(batch_sizes[-1]), _round_up(max_num_seqs)
         num_bytes = capacity * (_COLUMN_BYTES + max_blocks_per_seq * 4)
         self._packed_on_host = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=True)
         views = _views(self._packed_on_host, capacity)
         self._host = DecodeBuffers(*(view.numpy() for view in vars(views).values()))
         self._host.slot_mapping[:] = PADDING_SLOT
         self._copy_done = torch.cuda.Event()  # the host buffers may be filled again
-        num_sampled_bytes = max_num_seqs * torch.int64.itemsize
+        num_sampled_bytes = num_sampled * torch.int64.itemsize
         on_device = torch.zeros(num_sampled_bytes + num_bytes, dtype=torch.uint8, device=device)
         self._packed = on_device[num_sampled_bytes:]
         self._buffers = _views(self._packed, capacity)
         self._tokens = on_device[: num_sampled_bytes + capacity * torch.int64.itemsize].view(torch.int64)
-        self._sampled = self._tokens[:max_num_seqs]  # of the last step
-        self._own_tokens = np.arange(max_num_seqs, len(self._tokens))  # the places of self._buffers.input_ids
+        self._sampled = self._tokens[:num_sampled]  # of the last step
+        self._own_tokens = np.arange(num_sampled, len(self._tokens))  # the places of self._buffers.input_ids
         self._cu_seqlens = torch.arange(capacity + 1, dtype=torch.int32, device=device)
         self._graphs: dict[GraphKey, torch.cuda.CUDAGraph] = {}
         self._logits: dict[GraphKey, torch.Tensor | None] = {}
