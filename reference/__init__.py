@@ -10,6 +10,7 @@ Integers (slots, hashes, decisions, random words) must agree exactly, floats up 
 DIMENSION_LETTERS says what the letters in a shape like Float[Tensor, "T H D"] stand for.
 """
 
+import sys
 from pathlib import Path
 
 # The path through the ideas of the engine, and what each file is about.
@@ -57,3 +58,13 @@ def reading_order() -> list[str]:
     names = [name for name, _ in READING_ORDER]
     files = {path.stem for path in Path(__file__).parent.glob("*.py")} - {"__init__", "__main__"}
     return [*names, *sorted(files - set(names))]
+
+
+def show_examples(path: str) -> None:
+    """Run the examples of the file at `path` and of those named on the command line, show them, and exit.
+
+    The last line of every file calls it, so `python reference/packing.py` does what `python -m reference packing` does.
+    """
+    from reference.__main__ import main
+
+    sys.exit(main([path, *sys.argv[1:]]))

@@ -1,5 +1,6 @@
-"""Runs the examples of references and shows them: `python -m reference packing`; without a name, all of them in reading
-order. `python reference packing` does the same from any folder. Exits with 1 if an example gives something else.
+"""Runs the examples of references and shows them: `python -m reference packing`; all of them in reading order without a
+name. From any folder, `python reference packing` and `python reference/packing.py` do the same. Exits with 1 if an
+example gives something else.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from reference import reading_order
 
 
 class ShowingRunner(doctest.DocTestRunner):
-    """Shows each example and what it gives. It prints with `out`, since doctest captures standard output."""
+    """Shows each example and what it gives, by `out`: while an example runs, standard output is captured."""
 
     def report_start(self, out, test, example):
         first, *more = example.source.splitlines()
@@ -24,11 +25,12 @@ class ShowingRunner(doctest.DocTestRunner):
         out(got)
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
+    """argv: names, sys.argv's by default. Returns the exit code."""
     names = reading_order()
     parser = argparse.ArgumentParser(prog="python -m reference", description="Run the examples of references.")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"one of {', '.join(names)}, or the path of its file")
-    chosen = [Path(name).stem for name in parser.parse_args().names]
+    chosen = [Path(name).stem for name in parser.parse_args(argv).names]
     if unknown := [name for name in chosen if name not in names]:
         parser.error(f"NAME must be one of {', '.join(names)}, got {unknown[0]}")
     num_failures = 0

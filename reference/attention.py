@@ -61,3 +61,7 @@ def attention(
     score = scale * torch.einsum("ihd,jhd->hij", query, key)
     weight = score.masked_fill(~sees, -torch.inf).softmax(dim=-1)
     return torch.einsum("hij,jhd->ihd", weight, value)
+
+
+if __name__ == "__main__":
+    __import__("reference").show_examples(__file__)

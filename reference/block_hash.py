@@ -77,3 +77,7 @@ def rotate_left(x: int, bits: int) -> int:
     (10, 1)
     """
     return (x << bits | x >> 64 - bits) & MASK
+
+
+if __name__ == "__main__":
+    __import__("reference").show_examples(__file__)

@@ -109,3 +109,7 @@ class BlockManager:
         prefixes = {block: prefix for block, prefix in self.prefixes.items() if block not in taken}
         freed = tuple(block for block in self.freed if block not in table)
         return replace(self, tables={**self.tables, seq_id: table}, prefixes=prefixes, freed=freed)
+
+
+if __name__ == "__main__":
+    __import__("reference").show_examples(__file__)

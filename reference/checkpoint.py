@@ -101,3 +101,7 @@ def read_config(raw: Mapping[str, Any], eos: list[int | list[int] | None]) -> Mo
         norm_topk_prob=bool(raw.get("norm_topk_prob")),
         eos_token_ids=frozenset(i for ids in eos if ids is not None for i in (ids if isinstance(ids, list) else [ids])),
     )
+
+
+if __name__ == "__main__":
+    __import__("reference").show_examples(__file__)

@@ -70,3 +70,7 @@ def generate(
             return Generation(generated, "stop", torch.stack(logits))
         if len(generated) == max_tokens or len(tokens) == max_model_len:
             return Generation(generated, "length", torch.stack(logits))
+
+
+if __name__ == "__main__":
+    __import__("reference").show_examples(__file__)

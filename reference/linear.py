@@ -31,3 +31,7 @@ def linear(
     """
     y = (x[:, None, :] * weight[None, :, :]).sum(dim=-1)
     return y if bias is None else y + bias
+
+
+if __name__ == "__main__":
+    __import__("reference").show_examples(__file__)

@@ -53,3 +53,7 @@ def moe(
         expert_output = silu_and_mul(hidden_states @ gate_up_proj[n].T) @ down_proj[n].T
         output = output + weight[:, n, None].to(output.dtype) * expert_output
     return output
+
+
+if __name__ == "__main__":
+    __import__("reference").show_examples(__file__)

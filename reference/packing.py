@@ -63,3 +63,7 @@ def varlen_attention(
         unpacking(value, cu_seqlens_k),
     )
     return torch.cat([attention(q, k, v, scale) for q, k, v in zip(queries, keys, values, strict=True)])
+
+
+if __name__ == "__main__":
+    __import__("reference").show_examples(__file__)

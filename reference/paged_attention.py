@@ -58,3 +58,7 @@ def paged_attention(
         slots = slot_mapping(positions, block_tables[b], block_size)
         outputs.append(attention(query_b, k_cache.flatten(0, 1)[slots], v_cache.flatten(0, 1)[slots], scale))
     return torch.cat(outputs)
+
+
+if __name__ == "__main__":
+    __import__("reference").show_examples(__file__)

@@ -76,3 +76,7 @@ def leave(decision: Decision, seq_id: int) -> Decision:
         running=without(decision.running),
         block_manager=pool.deallocate(seq_id) if seq_id in pool.tables else pool,
     )
+
+
+if __name__ == "__main__":
+    __import__("reference").show_examples(__file__)

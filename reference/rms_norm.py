@@ -40,3 +40,7 @@ def rms_norm(
     rms = (wide.pow(2).mean(dim=-1, keepdim=True) + eps).sqrt()
     y = (wide / rms).to(x.dtype) * weight
     return y if residual is None else (y, stream)
+
+
+if __name__ == "__main__":
+    __import__("reference").show_examples(__file__)

@@ -101,3 +101,7 @@ def yarn_attention_factor(
         return attention_factor
     logarithm = 0.1 * log(max(factor, 1.0))
     return (mscale * logarithm + 1) / (mscale_all_dim * logarithm + 1) if mscale and mscale_all_dim else logarithm + 1
+
+
+if __name__ == "__main__":
+    __import__("reference").show_examples(__file__)

@@ -84,3 +84,7 @@ def exponential_noise(seed: int, position: int, vocab_size: int) -> Float[Tensor
     word = words[token_ids % 4, token_ids]
     u = ((word.double() + 0.5) * 2**-32).clamp(max=1 - 2**-24)
     return -torch.log1p(-u)
+
+
+if __name__ == "__main__":
+    __import__("reference").show_examples(__file__)

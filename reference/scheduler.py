@@ -138,3 +138,7 @@ def decode(waiting: tuple[Sequence, ...], running: tuple[Sequence, ...], pool: B
             pool = pool.append(seq.seq_id, len(seq.token_ids))
             scheduled = (*scheduled, (seq.seq_id, 1))
     return Decision(False, scheduled, waiting, running, pool, num_consecutive_prefills=0, preempted=preempted)
+
+
+if __name__ == "__main__":
+    __import__("reference").show_examples(__file__)

@@ -82,3 +82,7 @@ def merge(
     """
     weight_p, weight_s = torch.stack([lse_p, lse_s]).softmax(dim=0)[:, :, None]
     return weight_p * output_p + weight_s * output_s
+
+
+if __name__ == "__main__":
+    __import__("reference").show_examples(__file__)

@@ -31,3 +31,7 @@ def silu_and_mul(x: Float[Tensor, "... 2*F"]) -> Float[Tensor, "... F"]:
     gate, up = x.chunk(2, dim=-1)
     silu = gate / (1 + (-gate).exp())
     return silu * up
+
+
+if __name__ == "__main__":
+    __import__("reference").show_examples(__file__)

@@ -28,3 +28,7 @@ def slot_mapping(positions: Int[Tensor, "T"], block_table: Int[Tensor, "n"], blo
     block = block_table[positions // block_size]
     offset = positions % block_size
     return block * block_size + offset
+
+
+if __name__ == "__main__":
+    __import__("reference").show_examples(__file__)

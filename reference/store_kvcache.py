@@ -42,3 +42,7 @@ def store_kvcache(
             k_cache[slot // block_size, slot % block_size] = key[i]
             v_cache[slot // block_size, slot % block_size] = value[i]
     return k_cache, v_cache
+
+
+if __name__ == "__main__":
+    __import__("reference").show_examples(__file__)

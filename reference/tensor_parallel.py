@@ -60,3 +60,7 @@ def vocab_parallel_embedding(token_ids: Int[Tensor, "T"], weight: Float[Tensor, 
         mine = (local >= 0) & (local < len(rows))
         output = output + torch.where(mine[:, None], rows[local.where(mine, 0)], 0)
     return output
+
+
+if __name__ == "__main__":
+    __import__("reference").show_examples(__file__)

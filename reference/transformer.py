@@ -86,3 +86,7 @@ def transformer(token_ids: Sequence[int], weights: Mapping[str, Tensor], config:
         x = x + self_attention(norm(x, f"{layer}.input_layernorm"), f"{layer}.self_attn")
         x = x + feed_forward(norm(x, f"{layer}.post_attention_layernorm"), f"{layer}.mlp")
     return linear(norm(x, "model.norm"), "lm_head")
+
+
+if __name__ == "__main__":
+    __import__("reference").show_examples(__file__)

@@ -91,10 +91,8 @@ def sample_unfiltered_in_torch(
 
 
 def argmax(scores: torch.Tensor) -> torch.Tensor:
-    """[num_rows] index of the largest score of each row, the lowest on a tie (torch.argmax promises none)."""
-    columns = torch.arange(scores.shape[1], device=scores.device)
-    is_largest = scores == scores.amax(dim=1, keepdim=True)
-    return torch.where(is_largest, columns, scores.shape[1]).amin(dim=1)
+    """[num_rows] index of the largest score of each row, the lowest on a tie, which torch.max promises."""
+    return scores.max(dim=1).indices
 
 
 def allowed_mask(scaled: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:

@@ -3,8 +3,10 @@
 `make real-model` makes the model's directory, `python -m pytest -m real_model` runs these tests. A tiny random model
 has no end-of-sequence token that it expects, no text that a user would read and no long context that matters; this one
 has. transformers reads each prompt with our tokens after it, in one forward pass: it would have generated the same if
-each of our tokens is its argmax. Where one is not, it may fall short of float64's best logit by twice the bound of a
-logit: FACTORS times the error of transformers' own logits, and half a unit in the last place of the dtype.
+each of our tokens is its argmax. Where one is not, it may fall short of the best of the exact logits by twice the bound
+of a logit: FACTORS times the error of transformers' own logits, and half a unit in the last place of the dtype. Exact
+are float64's logits for float32, and for bfloat16 float32's: their unit in the last place is 2**-16 of bfloat16's, and
+they take a fraction of the time.
 """
 
 from collections.abc import Iterator
@@ -26,6 +28,7 @@ from tools.real_model import REAL_MODEL
 pytestmark = pytest.mark.real_model
 
 FACTORS = {"float32": ERROR_RATIO, "bfloat16": 2.0}
+EXACT = {"float32": torch.float64, "bfloat16": torch.float32}
 MAX_TOKENS = 32
 WITH_PRESSURE: dict[str, Any] = {  # the longest prompt takes 73 blocks
     "kv_cache_block_size": 16,
@@ -65,7 +68,7 @@ def num_excused(model: Path, prompt: list[int], token_ids: list[int], dtype: str
     count_comparisons("engine: a real model's greedy tokens against transformers", len(token_ids))
     excused = int((rounded.argmax(dim=1) != torch.tensor(token_ids)).sum())
     if excused:
-        exact = logits_before(model, prompt, token_ids, torch.float64)
+        exact = logits_before(model, prompt, token_ids, EXACT[dtype])
         half_place = torch.finfo(getattr(torch, dtype)).eps * float(exact.abs().max()) / 2
         allowed = 2 * (FACTORS[dtype] * float((rounded - exact).abs().max()) + half_place)
         chosen = exact.gather(1, torch.tensor(token_ids)[:, None])[:, 0]
@@ -91,17 +94,16 @@ def test_forty_prompts_under_pressure_generate_what_transformers_would(model: Pa
     for name, number in events.items():
         count_event(name, number)
     num_different = 0
-    for index, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
+    for prompt, output in zip(prompts, outputs, strict=True):
         token_ids = output["token_ids"]
-        if dtype == "float32" or index % 4 == 0:  # bfloat16 needs float64's logits nearly always, which take longest
-            num_different += num_excused(model, prompt, token_ids, dtype)
+        num_different += num_excused(model, prompt, token_ids, dtype)
         assert output["text"] == tokenizer.decode(token_ids, skip_special_tokens=True)
         has_ended = token_ids[-1] == tokenizer.eos_token_id
         assert output["finish_reason"] == ("stop" if has_ended else "length")
         assert has_ended or len(token_ids) == MAX_TOKENS
         assert tokenizer.eos_token_id not in token_ids[:-1]
     assert any(output["finish_reason"] == "stop" for output in outputs)
-    assert num_different <= {"float32": 2, "bfloat16": 20}[dtype], "of about 1200 and 300 tokens"
+    assert num_different <= {"float32": 2, "bfloat16": 60}[dtype], "of about 1200 tokens"
 
 
 def test_streams_and_chats_give_the_texts_of_generate(llm: LLM) -> None:

@@ -127,7 +127,7 @@ def _definitions_with_examples(tree: ast.Module) -> Iterator[ast.FunctionDef | a
 
 
 def code_without_examples(name: str) -> str:
-    """The file without its docstring; of docstrings with examples only the first paragraph."""
+    """The file without its docstring and its last call; of docstrings with examples only the first paragraph."""
     text = (ROOT / f"reference/{name}.py").read_text(encoding="utf-8")
     tree = ast.parse(text)
     lines = text.splitlines()
@@ -137,7 +137,7 @@ def code_without_examples(name: str) -> str:
         indent = " " * docstring.col_offset
         shown = f'"""{contract}"""'.split("\n")
         lines[docstring.lineno - 1 : docstring.end_lineno] = [indent + line for line in shown]
-    return "\n".join(lines[tree.body[0].end_lineno :]).strip("\n")
+    return "\n".join(lines[tree.body[0].end_lineno :]).partition('if __name__ == "__main__":')[0].strip("\n")
 
 
 def run_examples(name: str) -> list[Example]:

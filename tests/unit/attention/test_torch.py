@@ -40,11 +40,6 @@ def assert_attends_like_the_reference(case: Case) -> None:
     count_comparisons("attention: KV cache against reference.store_kvcache", 2 * k_cache.numel())
 
 
-def decode_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Decode on the CPU as on a GPU."""
-    monkeypatch.setattr(TorchAttentionBackend, "decode", TorchAttentionBackend.decode_in_groups)
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -58,13 +53,6 @@ def decode_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_equals_the_reference(case: Case, changes: dict[str, int]) -> None:
     """D53: heads share kv heads in order; any block size and any head_dim."""
     assert_attends_like_the_reference(replace(case, **changes))
-
-
-@pytest.mark.parametrize("changes", [{}, {"num_heads": 8, "num_kv_heads": 2}, {"block_size": 256}], ids=str)
-def test_decode_in_groups_equals_the_reference(changes: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """D53: what a GPU does, with the same padding slots of NaN."""
-    decode_in_groups(monkeypatch)
-    assert_attends_like_the_reference(replace(STEPS["decode"], **changes))
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -99,17 +87,52 @@ def test_which_blocks_a_sequence_owns_changes_nothing(case: Case) -> None:
     assert_same_bits(first.run(), second.run())
 
 
+@pytest.mark.parametrize("max_tokens", [1, 45])  # 5 groups, and 3; the other tests have 2
+def test_groups_of_a_decode_change_nothing(monkeypatch: pytest.MonkeyPatch, max_tokens: int) -> None:
+    case = STEPS["decode"]
+    token_bytes = 2 * case.num_kv_heads * case.head_dim * torch.float64.itemsize
+    monkeypatch.setitem(torch_attention.MAX_GATHERED_BYTES, "cpu", max_tokens * token_bytes)
+    assert_attends_like_the_reference(case)
+
+
 @pytest.mark.parametrize(
-    ("step", "name", "limit"),
+    ("lengths", "max_tokens", "expected"),
     [
-        *(("decode", "MAX_GATHERED_TOKENS", limit) for limit in (1, 45, 100)),  # 1, 1 and 2 sequences, 45 keys at most
-        *(("prefill over cached keys", "MAX_MASKED_QUERIES", limit) for limit in (1, 2, 5)),
+        ([7], 1, [(0, 1)]),  # longer than the limit, hence alone
+        ([5, 5, 5, 5], 10, [(0, 2), (2, 4)]),
+        ([4, 5, 5, 4], 10, [(0, 2), (2, 4)]),  # 3 of 5 would be 15
+        ([10, 1, 1], 100, [(0, 2), (2, 3)]),  # 3 of 10 would be 30 for 12 tokens
+        ([10, 1, 1, 9], 100, [(0, 2), (2, 4)]),  # nor 4 of 10 for 21
+        ([10, 5, 3, 2], 100, [(0, 4)]),  # just half
+        ([1, 1, 1, 100], 1000, [(0, 3), (3, 4)]),  # the longest may come last
     ],
 )
-def test_limits_of_memory_change_nothing(monkeypatch: pytest.MonkeyPatch, step: str, name: str, limit: int) -> None:
-    monkeypatch.setattr(torch_attention, name, limit)
-    decode_in_groups(monkeypatch)
-    assert_attends_like_the_reference(STEPS[step])
+def test_groups_are_bounded_and_at_most_half_padding(
+    lengths: list[int], max_tokens: int, expected: list[tuple[int, int]]
+) -> None:
+    assert list(torch_attention.group_bounds(lengths, max_tokens)) == expected
+
+
+def test_groups_are_made_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All layers of a step have its Context; when it ends, its groups do."""
+    backend, step = TorchAttentionBackend(), make_step(STEPS["decode"])
+    made: list[list[torch_attention.Group]] = []
+    make_groups = torch_attention._make_groups
+    monkeypatch.setattr(torch_attention, "_make_groups", lambda *args: made.append(make_groups(*args)) or made[-1])
+    ops = replace(TORCH_OPS, attention=backend)
+    first, second = step.run(ops), step.run(ops)
+    assert_same_bits(second, first)
+    assert len(made) == len(backend.groups) == 1
+    step.with_context(max_seqlen_q=1, max_seqlen_k=45, block_tables=step.block_tables.clone()).run(ops)
+    assert len(made) == 2
+    del step
+    assert len(backend.groups) == 0
+
+
+@pytest.mark.parametrize("limit", [1, 2, 5])
+def test_masking_few_queries_at_a_time_changes_nothing(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    monkeypatch.setattr(torch_attention, "MAX_MASKED_QUERIES", limit)
+    assert_attends_like_the_reference(STEPS["prefill over cached keys"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -171,5 +194,5 @@ def test_store_beyond_2_31_elements() -> None:
 
 def test_slots_beyond_2_31() -> None:
     """D52: block tables are int32, their slots are not."""
-    slots = torch_attention._slots(torch.tensor([2**30], dtype=torch.int32), torch.tensor([3]), 256)
-    assert slots.tolist() == [2**38 + 3]
+    slots = torch_attention._slots(torch.tensor([[2**30]], dtype=torch.int32), torch.tensor([[3]]), 256)
+    assert slots.tolist() == [[2**38 + 3]]

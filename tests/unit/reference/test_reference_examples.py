@@ -1,7 +1,9 @@
-"""`python -m reference NAME` runs the examples of a reference and shows what they give."""
+"""`python -m reference NAME` and `python reference/NAME.py` run the examples of a reference and show what they give."""
 
+import runpy
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,8 +28,38 @@ def test_every_example_of_every_file_is_shown_in_reading_order(capsys, monkeypat
     assert output.count(">>> ") == sum(source.count(">>> ") for source in sources)
 
 
-def test_it_runs_from_any_folder_and_takes_the_path_of_a_file(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "reference"), str(ROOT / "reference" / "packing.py")]
+def is_reference(module: str) -> bool:
+    return module.partition(".")[0] == "reference"
+
+
+@pytest.fixture
+def path_of_a_script(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """sys.path and modules as a script in reference/ finds them: its own folder is on the path, the checkout is not."""
+    others = [entry for entry in sys.path if Path(entry).resolve() != ROOT]
+    monkeypatch.setattr(sys, "path", [str(ROOT / "reference"), *others])
+    loaded = {name: sys.modules.pop(name) for name in list(sys.modules) if is_reference(name)}
+    yield
+    for name in filter(is_reference, list(sys.modules)):
+        del sys.modules[name]
+    sys.modules.update(loaded)
+
+
+@pytest.mark.parametrize("name", reference.reading_order())
+@pytest.mark.usefixtures("path_of_a_script")
+def test_a_file_that_is_run_as_a_script_shows_its_examples(capsys, monkeypatch, name: str) -> None:
+    script = ROOT / "reference" / f"{name}.py"
+    monkeypatch.setattr(sys, "argv", [str(script)])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(script), run_name="__main__")
+    output = capsys.readouterr().out
+    assert (end.value.code, output.count("--- ")) == (0, 1)
+    assert output.startswith(f"--- {name}: ")
+    assert output.count(">>> ") == script.read_text(encoding="utf-8").count(">>> ")
+
+
+@pytest.mark.parametrize("arguments", [["reference", "reference/packing.py"], ["reference/packing.py"]], ids=str)
+def test_it_runs_from_any_folder(tmp_path: Path, arguments: list[str]) -> None:
+    command = [sys.executable, "-E", *(str(ROOT / argument) for argument in arguments)]  # -E: not by PYTHONPATH
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=HANG_SECONDS)
     assert result.returncode == 0, result.stderr
     assert "\n(tensor([7, 8, 9, 5, 3, 4]), tensor([0, 3, 4, 6], dtype=torch.int32))\n" in result.stdout
