@@ -5,6 +5,7 @@ The reference of the rotary embedding takes positions, which its operation does 
 notes them.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -85,30 +86,25 @@ class Recorder:
     def ops(self) -> LayerOps:
         """TORCH_OPS, whose operations are noted."""
 
-        def noted_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-            self.note("rms_norm", x=x, weight=weight, eps=eps)
-            return TORCH_OPS.rms_norm(x, weight, eps)
+        def noted(name: str) -> Callable[..., Any]:
+            """An operation whose parameters are those of its reference."""
+            operation = getattr(TORCH_OPS, name)
+            signature = inspect.signature(operation)
 
-        def noted_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-            self.note("add_rms_norm", x=x, weight=weight, eps=eps, residual=residual)
-            return TORCH_OPS.add_rms_norm(x, residual, weight, eps)
+            def call(*arguments: Any) -> Any:
+                given = signature.bind(*arguments).arguments
+                self.note(name, **{key: value for key, value in given.items() if value is not None})
+                return operation(*arguments)
+
+            return call
 
         def noted_rotary_embedding(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
             for x in (query, key):
                 self.note("rotary_embedding", positions=self.positions, x=x, rope_theta=self.rope_theta)
             return TORCH_OPS.rotary_embedding(query, key, cos, sin)
 
-        def noted_store(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
-            caches = {"k_cache": k_cache, "v_cache": v_cache}
-            self.note("store_kvcache", key=key, value=value, **caches, slot_mapping=slot_mapping)
-            TORCH_OPS.store_kvcache(key, value, k_cache, v_cache, slot_mapping)
-
-        def noted_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            self.note("linear", x=x, weight=weight, **({} if bias is None else {"bias": bias}))
-            return TORCH_OPS.linear(x, weight, bias)
-
         def noted_linear_silu_and_mul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            gate_up = noted_linear(x, weight, bias)
+            gate_up = noted("linear")(x, weight, bias)
             self.note("silu_and_mul", x=gate_up)
             return silu_and_mul_in_torch(gate_up)
 
@@ -130,12 +126,9 @@ class Recorder:
         return replace(
             TORCH_OPS,
             attention=_NotedAttention(self),
-            rms_norm=noted_rms_norm,
-            add_rms_norm=noted_add_rms_norm,
+            **{name: noted(name) for name in ("rms_norm", "add_rms_norm", "store_kvcache", "linear")},
             rotary_embedding=noted_rotary_embedding,
-            store_kvcache=noted_store,
-            qk_norm_rope_store=separate_steps(noted_rms_norm, noted_rotary_embedding, noted_store),
-            linear=noted_linear,
+            qk_norm_rope_store=separate_steps(noted("rms_norm"), noted_rotary_embedding, noted("store_kvcache")),
             linear_silu_and_mul=noted_linear_silu_and_mul,
             moe=noted_moe,
             sample_unfiltered=noted_sampling,
