@@ -9,16 +9,14 @@ A block may be read as long as a sequence owns it, or may still hit it in the pr
     when it is taken for new tokens                     what it held, cached or not, is lost then
 
 A freed block that stays in the prefix cache keeps its keys until it is evicted, which is when it is taken: hitting them
-is no stale read. Besides, torch.empty and its kin give NaN, or integers that are no token, slot or block; the padding
-of block tables names a block of NaN, if one is free; and so do the rows that pad a CUDA graph's batch.
+is no stale read. Besides, torch.empty and its kin give NaN, or integers that are no token, slot or block.
 
-A computed row that is NaN raises PoisonError, which names the step, the sequence and its blocks. The instrument wraps
-methods of one LLM from outside. It sees the first rank only.
+A computed row that is NaN raises PoisonError, which names the step, the sequence and its blocks; in a CUDA graph's
+replay, its token tells. The instrument wraps methods of one LLM from outside. It sees the first rank only.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +27,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from nanovllm import LLM
-from nanovllm.engine.model_input import PADDING_BLOCK, ModelInput
+from nanovllm.engine.model_input import ModelInput
 from nanovllm.engine.scheduler import ScheduledBatch
 from nanovllm.engine.sequence import Sequence
 from nanovllm.worker import model_runner
@@ -77,105 +75,63 @@ def poisoned_empty() -> Iterator[None]:
 
 @contextmanager
 def poisoned_llm(model_dir: str | Path, **options: Any) -> Iterator[LLM]:
-    """An LLM under Poison from its construction on: weights that were not loaded are NaN, too."""
+    """An LLM under poison from its construction on: weights that were not loaded are NaN, too."""
     with poisoned_empty():
         llm = LLM(str(model_dir), **options)
+    poison = Poison(llm)
+    wrapped = [(llm.scheduler.block_manager, name) for name in ("allocate", "append_block", "deallocate")]
+    wrapped += [(poison.runner, name) for name in ("run", "run_model")]
     with llm, ExitStack() as stack:
-        Poison(llm, stack)
+        for owner, name in wrapped:
+            wrapper = partial(getattr(poison, name), getattr(owner, name))
+            stack.enter_context(mock.patch.object(owner, name, wrapper))
         yield llm
 
 
 class Poison:
-    """The instrument around one LLM, until `stack` is closed. Steps are counted from 1."""
+    """Wrappers of the methods of one LLM. Steps are counted from 1."""
 
-    def __init__(self, llm: LLM, stack: ExitStack) -> None:
-        self._llm = llm
-        self._manager = llm.scheduler.block_manager
-        self._runner: Any = llm._core.executor._runner
-        self._batch: ScheduledBatch | None = None  # of the running step
-        self._num_steps = 0
-        self._runner.kv_cache.fill_(torch.nan)
-        wrappers: list[tuple[Any, str, Callable[..., Any]]] = [
-            (self._manager, "allocate", self._allocate),
-            (self._manager, "append_block", self._open_block),
-            (self._manager, "deallocate", self._deallocate),
-            (self._runner, "run", self._step),
-            (self._runner, "run_model", self._run_model),
-        ]
-        if self._runner.graphs is not None:
-            wrappers.append((self._runner.graphs, "replay", self._replay))
-        for owner, name, wrapper in wrappers:
-            stack.enter_context(mock.patch.object(owner, name, partial(wrapper, getattr(owner, name))))
-
-    # --- what is poisoned, and when ---
+    def __init__(self, llm: LLM) -> None:
+        self.blocks = llm.scheduler.block_manager.blocks
+        self.runner: Any = llm._core.executor._runner
+        self.batch: ScheduledBatch | None = None  # of the running step
+        self.num_steps = 0
+        self.runner.kv_cache.fill_(torch.nan)
 
     def _fill(self, block_ids: list[int]) -> None:
-        self._runner.kv_cache[:, :, block_ids] = torch.nan
+        self.runner.kv_cache[:, :, block_ids] = torch.nan
         count_event("block poisoned", len(block_ids))
 
-    def _allocate(self, allocate: Callable[..., None], seq: Sequence) -> None:
+    def allocate(self, allocate: Callable[..., None], seq: Sequence) -> None:
         allocate(seq)
         self._fill(seq.block_table[seq.num_tokens_with_kv // seq.block_size :])
 
-    def _open_block(self, append_block: Callable[..., None], seq: Sequence) -> None:
+    def append_block(self, append_block: Callable[..., None], seq: Sequence) -> None:
         append_block(seq)
         self._fill(seq.block_table[-1:])
 
-    def _deallocate(self, deallocate: Callable[..., None], seq: Sequence) -> None:
+    def deallocate(self, deallocate: Callable[..., None], seq: Sequence) -> None:
         table = list(seq.block_table)
         deallocate(seq)
-        self._fill([block_id for block_id in table if self._is_free(block_id)])
+        self._fill([i for i in table if not self.blocks[i].ref_count and not self.blocks[i].is_cached])
 
-    def _is_free(self, block_id: int) -> bool:
-        """Whether nothing may read the block."""
-        block = self._manager.blocks[block_id]
-        return block.ref_count == 0 and not block.is_cached
-
-    def _block_of_nan(self) -> int:
-        """For padding to name; PADDING_BLOCK when there is none."""
-        return next(filter(self._is_free, range(len(self._manager.blocks))), PADDING_BLOCK)
-
-    # --- a step ---
-
-    def _step(self, run: Callable[..., AsyncModelOutput], batch: ScheduledBatch, *previous: Any) -> AsyncModelOutput:
-        self._num_steps += 1
-        self._batch = batch
+    def run(self, run: Callable[..., AsyncModelOutput], batch: ScheduledBatch, *previous: Any) -> AsyncModelOutput:
+        self.num_steps += 1
+        self.batch = batch
         with poisoned_empty():
             output = run(batch, *previous)
-        for seq, token_id in zip(batch.sampled_sequences, output.token_ids(), strict=True):
-            if not 0 <= token_id < self._llm.vocab_size:
-                raise PoisonError(f"step {self._num_steps}: sequence {seq.seq_id} got {token_id}, which is no token")
-        self._batch = None
+        self.batch = None
         return output
 
-    def _run_model(self, run_model: Callable[..., torch.Tensor], model_input: ModelInput, *others: Any) -> torch.Tensor:
-        if (tables := model_input.block_tables) is not None:
-            padded = np.where(tables == PADDING_BLOCK, self._block_of_nan(), tables).astype(tables.dtype)
-            model_input = replace(model_input, block_tables=padded)
+    def run_model(self, run_model: Callable[..., torch.Tensor], model_input: ModelInput, *others: Any) -> torch.Tensor:
         hidden_states = run_model(model_input, *others)
-        self._check(hidden_states, model_input.cu_seqlens_q, model_input)
-        return hidden_states
-
-    def _replay(self, replay: Callable[..., Any], model_input: ModelInput, *others: Any) -> torch.Tensor | None:
-        """Rows that pad the batch, and columns behind each table, name a block of NaN; logits begin as NaN."""
-        graphs = self._runner.graphs
-        graphs._host.block_tables[:] = self._block_of_nan()
-        for logits in graphs._logits.values():
-            if logits is not None:
-                logits.fill_(torch.nan)
-        logits = replay(model_input, *others)
-        if logits is not None:
-            self._check(logits, np.arange(len(logits) + 1), model_input)
-        return logits
-
-    def _check(self, rows: torch.Tensor, bounds: np.ndarray, model_input: ModelInput) -> None:
-        """rows [num_rows, size]; those of sequence i begin at bounds[i]."""
-        count_comparisons("poison: computed rows against NaN", len(rows))
-        is_nan = rows.isnan().any(dim=1).cpu().numpy()
-        if self._batch is not None and is_nan.any():
-            seq = self._batch.sequences[int(np.searchsorted(bounds, is_nan.argmax(), side="right")) - 1]
-            kind = "prefill" if model_input.is_prefill else "decode"
+        count_comparisons("poison: computed rows against NaN", len(hidden_states))
+        is_nan = hidden_states.isnan().any(dim=1).cpu().numpy()
+        if self.batch is not None and is_nan.any():
+            row = np.searchsorted(model_input.cu_seqlens_q, is_nan.argmax(), side="right") - 1
+            seq, kind = self.batch.sequences[int(row)], "prefill" if model_input.is_prefill else "decode"
             raise PoisonError(
-                f"step {self._num_steps} ({kind}): sequence {seq.seq_id} of {len(seq)} tokens in blocks "
+                f"step {self.num_steps} ({kind}): sequence {seq.seq_id} of {len(seq)} tokens in blocks "
                 f"{seq.block_table} read NaN, or an output was left unwritten"
             )
+        return hidden_states
