@@ -85,9 +85,6 @@ def measure(model: str, backend: str, mode: str, arguments: argparse.Namespace, 
         print(f"{backend}, {mode}: started in {time.perf_counter() - start:.1f} s", flush=True)
         for name in arguments.scenario:
             for repetition in range(arguments.repeat):
-                if time.perf_counter() > arguments.deadline:
-                    print(f"  {name}: left out, no time", flush=True)
-                    break
                 figures = run_scenario(llm, SCENARIOS[name], repetition)
                 results.append({"backend": backend, "mode": mode, "scenario": name, "seed": repetition, **figures})
                 what = "in" if SCENARIOS[name].counts_input else "out"
@@ -96,7 +93,7 @@ def measure(model: str, backend: str, mode: str, arguments: argparse.Namespace, 
                     f"({figures['input']:.0f} in, {figures['output']:.0f} out, {figures['seconds']:.2f} s)",
                     flush=True,
                 )
-        if arguments.profile and time.perf_counter() < arguments.deadline:
+        if arguments.profile:
             profile_decode(llm, 256, 800)
             profile_decode(llm, 1, 400)
             sys.stdout.flush()
@@ -107,9 +104,6 @@ def run_all(model: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     results: list[dict[str, Any]] = []
     for mode in arguments.mode:
         for backend in arguments.backend:
-            if time.perf_counter() > arguments.deadline:
-                print(f"{backend}, {mode}: left out, no time")
-                continue
             try:
                 measure(model, backend, mode, arguments, results)
             except Exception as error:
@@ -128,11 +122,8 @@ def parse(words: Iterable[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-num-seqs", type=int, default=256)
     parser.add_argument("--repeat", type=int, default=1, help="runs of each scenario, with other prompts each")
     parser.add_argument("--profile", action="store_true", help="where a decode step's time goes")
-    parser.add_argument("--limit", type=float, default=float("inf"), help="start nothing after so many seconds")
     parser.add_argument("--json", type=Path, help="write the figures there too")
-    arguments = parser.parse_args(words)
-    arguments.deadline = time.perf_counter() + arguments.limit
-    return arguments
+    return parser.parse_args(words)
 
 
 def main() -> None:

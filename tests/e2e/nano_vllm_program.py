@@ -1,6 +1,6 @@
-"""A program like nano-vllm's example and benchmark. It uses only classes, methods and options that nano-vllm has.
+"""A program like nano-vllm's example and benchmark, with only classes, methods and options that nano-vllm has.
 
-`python nano_vllm_program.py example DIRECTORY` or `python nano_vllm_program.py bench DIRECTORY`
+`python nano_vllm_program.py DIRECTORY`, where the model is
 """
 
 import sys
@@ -56,4 +56,5 @@ def bench(path):
 
 
 if __name__ == "__main__":
-    {"example": example, "bench": bench}[sys.argv[1]](sys.argv[2])
+    example(sys.argv[1])
+    bench(sys.argv[1])

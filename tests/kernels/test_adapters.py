@@ -20,32 +20,9 @@ from tests.kernels import paged_attention_cases, varlen_attention_cases
 from tests.support.kernels import adapters, own_kernels
 from tests.support.kernels.interpreting import failure_of
 from tests.support.kernels.plans import pages_of
+from tests.support.kernels.reaching import flash_attn_varlen_func, flash_attn_with_kvcache
 
 INT = torch.int32
-
-
-# --- flash-attn ---
-
-
-def flash_attn_with_kvcache(
-    q, k_cache, v_cache, k=None, v=None, cache_seqlens=None, block_table=None, softmax_scale=None, causal=False
-):
-    assert (q.dim(), q.shape[1], causal, k, v) == (4, 1, True, None, None)
-    assert cache_seqlens.dtype == block_table.dtype == INT
-    return paged_attention(q[:, 0], k_cache, v_cache, block_table, cache_seqlens, scale=softmax_scale)[:, None]
-
-
-def flash_attn_varlen_func(
-    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False,
-    block_table=None,
-):  # fmt: skip
-    lens = cu_seqlens_k.diff()
-    assert causal
-    assert max_seqlen_q >= cu_seqlens_q.diff().max()
-    assert max_seqlen_k >= lens.max()
-    if block_table is None:
-        return varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale)
-    return paged_attention(q, k, v, block_table, lens, cu_seqlens_q, softmax_scale)
 
 
 # --- vLLM ---

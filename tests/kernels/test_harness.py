@@ -94,7 +94,7 @@ HOPPER = ROOT / "nanovllm" / "kernels" / "varlen_attention_hopper.py"
 LENGTHS = ((5, 5), (130, 300), (1, 129), (3, 700))
 
 
-def assert_hopper_kernel_right(old: str = "", new: str = "") -> None:
+def assert_hopper_kernel_right(old: str, new: str) -> None:
     """On cached and packed keys, for the kernel with `old` replaced by `new` in its source."""
     source = HOPPER.read_text(encoding="utf-8")
     assert old in source
@@ -109,42 +109,22 @@ def assert_hopper_kernel_right(old: str = "", new: str = "") -> None:
         inputs.assert_right("changed kernel", module.varlen_attention_hopper(*tensors, 0.125, **options))
 
 
-def test_the_hopper_kernel_is_right_unchanged() -> None:
-    assert_hopper_kernel_right()
-
-
-WRONG = "differs from its reference"
 STUCK = "differs|ended before|arrivals at a barrier|all parts wait at barriers"
 
 
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("key[None, :] <= position", "key[None, :] < position", WRONG),
-        ("key[None, :] <= position", "key[None, :] <= 1 + position", WRONG),
-        ("my_row // GROUP_SIZE + 1) // KEYS", "my_row // GROUP_SIZE + KEYS) // KEYS", WRONG),
+        ("(token < q_len)", "(token <= q_len)", "differs from its reference|storage of"),
         ("last_token + KEYS) // KEYS", "last_token + KEYS - 1) // KEYS", STUCK),
-        ("kv_head * GROUP_SIZE + row % GROUP_SIZE", "row % GROUP_SIZE", WRONG),
-        ("column = kv_head * HEAD_DIM", "column = kv_head", WRONG),
-        ("block * BLOCK_SIZE + key % BLOCK_SIZE", "block * BLOCK_SIZE", WRONG),
-        ("slot = k_start + key", "slot = key", WRONG),
-        ("(token < q_len)", "(token <= q_len)", f"{WRONG}|storage of"),
-        ("(key < num_keys)", "(key <= num_keys)", WRONG),
         ("mbarrier.wait(value_copied, 0)", "pass", STUCK),
         ("mbarrier.wait(value_ready.index(stage_before), (tile - 1) // STAGES & 1)", "pass", STUCK),
         ("value_free.index(stage), phase ^ 1", "value_free.index(stage), phase", STUCK),
         ("mbarrier.arrive(key_free.index(stage), count=1)", "pass", STUCK),
-        ("phase = tile // STAGES & 1", "phase = tile & 1", STUCK),
         ("count=2)", "count=1)", STUCK),
-        (
-            "output, weight = warpgroup_mma_wait(0, deps=[output, weight])\n    mbarrier.arrive(value_free",
-            "mbarrier.arrive(value_free.index(stage_before), count=1)\n"
-            "    output, weight = warpgroup_mma_wait(0, deps=[output, weight])\n    (lambda *_, **__: 0)(value_free",
-            WRONG,
-        ),
     ],
 )
 def test_a_fault_in_the_hopper_kernel_is_noticed(old: str, new: str, message: str) -> None:
-    """Wrong masks, offsets and barriers, by what the kernel computes or by a barrier that never completes."""
+    """By what the kernel computes or by a barrier that never completes. tools/mutants has wrong masks and offsets."""
     with pytest.raises(AssertionError, match=message):
         assert_hopper_kernel_right(old, new)

@@ -324,9 +324,9 @@ def test_a_benchmark_measures_it_beside_ours(file: Path, monkeypatch: pytest.Mon
     assert list(measured.peers) == ["ours", "torch"]
     assert measured.run(*measured.make(0)).tolist() == [0, 0]
     assert measured.peers["ours"](*measured.make(0)).tolist() == [-3, -3]
-    assert own.num_calls == 1
+    num_calls = own.num_calls
     measured.make(1)  # inputs of the other sets have been seen before they are recorded
-    assert own.num_calls == 2
+    assert own.num_calls == num_calls + 1
     own_kernels.install([f"silu_and_mul={file}:unsupported"])
     with pytest.raises(pytest.skip.Exception, match="does not support the inputs: planted"):
         benchmark(lambda *row: rows.append(row), kernel, "silu_and_mul", point)

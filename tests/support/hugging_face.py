@@ -2,9 +2,10 @@
 
 import functools
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,41 +64,32 @@ def first_module_that_differs(
     decoder: ours, with transformers' module names; run_ours computes all of token_ids with it. An output is off when
     its error against transformers' float64 is more than `ratio` times that of transformers' own float32.
     """
-    with _outputs(decoder) as ours:
-        run_ours()
-    exact, rounded = {}, {}
-    for dtype, outputs in ((torch.float64, exact), (torch.float32, rounded)):
-        with _outputs(load_hugging_face(model_dir, dtype).model) as found:
-            hugging_face_logits(model_dir, token_ids, dtype)
-        outputs |= {name: torch.cat(tensors) for name, tensors in found.items()}
+    ours = _outputs(decoder, run_ours)
+    exact, rounded = (
+        _outputs(load_hugging_face(model_dir, dtype).model, partial(hugging_face_logits, model_dir, token_ids, dtype))
+        for dtype in (torch.float64, torch.float32)
+    )
     for name, expected in exact.items():
-        error = (torch.cat(ours[name]) - expected).abs()
+        error = (ours[name] - expected).abs()
         allowed = ratio * float((rounded[name] - expected).abs().max())
         if not float(error.max()) <= allowed:
-            position = int(error.amax(dim=1).argmax())
-            return (
-                f"the first module whose output differs is {name}, most at position {position}: error "
-                f"{float(error.max()):.3g}, allowed {allowed:.3g}"
-            )
+            position, largest = int(error.amax(dim=1).argmax()), float(error.max())
+            place = f"{name}, most at position {position}: error {largest:.3g}, allowed {allowed:.3g}"
+            return f"the first module whose output differs is {place}"
     return "no module's output differs: look at lm_head"
 
 
-@contextmanager
-def _outputs(decoder: torch.nn.Module) -> Iterator[dict[str, list[torch.Tensor]]]:
-    """Inside, each compared module appends its output, float64 [num_tokens, hidden_size], to the list of its name."""
+def _outputs(decoder: torch.nn.Module, run: Callable[[], object]) -> dict[str, torch.Tensor]:
+    """What each compared module gives while run() computes: float64 [num_tokens, hidden_size], by its name."""
     outputs: dict[str, list[torch.Tensor]] = {}
 
-    def hook(name: str) -> Callable[..., None]:
-        def append(module: torch.nn.Module, arguments: Any, output: Any) -> None:
-            tensor = output[0] if isinstance(output, tuple) else output
-            outputs.setdefault(name, []).append(tensor.detach().flatten(0, -2).double().cpu())
+    def note(name: str, _module: Any, _arguments: Any, output: Any) -> None:
+        tensor = output[0] if isinstance(output, tuple) else output
+        outputs.setdefault(name, []).append(tensor.detach().flatten(0, -2).double().cpu())
 
-        return append
-
-    modules = [(name, module) for name, module in decoder.named_modules() if _COMPARED.fullmatch(name)]
-    hooks = [module.register_forward_hook(hook(name)) for name, module in modules]
-    try:
-        yield outputs
-    finally:
-        for handle in hooks:
-            handle.remove()
+    with ExitStack() as hooks:
+        for name, module in decoder.named_modules():
+            if _COMPARED.fullmatch(name):
+                hooks.callback(module.register_forward_hook(partial(note, name)).remove)
+        run()
+    return {name: torch.cat(tensors) for name, tensors in outputs.items()}

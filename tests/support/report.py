@@ -55,7 +55,6 @@ class Reporter:
         self.outcomes: Counter[str] = Counter()  # passed, failed, error: of tests
         self.skips: list[Skip] = []
         self.counts = Counts()
-        self.num_tests: Counter[str] = Counter()  # that made a comparison, by its name
         self.problems: list[str] = []
         self.running: dict[str, None] = {}  # node ids
 
@@ -78,7 +77,6 @@ class Reporter:
             self.outcomes[report.outcome if report.when == "call" else "error"] += 1
         if report.when == "teardown":
             self.counts.add_properties(report.user_properties)
-            self.num_tests.update(dict(report.user_properties).get("comparisons", {}).keys())
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         if not getattr(self.config.option, "benchmark_only", False):  # benchmarks skip what cannot be measured here
@@ -106,40 +104,23 @@ class Reporter:
         torch = sys.modules.get("torch")
         gpu = torch.cuda.get_device_name() if torch is not None and torch.cuda.is_available() else "no GPU"
         failed = self.outcomes["failed"] + self.outcomes["error"]
-        errors = sorted((error / most, name, error, most) for name, (error, most) in self.counts.errors.items())
-        parts = [
-            "# What this run checked",
-            f"{self.outcomes['passed']:,} tests passed, {failed:,} failed, {len(self.skips):,} skipped",
-            f"`python -m pytest {shlex.join(map(str, self.config.invocation_params.args))}`, {gpu}",
-            *(f"**The run fails:** {problem}" for problem in self.problems),
-            "## Comparisons",
-            _table(
-                "what | oracle | values | tests",
-                (
-                    (*name.partition(" against ")[::2], f"{number:,}", self.num_tests[name])
-                    for name, number in sorted(self.counts.comparisons.items())
-                ),
+        used = sorted(((error / most, name, error, most) for name, (error, most) in self.counts.errors.items()))[::-1]
+        sections: dict[str, Iterable[str]] = {
+            "What this run checked": [
+                f"{self.outcomes['passed']:,} tests passed, {failed:,} failed, {len(self.skips):,} skipped",
+                f"`python -m pytest {shlex.join(map(str, self.config.invocation_params.args))}`, {gpu}",
+                *(f"**The run fails:** {problem}" for problem in self.problems),
+            ],
+            "Values compared": (f"{name}: {number:,}" for name, number in sorted(self.counts.comparisons.items())),
+            "Events": (f"{name}: {number:,}" for name, number in sorted(self.counts.events.items())),
+            "Tolerance used (near 0 %, a small mistake could pass)": (
+                f"{share:.0%} of {name}: {error:.2g} of {most:.2g}" for share, name, error, most in used
             ),
-            "## Events",
-            _table("event | times", ((name, f"{number:,}") for name, number in sorted(self.counts.events.items()))),
-            "## Tolerance used",
-            "Near 100 %, another machine may exceed the bound. Near 0 %, a small mistake could pass.",
-            _table(
-                "largest error | of | allowed | used",
-                ((f"{error:.2g}", name, f"{most:.2g}", f"{used:.0%}") for used, name, error, most in errors[::-1]),
-            ),
-            "## Skipped",
-            _table(
-                "test | it says | why it may", ((*skip, skips.why(skip) or "NOTHING") for skip in sorted(self.skips))
-            ),
-        ]
-        return "\n\n".join(parts) + "\n"
-
-
-def _table(columns: str, rows: Iterable[tuple[object, ...]]) -> str:
-    lines = [columns, " | ".join("---" for _ in columns.split("|"))]
-    lines += [" | ".join(str(cell).replace("|", r"\|") for cell in row) for row in rows]
-    return "\n".join(f"| {line} |" for line in lines)
+            "Skipped": (f"{skip.test}: {skip.reason}: {skips.why(skip) or 'NOTHING'}" for skip in sorted(self.skips)),
+        }
+        return "\n".join(
+            f"# {title}\n\n" + "".join(f"- {line}\n" for line in lines) for title, lines in sections.items()
+        )
 
 
 def _skip(report: pytest.CollectReport | pytest.TestReport) -> Skip:

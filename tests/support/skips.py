@@ -38,19 +38,9 @@ class AllowedSkip(NamedTuple):
         return bool(re.fullmatch(self.test, skip.test) and re.fullmatch(self.reason, skip.reason))
 
 
-# Packages that a machine may lack, and why.
-OPTIONAL = {
-    "flash_attn": "an extra that is compiled on the GPU machine",
-    "flashinfer": "a library whose signatures are adapted",
-    "vllm": "a library whose signatures are adapted",
-    "flashinfer_bench": "has the models of FlashInfer-Trace's format",
-    "gguf": "reads the real model's file, and is an extra",
-    "material": "builds the document, and is an extra",
-    "matplotlib": "sets the document's formulas, and is an extra",
-    "starlette": "the server of one example; the test extra brings it, GPU machines may lack it",
-    "uvicorn": "the same",
-    "triton": "exists on Linux only",
-}
+# Extras, packages whose signatures or formats are adapted, and triton, which exists on Linux only.
+OPTIONAL = ("flash_attn", "flashinfer", "flashinfer_bench", "gguf", "material", "matplotlib", "starlette", "triton")
+OPTIONAL += ("uvicorn", "vllm")
 
 
 def _gpus() -> list[tuple[int, int]]:

@@ -3,54 +3,32 @@
 import os
 import subprocess
 import sys
-import threading
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from filelock import FileLock, Timeout
 
+from tests.support import gpu_sharing
 from tests.support.gpu_sharing import GPU_TESTS_ALONE, held, pytest_cmdline_main, pytest_runtest_setup
 from tests.support.limits import HANG_SECONDS
 from tests.support.source_tree import ROOT
 
-SHORT = 0.2  # seconds, a thread that must wait has not entered by then
 
-
-class LockHolder(threading.Thread):
-    """A thread that takes the lock, sets is_in, and keeps the lock until leave()."""
-
-    def __init__(self, folder: Path, exclusively: bool, slot: int = 0) -> None:
-        super().__init__(daemon=True)
-        self.folder, self.exclusively, self.slot = folder, exclusively, slot
-        self.is_in, self.may_go = threading.Event(), threading.Event()
-        self.start()
-
-    def run(self) -> None:
-        with held(self.folder, self.exclusively, self.slot):
-            self.is_in.set()
-            self.may_go.wait(HANG_SECONDS)
-
-    def leave(self) -> None:
-        self.may_go.set()
-        self.join(HANG_SECONDS)
-
-
-def test_a_whole_gpu_test_runs_alone_and_is_not_overtaken(tmp_path: Path) -> None:
-    sharer, second = (LockHolder(tmp_path, exclusively=False, slot=slot) for slot in (0, 1))
-    assert sharer.is_in.wait(HANG_SECONDS)
-    assert second.is_in.wait(HANG_SECONDS), "tests for one GPU run side by side"
-    second.leave()
-    alone = LockHolder(tmp_path, exclusively=True)
-    assert not alone.is_in.wait(SHORT)
-    latecomer = LockHolder(tmp_path, exclusively=False)
-    assert not latecomer.is_in.wait(SHORT)
-    sharer.leave()
-    assert alone.is_in.wait(HANG_SECONDS)
-    assert not latecomer.is_in.is_set()
-    alone.leave()
-    assert latecomer.is_in.wait(HANG_SECONDS)
-    latecomer.leave()
+def test_a_whole_gpu_test_runs_alone_and_is_not_overtaken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_sharing, "FileLock", partial(FileLock, timeout=0))  # raises Timeout where it would wait
+    with held(tmp_path, exclusively=False, slot=0):
+        with held(tmp_path, exclusively=False, slot=1):
+            pass  # tests for one GPU run side by side
+        with pytest.raises(Timeout), held(tmp_path, exclusively=True):
+            pass
+    with held(tmp_path, exclusively=True), pytest.raises(Timeout), held(tmp_path, exclusively=False, slot=3):
+        pass
+    with FileLock(tmp_path / "order.lock"):  # as one that waits for all holds it
+        with pytest.raises(Timeout), held(tmp_path, exclusively=False):
+            pass
 
 
 def workers(**options: Any) -> Any:

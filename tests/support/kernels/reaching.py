@@ -96,25 +96,32 @@ def _generate(
     return [output["token_ids"] for output in outputs]
 
 
+def flash_attn_varlen_func(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False,
+    block_table=None,
+):  # fmt: skip
+    """flash-attn's, over our references, with its documented parameters."""
+    lens = cu_seqlens_k.diff()
+    assert causal
+    assert max_seqlen_q >= cu_seqlens_q.diff().max()
+    assert max_seqlen_k >= lens.max()
+    if block_table is None:
+        return varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale)
+    return paged_attention(q, k, v, block_table, lens, cu_seqlens_q, softmax_scale)
+
+
+def flash_attn_with_kvcache(
+    q, k_cache, v_cache, k=None, v=None, cache_seqlens=None, block_table=None, softmax_scale=None, causal=False
+):
+    """flash-attn's, over our references, with its documented parameters."""
+    assert (q.dim(), q.shape[1], causal, k, v) == (4, 1, True, None, None)
+    assert cache_seqlens.dtype == block_table.dtype == torch.int32
+    return paged_attention(q[:, 0], k_cache, v_cache, block_table, cache_seqlens, scale=softmax_scale)[:, None]
+
+
 @contextmanager
 def flash_attn_stand_in() -> Iterator[None]:
-    """kernels.flash_attention calls two functions of reference/ instead of flash-attn's. Nothing else sees them."""
-
-    def flash_attn_varlen_func(
-        q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, block_table
-    ):
-        assert causal
-        assert (max_seqlen_q, max_seqlen_k) == (int(cu_seqlens_q.diff().max()), int(cu_seqlens_k.diff().max()))
-        if block_table is None:
-            return varlen_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale)
-        return paged_attention(q, k, v, block_table, cu_seqlens_k.diff(), cu_seqlens_q, softmax_scale)
-
-    def flash_attn_with_kvcache(q, k_cache, v_cache, *, cache_seqlens, block_table, softmax_scale, causal):
-        assert q.shape[1] == 1
-        cu_seqlens_q = torch.arange(len(q) + 1, dtype=torch.int32)
-        output = paged_attention(q[:, 0], k_cache, v_cache, block_table, cache_seqlens, cu_seqlens_q, softmax_scale)
-        return output[:, None]
-
+    """kernels.flash_attention calls the two functions above instead of flash-attn's. Nothing else sees them."""
     module: Any = ModuleType("flash_attn")
     module.flash_attn_varlen_func = flash_attn_varlen_func
     module.flash_attn_with_kvcache = flash_attn_with_kvcache
