@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from nanovllm import LLM, SamplingParams, bundled_model_path
+from nanovllm.demo_prompts import DEMO_PROMPTS
 from nanovllm.engine import model_input as model_input_module
 from nanovllm.engine import shared_prefix
 from nanovllm.engine.model_input import ModelInput, prepare_decode, prepare_prefill
@@ -100,6 +101,22 @@ def test_graph_and_eager_agree_at_every_batch_size(architecture: str, backend: s
         assert not is_written[:, :, block, len(prompt) :].any()
     assert not is_written[:, :, MAX_NUM_SEQS:].any()
     runner.close()
+
+
+@pytest.mark.parametrize(("backend", "dtype"), SETUPS)
+def test_graphs_change_no_token(backend: str, dtype: str) -> None:
+    """More prompts than graphs have rows, finishing at different steps: batches shrink through all sizes."""
+    params = [SamplingParams.greedy(max_tokens=4 + 2 * index) for index in range(len(DEMO_PROMPTS))]
+
+    def generated(enforce_eager: bool) -> list[list[int]]:
+        with LLM(
+            str(bundled_model_path()), device="cuda", dtype=dtype, attention_backend=backend, max_model_len=512,
+            max_num_seqs=20, enforce_eager=enforce_eager, num_kv_cache_blocks=48,
+        ) as llm:  # fmt: skip
+            assert (llm._core.executor._runner.graphs is None) is enforce_eager
+            return tokens(llm, list(DEMO_PROMPTS), params)
+
+    assert generated(enforce_eager=False) == generated(enforce_eager=True)
 
 
 @pytest.mark.parametrize("enforce_eager", [True, False])

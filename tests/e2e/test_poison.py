@@ -120,6 +120,13 @@ def test_an_output_left_unwritten_is_named(llm: LLM, monkeypatch: pytest.MonkeyP
         llm.step()
 
 
+def test_a_token_that_was_never_sampled_is_named(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llm._core.executor._runner, "sampler", lambda logits, rows: torch.empty(1, dtype=torch.int64))
+    llm.add_request(PROMPT, GREEDY)
+    with pytest.raises(PoisonError, match=f"step 1: sequence 0 got {2**63 - 1}, which is no token"):
+        llm.step()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("enforce_eager", [True, False])
 @pytest.mark.parametrize(("backend", "dtype"), [("triton", "float32"), ("flash_attn", "bfloat16")])

@@ -191,6 +191,22 @@ def test_a_token_that_cannot_be_processed_is_an_error_of_its_call(
     assert tokens(engine, PROMPTS[2]) == [alone[2]]
 
 
+def test_abort_while_another_thread_computes(
+    engine: LLM, threads: ThreadPoolExecutor, alone: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """D81: it ends that request alone."""
+    first = engine._input_processor.num_requests
+    step = HeldStep(engine, monkeypatch)
+    generating = threads.submit(engine.generate, PROMPTS, GREEDY, use_tqdm=False)
+    step.wait()
+    aborting = threads.submit(engine.abort, first + 1)
+    step.resume()
+    assert aborting.result(HANG_SECONDS)
+    outputs = generating.result(HANG_SECONDS)
+    assert [output["finish_reason"] for output in outputs] == ["length", "abort", "length"]
+    assert [outputs[0]["token_ids"], outputs[2]["token_ids"]] == [alone[0], alone[2]]
+
+
 @pytest.mark.parametrize("is_async", [False, True])
 def test_close_while_other_threads_compute(
     threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch, is_async: bool
