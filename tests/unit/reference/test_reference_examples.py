@@ -1,6 +1,5 @@
 """`python -m reference NAME` runs the examples of a reference and shows what they give."""
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import pytest
 
 import reference
 from reference.__main__ import main
-from tests.support.limits import HANG_SECONDS
+from tests.support.programs import run_python
 from tests.support.source_tree import ROOT
 
 
@@ -27,8 +26,7 @@ def test_every_example_of_every_file_is_shown_in_reading_order(capsys, monkeypat
 
 
 def test_it_runs_from_any_folder_and_takes_the_path_of_a_file(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "reference"), str(ROOT / "reference" / "packing.py")]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=HANG_SECONDS)
+    result = run_python(ROOT / "reference", ROOT / "reference" / "packing.py", cwd=tmp_path, PYTHONPATH="")
     assert result.returncode == 0, result.stderr
     assert "\n(tensor([7, 8, 9, 5, 3, 4]), tensor([0, 3, 4, 6], dtype=torch.int32))\n" in result.stdout
 
