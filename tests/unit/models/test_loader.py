@@ -130,15 +130,6 @@ def test_each_rank_loads_its_shard(tmp_path, rank):
     assert_same(loaded(tmp_path, MOE, tp), parameters)
 
 
-@pytest.mark.parametrize("stored", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_weights_are_cast_to_the_models_dtype(tmp_path, stored, dtype):
-    tensors = {name: tensor.to(stored) for name, tensor in CHECKPOINT.items()}
-    write(tmp_path, tensors)
-    weight = loaded(tmp_path, small_config(dtype=dtype))["model.norm.weight"]
-    assert torch.equal(weight, tensors["model.norm.weight"].to(getattr(torch, dtype)))
-
-
 # Wrong tensors: id -> (changes of the checkpoint, None for a tensor that is missing; what the message must say).
 
 UP_PROJ = "model.layers.0.mlp.up_proj"
