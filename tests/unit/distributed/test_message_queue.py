@@ -141,12 +141,6 @@ print(os.listdir("/dev/shm"))
 """
 
 
-def test_the_segments_pages_are_allocated_when_it_is_made() -> None:
-    """D88."""
-    with queue() as writer:
-        assert os.fstat(writer._segment._fd).st_blocks * 512 >= CHUNK_BYTES  # type: ignore[attr-defined]
-
-
 def raising(number: int) -> Callable[..., Any]:
     def fail(*_: Any, **__: Any) -> Any:
         raise OSError(number, os.strerror(number))
