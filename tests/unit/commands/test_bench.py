@@ -9,7 +9,6 @@ from nanovllm import cli
 from nanovllm.bench import ceilings, random_model, scenarios
 from nanovllm.bench.workload import SCENARIOS, draw_scenario
 from nanovllm.cli_errors import USER_ERROR
-from nanovllm.commands.bench import choose_scenarios
 from nanovllm.engine.llm_engine import LLMEngine
 
 TINY = {
@@ -100,15 +99,6 @@ def test_random_weights_of_a_named_shape_are_measured(scenario: list[str], capsy
     assert "no --model given" not in captured.err
 
 
-def test_scenarios_are_chosen_in_their_usual_order_scaled_and_with_another_number_of_requests() -> None:
-    assert list(choose_scenarios(["small", "headline"], None, None).items()) == [
-        (name, SCENARIOS[name]) for name in ("headline", "small")
-    ]
-    assert choose_scenarios(["all"], None, None) == SCENARIOS
-    chosen = choose_scenarios(["prefill"], 0.1, 50)["prefill"]
-    assert (chosen.num_seqs, chosen.input_len) == (50, (400, 400))
-
-
 SINGLE = ("--scenario", "single")
 
 
@@ -161,13 +151,3 @@ def test_like_is_refused_under_torchrun(capsys, monkeypatch) -> None:
         monkeypatch.setenv(name, value)
     line = refusal(capsys, *SINGLE, "--like", "qwen3-0.6b")
     assert "write one with python -m tools.make_random_model --like qwen3-0.6b DIR, and give --model DIR" in line
-
-
-def test_the_help_lists_the_scenarios_and_how_to_end_within_a_minute_without_a_gpu(capsys) -> None:
-    with pytest.raises(SystemExit, match="0"):
-        cli.main(["bench", "--help"])
-    text = capsys.readouterr().out
-    for name in SCENARIOS:
-        assert f"  {name} " in text
-    assert "prefix     256 x 2000 shared and 100 tokens in, 64 out" in text
-    assert "nanovllm bench --scenario all --scale 0.1" in text
