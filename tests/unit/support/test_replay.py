@@ -2,8 +2,6 @@
 
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +11,12 @@ from nanovllm import LLM, SamplingParams, bundled_model_path
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import FinishCause
-from tests.support.limits import HANG_SECONDS
+from tests.support.programs import run_python
 from tests.support.replay import player
 from tests.support.replay.player import play, target_for
 from tests.support.replay.trace import CALLS, Trace, recording
 from tests.support.scheduling import add_prompt, make_scheduler, run, step, two_bit_hash
 from tests.support.source_tree import ROOT
-
-
-def preemptions() -> Trace:
-    """Three sequences outgrow six blocks of two."""
-    scheduler = make_scheduler(6, 2, max_num_seqs=4)
-    with recording(scheduler) as trace:
-        for seq_id in range(3):
-            add_prompt(scheduler, 3, seq_id, max_tokens=6)
-        run(scheduler)
-    return trace
 
 
 def replay(trace: Trace) -> dict[str, int]:
@@ -87,14 +75,6 @@ def test_a_scheduler_that_was_used_is_refused() -> None:
 # --- differences ---
 
 
-def test_a_changed_decision_of_the_engine_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Admission that reserves no blocks."""
-    trace = preemptions()
-    monkeypatch.setattr(Scheduler, "_num_reserved_blocks", lambda *_: 0)
-    with pytest.raises(AssertionError, match=r"step 1, schedule, .*recorded"):
-        replay(trace)
-
-
 def test_a_wrong_token_is_named_and_a_near_tie_is_excused(monkeypatch: pytest.MonkeyPatch) -> None:
     """The oracle of near ties is the float64 reference."""
     options = {"max_model_len": 64, "kv_cache_block_size": 16, "num_kv_cache_blocks": 5, "attention_backend": "torch"}
@@ -137,13 +117,10 @@ def test_a_failure_with_record_leaves_the_smallest_trace_and_the_command_that_re
     (tmp_path / "fault.py").write_text(FAULT)
     (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = -p fault -p tests.support.replay.plugin\n")
     (tmp_path / "test_planted.py").write_text(TEST)
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}", "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = {"PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}", "PYTHONDONTWRITEBYTECODE": "1"}
 
     def output_of(*arguments: str) -> str:
-        command = [sys.executable, "-m", *arguments]
-        done = subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=HANG_SECONDS
-        )
+        done = run_python("-m", *arguments, cwd=tmp_path, **environment)
         assert done.returncode == 1, done.stdout + done.stderr
         return done.stdout + done.stderr
 
