@@ -86,22 +86,6 @@ def test_block_sizes_that_a_backend_takes(backend: str, smaller_sizes: set[int])
     assert taken == smaller_sizes | {256, 512, 768}
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"max_model_len": 1}, "one prompt token and one generated token"),
-        ({"num_kv_cache_blocks": 0}, "use None to size it from memory"),
-        (
-            {"kv_cache_block_size": 8},
-            r"multiple of 256 with attention_backend='auto', got 8; .*'triton' also .* from 16, .*'torch' .* from 1$",
-        ),
-    ],
-)
-def test_remedies_are_named(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Config("model", **options)
-
-
 def test_a_step_has_a_token_for_each_sequence() -> None:
     with pytest.raises(ValueError, match=r"at least 9, got 8; .*raise this or lower max_num_seqs"):
         Config("model", max_num_seqs=9, max_num_batched_tokens=8)
@@ -118,28 +102,9 @@ def test_a_model_is_a_str_or_a_path() -> None:
         assert repr(model) in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("given", "nearest"),
-    [("max_seqs", "max_num_seqs"), ("block_size", "kv_cache_block_size"), ("max_model_length", "max_model_len")],
-)
-def test_an_unknown_option_offers_the_nearest(given: str, nearest: str) -> None:
-    """D69"""
-    with pytest.raises(TypeError, match=rf"Config has no option '{given}'; did you mean '{nearest}'\?"):
-        Config("model", **{given: 1})
-
-
 def test_names_of_nano_vllm_are_ours_for_an_llm() -> None:
     given = {"kvcache_block_size": 512, "num_kvcache_blocks": 7, "max_num_seqs": 3}
     assert accept_nano_vllm_names(given) == {"kv_cache_block_size": 512, "num_kv_cache_blocks": 7, "max_num_seqs": 3}
     assert accept_nano_vllm_names({"num_kvcache_blocks": -1}) == {"num_kv_cache_blocks": None}  # sized from memory
     with pytest.raises(TypeError, match="kvcache_block_size and kv_cache_block_size are one option under two names"):
         LLM("model", kvcache_block_size=256, kv_cache_block_size=256)
-
-
-def test_a_config_cannot_be_changed_but_replaced() -> None:
-    config = Config("model")
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        config.max_num_seqs = 3  # type: ignore[misc]
-    assert dataclasses.replace(config, max_model_len=99).max_model_len == 99
-    with pytest.raises(ValueError, match="max_model_len"):
-        dataclasses.replace(config, max_model_len=0)
