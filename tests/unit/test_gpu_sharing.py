@@ -1,8 +1,5 @@
 """How the GPU tests share a GPU: which tests run at the same time, and in how many processes."""
 
-import os
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +14,7 @@ from tests.support.gpu_sharing import (
     pytest_runtest_setup,
 )
 from tests.support.limits import HANG_SECONDS
-from tests.support.source_tree import ROOT
+from tests.support.programs import run_python
 
 SHORT = 0.2  # seconds, a thread that must wait has not entered by then
 
@@ -94,11 +91,7 @@ def test_what_a_run_needs_follows_from_the_meaning_of_its_markers(markexpr: str,
 )
 def test_without_a_gpu_the_run_is_one_line(markexpr: str, needed: str) -> None:
     """A run of its own, with the exit code of a wrong option."""
-    command = [sys.executable, "-m", "pytest", "-m", markexpr]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    result = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=HANG_SECONDS, check=False
-    )
+    result = run_python("-m", "pytest", "-m", markexpr, CUDA_VISIBLE_DEVICES="")
     assert (result.returncode, result.stdout.strip()) == (pytest.ExitCode.USAGE_ERROR, "")
     (line,) = result.stderr.strip().splitlines()
     assert line.startswith(f"ERROR: -m '{markexpr}': these tests need {needed}")
