@@ -1,13 +1,13 @@
 """Import rules that import-linter ([tool.importlinter] in pyproject.toml, run by `make lint`) cannot express."""
 
 import ast
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.support.source_tree import ROOT, imported_packages, module_name, parse, python_files
+from tests.support.programs import run_python
+from tests.support.source_tree import imported_packages, module_name, parse, python_files
 
 NANOVLLM = python_files("nanovllm")
 MAX_LINES = 300
@@ -40,7 +40,7 @@ def test_get_context_is_read_in_the_attention_layer_only() -> None:
 def test_import_loads_no_torch(module: str) -> None:
     """`import nanovllm` is cheap, and the engine's decisions can be run and tested without torch."""
     code = f"import sys, {module}; print(sorted({{'torch', 'transformers', 'triton'}} & sys.modules.keys()))"
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    result = run_python("-c", code)
     assert (result.returncode, result.stdout.strip()) == (0, "[]"), result.stderr
 
 
