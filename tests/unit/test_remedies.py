@@ -37,15 +37,6 @@ def number(pattern: str, text: str) -> int:
 # --- the scheduler ---
 
 
-def test_of_a_prompt_that_max_model_len_refuses() -> None:
-    text = message(add_prompt, make_scheduler(max_model_len=16, max_supported_len=100), 40)
-    needed = number(r"shorten it, or set max_model_len to at least (\d+)$", text)
-    add_prompt(make_scheduler(max_model_len=needed, max_supported_len=100), 40)
-    assert "set max_model_len" in message(
-        add_prompt, make_scheduler(max_model_len=needed - 1, max_supported_len=100), 40
-    )
-
-
 @pytest.mark.parametrize(
     ("num_tokens", "max_tokens", "remedy"),
     [
