@@ -183,19 +183,6 @@ def test_any_exception_in_a_step_closes_the_executor(parts: Any, where: str, err
     assert parts.calls == []
 
 
-@pytest.mark.parametrize("own", [RuntimeError("connection closed"), torch.OutOfMemoryError("none left")])
-def test_the_root_cause_is_raised_from_what_rank_0_ran_into_unless_that_is_a_lack_of_memory(
-    parts: Any, own: Exception
-) -> None:
-    """D33."""
-    executor = Ranks(parts)
-    parts.errors["run"], parts.root_cause = own, RankError("rank 1 of 2 failed")
-    with pytest.raises(RuntimeError) as caught:
-        executor.execute(BATCH)
-    expected = (own, None) if isinstance(own, torch.OutOfMemoryError) else (parts.root_cause, own)
-    assert (caught.value, caught.value.__cause__) == expected
-
-
 @pytest.mark.parametrize("where", SHUTDOWN[:-1])
 def test_ctrl_c_during_shutdown_leaves_nothing(parts: Any, where: str) -> None:
     """D34."""
