@@ -102,16 +102,6 @@ def test_a_rank_that_reports_nothing_does_not_delay_the_failure_of_another(start
         workers.monitor.check()
 
 
-@pytest.mark.parametrize("is_ready", [True, False])
-def test_a_rank_that_ends_without_a_report_is_noticed_by_its_pipe(start: Start, is_ready: bool) -> None:
-    """D33: also while it starts."""
-    workers = start(1)
-    if is_ready:
-        workers.senders[1].send(READY)
-    workers.senders[1].close()
-    assert workers.root_cause().startswith("rank 1 of 2 was killed by SIGKILL")
-
-
 def test_rank_0_fails_itself(start: Start) -> None:
     """D33: the executor terminates the workers; a thread that still connects to them stops."""
     workers = start(1)
