@@ -174,18 +174,6 @@ def test_close_succeeds_when_the_other_ranks_have_ended(monkeypatch: pytest.Monk
 # --- which rank gets an executor ---
 
 
-@pytest.mark.parametrize("env", [TorchrunEnv(1, 2, 1, 2), TorchrunEnv(1, 2, 0, 1)])
-def test_another_rank_computes_and_exits(monkeypatch: pytest.MonkeyPatch, env: TorchrunEnv) -> None:
-    """The first of the second machine too: its program never reaches what follows the engine."""
-    served: list[TorchrunEnv] = []
-    monkeypatch.setattr(base, "read_torchrun_env", lambda: env)
-    monkeypatch.setattr(torchrun, "run_torchrun_worker", lambda spec, env: served.append(env))
-    with pytest.raises(SystemExit) as caught:
-        make_executor(CONFIG, None, None, SPEC)  # type: ignore[arg-type]
-    assert caught.value.code == 0
-    assert served == [env]
-
-
 def test_another_number_of_ranks_than_torchrun_started_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """D36: with both numbers."""
     monkeypatch.setattr(base, "read_torchrun_env", lambda: TorchrunEnv(0, 4, 0, 4))
