@@ -39,22 +39,6 @@ def test_a_prompt_in_chunks_and_its_end_are_recorded() -> None:
     assert [s.num_owned_blocks for s in trace.steps] == [3, 3, 3]
 
 
-def test_a_hit_is_recorded_with_the_shared_blocks() -> None:
-    """The second sequence begins with the first one's two full blocks of four tokens, which the first still owns."""
-    scheduler = make_scheduler(num_blocks=16, block_size=4)
-    add_prompt(scheduler, 9, 0, max_tokens=5)
-    with recording(scheduler) as trace:
-        step(scheduler)
-        again = add_prompt(scheduler, 11, 0, max_tokens=1)
-        again.seq_id = 1
-        step(scheduler)
-    first, second = trace.steps
-    assert (second.admitted, second.computed) == ({1: 8}, {1: (8, 3)})
-    assert second.block_tables[1][:2] == first.block_tables[0][:2]
-    assert (second.num_owned_blocks, trace.num_hit_tokens) == (4, 8)
-    assert trace.seq_ids == [0, 1]
-
-
 def test_preemption_is_recorded_where_it_happens_and_readmission_with_its_hits() -> None:
     trace = recorded(crowded())
     (index,) = [index for index, s in enumerate(trace.steps) if s.preempted]
