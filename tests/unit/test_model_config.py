@@ -166,24 +166,6 @@ def test_longest_supported_sequence_follows_from_the_rope_type(tmp_path, paramet
 # End-of-sequence ids.
 
 
-@pytest.mark.parametrize(
-    ("in_config", "generation", "expected"),
-    [
-        (MISSING, None, set()),
-        (2, None, {2}),
-        ([2, 3], None, {2, 3}),
-        (2, {"eos_token_id": [5, 6]}, {5, 6}),
-        (MISSING, {"eos_token_id": 7}, {7}),
-        (2, {"eos_token_id": None}, set()),
-        (2, {}, set()),
-        (0, {"eos_token_id": 0}, {0}),
-    ],
-)
-def test_generation_config_decides_which_ids_end_a_text(tmp_path, in_config, generation, expected):
-    """D70, D91: all of its ids, or those of config.json if it does not exist."""
-    assert load(tmp_path, generation, eos_token_id=in_config).eos_token_ids == expected
-
-
 @pytest.mark.parametrize(("eos", "expected"), [(-1, set()), ([-1, 3], {3}), ([31, 32], {31})])
 def test_end_of_sequence_id_outside_the_vocabulary_ends_nothing(tmp_path, eos, expected, caplog):
     """D89: some checkpoints state -1 for none. One warning names it."""
