@@ -183,6 +183,15 @@ def test_any_exception_in_a_step_closes_the_executor(parts: Any, where: str, err
     assert parts.calls == []
 
 
+def test_the_root_cause_is_raised_from_what_rank_0_ran_into(parts: Any) -> None:
+    """D33. Rank 0's own lack of memory has no other cause: tests/distributed/test_failures.py."""
+    executor = Ranks(parts)
+    parts.errors["run"], parts.root_cause = RuntimeError("connection closed"), RankError("rank 1 of 2 failed")
+    with pytest.raises(RankError, match="rank 1 of 2 failed") as caught:
+        executor.execute(BATCH)
+    assert caught.value.__cause__ is parts.errors["run"]
+
+
 @pytest.mark.parametrize("where", SHUTDOWN[:-1])
 def test_ctrl_c_during_shutdown_leaves_nothing(parts: Any, where: str) -> None:
     """D34."""
