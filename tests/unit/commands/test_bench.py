@@ -8,8 +8,8 @@ import pytest
 from nanovllm import cli
 from nanovllm.bench import ceilings, random_model, scenarios
 from nanovllm.bench.workload import SCENARIOS, draw_scenario
-from nanovllm.cli_errors import USER_ERROR
 from nanovllm.engine.llm_engine import LLMEngine
+from tests.unit.test_cli import refusal
 
 TINY = {
     "hidden_size": 64,
@@ -25,14 +25,6 @@ def _small_ceilings(monkeypatch) -> None:
     """Two seconds less for each run."""
     monkeypatch.setattr(ceilings, "CPU_BYTES", 2**20)
     monkeypatch.setattr(ceilings, "CPU_MATMUL_SIZE", 64)
-
-
-def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The line on stderr with which the options are refused."""
-    assert cli.main(["bench", *arguments]) == USER_ERROR
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith("nanovllm: error: ")
-    return line
 
 
 def test_scenarios_of_the_bundled_model_are_measured_and_written(tmp_path, capsys) -> None:
@@ -126,7 +118,7 @@ def test_a_wrong_use_is_refused_before_anything_is_measured(
     options: tuple[str, ...], message: str, capsys, monkeypatch
 ) -> None:
     monkeypatch.setattr(scenarios, "measure_ceilings", None)
-    assert message in refusal(capsys, *options)
+    assert message in refusal(capsys, "bench", *options)
 
 
 @pytest.mark.parametrize("option", [["--scenario", "nothing"], ["--scenario"], ["--like", "gpt-5"], ["--rate", "fast"]])
@@ -139,9 +131,8 @@ def test_what_argparse_refuses_is_named(option: list[str], capsys) -> None:
 def test_an_output_that_is_a_file_is_refused(tmp_path, capsys) -> None:
     file = tmp_path / "file"
     file.write_text("")
-    assert "--results must be a directory, got the file" in refusal(capsys, *SINGLE, "--results", str(file))
-    line = refusal(capsys, *SINGLE, "--results", str(file / "below"))
-    assert "Not a directory" in line
+    assert "--results must be a directory, got the file" in refusal(capsys, "bench", *SINGLE, "--results", str(file))
+    assert "Not a directory" in refusal(capsys, "bench", *SINGLE, "--results", str(file / "below"))
 
 
 def test_like_is_refused_under_torchrun(capsys, monkeypatch) -> None:
@@ -149,5 +140,5 @@ def test_like_is_refused_under_torchrun(capsys, monkeypatch) -> None:
     names = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
     for name, value in {**names, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
-    line = refusal(capsys, *SINGLE, "--like", "qwen3-0.6b")
+    line = refusal(capsys, "bench", *SINGLE, "--like", "qwen3-0.6b")
     assert "write one with python -m tools.make_random_model --like qwen3-0.6b DIR, and give --model DIR" in line
