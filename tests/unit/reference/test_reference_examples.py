@@ -22,6 +22,7 @@ def test_every_example_of_every_file_is_shown_in_reading_order(capsys, monkeypat
     titles = [line.removeprefix("--- ").partition(":")[0] for line in output.splitlines() if line.startswith("--- ")]
     assert (code, titles) == (0, reference.reading_order())
     sources = [(ROOT / "reference" / f"{name}.py").read_text(encoding="utf-8") for name in titles]
+    assert all(">>> " in source for source in sources)
     assert output.count(">>> ") == sum(source.count(">>> ") for source in sources)
 
 
