@@ -34,11 +34,19 @@ def test_get_context_is_read_in_the_attention_layer_only() -> None:
     assert [module_name(path) for path in NANOVLLM if reads_context(path)] == ["nanovllm.layers.attention"]
 
 
+READ_MODEL_CONFIG = (
+    "nanovllm.models.registry; nanovllm.models.registry.load_model_config(nanovllm.bundled_model_path())"
+)
+
+
 @pytest.mark.parametrize(
-    "module", ["nanovllm", "nanovllm.cli", "nanovllm.engine.scheduler", "nanovllm.engine.model_input"]
+    "module",
+    ["nanovllm", "nanovllm.cli", "nanovllm.engine.scheduler", "nanovllm.engine.model_input", READ_MODEL_CONFIG],
 )
 def test_import_loads_no_torch(module: str) -> None:
-    """`import nanovllm` is cheap, and the engine's decisions can be run and tested without torch."""
+    """`import nanovllm` is cheap, the engine's decisions can be run and tested without torch, and a wrong model is
+    refused before it is imported.
+    """
     code = f"import sys, {module}; print(sorted({{'torch', 'transformers', 'triton'}} & sys.modules.keys()))"
     result = run_python("-c", code)
     assert (result.returncode, result.stdout.strip()) == (0, "[]"), result.stderr
