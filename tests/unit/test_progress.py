@@ -18,9 +18,10 @@ from nanovllm import LLM, SamplingParams, bundled_model_path, progress
 from nanovllm.engine import throughput
 from nanovllm.engine.request_state import RequestState
 from nanovllm.engine.scheduler import ScheduledBatch
-from nanovllm.engine.sequence import Sequence, SequenceStatus
+from nanovllm.engine.sequence import SequenceStatus
 from nanovllm.engine.throughput import GenerationProgress
 from nanovllm.progress import Progress
+from tests.support.scheduling import make_sequence
 
 GENERATING = re.compile(
     r"Generating: (\d+)/2 prompts in \d+ s, (\d+) tokens, prefill [\d,]+ tok/s, decode [\d,]+ tok/s"
@@ -60,10 +61,7 @@ class Clock:
 
 
 def requests(num_prompts: int, max_tokens: int, num_prompt_tokens: int = 3) -> list[RequestState]:
-    params = SamplingParams(max_tokens=max_tokens)
-    sequences = [
-        Sequence([1] * num_prompt_tokens, params, seq_id=number, block_size=4, seed=0) for number in range(num_prompts)
-    ]
+    sequences = [make_sequence([1] * num_prompt_tokens, seq_id=id, max_tokens=max_tokens) for id in range(num_prompts)]
     return [RequestState(seq, None, index) for index, seq in enumerate(sequences)]
 
 
