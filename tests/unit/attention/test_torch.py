@@ -8,13 +8,8 @@ import torch
 from nanovllm.attention import torch as torch_attention
 from nanovllm.attention.torch import TorchAttentionBackend
 from nanovllm.layers.torch_ops import TORCH_OPS, store_kvcache
-from tests.support.attention_cases import (
-    Case,
-    assert_same_bits,
-    assert_within_the_error_of_plain_torch,
-    make_step,
-    running_sum,
-)
+from tests.support import attention_cases
+from tests.support.attention_cases import Case, assert_same_bits, make_step, running_sum
 from tests.support.comparing import assert_close
 from tests.support.counts import count_comparisons
 
@@ -106,7 +101,7 @@ def test_limits_of_memory_change_nothing(monkeypatch: pytest.MonkeyPatch, step: 
 def test_error_in_lower_precision(case: Case, device: str, dtype: torch.dtype) -> None:
     step = make_step(replace(case, head_dim=64), dtype, device)
     caches = step.expected_caches()
-    assert_within_the_error_of_plain_torch("torch backend", step, step.run())
+    attention_cases.assert_within_the_error_of_plain_torch("torch backend", step, step.run())
     assert_same_bits(step.k_cache, caches[0])
     assert_same_bits(step.v_cache, caches[1])
 
