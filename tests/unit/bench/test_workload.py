@@ -7,14 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from nanovllm.bench.workload import (
-    MAX_TOKEN_ID,
-    SCENARIOS,
-    Scenario,
-    draw_requests,
-    draw_scenario,
-    poisson_arrivals,
-)
+from nanovllm.bench.workload import MAX_TOKEN_ID, SCENARIOS, Scenario, draw_requests, draw_scenario, poisson_arrivals
 from tests.support.statistics import check_counts, fresh_seed
 
 lengths = st.tuples(st.integers(1, 9), st.integers(0, 9)).map(lambda pair: (pair[0], sum(pair)))
