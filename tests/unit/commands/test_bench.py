@@ -11,13 +11,8 @@ from nanovllm.bench.workload import SCENARIOS, draw_scenario
 from nanovllm.engine.llm_engine import LLMEngine
 from tests.unit.test_cli import refusal
 
-TINY = {
-    "hidden_size": 64,
-    "intermediate_size": 64,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 99,
-}
+SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
+TINY = dict(zip(SIZES, (64, 64, 4, 2, 99), strict=True))
 
 
 @pytest.fixture(autouse=True)
@@ -114,9 +109,7 @@ SINGLE = ("--scenario", "single")
         (("--scenario", "all"), "which is what the model takes, got 4016 in 'prefill'; lower --scale to 0.5"),
     ],
 )
-def test_a_wrong_use_is_refused_before_anything_is_measured(
-    options: tuple[str, ...], message: str, capsys, monkeypatch
-) -> None:
+def test_a_wrong_use_is_refused_before_anything_is_measured(options, message, capsys, monkeypatch) -> None:
     monkeypatch.setattr(scenarios, "measure_ceilings", None)
     assert message in refusal(capsys, "bench", *options)
 
