@@ -32,9 +32,7 @@ def test_ranks_on_a_cpu_use_the_same_memory() -> None:
         (3, 0, 4, [0, 1, 2, 0], 2),
     ],
 )
-def test_gpus_are_assigned_in_turn_from_rank_0s_on(
-    monkeypatch: pytest.MonkeyPatch, num_gpus: int, first: int, size: int, expected: list[int], per_device: int
-) -> None:
+def test_gpus_are_assigned_in_turn_from_rank_0s_on(monkeypatch, num_gpus, first, size, expected, per_device) -> None:
     """NCCL needs a GPU for each rank; with fewer GPUs, no rank counts on one of its own."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
     placements = local_placements(torch.device("cuda", first), size)
