@@ -7,15 +7,9 @@ from typing import Any
 
 import pytest
 
+from nanovllm.executor import failure_monitor
 from nanovllm.executor.base import RankError, RankValueError
-from nanovllm.executor.failure_monitor import (
-    MAX_TRACEBACK_CHARS,
-    READY,
-    FailureMonitor,
-    RankFailure,
-    State,
-    find_root_cause,
-)
+from nanovllm.executor.failure_monitor import READY, FailureMonitor, RankFailure, State, find_root_cause
 from tests.support.limits import HANG_SECONDS
 
 
@@ -139,9 +133,7 @@ def root_cause(failures: dict[int, RankFailure | None], code: int = 1, is_starti
         (-9, False, "was killed by SIGKILL: by hand, or"),
     ],
 )
-def test_a_rank_that_ended_without_a_report_failed_before_those_that_report(
-    code: int, is_starting: bool, message: str
-) -> None:
+def test_a_rank_that_ended_without_a_report_failed_before_those_that_report(code, is_starting, message) -> None:
     """D33: and the message says how it ended."""
     reported = failure("connection closed")
     error = root_cause({1: reported, 2: None, 3: reported}, code, is_starting)
@@ -150,11 +142,11 @@ def test_a_rank_that_ended_without_a_report_failed_before_those_that_report(
 
 def test_a_report_has_the_cause_the_end_of_the_traceback_and_the_kind() -> None:
     try:
-        raise ValueError("x" * MAX_TRACEBACK_CHARS + " the end")
+        raise ValueError("x" * failure_monitor.MAX_TRACEBACK_CHARS + " the end")
     except ValueError as error:
         report = RankFailure.of(error)
     assert report.cause.startswith("ValueError: xxx")
     assert report.traceback.endswith("the end\n")
-    assert len(report.traceback) == MAX_TRACEBACK_CHARS
+    assert len(report.traceback) == failure_monitor.MAX_TRACEBACK_CHARS
     assert type(root_cause({1: report})) is RankValueError
     assert not RankFailure.of(MemoryError()).is_value_error
