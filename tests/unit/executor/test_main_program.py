@@ -33,9 +33,7 @@ def test_a_program_on_stdin_is_refused() -> None:
     ("refused", "file", "spec"),
     [(0, None, None), (0, __file__, None), (0, "<stdin>", "s"), (1, "<stdin>", None), (1, "gone", None)],
 )
-def test_which_programs_are_refused(
-    refused: int, file: str | None, spec: object, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_which_programs_are_refused(refused: int, file: str | None, spec: object, monkeypatch) -> None:
     """D92: a module (python -m) is found by its name; python -c and a notebook have nothing to import."""
     main = ModuleType("__main__")
     main.__spec__ = spec  # type: ignore[assignment]
