@@ -82,9 +82,7 @@ def test_messages_arrive_whole_and_in_order_and_tensors_have_a_group_of_their_ow
 @pytest.mark.parametrize(
     ("per_device", "expected"), [((1, 1), "new_nccl_group"), ((2, 1), "new_gloo_group"), ((1, 2), "new_gloo_group")]
 )
-def test_nccl_needs_a_gpu_for_every_rank(
-    monkeypatch: pytest.MonkeyPatch, per_device: tuple[int, int], expected: str
-) -> None:
+def test_nccl_needs_a_gpu_for_every_rank(monkeypatch, per_device: tuple[int, int], expected: str) -> None:
     """D36: on one machine ranks may share a GPU, and on another not; all must connect in the same way."""
     monkeypatch.setattr(torchrun, "init_process_group", lambda placement, store, new_group: new_group.__name__)
     channels = make_channels(*(RankPlacement(rank, 2, count, gpu=0) for rank, count in enumerate(per_device)))
@@ -129,9 +127,7 @@ def test_without_a_report_there_is_no_root_cause(store: str) -> None:
 @pytest.mark.parametrize("where", ["connect", "compute"])
 @pytest.mark.parametrize("error", [ArithmeticError("oh"), SystemExit("oh")])
 @pytest.mark.parametrize("has_store", [True, False], ids=["", "rank 0 has ended"])
-def test_a_worker_that_fails_reports_it_and_ends_with_its_own_error(
-    monkeypatch: pytest.MonkeyPatch, where: str, error: BaseException, has_store: bool
-) -> None:
+def test_a_worker_that_fails_reports_it_and_ends_with_its_own_error(monkeypatch, where, error, has_store) -> None:
     """D33: torchrun sees that the process failed, and ends the others. The store ends with rank 0."""
     (rank_0,) = make_channels(RankPlacement(0, 2, num_ranks_per_device=2))
 
