@@ -18,7 +18,5 @@ def test_each_file_states_the_architecture_of_its_name():
 
 
 def test_the_guide_shows_the_file_that_it_adds():
-    shown = re.findall(
-        r"^```python\n(.*?)^```$", (ROOT / "docs/adding_a_model.md").read_text(), re.MULTILINE | re.DOTALL
-    )
+    shown = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs/adding_a_model.md").read_text(), re.M | re.S)
     assert shown == [(ROOT / "nanovllm/models/mistral.py").read_text()]
