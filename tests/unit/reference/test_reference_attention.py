@@ -36,9 +36,7 @@ SHAPES = [(1, 1, 1, 1, 1), (5, 5, 2, 2, 4), (3, 8, 4, 2, 4), (1, 9, 8, 2, 6), (4
 
 @pytest.mark.parametrize(("q_len", "k_len", "num_heads", "num_kv_heads", "head_dim"), SHAPES)
 @pytest.mark.parametrize("scale", [None, 0.3])
-def test_attention_equals_torch(
-    q_len: int, k_len: int, num_heads: int, num_kv_heads: int, head_dim: int, scale: float | None
-) -> None:
+def test_attention_equals_torch(q_len, k_len, num_heads, num_kv_heads, head_dim, scale) -> None:
     query = random(q_len, num_heads, head_dim, seed=1)
     key, value = (random(k_len, num_kv_heads, head_dim, seed=seed) for seed in (2, 3))
     mask = torch.ones(q_len, k_len, dtype=torch.bool).tril(k_len - q_len)
@@ -99,9 +97,7 @@ def test_store_equals_an_index_copy_into_the_flat_cache() -> None:
     data=st.data(),
 )
 @settings(max_examples=40)
-def test_paged_attention_does_not_depend_on_where_the_blocks_are(
-    block_size: int, lengths: list[tuple[int, int]], seed: int, data: st.DataObject
-) -> None:
+def test_paged_attention_does_not_depend_on_where_the_blocks_are(block_size, lengths, seed, data) -> None:
     """Store the keys of each sequence in blocks drawn at random, in a pool full of NaN: the result is that of keys in a
     row. D53: what no sequence owns is never read, or it would be NaN. Lengths are (queries, cached before)."""
     q_lens = [q for q, _ in lengths]
