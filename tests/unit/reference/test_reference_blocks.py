@@ -23,10 +23,7 @@ def test_xxh64_equals_the_package(data: bytes, seed: int) -> None:
 
 
 @example(token_ids=[1, 2], parent=None)  # which is not a parent of 0
-@given(
-    token_ids=st.lists(st.integers(0, 2**31), min_size=1, max_size=40),
-    parent=st.none() | st.integers(0, 2**64 - 1),
-)
+@given(token_ids=st.lists(st.integers(0, 2**31), min_size=1, max_size=40), parent=st.none() | st.integers(0, 2**64 - 1))
 def test_block_hash_is_xxh64_of_parent_and_tokens(token_ids: list[int], parent: int | None) -> None:
     digest = xxhash.xxh64(b"" if parent is None else struct.pack("<Q", parent))
     for token in token_ids:
