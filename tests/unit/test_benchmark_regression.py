@@ -72,15 +72,6 @@ FAILED = pytest.ExitCode.TESTS_FAILED
         (1.0, [8.0, 8.1, 4.1], 0),  # the host was busy
         (1.0, [5.9], 0),  # below the limit
     ],
-    ids=[
-        "unchanged",
-        "slower kernel",
-        "kernel within the threshold",
-        "faster kernel",
-        "slower host",
-        "host that was busy",
-        "host below the limit",
-    ],
 )
 def test_the_session_fails_when_a_kernel_or_the_host_became_slower(kernel_factor, host_ratios, exit_status):
     rng = np.random.default_rng(3)
