@@ -11,29 +11,18 @@ from nanovllm import LLM
 from nanovllm.config import ATTENTION_BACKENDS, Config, accept_nano_vllm_names
 
 NAN, INF = float("nan"), float("inf")
+MAX = 2**31 - 1
 # option -> (values that are refused, the rule as the message states it, values that are accepted)
 RULES: dict[str, tuple[list[Any], str, list[Any]]] = {
-    "max_num_batched_tokens": (
-        [511, -1, 600.0, "600", None, True],
-        "an integer of at least 512",
-        [512, np.int64(600)],
-    ),
+    "max_num_batched_tokens": ([511, -1, 600.0, "600", None, True], "an integer of at least 512", [512, np.int64(600)]),
     "max_num_seqs": ([0, -1, 1.5, "4", None, True], "an integer of at least 1", [1, 512, np.int8(100)]),
     "max_model_len": ([1, -1, 64.0, None, True], "an integer of at least 2", [2, 131072, np.int16(4096)]),
-    "gpu_memory_utilization": (
-        [0, 0.0, -0.1, 1.01, NAN, INF, "0.9", None, True],
-        "a number in (0, 1]",
-        [1e-9, 1, 1.0, np.float32(0.5)],
-    ),
+    "gpu_memory_utilization": ([0, 1.1, NAN, INF, "0.9", None, True], "a number in (0, 1]", [1e-9, 1, np.float32(0.5)]),
     "tensor_parallel_size": ([0, 9, -1, 2.0, None, True], "an integer from 1 to 8", [1, 8, np.int64(2)]),
     "enforce_eager": ([0, 1, None, "False"], "True or False", [True, False]),
     "async_scheduling": ([0, 1, "False"], "True or False", [True, False, None]),
     "kv_cache_block_size": ([0, -256, 256.0, True], "an integer of at least 1", [256, 768, None, np.int64(256)]),
-    "num_kv_cache_blocks": (
-        [0, -1, 4.0, "4", True, 2**31],
-        f"an integer from 1 to {2**31 - 1}",
-        [1, None, np.int64(7), 2**31 - 1],
-    ),
+    "num_kv_cache_blocks": ([0, 4.0, "4", True, MAX + 1], f"an integer from 1 to {MAX}", [1, None, np.int64(7), MAX]),
     "attention_backend": (
         ["flash", "", None, 3],
         "one of 'auto', 'torch', 'triton', 'flash_attn'",
@@ -95,9 +84,7 @@ def test_a_step_has_a_token_for_each_sequence() -> None:
 def test_a_model_is_a_str_or_a_path() -> None:
     assert Config(Path("some/model")).model == str(Path("some/model"))  # type: ignore[arg-type]
     for model in ("", None, 7, b"model"):
-        with pytest.raises(
-            ValueError, match=r"model must be a directory or a hub id such as 'Qwen/.*', got "
-        ) as caught:
+        with pytest.raises(ValueError, match=r"model must be a directory or a hub id such as 'Qwen/.*, got ") as caught:
             Config(model)  # type: ignore[arg-type]
         assert repr(model) in str(caught.value)
 
