@@ -162,9 +162,7 @@ def test_site_has_a_page_for_every_file_of_reference_that_links_tests_of_the_eng
 
 def test_pages_load_nothing_from_other_machines(site: Path) -> None:
     for path in site.rglob("*.html"):
-        loaded = re.findall(
-            r"<(?:script|img|iframe|link)\b[^>]*(?:src|href)=\"?(https?://[^\" >]+)", path.read_text("utf-8")
-        )
+        loaded = re.findall(r"<(?:script|img|iframe|link)\b[^>]*(?:src|href)=\"?https?://", path.read_text("utf-8"))
         assert loaded == [], path
 
 
