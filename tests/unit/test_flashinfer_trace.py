@@ -109,9 +109,7 @@ def test_flashinfer_bench_reads_what_is_exported(folder: Path) -> None:
             assert all(eval(rule, {"__builtins__": {}}, sizes) for rule in definition.constraints), name
 
 
-def test_a_folder_that_is_not_empty_and_a_model_that_is_not_there_are_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_folder_that_is_not_empty_and_a_model_that_is_not_there_are_refused(tmp_path: Path, capsys) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit, match="2"):
         main([str(tmp_path)])
