@@ -7,12 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.gpu_sharing import (
-    gpus_needed_by,
-    held,
-    pytest_cmdline_main,
-    pytest_runtest_setup,
-)
+from tests.support.gpu_sharing import gpus_needed_by, held, pytest_cmdline_main, pytest_runtest_setup
 from tests.support.limits import HANG_SECONDS
 from tests.support.programs import run_python
 
