@@ -282,9 +282,7 @@ def test_unsupported_or_wrong_value_is_refused_by_name(tmp_path, changes, match)
 # Mixture of experts.
 
 
-@pytest.mark.parametrize(
-    "counts", [{}, {"num_experts": MISSING, "num_local_experts": 8}, {"num_local_experts": 8}], ids=str
-)
+@pytest.mark.parametrize("counts", [{}, {"num_experts": MISSING, "num_local_experts": 8}, {"num_local_experts": 8}])
 def test_experts_are_read_from_either_key(tmp_path, counts):
     moe = load(tmp_path, **(MOE | counts), norm_topk_prob=True).moe
     assert moe == MoEConfig(8, 2, 32, norm_topk_prob=True, layers=frozenset({0, 1, 2, 3}))
