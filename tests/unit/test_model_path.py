@@ -65,9 +65,7 @@ CHECK_NETWORK = "check the network connection, or give a local directory"
         (OSError("<p>\n" * 100_000), {}, " ...; " + CHECK_NETWORK),  # a page of HTML is cut
     ],
 )
-def test_every_error_of_the_hub_is_a_value_error_with_a_remedy(
-    error: Exception, variables: dict[str, str], remedy: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_error_of_the_hub_is_a_value_error_with_a_remedy(error, variables, remedy, monkeypatch) -> None:
     """D92: a wrong HF_ENDPOINT raised an exception of the HTTP library."""
 
     def refuse(*_: Any, **__: Any) -> str:
