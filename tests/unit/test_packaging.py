@@ -106,9 +106,7 @@ def test_wheel_declares_the_nanovllm_command(distribution):
 def test_declared_dependencies_are_those_that_are_imported(distribution):
     """D71: an undeclared one is missing in an empty environment. triton's import is lazy and optional."""
     extra = "extra =="
-    declared = {
-        (extra in text, re.split(r"[^A-Za-z0-9_-]", text)[0].replace("-", "_")) for text in distribution.requires
-    }
+    declared = {(extra in text, re.split(r"[^\w-]", text)[0].replace("-", "_")) for text in distribution.requires}
     imported = {package for path in python_files("nanovllm") for package in imported_packages(path)}
     assert imported - {"nanovllm", *sys.stdlib_module_names} - {name for _, name in declared} == set()
     assert {name for is_extra, name in declared if not is_extra} - imported - {"triton"} == set()
