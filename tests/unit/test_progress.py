@@ -23,9 +23,7 @@ from nanovllm.engine.throughput import GenerationProgress
 from nanovllm.progress import Progress
 from tests.support.scheduling import make_sequence
 
-GENERATING = re.compile(
-    r"Generating: (\d+)/2 prompts in \d+ s, (\d+) tokens, prefill [\d,]+ tok/s, decode [\d,]+ tok/s"
-)
+LINE = re.compile(r"Generating: (\d+)/2 prompts in \d+ s, (\d+) tokens, prefill [\d,]+ tok/s, decode [\d,]+ tok/s")
 
 
 @contextmanager
@@ -65,9 +63,7 @@ def requests(num_prompts: int, max_tokens: int, num_prompt_tokens: int = 3) -> l
     return [RequestState(seq, None, index) for index, seq in enumerate(sequences)]
 
 
-def advance(
-    bar: GenerationProgress, advanced: list[RequestState], is_prefill: bool = False, finish: bool = False
-) -> None:
+def advance(bar: GenerationProgress, advanced: list[RequestState], is_prefill=False, finish=False) -> None:
     for request in advanced:
         request.sequence.append_token(7)
         if finish:
@@ -117,7 +113,7 @@ def test_generate_writes_one_line_to_a_file(capsys) -> None:
         capsys.readouterr()
         llm.generate([[5, 6], [7]], SamplingParams(max_tokens=9, ignore_eos=True))
         (line,) = capsys.readouterr().err.splitlines()
-        found = GENERATING.fullmatch(line)
+        found = LINE.fullmatch(line)
         assert found is not None, line
         assert found.groups() == ("2", "18")
         llm.generate([[5, 6], [7]], use_tqdm=False)
