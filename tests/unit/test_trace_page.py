@@ -58,12 +58,7 @@ def test_spans_say_what_a_sequence_did_in_each_step() -> None:
         add_prompt(scheduler, 7, 1, max_tokens=2)
         add_prompt(scheduler, 3, 2, max_tokens=1)
         run(scheduler)
-    assert spans_of(trace, 0) == [
-        Span("prefill", 0, 0),
-        Span("decode", 1, 1),
-        Span("idle", 2, 3),
-        Span("decode", 4, 4),
-    ]
+    assert spans_of(trace, 0) == [Span("prefill", 0, 0), Span("decode", 1, 1), Span("idle", 2, 3), Span("decode", 4, 4)]
     assert spans_of(trace, 1) == [Span("prefill", 2, 2), Span("prefill", 3, 3), Span("decode", 4, 4)]
     assert spans_of(trace, 2) == [Span("waiting", 2, 4), Span("prefill", 5, 5)]
 
