@@ -46,9 +46,6 @@ def test_an_empty_range_is_refused(num_seqs: int, input_len: tuple[int, int], ou
         draw_requests(num_seqs, input_len, output_len, vocab_size=9, seed=0)
 
 
-# --- scenarios ---
-
-
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_prompts_of_a_scenario_share_its_prefix_alone_and_differ_from_seed_to_seed(name: str) -> None:
     """Otherwise the prefix cache would hold blocks of a prompt, and a run would measure less work than the last."""
@@ -71,9 +68,6 @@ def test_a_scenario_is_scaled_in_requests_and_lengths() -> None:
     assert scenario.scaled(1e-9) == Scenario(1, (1, 1), (2, 2), num_shared=1)
     assert scenario.scaled(2).max_len == 2 * scenario.max_len == 8096
     assert SCENARIOS["single"].scaled(0.5).num_shared == 0
-
-
-# --- arrivals ---
 
 
 def test_arrivals_are_ascending_and_their_seed_decides_them() -> None:
