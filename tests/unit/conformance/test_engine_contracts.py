@@ -83,9 +83,6 @@ def test_every_contract_has_a_fault() -> None:
     assert {fault.breaks for fault in FAULTS} == {contract.id for contract in CONTRACTS}
 
 
-# --- adapters ---
-
-
 @pytest.mark.parametrize(("module", "adapter"), [(nano_vllm_like, NANO_VLLM), (vllm_like, VLLM)], ids=["nano", "vllm"])
 def test_an_engine_of_another_style_keeps_what_applies_to_it(module: Any, adapter: Any) -> None:
     expected = {
@@ -99,9 +96,6 @@ def test_an_engine_of_another_style_keeps_what_applies_to_it(module: Any, adapte
 def test_a_fork_with_more_sampling_parameters_is_held_to_more() -> None:
     fitted = NANO_VLLM.fitted(["temperature", "max_tokens", "ignore_eos", "seed"])
     assert NANO_VLLM.lacks.keys() - fitted.lacks.keys() == {"seed"}
-
-
-# --- the document ---
 
 
 def test_the_document_has_a_row_of_each_contract() -> None:
