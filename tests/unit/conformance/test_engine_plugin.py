@@ -135,8 +135,6 @@ def test_the_style_of_an_engine_is_recognised_by_its_sampling_parameters() -> No
     assert recognise(["prompt"]) is None
 
 
-# --- engines on a GPU ---
-
 ON_A_GPU = {
     "nanovllm": ["--engine-option=device=cuda", "--engine-option=attention_backend=triton"],
     "nano-vllm": [],
