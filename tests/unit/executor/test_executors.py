@@ -232,9 +232,6 @@ def test_a_runner_that_cannot_start_leaves_nothing(parts: Any, monkeypatch: pyte
     assert parts.calls == (["terminate", "abort", None] if make is Ranks else [])
 
 
-# --- the choice, and the owner ---
-
-
 def test_an_executor_is_closed_with_its_owner_but_not_in_a_forked_child(monkeypatch: pytest.MonkeyPatch) -> None:
     """D34 D86."""
     closed: list[str] = []
