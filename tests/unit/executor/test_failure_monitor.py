@@ -115,9 +115,6 @@ def test_a_closed_monitor_stays_closed(start: Start) -> None:
     monitor.check()
 
 
-# --- the root cause ---
-
-
 def root_cause(failures: dict[int, RankFailure | None], code: int = 1, is_starting: bool = False) -> RankError:
     return find_root_cause(failures, 4, {2: code}.get, is_starting)
 
