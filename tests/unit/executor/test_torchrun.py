@@ -145,9 +145,6 @@ def test_a_worker_that_fails_reports_it_and_ends_with_its_own_error(monkeypatch,
         assert str(rank_0.reported_failure(1)).startswith(f"rank 1 of 2 failed: {type(error).__name__}: oh\n")
 
 
-# --- rank 0's executor ---
-
-
 def test_close_succeeds_when_the_other_ranks_have_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     """D34. The control group's connections close when it has no references."""
 
@@ -165,9 +162,6 @@ def test_close_succeeds_when_the_other_ranks_have_ended(monkeypatch: pytest.Monk
     executor.close()
     executor.close()
     assert control() is None
-
-
-# --- which rank gets an executor ---
 
 
 def test_another_number_of_ranks_than_torchrun_started_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
