@@ -72,9 +72,6 @@ def test_a_scheduler_that_was_used_is_refused() -> None:
         pass
 
 
-# --- differences ---
-
-
 def test_a_wrong_token_is_named_and_a_near_tie_is_excused(monkeypatch: pytest.MonkeyPatch) -> None:
     """The oracle of near ties is the float64 reference."""
     options = {"max_model_len": 64, "kv_cache_block_size": 16, "num_kv_cache_blocks": 5, "attention_backend": "torch"}
