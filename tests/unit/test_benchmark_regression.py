@@ -88,9 +88,6 @@ def test_a_stored_run_without_ratios_decides_nothing_about_the_host():
     assert fake.exitstatus == 0
 
 
-# --- the host's measurement ---
-
-
 class Clock:
     """Stands for pytest-benchmark's fixture: runs all rounds, and says what a round took."""
 
