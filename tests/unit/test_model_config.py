@@ -163,9 +163,6 @@ def test_longest_supported_sequence_follows_from_the_rope_type(tmp_path, paramet
     assert load(tmp_path, rope_scaling=parameters).max_supported_len == expected
 
 
-# End-of-sequence ids.
-
-
 @pytest.mark.parametrize(("eos", "expected"), [(-1, set()), ([-1, 3], {3}), ([31, 32], {31})])
 def test_end_of_sequence_id_outside_the_vocabulary_ends_nothing(tmp_path, eos, expected, caplog):
     """D89: some checkpoints state -1 for none. One warning names it."""
@@ -277,9 +274,6 @@ def test_unsupported_or_wrong_value_is_refused_by_name(tmp_path, changes, match)
     write(tmp_path, **changes)
     with pytest.raises(ValueError, match=f"config.json: .*{match}"):
         load_model_config(tmp_path)
-
-
-# Mixture of experts.
 
 
 @pytest.mark.parametrize("counts", [{}, {"num_experts": MISSING, "num_local_experts": 8}, {"num_local_experts": 8}])
