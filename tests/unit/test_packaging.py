@@ -77,9 +77,6 @@ def distribution(unpacked_wheel: Path) -> importlib.metadata.Distribution:
     return found
 
 
-# --- the source distribution ---
-
-
 def test_source_distribution_holds_every_file_of_the_checkout_and_what_packing_adds(sdist):
     """Files of the checkout whose name begins with a dot are of use in a checkout only, but for .ci/run."""
     expected = {name for name in files_of_the_checkout() if not name.startswith(".") or name.startswith(".ci/")}
