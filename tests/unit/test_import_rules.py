@@ -44,9 +44,7 @@ READ_MODEL_CONFIG = (
     ["nanovllm", "nanovllm.cli", "nanovllm.engine.scheduler", "nanovllm.engine.model_input", READ_MODEL_CONFIG],
 )
 def test_import_loads_no_torch(module: str) -> None:
-    """`import nanovllm` is cheap, the engine's decisions can be run and tested without torch, and a wrong model is
-    refused before it is imported.
-    """
+    """`import nanovllm` is cheap; the engine's decisions need no torch, nor does the refusal of a wrong model."""
     code = f"import sys, {module}; print(sorted({{'torch', 'transformers', 'triton'}} & sys.modules.keys()))"
     result = run_python("-c", code)
     assert (result.returncode, result.stdout.strip()) == (0, "[]"), result.stderr
