@@ -4,7 +4,6 @@ import pytest
 
 from benchmarks import arithmetic
 from benchmarks.arithmetic import Ceilings, Work
-from benchmarks.kernels.attention import num_causal_pairs
 from benchmarks.kernels.grouped_gemm import work_of_experts
 from benchmarks.shapes import Shape
 from tests.support.kernels.registry import kernels
@@ -40,12 +39,6 @@ def test_bytes_and_operations_of_small_cases(name, point, work):
 def test_bytes_and_operations_of_experts():
     """3 tokens of 2 experts each, of which 4 were hit; matrices of 5 x 7."""
     assert work_of_experts(3, 4, 2, 5, 7) == Work(4 * 3 * 35 * 2 + 30, 30, 6 * 3 * 2 * 35)
-
-
-@pytest.mark.parametrize(("query_len", "key_len"), [(1, 1), (1, 9), (4, 4), (3, 10)])
-def test_causal_pairs_are_the_ones_of_a_mask(query_len, key_len):
-    pairs = sum(key <= key_len - query_len + query for query in range(query_len) for key in range(key_len))
-    assert num_causal_pairs([query_len, 2], [key_len, 2]) == pairs + 3
 
 
 @pytest.mark.parametrize(

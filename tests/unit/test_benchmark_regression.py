@@ -31,15 +31,6 @@ def test_noise_is_not_a_slowdown(noise, seed):
     assert not any(decision.is_slower or decision.is_faster for decision in regression.decide_all(*runs))
 
 
-@pytest.mark.parametrize(("change", "is_faster"), [(0.8, True), (0.97, False), (1.04, False)])
-def test_a_change_within_the_practical_threshold_and_an_improvement_fail_nothing(change, is_faster):
-    rng = np.random.default_rng(0)
-    decision = regression.decide("b", samples(rng, 1e-5, 0.001), samples(rng, change * 1e-5, 0.001))
-    assert not decision.is_slower
-    assert decision.is_faster == is_faster
-    assert decision.low <= decision.ratio <= decision.high
-
-
 def test_runs_without_samples_are_refused():
     with pytest.raises(ValueError, match="at least 8 samples, got 0 stored ones; store runs with --benchmark-autosave"):
         regression.decide("b", [], [1.0] * 15)
@@ -58,10 +49,9 @@ def test_another_gpu_is_refused(now, before):
 
 def session(kernel_samples: list[float], host_ratios: list[float], stored: dict[str, dict]) -> SimpleNamespace:
     """What the hook reads of pytest's session, after benchmarks "kernel" and "host" have run."""
+    stats, name = SimpleNamespace(data=kernel_samples), {"kernel": "rms_norm"}
     benchmarks = [
-        SimpleNamespace(
-            fullname="kernel", stats=SimpleNamespace(data=kernel_samples), extra_info={"kernel": "rms_norm"}
-        ),
+        SimpleNamespace(fullname="kernel", stats=stats, extra_info=name),
         SimpleNamespace(fullname="host", stats=None, extra_info={"host": "schedule", "ratios": host_ratios}),
     ]
     state = SimpleNamespace(compared_mapping={"0001.json": stored}, benchmarks=benchmarks)
@@ -76,18 +66,18 @@ FAILED = pytest.ExitCode.TESTS_FAILED
     [
         (1.0, [4.0], 0),
         (1.1, [4.0], FAILED),
+        (1.04, [4.0], 0),  # within the practical threshold
         (0.8, [4.0], 0),
         (1.0, [8.0, 8.1, 7.9], FAILED),
-        (1.0, [8.0, 8.1, 4.1], 0),
-        (1.0, [5.9], 0),
+        (1.0, [8.0, 8.1, 4.1], 0),  # the host was busy
+        (1.0, [5.9], 0),  # below the limit
     ],
-    ids=["unchanged", "slower kernel", "faster kernel", "slower host", "host that was busy", "host below the limit"],
 )
 def test_the_session_fails_when_a_kernel_or_the_host_became_slower(kernel_factor, host_ratios, exit_status):
     rng = np.random.default_rng(3)
-    stored = {"kernel": {"stats": {"data": samples(rng, 1e-5, 0.01)}}}
+    stored = {"kernel": {"stats": {"data": samples(rng, 1e-5, 0.002)}}}
     stored["host"] = {"stats": {"data": []}, "extra_info": {"ratios": [4.0]}}
-    fake: object = session(samples(rng, kernel_factor * 1e-5, 0.01), host_ratios, stored)
+    fake: object = session(samples(rng, kernel_factor * 1e-5, 0.002), host_ratios, stored)
     conftest.pytest_sessionfinish(fake)
     assert fake.exitstatus == exit_status
 
@@ -96,9 +86,6 @@ def test_a_stored_run_without_ratios_decides_nothing_about_the_host():
     fake: object = session([1e-5] * 15, [8.0, 8.0, 8.0], {"host": {"stats": {"data": []}}})
     conftest.pytest_sessionfinish(fake)
     assert fake.exitstatus == 0
-
-
-# --- the host's measurement ---
 
 
 class Clock:

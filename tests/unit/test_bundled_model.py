@@ -64,9 +64,7 @@ def test_every_source_names_the_same_end_of_text() -> None:
 
 
 @pytest.mark.parametrize("prompt", DEMO_PROMPTS)
-def test_demo_prompt_is_continued_by_its_text_and_no_rounding_can_change_that(
-    prompt: str, continuations: dict[str, Continuation]
-) -> None:
+def test_demo_prompt_is_continued_by_its_text_and_no_rounding_can_change_that(prompt: str, continuations) -> None:
     assert continuations[prompt].text in TEXT.read_text(encoding="utf-8")
     margins = continuations[prompt].margins
     assert margins.isfinite().all()

@@ -68,25 +68,11 @@ def test_a_conversation_remembers_its_messages_up_to_new_and_ends_at_quit(model,
     assert capsys.readouterr().out == "".join(text + "\n" for text in expected)
 
 
-def test_the_end_of_the_input_ends_the_chat(model, monkeypatch, capsys) -> None:
-    assert chat(monkeypatch, model, io.StringIO("")) == 0
-    assert capsys.readouterr().out == ""
-
-
 def test_a_system_message_comes_first_and_survives_new(model, llm, monkeypatch, capsys) -> None:
     assert chat(monkeypatch, model, io.StringIO("Hello\n/new\nHello\n"), "--system", "Be brief.") == 0
     (text,) = answers(llm, "Hello", system="Be brief.")
     assert text != answers(llm, "Hello")[0]
     assert capsys.readouterr().out == f"{text}\n{text}\n"
-
-
-def test_a_sampled_chat_repeats_with_its_seed(model, monkeypatch, capsys) -> None:
-    texts = []
-    for seed in ("1", "1", "2"):
-        monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n"))
-        assert cli.main(["chat", "--model", str(model), *OPTIONS[1:], "--seed", seed]) == 0
-        texts.append(capsys.readouterr().out)
-    assert texts[0] == texts[1] != texts[2]
 
 
 def test_a_terminal_shows_a_prompt_the_commands_and_why_an_answer_ends(model, llm, monkeypatch, capsys) -> None:
@@ -158,12 +144,6 @@ def test_a_model_without_a_chat_template_is_refused(monkeypatch, capsys) -> None
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("nanovllm: error: --model must have a chat template")
     assert "nanovllm generate" in line
-
-
-def test_the_bundled_model_has_no_template_so_a_model_must_be_named(capsys) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        cli.main(["chat"])
-    assert "required: --model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

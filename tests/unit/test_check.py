@@ -1,8 +1,10 @@
-"""tools/check.py: which tests run first for which file."""
+"""tools/check.py: which tests run first for which file. tools/check_machine.py: what is missing is one line."""
 
 import pytest
+import torch
 
 from tests.support.source_tree import ROOT, python_files
+from tools import check_machine
 from tools.check import main, stages
 
 FILES = [path.relative_to(ROOT).as_posix() for path in python_files("nanovllm")]
@@ -37,3 +39,20 @@ def test_another_file_is_refused_by_name(file: str, capsys: pytest.CaptureFixtur
         main([file])
     assert error.value.code == 2
     assert f"relative to the project's root, got {file!r}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["pytest", "no_such_module", "nor_this"], "has no no-such-module, nor-this here; "),
+        (["--gpu", "torch"], "finds no NVIDIA GPU here; "),
+    ],
+)
+def test_what_is_missing_is_one_line(arguments, reason, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert check_machine.main(arguments) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert reason in line
+    assert line.endswith("name the python that does: make TARGET PYTHON=...")
+    assert check_machine.main(["torch", "pytest"]) == 0
+    assert capsys.readouterr().err == ""

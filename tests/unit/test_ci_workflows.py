@@ -36,7 +36,7 @@ def scripts(node: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("name", texts())
-def test_scripts_call_targets_and_modules_that_exist(name: str) -> None:
+def test_targets_modules_and_paths_that_a_workflow_names_exist(name: str) -> None:
     lines = [line for script in scripts(yaml.safe_load(texts()[name])) for line in script.splitlines()]
     calls = [re.split(r" \w+=| ARGS=|#", line.strip())[0].split() for line in lines]
     targets = {target for call in calls if call[:1] == ["make"] for target in call[1:]}
@@ -44,10 +44,6 @@ def test_scripts_call_targets_and_modules_that_exist(name: str) -> None:
     assert [target for target in targets if not re.search(rf"^{target}:", MAKEFILE, re.MULTILINE)] == []
     modules = set(re.findall(r"python -m (tools\.\w+)", "\n".join(lines)))
     assert [module for module in modules if not (ROOT / f"{module.replace('.', '/')}.py").is_file()] == []
-
-
-@pytest.mark.parametrize("name", texts())
-def test_paths_of_tests_exist(name: str) -> None:
     paths = re.findall(r"\b(?:tests|tools|benchmarks)/[\w/]+", texts()[name])
     assert [path for path in paths if not (ROOT / path).exists() and not path.startswith("benchmarks/results")] == []
 
@@ -58,11 +54,6 @@ def test_the_suite_runs_on_every_python_that_pyproject_declares() -> None:
     if WORKFLOWS:
         jobs = yaml.safe_load(texts()["ci.yml"])["jobs"]
         assert jobs["test"]["strategy"]["matrix"]["python-version"] == declared
-
-
-@pytest.mark.parametrize("name", texts())
-def test_the_page_names_each_workflow(name: str) -> None:
-    assert name in PAGE.read_text(encoding="utf-8")
 
 
 def test_a_workflow_may_read_and_no_more_unless_a_job_says_so() -> None:

@@ -1,7 +1,8 @@
-"""What keeps the suite honest: every test is collected, and the run is strict."""
+"""What keeps the suite honest: every test is collected, the run is strict, and other machines cannot be reached."""
 
 import ast
 import re
+import socket
 from pathlib import Path
 
 import pytest
@@ -12,28 +13,13 @@ from tests.support.source_tree import ROOT, parse, python_files
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
-def collected_tests(tree: ast.Module) -> list[str]:
-    """Test functions at the top of a module, test methods of Test* classes, and `TestX = Machine.TestCase`."""
-    names = []
-    for node in tree.body:
-        if isinstance(node, ast.ClassDef) and node.name.startswith("Test"):
-            names += [item.name for item in node.body if isinstance(item, FUNCTIONS) and item.name.startswith("test_")]
-        elif isinstance(node, FUNCTIONS) and node.name.startswith("test_"):
-            names.append(node.name)
-        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            names += [node.targets[0].id] if node.targets[0].id.startswith("Test") else []
-    return names
-
-
-def defined_tests(tree: ast.Module) -> list[str]:
-    """Functions named test_* anywhere in the module."""
-    return [node.name for node in ast.walk(tree) if isinstance(node, FUNCTIONS) and node.name.startswith("test_")]
-
-
 def misplaced_tests(path: Path) -> list[str]:
     """Functions named test_* that pytest does not collect: in a file of another name, or inside a function."""
-    found = collected_tests(parse(path)) if path.name.startswith("test_") else []
-    return sorted(set(defined_tests(parse(path))) - set(found))
+    tree = parse(path)
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name.startswith("Test")]
+    collected = [node for place in (tree, *classes) for node in place.body if path.name.startswith("test_")]
+    tests = [node for node in ast.walk(tree) if isinstance(node, FUNCTIONS) and node.name.startswith("test_")]
+    return sorted(node.name for node in tests if node not in collected)
 
 
 def test_no_test_is_where_pytest_does_not_look() -> None:
@@ -62,3 +48,13 @@ def test_the_run_is_strict(pytestconfig: pytest.Config) -> None:
     assert pytestconfig.getini("xfail_strict") is True
     assert HANG_SECONDS < float(pytestconfig.getini("timeout")) <= 3600  # so the reason is printed, not just the stack
     assert not pytestconfig.pluginmanager.has_plugin("rerunfailures"), "a failure is not run again until it passes"
+
+
+def test_a_connection_to_another_machine_is_refused(pytestconfig: pytest.Config) -> None:
+    is_guarded = pytestconfig.pluginmanager.hasplugin("socket")
+    header = pytestconfig.hook.pytest_report_header(config=pytestconfig, start_path=pytestconfig.rootpath)
+    assert any("no pytest-socket" in str(lines) for lines in header) != is_guarded
+    if is_guarded:
+        # The plugin warns before it raises, and warnings are errors. RFC 5737: an address of no machine.
+        with socket.socket() as client, pytest.raises((RuntimeError, UserWarning), match=r"192\.0\.2\.1"):
+            client.connect(("192.0.2.1", 9))

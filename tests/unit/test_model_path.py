@@ -1,9 +1,6 @@
 """local_model_dir: a directory as it is, a hub id by download, and an error with a remedy for everything else."""
 
 import errno
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +8,7 @@ import huggingface_hub
 import pytest
 
 from nanovllm.model_path import local_model_dir
-from tests.support.limits import HANG_SECONDS
-from tests.support.source_tree import ROOT
+from tests.support.programs import run_python
 
 
 def test_a_directory_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,9 +65,7 @@ CHECK_NETWORK = "check the network connection, or give a local directory"
         (OSError("<p>\n" * 100_000), {}, " ...; " + CHECK_NETWORK),  # a page of HTML is cut
     ],
 )
-def test_every_error_of_the_hub_is_a_value_error_with_a_remedy(
-    error: Exception, variables: dict[str, str], remedy: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_error_of_the_hub_is_a_value_error_with_a_remedy(error, variables, remedy, monkeypatch) -> None:
     """D92: a wrong HF_ENDPOINT raised an exception of the HTTP library."""
 
     def refuse(*_: Any, **__: Any) -> str:
@@ -92,10 +86,8 @@ def test_every_error_of_the_hub_is_a_value_error_with_a_remedy(
 @pytest.mark.parametrize("endpoint", ["notaurl", "ftp://localhost", "http://127.0.0.1:1", "http://[", ""])
 def test_a_wrong_endpoint_is_one_line_at_the_command_line(endpoint: str, tmp_path: Path) -> None:
     """D92: with the hub's own client, which reads the variable when it is imported."""
-    offline = "0" if endpoint else "1"
-    variables = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": offline, "HF_HOME": str(tmp_path)}
-    command = [sys.executable, "-m", "nanovllm", "generate", "--model", "some/model", "x"]
-    result = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=HANG_SECONDS)
+    variables = {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0" if endpoint else "1", "HF_HOME": str(tmp_path)}
+    result = run_python("-m", "nanovllm", "generate", "--model", "some/model", "x", **variables)
     assert result.returncode == 2, result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert result.stderr.startswith("nanovllm: error: --model must be ")

@@ -1,13 +1,11 @@
 """tools/mutants: every mutant fits the code, every defect is put back, and the runner tells caught from surviving."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.support.limits import HANG_SECONDS
+from tests.support.programs import run_python
 from tests.support.source_tree import ROOT
 from tools.defects import TABLE
 from tools.mutants.mutant import MutantError, read_mutants
@@ -79,8 +77,7 @@ def write_mutants(project: Path, *mutants: tuple[str, str, str, str]) -> None:
 
 def run(project: Path, *arguments: str) -> tuple[int, str]:
     """(exit code, output) of the tool in a process of its own, since it forks."""
-    command = [sys.executable, "-m", "tools.mutants", "--root", str(project), "--data", str(project), *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANG_SECONDS)
+    done = run_python("-m", "tools.mutants", "--root", project, "--data", project, *arguments)
     return done.returncode, done.stdout + done.stderr
 
 

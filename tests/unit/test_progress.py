@@ -18,13 +18,12 @@ from nanovllm import LLM, SamplingParams, bundled_model_path, progress
 from nanovllm.engine import throughput
 from nanovllm.engine.request_state import RequestState
 from nanovllm.engine.scheduler import ScheduledBatch
-from nanovllm.engine.sequence import Sequence, SequenceStatus
+from nanovllm.engine.sequence import SequenceStatus
 from nanovllm.engine.throughput import GenerationProgress
 from nanovllm.progress import Progress
+from tests.support.scheduling import make_sequence
 
-GENERATING = re.compile(
-    r"Generating: (\d+)/2 prompts in \d+ s, (\d+) tokens, prefill [\d,]+ tok/s, decode [\d,]+ tok/s"
-)
+LINE = re.compile(r"Generating: (\d+)/2 prompts in \d+ s, (\d+) tokens, prefill [\d,]+ tok/s, decode [\d,]+ tok/s")
 
 
 @contextmanager
@@ -60,16 +59,11 @@ class Clock:
 
 
 def requests(num_prompts: int, max_tokens: int, num_prompt_tokens: int = 3) -> list[RequestState]:
-    params = SamplingParams(max_tokens=max_tokens)
-    sequences = [
-        Sequence([1] * num_prompt_tokens, params, seq_id=number, block_size=4, seed=0) for number in range(num_prompts)
-    ]
+    sequences = [make_sequence([1] * num_prompt_tokens, seq_id=id, max_tokens=max_tokens) for id in range(num_prompts)]
     return [RequestState(seq, None, index) for index, seq in enumerate(sequences)]
 
 
-def advance(
-    bar: GenerationProgress, advanced: list[RequestState], is_prefill: bool = False, finish: bool = False
-) -> None:
+def advance(bar: GenerationProgress, advanced: list[RequestState], is_prefill=False, finish=False) -> None:
     for request in advanced:
         request.sequence.append_token(7)
         if finish:
@@ -119,7 +113,7 @@ def test_generate_writes_one_line_to_a_file(capsys) -> None:
         capsys.readouterr()
         llm.generate([[5, 6], [7]], SamplingParams(max_tokens=9, ignore_eos=True))
         (line,) = capsys.readouterr().err.splitlines()
-        found = GENERATING.fullmatch(line)
+        found = LINE.fullmatch(line)
         assert found is not None, line
         assert found.groups() == ("2", "18")
         llm.generate([[5, 6], [7]], use_tqdm=False)

@@ -1,15 +1,19 @@
-"""What the README shows is what there is."""
+"""The documents agree with the tree: links, make targets, versions; and the README's examples work as pasted."""
 
 import re
 import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
+import nanovllm
 import reference
 from nanovllm import bundled_model_path, cli
 from tests.support.source_tree import ROOT
 
+DOCUMENTS = sorted(path for folder in (ROOT, ROOT / "docs", ROOT / "examples") for path in folder.glob("*.md"))
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -17,14 +21,26 @@ def code_blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 
 
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_to_files_and_make_targets_exist(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    prose = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    links = re.findall(r"\]\((?!\w+:|#)([^)#\s]+)", prose)
+    assert [link for link in links if not (path.parent / link).exists()] == []
+    called = re.findall(r"(?:^|`)make ((?:[a-z-]+ ?)+)", text, re.MULTILINE)
+    targets = {target for targets in called for target in targets.split()}
+    assert [target for target in targets if not re.search(rf"^{target}:", MAKEFILE, re.MULTILINE)] == []
+
+
+def test_a_citation_names_this_version_and_this_licence() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    (license,) = re.findall(r'^license = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert (citation["version"], citation["license"]) == (nanovllm.__version__, license)
+
+
 def test_reading_order_is_that_of_reference():
     listed = re.findall(r"^\d+\. \[(\w+)\]\(reference/\1\.py\): (.*)$", README, re.MULTILINE)
     assert listed == list(reference.READING_ORDER)
-
-
-@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\(([^)#:]+)\)", README))))
-def test_link_leads_to_a_file(link):
-    assert (ROOT / link).exists()
 
 
 @pytest.mark.parametrize("kind", ["no tokenizer", "tokenizer", "chat template"])
@@ -43,15 +59,8 @@ def test_first_example_works_as_pasted(kind: str, tmp_path: Path, capsys: pytest
     assert len(printed.splitlines()) >= {"no tokenizer": 2, "tokenizer": 3, "chat template": 4}[kind]
 
 
-@pytest.mark.parametrize(
-    "line", [line for block in code_blocks("sh") for line in block.splitlines() if line.startswith("nanovllm ")]
-)
-def test_shell_line_is_understood(line):
+def test_shell_lines_are_understood():
     """Every `nanovllm ...` of the README parses; nothing is run."""
-    words = re.findall(r'"[^"]*"|\S+', line.split("#")[0].split(" < ")[0])
-    assert cli._parser().parse_args([word.strip('"') for word in words[1:]]).run
-
-
-@pytest.mark.parametrize("target", sorted(set(re.findall(r"`?make ([a-z-]+)", README))))
-def test_make_target_exists(target):
-    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for line in [line for block in code_blocks("sh") for line in block.splitlines() if line.startswith("nanovllm ")]:
+        words = re.findall(r'"[^"]*"|\S+', line.split("#")[0].split(" < ")[0])
+        assert cli._parser().parse_args([word.strip('"') for word in words[1:]]).run, line

@@ -16,18 +16,6 @@ from tools import real_model as tool
 gguf = pytest.importorskip("gguf")
 
 CHAT_TEMPLATE = "{% for message in messages %}<s>{{ message['content'] }}</s>{% endfor %}"
-# Hugging Face's names of a layer's weights -> GGUF's.
-LAYER = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
 CONTROL, NORMAL = 3, 1  # types of tokens
 
 
@@ -37,12 +25,12 @@ def interleaved(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
     return torch.stack([halves[:, 0], halves[:, 1]], dim=2).flatten(0, 2)
 
 
-def write_gguf(path: Path, model: Any, pre_tokenizer: str = "smollm", architecture: str = "llama") -> None:
+def write_gguf(path: Path, model: Any, pre_tokenizer: str = "smollm") -> None:
     """`model`, a tied Llama of transformers, with a tokenizer of the 256 bytes, two merges and control tokens."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     config, weights = model.config, model.state_dict()
-    writer = gguf.GGUFWriter(path, architecture)
+    writer = gguf.GGUFWriter(path, "llama")
     writer.add_name("tiny")
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -67,15 +55,13 @@ def write_gguf(path: Path, model: Any, pre_tokenizer: str = "smollm", architectu
     writer.add_add_bos_token(False)
     writer.add_chat_template(CHAT_TEMPLATE)
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
-    names = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
-    for index in range(config.num_hidden_layers):
-        names |= {
-            f"model.layers.{index}.{ours}.weight": f"blk.{index}.{theirs}.weight" for ours, theirs in LAYER.items()
-        }
-    for name, theirs in names.items():
+    name_map = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    del weights["lm_head.weight"]  # which is the embedding
+    for name, weight in weights.items():
+        theirs = name_map.get_name(name, try_suffixes=(".weight",))
         part = theirs.split(".")[-2]
-        weight = interleaved(weights[name], heads[part]) if part in heads else weights[name]
-        writer.add_tensor(theirs, weight.contiguous().numpy())
+        written = interleaved(weight, heads[part]) if part in heads else weight
+        writer.add_tensor(theirs, written.contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

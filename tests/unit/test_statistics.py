@@ -5,15 +5,7 @@ import math
 import pytest
 
 from tests.support import statistics
-from tests.support.statistics import (
-    THRESHOLD,
-    TemperatureFamily,
-    check_counts,
-    check_temperature,
-    divergence,
-    miss_probability,
-    smallest_dropped_mass,
-)
+from tests.support.statistics import TemperatureFamily, check_counts, check_temperature, smallest_dropped_mass
 
 PROBS = (0.6, 0.3, 0.1)
 
@@ -25,7 +17,7 @@ def test_the_bound_of_a_count_holds_for_every_count(prob: float) -> None:
     mass = [math.comb(n, k) * prob**k * (1 - prob) ** (n - k) for k in range(n + 1)]
     for k in range(n + 1):
         tail = math.fsum(mass[k:]) if k >= n * prob else math.fsum(mass[: k + 1])
-        bound = math.exp(-n * divergence(k / n, prob))
+        bound = math.exp(-n * statistics.divergence(k / n, prob))
         assert bound / (n + 1) <= tail * (1 + 1e-12) <= bound * (1 + 1e-9)
 
 
@@ -54,7 +46,7 @@ def test_a_temperature_is_refused_as_seldom_as_said_and_missed_as_seldom_as_said
         weights = [prob ** (1 / (1 + error)) for prob in PROBS]
         wrong = tuple(weight / sum(weights) for weight in weights)
         missed = 1 - math.fsum(probability(counts, wrong) for counts in refused)
-        assert missed <= miss_probability(PROBS, n, error, level) * (1 + 1e-9)
+        assert missed <= statistics.miss_probability(PROBS, n, error, level) * (1 + 1e-9)
 
 
 def test_what_cannot_happen_is_refused_when_it_does() -> None:
@@ -86,4 +78,4 @@ def test_comparisons_beyond_the_stated_number_are_refused(monkeypatch: pytest.Mo
 
 
 def test_the_rates_of_a_run_add_up_to_less_than_one_in_a_thousand_million() -> None:
-    assert 2 * math.exp(-THRESHOLD) * statistics.MAX_COMPARISONS + 5 * statistics.MISSES <= 1.0001e-9
+    assert 2 * math.exp(-statistics.THRESHOLD) * statistics.MAX_COMPARISONS + 5 * statistics.MISSES <= 1.0001e-9

@@ -1,11 +1,15 @@
 """validation: integers, numbers and option names. test_config.py and test_sampling_params.py hold the messages."""
 
+import pickle
+from collections.abc import Callable
+from dataclasses import FrozenInstanceError
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import pytest
 
+from nanovllm import Config, SamplingParams
 from nanovllm.validation import check_option_names, is_int, require_number
 
 
@@ -29,11 +33,24 @@ def test_a_number_is_finite_and_real(value: Any) -> None:
         require_number("share", value, "a number", lambda _: True, remedy="give 0.5")
 
 
-def test_an_unknown_name_is_refused_with_the_nearest_or_all() -> None:
+@pytest.mark.parametrize("options", [Config("model"), SamplingParams(stop=["a"], stop_token_ids=[1])], ids=repr)
+def test_options_cannot_be_changed_and_equal_ones_are_equal(options: Any) -> None:
+    with pytest.raises(FrozenInstanceError):
+        options.seed = 3
+    twin = pickle.loads(pickle.dumps(options))
+    assert (twin, hash(twin)) == (options, hash(options))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Config("model", max_seqs=1), r"Config has no option 'max_seqs'; did you mean 'max_num_seqs'\?"),
+        (lambda: SamplingParams(temprature=1), r"SamplingParams has no option .*did you mean 'temperature'\?"),
+        (lambda: SamplingParams.greedy(temprature=1), r"SamplingParams has no option .*did you mean 'temperature'\?"),
+        (lambda: check_option_names("Thing", ["zzz"], ["a", "b"]), "Thing has no option 'zzz'; known options: a, b"),
+    ],
+)
+def test_an_unknown_name_is_refused_with_the_nearest_or_all(make: Callable[[], Any], message: str) -> None:
     """D69"""
-    known = ["min_seqs", "max_seqs"]
-    check_option_names("Thing", known, known)
-    with pytest.raises(TypeError, match=r"Thing has no option 'max_seq'; did you mean 'max_seqs'\?"):
-        check_option_names("Thing", ["min_seqs", "max_seq"], known)
-    with pytest.raises(TypeError, match="Thing has no option 'zzz'; known options: min_seqs, max_seqs"):
-        check_option_names("Thing", ["zzz"], known)
+    with pytest.raises(TypeError, match=message):
+        make()

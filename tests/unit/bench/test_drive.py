@@ -1,7 +1,5 @@
 """drive: times of requests that a scripted engine serves by a scripted clock, computed by hand."""
 
-import pytest
-
 from nanovllm.bench.drive import RequestTimes, drive
 from nanovllm.sampling_params import SamplingParams
 from tests.support.scripted_engine import ScriptedEngine
@@ -43,10 +41,3 @@ def test_without_arrivals_all_requests_are_added_before_the_first_step() -> None
     assert [time for _, _, time in engine.added] == [0.0] * 3
     assert times == [RequestTimes(0.0, 1.0, 2.0, 2), RequestTimes(0.0, 1.0, 2.0, 2), RequestTimes(0.0, 3.0, 3.0, 1)]
     assert reported == [2, 1]
-
-
-def test_a_first_arrival_is_waited_for() -> None:
-    engine = ScriptedEngine(seconds_per_step=0.25)
-    times, _ = served(engine, [2], arrivals=[4.0])
-    assert engine.slept == [4.0]
-    assert times[0].time_per_output_token == pytest.approx(0.25)

@@ -51,9 +51,7 @@ def test_started_requests_decode_and_ended_ones_leave_the_engine(llm) -> None:
 
 
 @pytest.mark.parametrize(("scenario", "num_steps"), [(DECODES, gpu_idle.WINDOW_STEPS), (PREFILLS, 4)])
-def test_the_windows_are_steps_of_the_kind_that_the_scenario_is_about(
-    llm, monkeypatch, scenario: Scenario, num_steps: int
-) -> None:
+def test_the_windows_are_steps_of_the_kind_that_the_scenario_is_about(llm, monkeypatch, scenario, num_steps) -> None:
     """PREFILLS: 3 x 40 tokens in steps of 50, and a decode step. A window takes 100 us by the clock; in the
     profiled one kernels run from 10 to 30 and from 20 to 50 us, and a copy from 60 to 70: it is busy in 50 us.
     """

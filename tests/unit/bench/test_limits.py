@@ -1,10 +1,8 @@
-"""limits: work and seconds against numbers computed by hand, against torch's counts, and against a built model."""
+"""limits: work and seconds against numbers computed by hand, and against checkpoints."""
 
 import dataclasses
 
 import pytest
-import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from nanovllm.bench import limits
 from nanovllm.bench.limits import Ceilings, Limit, StepWork
@@ -22,19 +20,6 @@ def model() -> ModelConfig:
     return dataclasses.replace(config, num_hidden_layers=3, intermediate_size=16, **sizes)
 
 
-def test_work_of_a_prefill_of_two_prompts(model) -> None:
-    """3 and 2 tokens: 6 + 3 pairs. A key and its value are 2 x 3 layers x 4 numbers, a pair 4 x 3 x 8 operations."""
-    work = limits.prefill_work(model, "float16", [(3, 9), (2, 9)], num_shared=0)
-    assert work == StepWork(2 * (1728 + 80 + 24 * 5), 2 * 5 * 1728 + 2 * 2 * 80 + 96 * 9)
-
-
-def test_work_of_decode_steps_counts_the_unfinished_requests(model) -> None:
-    """Outputs of 3 and 2 tokens: the prefill gives the first one, so there are two steps, of 2 sequences and of 1."""
-    first, second = limits.decode_works(model, "float32", [(3, 3), (2, 2)], num_shared=0)
-    assert first == StepWork(4 * (1728 + 80 + 24 * (4 + 3)), 2 * 2 * (1728 + 80) + 96 * (4 + 3))
-    assert second == StepWork(4 * (1728 + 80 + 24 * 5), 2 * (1728 + 80) + 96 * 5)
-
-
 def test_a_shared_prefix_is_computed_once_and_read_once_a_step(model) -> None:
     """2 shared tokens and 1 and 2 others: 5 tokens; 3 + (6 - 3) + (10 - 3) pairs, since each query has all its keys."""
     prefill = limits.prefill_work(model, "float16", [(3, 2), (4, 2)], num_shared=2)
@@ -45,7 +30,9 @@ def test_a_shared_prefix_is_computed_once_and_read_once_a_step(model) -> None:
 
 def test_the_limit_is_the_sum_over_steps_of_the_larger_time(model) -> None:
     """At 1 byte and 4 operations a second the prefill (3856 bytes, 18,464 operations) is bound by the matrix product,
-    and the decode steps (3952 and 7904, 3856 and 4096) are bound by memory.
+    and the decode steps (3952 and 7904, 3856 and 4096) are bound by memory. The prefill gives the first token, so there
+    are two of them, of 2 sequences and of 1. A prompt of n tokens has n (n + 1) / 2 pairs of a query and a key; a key
+    and its value are 2 x 3 layers x 4 numbers of 2 bytes, a pair is 4 x 3 x 8 operations.
     """
     requests = [[1, 2, 3], [1, 2]], [SamplingParams(max_tokens=3), SamplingParams(max_tokens=2)]
     found = limits.limit(model, "float16", requests, 0, Ceilings(memory=1.0, matmul=4.0))
@@ -53,12 +40,8 @@ def test_the_limit_is_the_sum_over_steps_of_the_larger_time(model) -> None:
     assert found.seconds == 4616 + 7808
     halved = limits.limit(model, "float16", requests, 0, Ceilings(memory=2.0, matmul=8.0))
     assert halved.seconds == found.seconds / 2
-
-
-def test_requests_of_one_token_have_no_decode_steps(model) -> None:
-    found = limits.limit(model, "float16", ([[1]], [SamplingParams(max_tokens=1)]), 0, Ceilings(1.0, 1e9))
-    assert found.decode_seconds == 0.0
-    assert found.prefill_seconds > 0.0
+    without_decode = limits.limit(model, "float16", ([[1]], [SamplingParams(max_tokens=1)]), 0, Ceilings(1.0, 1e9))
+    assert (without_decode.decode_seconds, without_decode.prefill_seconds > 0) == (0.0, True)
 
 
 def test_experts_that_no_token_chooses_are_not_read(model) -> None:
@@ -84,21 +67,3 @@ def test_parameters_are_those_of_the_checkpoint(architecture: str) -> None:
     matrices = {name: tensor for name, tensor in tensors.items() if tensor.dim() > 1 and ".layers." in name}
     found = limits.layer_parameters(load_model_config(directory), num_tokens=10**6)
     assert found == pytest.approx(sum(tensor.numel() for tensor in matrices.values()))
-
-
-@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
-def test_operations_of_a_prefill_are_those_that_torch_counts(architecture: str) -> None:
-    """transformers computes all pairs of a query and a key, and logits of every row: both are taken away."""
-    from transformers import AutoModelForCausalLM
-
-    directory, length = tiny_model(architecture), 7
-    config = load_model_config(directory)
-    peer = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager")
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        peer(torch.arange(length)[None])
-    pairs_not_causal = length * length - length * (length + 1) // 2
-    attention = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * pairs_not_causal
-    rows = 2 * (length - 1) * config.hidden_size * config.vocab_size
-    rotation = 2 * length * (config.head_dim // 2)  # where a version multiplies positions and frequencies as matrices
-    work = limits.prefill_work(config, "float32", [(length, 1)], 0)
-    assert 0 <= counter.get_total_flops() - attention - rows - work.operations <= rotation

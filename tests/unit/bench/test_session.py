@@ -2,10 +2,9 @@
 
 import pytest
 
-from nanovllm.bench import session
 from nanovllm.bench.drive import RequestTimes
 from nanovllm.bench.limits import Ceilings, Limit
-from nanovllm.bench.session import Percentiles, Plan, Repetition, Target, make_row, measure, percentiles
+from nanovllm.bench.session import Percentiles, Plan, Repetition, Target, make_row, measure
 from nanovllm.bench.workload import Scenario
 from nanovllm.models.registry import load_model_config
 from tests.support.scripted_engine import ScriptedEngine
@@ -66,15 +65,3 @@ def test_a_row_has_medians_over_repetitions_and_percentiles_over_all_requests() 
     assert row.time_per_output_token == Percentiles(pytest.approx(1.0), pytest.approx(1.0))
     of_prompts = make_row("name", Scenario(2, (1, 1), (2, 2), counts_input=True), None, runs, None)
     assert (of_prompts.counted, of_prompts.tokens_per_second) == ("in", 3.5)
-
-
-def test_percentiles_are_interpolated() -> None:
-    assert percentiles([float(time) for time in range(101)]) == Percentiles(50.0, 99.0)
-    assert percentiles([1.0, 3.0]) == Percentiles(2.0, pytest.approx(2.98))
-    assert percentiles([4.0]) == Percentiles(4.0, 4.0)
-
-
-def test_the_progress_names_what_runs() -> None:
-    progress = session.MeasuringProgress("Measuring", 9, is_shown=False)
-    progress.label = "headline at 4/s"
-    assert progress.details() == [", headline at 4/s", ""]

@@ -8,17 +8,11 @@ import pytest
 from nanovllm import cli
 from nanovllm.bench import ceilings, random_model, scenarios
 from nanovllm.bench.workload import SCENARIOS, draw_scenario
-from nanovllm.cli_errors import USER_ERROR
-from nanovllm.commands.bench import choose_scenarios
 from nanovllm.engine.llm_engine import LLMEngine
+from tests.unit.test_cli import refusal
 
-TINY = {
-    "hidden_size": 64,
-    "intermediate_size": 64,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 99,
-}
+SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
+TINY = dict(zip(SIZES, (64, 64, 4, 2, 99), strict=True))
 
 
 @pytest.fixture(autouse=True)
@@ -26,14 +20,6 @@ def _small_ceilings(monkeypatch) -> None:
     """Two seconds less for each run."""
     monkeypatch.setattr(ceilings, "CPU_BYTES", 2**20)
     monkeypatch.setattr(ceilings, "CPU_MATMUL_SIZE", 64)
-
-
-def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The line on stderr with which the options are refused."""
-    assert cli.main(["bench", *arguments]) == USER_ERROR
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith("nanovllm: error: ")
-    return line
 
 
 def test_scenarios_of_the_bundled_model_are_measured_and_written(tmp_path, capsys) -> None:
@@ -100,15 +86,6 @@ def test_random_weights_of_a_named_shape_are_measured(scenario: list[str], capsy
     assert "no --model given" not in captured.err
 
 
-def test_scenarios_are_chosen_in_their_usual_order_scaled_and_with_another_number_of_requests() -> None:
-    assert list(choose_scenarios(["small", "headline"], None, None).items()) == [
-        (name, SCENARIOS[name]) for name in ("headline", "small")
-    ]
-    assert choose_scenarios(["all"], None, None) == SCENARIOS
-    chosen = choose_scenarios(["prefill"], 0.1, 50)["prefill"]
-    assert (chosen.num_seqs, chosen.input_len) == (50, (400, 400))
-
-
 SINGLE = ("--scenario", "single")
 
 
@@ -132,11 +109,9 @@ SINGLE = ("--scenario", "single")
         (("--scenario", "all"), "which is what the model takes, got 4016 in 'prefill'; lower --scale to 0.5"),
     ],
 )
-def test_a_wrong_use_is_refused_before_anything_is_measured(
-    options: tuple[str, ...], message: str, capsys, monkeypatch
-) -> None:
+def test_a_wrong_use_is_refused_before_anything_is_measured(options, message, capsys, monkeypatch) -> None:
     monkeypatch.setattr(scenarios, "measure_ceilings", None)
-    assert message in refusal(capsys, *options)
+    assert message in refusal(capsys, "bench", *options)
 
 
 @pytest.mark.parametrize("option", [["--scenario", "nothing"], ["--scenario"], ["--like", "gpt-5"], ["--rate", "fast"]])
@@ -149,9 +124,8 @@ def test_what_argparse_refuses_is_named(option: list[str], capsys) -> None:
 def test_an_output_that_is_a_file_is_refused(tmp_path, capsys) -> None:
     file = tmp_path / "file"
     file.write_text("")
-    assert "--results must be a directory, got the file" in refusal(capsys, *SINGLE, "--results", str(file))
-    line = refusal(capsys, *SINGLE, "--results", str(file / "below"))
-    assert "Not a directory" in line
+    assert "--results must be a directory, got the file" in refusal(capsys, "bench", *SINGLE, "--results", str(file))
+    assert "Not a directory" in refusal(capsys, "bench", *SINGLE, "--results", str(file / "below"))
 
 
 def test_like_is_refused_under_torchrun(capsys, monkeypatch) -> None:
@@ -159,15 +133,5 @@ def test_like_is_refused_under_torchrun(capsys, monkeypatch) -> None:
     names = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
     for name, value in {**names, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
-    line = refusal(capsys, *SINGLE, "--like", "qwen3-0.6b")
+    line = refusal(capsys, "bench", *SINGLE, "--like", "qwen3-0.6b")
     assert "write one with python -m tools.make_random_model --like qwen3-0.6b DIR, and give --model DIR" in line
-
-
-def test_the_help_lists_the_scenarios_and_how_to_end_within_a_minute_without_a_gpu(capsys) -> None:
-    with pytest.raises(SystemExit, match="0"):
-        cli.main(["bench", "--help"])
-    text = capsys.readouterr().out
-    for name in SCENARIOS:
-        assert f"  {name} " in text
-    assert "prefix     256 x 2000 shared and 100 tokens in, 64 out" in text
-    assert "nanovllm bench --scenario all --scale 0.1" in text

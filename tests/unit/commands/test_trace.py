@@ -16,9 +16,7 @@ def test_a_run_is_written_as_a_page_and_summed_up(tmp_path, monkeypatch, capsys)
     monkeypatch.chdir(tmp_path)
     assert cli.main(["trace", *SMALL, *POOL, *PROMPTS]) == 0
     facts, written = capsys.readouterr().out.splitlines()
-    numbers = re.fullmatch(
-        r"requests: 3, steps: (\d+), preemptions: (\d+), tokens found in the prefix cache: (\d+)", facts
-    )
+    numbers = re.fullmatch(r"requests: 3, steps: (\d+), preemptions: (\d+), tokens .* prefix cache: (\d+)", facts)
     assert numbers
     assert int(numbers[1]) > 24, "the third prompt waits for a seat"
     assert int(numbers[3]) >= 8, "it begins with the first prompt's block"

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.conformance.engines.adapters import ADAPTERS, NANO_VLLM, NANOVLLM, VLLM, Target
+from tests.conformance.engines.adapters import NANO_VLLM, NANOVLLM, VLLM, Target
 from tests.conformance.engines.contracts import CONTRACTS
 from tests.conformance.engines.driver import Broken, NotApplicable
 from tests.conformance.engines.fakes import faults, nano_vllm_like, plain, vllm_like
@@ -83,9 +83,6 @@ def test_every_contract_has_a_fault() -> None:
     assert {fault.breaks for fault in FAULTS} == {contract.id for contract in CONTRACTS}
 
 
-# --- adapters ---
-
-
 @pytest.mark.parametrize(("module", "adapter"), [(nano_vllm_like, NANO_VLLM), (vllm_like, VLLM)], ids=["nano", "vllm"])
 def test_an_engine_of_another_style_keeps_what_applies_to_it(module: Any, adapter: Any) -> None:
     expected = {
@@ -96,23 +93,9 @@ def test_an_engine_of_another_style_keeps_what_applies_to_it(module: Any, adapte
     assert results(target_of(module, "LLM", adapter)) == expected
 
 
-def test_everything_applies_to_our_engine() -> None:
-    assert NANOVLLM.lacks == {}
-
-
-@pytest.mark.parametrize("adapter", ADAPTERS.values(), ids=lambda adapter: adapter.name)
-def test_an_adapter_spells_what_it_does_not_lack(adapter: Any) -> None:
-    spelled = {word for word in ("num_blocks", "close", "free_blocks") if getattr(adapter, word) is not None}
-    assert spelled == {"num_blocks", "close", "free_blocks"} - adapter.lacks.keys()
-    assert adapter.lacks.keys() <= {word for contract in CONTRACTS for word in contract.needs}
-
-
 def test_a_fork_with_more_sampling_parameters_is_held_to_more() -> None:
     fitted = NANO_VLLM.fitted(["temperature", "max_tokens", "ignore_eos", "seed"])
     assert NANO_VLLM.lacks.keys() - fitted.lacks.keys() == {"seed"}
-
-
-# --- the document ---
 
 
 def test_the_document_has_a_row_of_each_contract() -> None:

@@ -4,7 +4,6 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import os
-import random
 import re
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from tests.conformance.engines.driver import Broken
 from tests.conformance.engines.fakes import nano_vllm_like, vllm_like
 from tests.conformance.engines.plugin import find_target, parse_option
 from tests.conformance.engines.reporting import explain_unusable
-from tests.support.limits import HANG_SECONDS
+from tests.support.programs import run_python
 from tests.support.source_tree import ROOT
 
 NANO, VLLM_LIKE = nano_vllm_like.__name__, vllm_like.__name__
@@ -38,15 +37,9 @@ class LLM(nano_vllm_like.LLM):
 """
 
 
-def run(*arguments: str, path: str = "") -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (path, str(ROOT))))}
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=HANG_SECONDS
-    )
-
-
 def run_engine(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return run("-m", "pytest", "-p", "no:cacheprovider", "tests/conformance/engines", *arguments)
+    command = ("-m", "pytest", "-p", "no:cacheprovider", "tests/conformance/engines")
+    return run_python(*command, *arguments, PYTHONPATH=str(ROOT))
 
 
 def test_a_fork_that_is_called_nanovllm_too_is_told_what_it_breaks(tmp_path: Path) -> None:
@@ -63,7 +56,7 @@ def test_a_fork_that_is_called_nanovllm_too_is_told_what_it_breaks(tmp_path: Pat
     assert f"pytest --engine=nanovllm:LLM --engine-path={tmp_path} --randomly-seed" in result.stdout
     script = tmp_path / "scenario.py"
     script.write_text(re.split("^-{40}\n", result.stdout, flags=re.MULTILINE)[1])
-    again = run(str(script), path=str(tmp_path))
+    again = run_python(script, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
     assert again.stderr.endswith("AssertionError: \ngot      0\nexpected 1\n"), again.stderr
 
 
@@ -85,22 +78,12 @@ class SamplingParams:
 @pytest.mark.parametrize(
     ("spec", "folder", "message"),
     [
-        ("nanovllm.LLM", None, r"^write MODULE:CLASS"),
-        (
-            "not_there.engine:LLM",
-            None,
-            r"^module not_there.engine cannot be imported \(ModuleNotFound.* --engine-path$",
-        ),
+        ("not_there.engine:LLM", None, r"not_there.engine cannot be imported \(ModuleNotFound.* --engine-path$"),
         ("nanovllm:LMM", None, r"^module nanovllm has no class LMM; it has LLM, "),
         ("nanovllm:bundled_model_path", None, r"has no class bundled_model_path; it has "),
         ("nanovllm:SamplingParams", None, r"is no engine: it has no method generate"),
-        ("tests.conformance.engines.fakes.engine:LLM", None, r"cannot be imported"),
         ("odd_engine:LLM", ".", r"fields x, which no adapter recognises; choose one .*add one to .*adapters.py$"),
-        (
-            "odd_engine_without_params:LLM",
-            ".",
-            r"^there is no class SamplingParams in module odd_engine_without_params",
-        ),
+        ("odd_without_params:LLM", ".", r"^there is no class SamplingParams in module odd_without_params"),
         ("odd_engine:LLM", "nothing", r"nothing is no folder$"),
         ("colorsys:LLM", ".", r"holds no module colorsys; Python found .*colorsys"),
     ],
@@ -110,7 +93,7 @@ def test_an_engine_that_cannot_be_used_is_refused(
 ) -> None:
     monkeypatch.setattr(sys, "path", [*sys.path])
     (tmp_path / "odd_engine.py").write_text(ODD)
-    (tmp_path / "odd_engine_without_params.py").write_text(ODD.partition("class SamplingParams")[0])
+    (tmp_path / "odd_without_params.py").write_text(ODD.partition("class SamplingParams")[0])
     with pytest.raises(ValueError, match=message):
         find_target(spec, folder and str(tmp_path / folder), None, {})
 
@@ -126,25 +109,22 @@ def test_an_engine_that_cannot_be_constructed_is_shown_how_it_was_called() -> No
     with pytest.raises(Broken) as raised:
         check_usable(target)
     message = explain_unusable(target, raised.value)
-    assert message.startswith(
-        f"--engine {VLLM_LIKE}:LLM, called as vllm, cannot be used: ValueError: the KV cache does not hold"
-    )
+    assert message.startswith(f"--engine {VLLM_LIKE}:LLM, called as vllm, cannot be used: ValueError: the KV cache")
     assert "max_model_len=1000000" in message
 
 
-@pytest.mark.parametrize("text", ["enforce_eager", "=1", "a b=1"])
-def test_a_wrong_option_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="write NAME=VALUE"):
-        parse_option(text)
+def test_an_option_is_a_literal_or_a_string_and_refused_without_a_name() -> None:
+    assert [parse_option(text)[1] for text in ("a=1", "b=True", "c=cuda", "d=x=y")] == [1, True, "cuda", "x=y"]
+    for text in ("enforce_eager", "=1", "a b=1"):
+        with pytest.raises(ValueError, match="write NAME=VALUE"):
+            parse_option(text)
 
 
-def test_options_are_literals_or_strings() -> None:
-    assert list(map(parse_option, ["a=1", "b=True", "c=cuda", "d=x=y"])) == [
-        ("a", 1),
-        ("b", True),
-        ("c", "cuda"),
-        ("d", "x=y"),
-    ]
+def test_contracts_run_in_their_order() -> None:
+    names = [f"{plugin.TESTS}[{contract.id}]" for contract in CONTRACTS]
+    items: list[Any] = [SimpleNamespace(nodeid=name) for name in [*names[::-1], "another test"]]
+    plugin.pytest_collection_modifyitems(items)
+    assert [item.nodeid for item in items] == [*names, "another test"]
 
 
 def test_the_style_of_an_engine_is_recognised_by_its_sampling_parameters() -> None:
@@ -154,18 +134,6 @@ def test_the_style_of_an_engine_is_recognised_by_its_sampling_parameters() -> No
     assert find_target("nanovllm:LLM", None, "nano-vllm", {}).adapter.name == "nano-vllm"
     assert recognise(["prompt"]) is None
 
-
-def test_contracts_run_in_their_order_and_other_tests_where_they_were() -> None:
-    names = [f"{plugin.TESTS}[{contract.id}]" for contract in CONTRACTS]
-    items: list[Any] = [SimpleNamespace(nodeid=name) for name in [*names, *"abcdef"]]
-    random.shuffle(items)
-    others = [(place, item) for place, item in enumerate(items) if item.nodeid in "abcdef"]
-    plugin.pytest_collection_modifyitems(items)
-    assert [item.nodeid for item in items if item.nodeid in names] == names
-    assert all(items[place] is item for place, item in others)
-
-
-# --- engines on a GPU ---
 
 ON_A_GPU = {
     "nanovllm": ["--engine-option=device=cuda", "--engine-option=attention_backend=triton"],

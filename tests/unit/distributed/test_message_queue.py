@@ -83,9 +83,7 @@ def received_by_each(writer: MessageQueueWriter, messages: list[Any]) -> list[li
     num_readers=st.integers(1, 3),
     messages=st.lists(st.binary(max_size=200) | st.integers() | st.none(), min_size=1, max_size=5),
 )
-def test_every_message_reaches_every_reader_whole_and_in_order(
-    chunk_bytes: int, num_readers: int, messages: list[Any]
-) -> None:
+def test_every_message_reaches_every_reader_whole_and_in_order(chunk_bytes, num_readers, messages) -> None:
     """D31: whatever its size; most of these are longer than the segment."""
     with queue(num_readers, chunk_bytes) as writer:
         assert received_by_each(writer, messages) == [messages] * num_readers
@@ -139,12 +137,6 @@ except ValueError as error:
     print(error)
 print(os.listdir("/dev/shm"))
 """
-
-
-def test_the_segments_pages_are_allocated_when_it_is_made() -> None:
-    """D88."""
-    with queue() as writer:
-        assert os.fstat(writer._segment._fd).st_blocks * 512 >= CHUNK_BYTES  # type: ignore[attr-defined]
 
 
 def raising(number: int) -> Callable[..., Any]:

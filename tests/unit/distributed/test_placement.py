@@ -1,5 +1,6 @@
 """Where ranks compute, without GPUs: which GPU, how many ranks use it, and what torchrun's environment says."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,9 +32,7 @@ def test_ranks_on_a_cpu_use_the_same_memory() -> None:
         (3, 0, 4, [0, 1, 2, 0], 2),
     ],
 )
-def test_gpus_are_assigned_in_turn_from_rank_0s_on(
-    monkeypatch: pytest.MonkeyPatch, num_gpus: int, first: int, size: int, expected: list[int], per_device: int
-) -> None:
+def test_gpus_are_assigned_in_turn_from_rank_0s_on(monkeypatch, num_gpus, first, size, expected, per_device) -> None:
     """NCCL needs a GPU for each rank; with fewer GPUs, no rank counts on one of its own."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
     placements = local_placements(torch.device("cuda", first), size)
@@ -66,18 +65,8 @@ def test_the_rank_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch, 
 def test_a_rank_sets_its_device_before_it_makes_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
     """D35: a group made before that holds GPU 0 on every rank."""
     calls: list[object] = []
-
-    class Group:
-        def name(self) -> str:
-            return "gloo"
-
-        def allreduce(self, *_: object) -> "Group":
-            return self
-
-        def wait(self) -> None:
-            pass
-
+    group = SimpleNamespace(name=lambda: "gloo", allreduce=lambda *_: SimpleNamespace(wait=lambda: None))
     monkeypatch.setattr(torch.cuda, "set_device", calls.append)
     placement = RankPlacement(0, 2, num_ranks_per_device=1, gpu=1)
-    init_process_group(placement, None, lambda *_: calls.append("group") or Group())
+    init_process_group(placement, None, lambda *_: calls.append("group") or group)
     assert calls == [1, "group"]

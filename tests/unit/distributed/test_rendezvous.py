@@ -101,9 +101,7 @@ def attempts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize(("size", "slow"), [(2, 1), (3, None), (8, None)])
-def test_ranks_connect_and_wait_for_a_slow_one(
-    store_path: str, monkeypatch: pytest.MonkeyPatch, size: int, slow: int | None
-) -> None:
+def test_ranks_connect_and_wait_for_a_slow_one(store_path: str, monkeypatch, size: int, slow: int | None) -> None:
     """D33: the timeout of an attempt is not that of a collective, before which one rank may compute for longer."""
     if slow is not None:
         monkeypatch.setattr(module, "CONNECT_TIMEOUT_S", 1.0)  # gloo's own limit is a fifth of it
@@ -211,9 +209,7 @@ def test_ranks_on_one_gpu_connect_over_gloo(store_path: str, attempts: list[int]
 
 
 @pytest.mark.parametrize("before", [None, "3"])
-def test_nccl_connects_without_watchdog_when_all_have_come(
-    store_path: str, monkeypatch: pytest.MonkeyPatch, before: str | None
-) -> None:
+def test_nccl_connects_without_watchdog_when_all_have_come(store_path: str, monkeypatch, before: str | None) -> None:
     """D33: it cannot be interrupted while it waits for a rank. Other groups of the program keep torch's watchdog,
     though engines start in several threads at once.
     """
@@ -238,9 +234,7 @@ def test_nccl_connects_without_watchdog_when_all_have_come(
 
 
 @pytest.mark.parametrize(("gpu", "per_device"), [(None, 2), (0, 1)], ids=["gloo", "nccl"])
-def test_check_ends_the_waiting_for_a_rank_that_never_comes(
-    store_path: str, monkeypatch: pytest.MonkeyPatch, attempts: list[int], gpu: int | None, per_device: int
-) -> None:
+def test_check_ends_the_waiting_for_a_rank_that_never_comes(store_path, monkeypatch, attempts, gpu, per_device) -> None:
     """D33."""
     num_checks, sleeps = 0, iter(range(20))
 

@@ -112,22 +112,16 @@ def make_uniproc(parts: Parts) -> uniproc.UniprocExecutor:
 # --- a step ---
 
 
-def test_a_step_is_sent_run_and_checked(parts: Any) -> None:
+def test_a_step_is_sent_and_run_takes_pending_tokens_on_the_device_and_is_checked(parts: Any) -> None:
     executor = Ranks(parts)
     assert executor.num_kv_cache_blocks == 5
     pending = executor.execute(BATCH)
     assert parts.calls == ["load", ("send", StepMessage(BATCH)), ("run", BATCH, None, None)]
-    assert pending.token_ids() == [7, 8]
-    assert parts.calls[3:] == ["check"]
-
-
-def test_a_step_with_pending_tokens_takes_them_on_the_device(parts: Any) -> None:
-    executor = Ranks(parts)
-    pending = executor.execute(BATCH)
-    parts.calls.clear()
     executor.execute(NEXT, pending)
-    assert parts.calls[0] == ("send", StepMessage(NEXT, ("a", "b")))
-    assert parts.calls[1] == ("run", NEXT, ("a", "b"), pending.output.sampled)
+    assert parts.calls[3] == ("send", StepMessage(NEXT, ("a", "b")))
+    assert parts.calls[4] == ("run", NEXT, ("a", "b"), pending.output.sampled)
+    assert pending.token_ids() == [7, 8]
+    assert parts.calls[5:] == ["check"]
 
 
 def test_one_rank_sends_nothing(parts: Any) -> None:
@@ -190,20 +184,12 @@ def test_any_exception_in_a_step_closes_the_executor(parts: Any, where: str, err
 
 
 def test_the_root_cause_is_raised_from_what_rank_0_ran_into(parts: Any) -> None:
-    """D33."""
+    """D33. Rank 0's own lack of memory has no other cause: tests/distributed/test_failures.py."""
     executor = Ranks(parts)
     parts.errors["run"], parts.root_cause = RuntimeError("connection closed"), RankError("rank 1 of 2 failed")
     with pytest.raises(RankError, match="rank 1 of 2 failed") as caught:
         executor.execute(BATCH)
     assert caught.value.__cause__ is parts.errors["run"]
-
-
-def test_rank_0s_own_lack_of_memory_is_not_explained_by_another_rank(parts: Any) -> None:
-    """D33."""
-    executor = Ranks(parts)
-    parts.errors["run"], parts.root_cause = torch.OutOfMemoryError("none left"), RankError("rank 0 has ended")
-    with pytest.raises(torch.OutOfMemoryError):
-        executor.execute(BATCH)
 
 
 @pytest.mark.parametrize("where", SHUTDOWN[:-1])
@@ -244,9 +230,6 @@ def test_a_runner_that_cannot_start_leaves_nothing(parts: Any, monkeypatch: pyte
     finally:
         gc.enable()
     assert parts.calls == (["terminate", "abort", None] if make is Ranks else [])
-
-
-# --- the choice, and the owner ---
 
 
 def test_an_executor_is_closed_with_its_owner_but_not_in_a_forked_child(monkeypatch: pytest.MonkeyPatch) -> None:

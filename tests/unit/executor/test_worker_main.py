@@ -55,16 +55,11 @@ def run(monkeypatch: pytest.MonkeyPatch, error: BaseException | None = None, has
     return events
 
 
-def test_a_rank_is_ready_before_it_joins(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert run(monkeypatch) == [READY, "join", "compute"]
-
-
 @pytest.mark.parametrize("error", [ArithmeticError("oh"), SystemExit("oh")])
 @pytest.mark.parametrize("has_rank_0", [True, False])
-def test_a_rank_that_fails_reports_the_cause_and_waits_for_its_end(
-    monkeypatch: pytest.MonkeyPatch, error: BaseException, has_rank_0: bool
-) -> None:
+def test_a_rank_that_fails_reports_the_cause_and_waits_for_its_end(monkeypatch, error, has_rank_0) -> None:
     """D33 D34: rank 0 kills it, or its thread ends it, and removes the files, when rank 0 has died."""
+    assert run(monkeypatch) == [READY, "join", "compute"], "without an error"
     report = [f"{type(error).__name__}: oh"] if has_rank_0 else []
     expected = [READY, "join", *report, "flush stdout", "flush stderr", EXIT_DELAY_S, "exit 1"]
     assert run(monkeypatch, error, has_rank_0) == expected
@@ -88,9 +83,7 @@ def test_an_orphan_exits_whatever_process_becomes_its_parent(monkeypatch: pytest
     assert next(sleeps) == 2, "it waited while rank 0 was there"
 
 
-def test_a_rank_computes_what_is_sent_and_frees_its_runner_before_it_destroys_the_group(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_rank_computes_what_is_sent_and_frees_its_runner_before_it_destroys_the_group(monkeypatch) -> None:
     """D35: the runner's graphs recorded collectives of the group. D30: it knows how many ranks share its memory."""
     calls: list[Any] = []
 

@@ -63,9 +63,7 @@ def test_a_gpu_gets_triton_kernels_with_the_attention_asked_for(
 @pytest.mark.parametrize(
     ("dtype", "head_dim", "is_triton"), [(torch.float64, 64, False), (torch.bfloat16, 80, True)], ids=str
 )
-def test_auto_on_a_gpu_takes_torch_where_no_kernel_fits(
-    ampere: None, dtype: torch.dtype, head_dim: int, is_triton: bool
-) -> None:
+def test_auto_on_a_gpu_takes_torch_where_no_kernel_fits(ampere, dtype, head_dim, is_triton) -> None:
     """float64: for everything. An unusual head_dim: for attention, and no CUDA graphs."""
     ops = select("auto", dtype, head_dim)
     assert (ops.attention.name, ops.is_graph_safe, ops is TORCH_OPS) == ("torch", False, not is_triton)

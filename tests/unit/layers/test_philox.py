@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nanovllm.layers.philox import exponential_from_words, token_words
-from reference.philox import philox as reference_philox
+from reference.philox import philox
 from reference.sampling import exponential_noise
 from tests.support.comparing import assert_equal
 from tests.support.counts import count_comparisons
@@ -21,10 +21,7 @@ def words_of(seeds: list[int], positions: list[int], vocab_size: int) -> torch.T
 @pytest.mark.parametrize("vocab_size", [1, 3, 4, 5, 1001])
 def test_token_takes_word_v_modulo_4_of_call_v_over_4(vocab_size):
     expected = [
-        [
-            reference_philox((seed % 2**32, seed >> 32), (token // 4, position, 0, 0))[token % 4]
-            for token in range(vocab_size)
-        ]
+        [philox((seed % 2**32, seed >> 32), (token // 4, position, 0, 0))[token % 4] for token in range(vocab_size)]
         for seed, position in zip(SEEDS, POSITIONS, strict=True)
     ]
     assert words_of(SEEDS, POSITIONS, vocab_size).tolist() == expected

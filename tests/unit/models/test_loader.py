@@ -130,15 +130,6 @@ def test_each_rank_loads_its_shard(tmp_path, rank):
     assert_same(loaded(tmp_path, MOE, tp), parameters)
 
 
-@pytest.mark.parametrize("stored", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_weights_are_cast_to_the_models_dtype(tmp_path, stored, dtype):
-    tensors = {name: tensor.to(stored) for name, tensor in CHECKPOINT.items()}
-    write(tmp_path, tensors)
-    weight = loaded(tmp_path, small_config(dtype=dtype))["model.norm.weight"]
-    assert torch.equal(weight, tensors["model.norm.weight"].to(getattr(torch, dtype)))
-
-
 # Wrong tensors: id -> (changes of the checkpoint, None for a tensor that is missing; what the message must say).
 
 UP_PROJ = "model.layers.0.mlp.up_proj"
@@ -190,10 +181,7 @@ WRONG = (
         for suffix in QUANTISED
     }
     | {
-        str(dtype): (
-            {"model.norm.weight": torch.ones(E).to(dtype)},
-            f"weights must be float64, .* got {str(dtype)[6:]}",
-        )
+        str(dtype): ({"model.norm.weight": torch.ones(E).to(dtype)}, f"weights must be float64.* got {str(dtype)[6:]}")
         for dtype in DTYPES
     }
 )
@@ -243,9 +231,7 @@ def test_tensors_that_are_stored_twice_are_named(tmp_path):
     write_index(
         tmp_path, {"a": (tmp_path / SINGLE_FILE).rename(tmp_path / "first.safetensors").name, "b": "second.safetensors"}
     )
-    refused(
-        tmp_path, r"several files hold the same weight \(1\): lm_head.weight \(first.safetensors and second.safe", MOE
-    )
+    refused(tmp_path, r"several files hold the same weight \(1\): lm_head.weight \(first.safetensors and second", MOE)
 
 
 # Tied weights.

@@ -1,12 +1,9 @@
-"""The registry: each architecture is one file, found by its name, and read without torch."""
+"""The registry: each architecture is one file, found by its name."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 from nanovllm import models
-from nanovllm.assets import bundled_model_path
 from nanovllm.models.registry import SHARED_FILES, architectures
 from tests.support.source_tree import ROOT
 from tests.support.tiny_models import ARCHITECTURES
@@ -20,16 +17,6 @@ def test_each_file_states_the_architecture_of_its_name():
     assert len({architecture.class_name for architecture in architectures().values()}) == len(names)
 
 
-def test_a_model_config_is_read_without_torch():
-    """LLMEngine reads it before it imports torch, and so that a wrong model is refused within a second."""
-    code = "import sys; from nanovllm.models.registry import load_model_config as load; load(sys.argv[1])"
-    command = [sys.executable, "-c", f"{code}; print('torch' in sys.modules)", str(bundled_model_path())]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert result.stdout.strip() == "False", result.stderr
-
-
 def test_the_guide_shows_the_file_that_it_adds():
-    shown = re.findall(
-        r"^```python\n(.*?)^```$", (ROOT / "docs/adding_a_model.md").read_text(), re.MULTILINE | re.DOTALL
-    )
+    shown = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs/adding_a_model.md").read_text(), re.M | re.S)
     assert shown == [(ROOT / "nanovllm/models/mistral.py").read_text()]

@@ -1,8 +1,6 @@
-"""The references as a set: complete, in order, in the prescribed form, and pure."""
+"""The references as a set: complete, in order, and pure."""
 
 import ast
-import doctest
-import importlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,14 +22,6 @@ from reference.store_kvcache import store_kvcache
 FOLDER = Path(reference.__file__).parent
 NAMES = reference.reading_order()
 
-# A file's public name is the file's, except where the file's name is not that of a thing one calls.
-PUBLIC = {
-    "block_manager": "BlockManager",
-    "scheduler": "schedule",
-    "checkpoint": "load_checkpoint",
-    "tensor_parallel": "column_parallel_linear",
-}
-
 
 def test_reading_order_lists_every_file_once() -> None:
     files = sorted(path.stem for path in FOLDER.glob("*.py") if not path.stem.startswith("__"))
@@ -46,19 +36,6 @@ def test_a_file_uses_only_what_was_read_before(name: str) -> None:
     imported |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     foreign = {m for m in imported if m.split(".")[0] not in {*sys.stdlib_module_names, "torch", "jaxtyping"}}
     assert foreign <= read_before
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_docstring_has_idea_formula_and_reason_and_the_public_name_has_a_doctest(name: str) -> None:
-    module = importlib.import_module(f"reference.{name}")
-    text = module.__doc__ or ""
-    assert ": " in text.splitlines()[0], "the idea in a sentence comes first"
-    assert "\n    " in text, "then the formula, indented"
-    assert "\nWhy" in text, "then why it is true"
-    public = getattr(module, PUBLIC.get(name, name))
-    examples = [test.examples for test in doctest.DocTestFinder().find(module) if test.examples]
-    assert examples
-    assert public.__module__ == module.__name__
 
 
 def floats(*shape: int) -> torch.Tensor:

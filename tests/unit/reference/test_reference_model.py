@@ -2,8 +2,8 @@
 
 The reference computes in float64. transformers, asked for float64, still computes norms, the router's softmax and
 rotary angles in float32, whose relative rounding is 2**-24 = 6e-8; an angle of 40 radians is off by 40 * 6e-8 = 2.4e-6.
-With logits of size 1 to 10 behind two or three layers, 1e-4 bounds what that can do (seen: below 2e-5); MISTAKE, the
-least effect that a forgotten bias, norm or scaling is shown to have, is ten thousand times larger.
+With logits of size 1 to 10 behind two or three layers, 1e-4 bounds what that can do (seen: below 2e-5). A forgotten
+bias, norm or scaling changes them by more than 1.
 """
 
 import json
@@ -20,14 +20,12 @@ from reference.generate import generate
 from reference.sampling import sampling
 from reference.transformer import transformer
 from tests.support.comparing import assert_close
-from tests.support.counts import count_comparisons
-from tests.support.hugging_face import hugging_face_logits, load_hugging_face
-from tests.support.tiny_models import EOS_TOKEN_ID, VARIANTS, tiny_model
+from tests.support.hugging_face import hugging_face_logits
+from tests.support.tiny_models import VARIANTS, tiny_model
 
-BOUND, MISTAKE = 1e-4, 1.0
+BOUND = 1e-4
 THETA = {"rope_theta": 100.0}  # so that the frequencies of a small head differ within 40 positions
 TOKEN_IDS = torch.randint(0, 256, (40,), generator=torch.Generator().manual_seed(1)).tolist()
-ARCHITECTURES = ["llama", "qwen2", "qwen3", "qwen3_moe"]
 YARN = {"rope_type": "yarn", "factor": 4.0, **THETA}
 TRAINED = {"original_max_position_embeddings": 64}
 YARN_OPTIONS: list[dict[str, Any]] = [
@@ -70,30 +68,6 @@ def test_logits_with_the_options_of_yarn(options: dict[str, Any], tmp_path: Path
     check_logits(changed_config(tiny_model("llama"), tmp_path / "copy", rope_parameters={**YARN, **options}))
 
 
-@pytest.mark.parametrize(
-    ("architecture", "part"),
-    [
-        ("llama", "self_attn.o_proj.bias"),
-        ("qwen2", "self_attn.k_proj.bias"),
-        ("qwen3", "self_attn.q_norm.weight"),
-        ("qwen3_moe", "mlp.gate.weight"),
-        ("llama", "rope_scaling"),
-    ],
-)
-def test_the_bound_is_far_below_the_effect_of_a_mistake(architecture: str, part: str) -> None:
-    """Without this, a bound that is too wide, or weights that are too small, would let anything pass."""
-    options = {"attention_bias": True} if "o_proj" in part else {}
-    weights, config = load_checkpoint(tiny_model(architecture, rope="llama3", **THETA, **options), torch.float64)
-    right = logits_of(Checkpoint(weights, config))
-    if part == "rope_scaling":
-        wrong = Checkpoint(weights, type(config)(**{**vars(config), "rope_scaling": None}))
-    else:
-        name = f"model.layers.0.{part}"
-        neutral = torch.ones_like(weights[name]) if "norm" in part else torch.zeros_like(weights[name])
-        wrong = Checkpoint({**weights, name: neutral}, config)
-    assert (logits_of(wrong) - right).abs().max() > MISTAKE
-
-
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_safetensors_are_read_as_their_own_library_reads_them(dtype: str) -> None:
     folder = tiny_model("qwen2", dtype=dtype)
@@ -108,21 +82,6 @@ def test_the_ids_that_end_a_text_come_from_both_files(tmp_path: Path) -> None:
     folder = changed_config(tiny_model("llama"), tmp_path / "copy", eos_token_id=60)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 5]}))
     assert load_checkpoint(folder).config.eos_token_ids == {3, 5, 60}
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_greedy_generation_is_that_of_transformers(architecture: str) -> None:
-    folder, prompt = tiny_model(architecture, **THETA), TOKEN_IDS[20:27]
-    model = load_hugging_face(folder, torch.float64)
-    expected = model.generate(
-        torch.tensor([prompt]), attention_mask=torch.ones(1, 7), do_sample=False, max_new_tokens=20, pad_token_id=0
-    )[0, 7:].tolist()
-    actual = generate(load_checkpoint(folder, torch.float64), prompt, max_tokens=20, top_k=1)
-    best, second = actual.logits.topk(2).values.T
-    assert (best - second).min() > 2 * BOUND, "no tie that rounding could turn"
-    assert actual.token_ids == expected
-    count_comparisons("reference: generated tokens against transformers", len(expected))
-    assert actual.finish_reason == ("stop" if expected[-1] == EOS_TOKEN_ID else "length")
 
 
 @pytest.fixture(scope="module")

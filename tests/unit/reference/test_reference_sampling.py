@@ -33,7 +33,6 @@ words = st.integers(0, WORD)
 
 
 @given(key=st.tuples(words, words), counters=st.lists(st.tuples(words, words, words, words), min_size=1, max_size=8))
-@settings(deadline=None)
 def test_philox_of_tensors_is_philox_of_each_element(key: tuple, counters: list[tuple]) -> None:
     """Integers in Python do not overflow, int64 does: the masks must make up for it."""
     columns = tuple(torch.tensor(column) for column in zip(*counters, strict=True))
@@ -42,7 +41,6 @@ def test_philox_of_tensors_is_philox_of_each_element(key: tuple, counters: list[
 
 
 @given(seed=st.integers(-(2**63), 2**64 - 1), position=st.integers(0, 2**20), token_id=st.integers(0, 300))
-@settings(deadline=None)
 def test_the_noise_of_a_token_is_its_word_of_its_counter(seed: int, position: int, token_id: int) -> None:
     key = (seed % 2**32, seed // 2**32 % 2**32)
     word = philox(key, (token_id // 4, position, 0, 0))[token_id % 4]
@@ -51,9 +49,7 @@ def test_the_noise_of_a_token_is_its_word_of_its_counter(seed: int, position: in
 
 
 @pytest.mark.parametrize(("word", "expected"), [(0, 2**-33), (WORD, 24 * math.log(2))])
-def test_the_outermost_words_give_finite_positive_noise(
-    word: int, expected: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_outermost_words_give_finite_positive_noise(word: int, expected: float, monkeypatch) -> None:
     """D56, in float32 too. -log(1 - u) of the smallest u is about u, of the largest, 1 - 2**-24, it is 24 log 2."""
     monkeypatch.setattr(reference.sampling, "philox", lambda key, counter: (torch.full_like(counter[0], word),) * 4)
     noise = exponential_noise(0, 0, 4).float()
@@ -86,10 +82,8 @@ def kept_one_by_one(z: list[float], top_k: int | None, top_p: float | None, min_
     top_p=st.none() | st.sampled_from([0.0001, 0.0101, 0.2503, 0.5007, 0.9001, 0.9999, 1.0]),
     min_p=st.none() | st.sampled_from([0.0001, 0.1003, 0.5003, 0.9999]),
 )
-@settings(deadline=None, max_examples=300)
-def test_filters_equal_a_walk_along_the_sorted_tokens(
-    counts: list[int], top_k: int | None, top_p: float | None, min_p: float | None
-) -> None:
+@settings(max_examples=300)
+def test_filters_equal_a_walk_along_the_sorted_tokens(counts, top_k, top_p, min_p) -> None:
     """Probabilities are ratios of small integers, so ties are common, and none lies on a threshold: they are c / n with
     n <= 480, and every threshold is further than 1e-9 from all of those, which rounding in float64 cannot bridge."""
     z = torch.tensor(counts, dtype=torch.float64).log()
