@@ -4,6 +4,7 @@ import threading
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch.distributed
@@ -61,18 +62,19 @@ def abort_process_group(tp: TensorParallel) -> "DaemonThread":
     The thread ends when the abort has ended. NCCL's waits until the CUDA graphs that recorded its collectives are
     freed, so it runs in a thread of its own while the caller frees them.
     """
+    return DaemonThread(partial(_abort, tp))
 
-    def abort() -> None:
-        tp.guard.close(ABORT_DRAIN_TIMEOUT_S)
-        tp.group.abort()
 
-    return DaemonThread(abort)
+def _abort(tp: TensorParallel) -> None:
+    tp.guard.close(ABORT_DRAIN_TIMEOUT_S)
+    tp.group.abort()
 
 
 class DaemonThread(threading.Thread):
     """A running thread that calls work(). The interpreter exits without waiting for it.
 
-    When it has ended, neither it nor the traceback of its error refers to what `work` used.
+    When it has ended, neither it nor the traceback of its error refers to what `work` used, unless `work` is a closure:
+    a traceback keeps those of its functions.
     """
 
     def __init__(self, work: Callable[[], Any]) -> None:

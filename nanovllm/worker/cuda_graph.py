@@ -160,7 +160,7 @@ class CUDAGraphRunner:
                 graph = torch.cuda.CUDAGraph()
                 with gpu_lock:
                     with shortened():
-                        self._warm_up(lambda key=key: self._compute(forward, sample, *key), stream)
+                        self._warm_up(functools.partial(self._compute, forward, sample, *key), stream)
                     # thread_local: GPU calls of the program's other threads do not invalidate the capture.
                     with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                         logits = self._compute(forward, sample, *key)

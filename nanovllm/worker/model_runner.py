@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -227,19 +228,14 @@ class ModelRunner:
     @torch.inference_mode()
     def capture_graphs(self, batch_sizes: list[int], use_tqdm: bool = True) -> CUDAGraphRunner:
         """Graphs of decode over the KV cache that is bound now."""
-
-        def forward(input_ids: torch.Tensor, positions: torch.Tensor, context: Context) -> torch.Tensor | None:
-            with set_context(context):
-                return self.model.compute_logits(self.model(input_ids, positions))
-
         max_model_len = self.config.max_model_len
         max_blocks_per_seq = math.ceil(max_model_len / self.block_size)
         use_tqdm = use_tqdm and self.tp.rank == 0
         shared_sizes = self._shared_prefix_sizes(batch_sizes)
         return CUDAGraphRunner(
-            forward,
+            self._decode_logits,
             self.sampler.sample_unfiltered,
-            lambda: one_layer_of_each_kind(self.model),
+            partial(one_layer_of_each_kind, self.model),
             batch_sizes,
             shared_sizes,
             self.config.max_num_seqs,
@@ -248,6 +244,11 @@ class ModelRunner:
             self.device,
             use_tqdm,
         )
+
+    def _decode_logits(self, input_ids: torch.Tensor, positions: torch.Tensor, context: Context) -> torch.Tensor | None:
+        # A method, not a closure: a traceback keeps the closures of its functions, and with them the model's memory.
+        with set_context(context):
+            return self.model.compute_logits(self.model(input_ids, positions))
 
     # --- one step: sequences -> ModelInput -> logits -> token ids ---
 

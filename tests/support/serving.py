@@ -2,7 +2,7 @@
 
 import pickle
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from unittest import mock
 import torch
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.engine.model_input import ModelInput
 from nanovllm.engine.scheduler import ScheduledBatch
 
 PARAMS = SamplingParams.greedy(max_tokens=10, ignore_eos=True)
@@ -91,8 +92,12 @@ def recorded(llm: LLM, is_pickled: bool = False) -> Iterator[dict[tuple[int, int
     """
     runner: Any = llm._core.executor._runner
     logits: dict[tuple[int, int], torch.Tensor] = {}
-    run, sampler = runner.run, runner.sampler
+    run, sampler, graphs = runner.run, runner.sampler, runner.graphs
     current: list[ScheduledBatch] = []
+
+    def remember(rows: torch.Tensor, positions: Any) -> None:
+        for seq, row, position in zip(current[0].sampled_sequences, rows, positions.tolist(), strict=True):
+            logits[seq.seq_id, position] = row.cpu().clone()
 
     def remember_and_run(batch: ScheduledBatch, *previous: Any) -> Any:
         current[:] = [pickle.loads(pickle.dumps(batch)) if is_pickled and not previous else batch]
@@ -101,9 +106,17 @@ def recorded(llm: LLM, is_pickled: bool = False) -> Iterator[dict[tuple[int, int
         return output
 
     def sample(rows: torch.Tensor, params: Any) -> torch.Tensor:
-        for seq, row, position in zip(current[0].sampled_sequences, rows, params.position.tolist(), strict=True):
-            logits[seq.seq_id, position] = row.cpu().clone()
+        remember(rows, params.position)
         return sampler(rows, params)
 
-    with mock.patch.multiple(runner, run=remember_and_run, sampler=sample):
+    def replay(model_input: ModelInput, *previous: Any) -> Any:
+        output = replay_graph(model_input, *previous)  # samples too
+        remember(output[0], model_input.sampling.position)
+        return output
+
+    with ExitStack() as patches:
+        patches.enter_context(mock.patch.multiple(runner, run=remember_and_run, sampler=sample))
+        if graphs is not None:
+            replay_graph = graphs.replay
+            patches.enter_context(mock.patch.object(graphs, "replay", replay))
         yield logits

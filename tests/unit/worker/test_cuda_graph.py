@@ -5,9 +5,11 @@ graphs do the same.
 """
 
 import itertools
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
@@ -19,10 +21,14 @@ from nanovllm.context import Context
 from nanovllm.engine.model_input import PADDING_SLOT, ModelInput, prepare_decode, prepare_decode_async
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.shared_prefix import SharedPrefixes
+from nanovllm.executor.base import free_frames
+from nanovllm.layers.linear import RowParallelLinear
 from nanovllm.worker import cuda_graph
 from nanovllm.worker.cuda_graph import MAX_GRAPH_BATCH_SIZE, CUDAGraphRunner, graph_batch_sizes
 from tests.support.counts import count_comparisons
+from tests.support.model_probe import make_runner
 from tests.support.scheduling import make_sequence
+from tests.support.tiny_models import tiny_model
 
 BATCH_SIZES = [1, 2, 4, 7]
 SHARED_PREFIX_SIZES = [4]
@@ -71,8 +77,8 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> Captures:
     compute = CUDAGraphRunner._compute
 
     def record(runner: CUDAGraphRunner, *arguments: Any) -> torch.Tensor | None:
-        graph, _ = captures[-1]
         logits = compute(runner, *arguments)
+        graph, _ = captures[-1]
 
         def replay() -> None:
             new_logits = compute(runner, *arguments)
@@ -234,3 +240,30 @@ def test_close_frees_all_graphs(captures: Captures, runner: CUDAGraphRunner) -> 
     runner.close()
     for graph, _ in captures:
         graph.reset.assert_called_once()
+
+
+@pytest.fixture(scope="module")  # so made before `captures` takes the place of GPUs
+def model_dir() -> Path:
+    return tiny_model("llama")
+
+
+@pytest.mark.parametrize("during", ["warm-up", "capture"])
+def test_an_error_keeps_nothing_of_the_model(
+    model_dir: Path, captures: Captures, monkeypatch: pytest.MonkeyPatch, during: str
+) -> None:
+    """D33: a traceback keeps the closures of its functions, so none of them may refer to the model."""
+
+    def fail(self: RowParallelLinear, x: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("planted")
+
+    runner = make_runner(model_dir, device="cpu", attention_backend="torch", num_kv_cache_blocks=1)
+    model = weakref.ref(runner.model)
+    monkeypatch.setattr(RowParallelLinear, "forward", fail)
+    if during == "warm-up":
+        monkeypatch.setattr(CUDAGraphRunner, "_warm_up", staticmethod(lambda compute, stream: compute()))
+    with pytest.raises(RuntimeError, match="planted") as failure:
+        runner.capture_graphs([1], use_tqdm=False)
+    del runner
+    free_frames(failure.value)
+    assert model() is None
+    assert len(captures) == (during == "capture")
