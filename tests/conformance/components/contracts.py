@@ -7,6 +7,7 @@ It is one file because it is one table.
 from dataclasses import dataclass
 
 BLOCKS, SCHEDULING, REQUESTS, PROCESSES, INPUTS = "blocks", "scheduling", "requests", "processes", "inputs"
+AHEAD = "ahead"  # of schedulers that choose a step before the tokens of the step in front are known
 
 
 @dataclass(frozen=True)
@@ -391,6 +392,27 @@ first.expect("C32", request.seq.num_blocks == 2, f"4 tokens in blocks of 2 now t
         "a request with a low temperature gets wild text when it shares a batch",
         "D57",
         is_isolated=True,
+    ),
+    Contract(
+        "C41",
+        AHEAD,
+        "The prefix cache says of a block what it holds: no placeholder, no token of a step that lost the block.",
+        "the next turn of a conversation is computed again, or continues another conversation",
+        "D09, D13; https://github.com/LMCache/LMCache/pull/1898",
+    ),
+    Contract(
+        "C42",
+        AHEAD,
+        "A token that is computed past the end of a request is discarded.",
+        "half a word behind the end of an answer, now and then",
+        "D08; https://github.com/vllm-project/vllm/pull/19970",
+    ),
+    Contract(
+        "C43",
+        AHEAD,
+        "A request that is preempted or aborted takes a token in flight once, or not at all.",
+        "under load a word comes twice, or is missing",
+        "D08; https://github.com/vllm-project/vllm/pull/48245; https://github.com/vllm-project/vllm/pull/38624",
     ),
 )
 CONTRACTS = {row.id: row for row in _ROWS}

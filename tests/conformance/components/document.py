@@ -13,7 +13,7 @@ from tests.conformance.components.contracts import CONTRACTS, UPSTREAM, Contract
 from tests.support.source_tree import ROOT
 
 DOCUMENT = ROOT / "docs" / "conformance.md"
-NUM_SCENARIOS, SEED = 60, 1  # finds every planted fault; the tests compare with the document
+NUM_SCENARIOS, SEED = 100, 1  # finds every planted fault; the tests compare with the document
 
 _HEAD = """\
 # Contracts of an engine's components
@@ -90,6 +90,7 @@ _GROUPS = {
     "requests": "Requests",
     "processes": "Processes",
     "inputs": "Input preparation",
+    "ahead": "Async scheduling",
 }
 
 

@@ -71,6 +71,7 @@ class _Supervisor:
             if number == MAX_RESTARTS - 1:
                 self.job.start = self.job.num_scenarios  # the contracts that have a script are left
             end = self._run_child()
+        self.result["notes"] = [f"{k}: {v}" for k, v in self.job.not_applicable.items() if k not in CONTRACTS]
         verdicts = self.result["verdicts"]
         for contract in CONTRACTS:
             if contract in self.job.broken and contract not in verdicts:
