@@ -121,7 +121,7 @@ class Adapter:
     def __init__(self, found: dict[str, Any], setup: Any) -> None:
         for role in ("Scheduler", "Sequence"):
             if role not in found:
-                reason = found["reasons"].get(role, f"no class {role} in {found['package']}")
+                reason = found["reasons"].get(role, f"no class {role} in the package {found['package'].name}")
                 raise NotRecognised(reason)
         self.found = found
         self.setup = setup

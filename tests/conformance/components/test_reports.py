@@ -58,6 +58,8 @@ def test_both_commands_print_a_finding_and_write_a_page(
     assert cli.main(arguments) == 1
     assert "C34 BROKEN  The position of a token is its index in the sequence." in capfd.readouterr().out
     assert "C34" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert cli.main(["conformance", str(tmp_path / "nothing")]) == USER_ERROR
+    assert capfd.readouterr().err.startswith("nanovllm conformance: error: ")
     printed = run_checks(path, RIGHT, "--scenarios=10", "--seed=1", "--json")
     targets = json.loads(printed.stdout)["targets"]
     assert (printed.returncode, [target["exit_code"] for target in targets]) == (1, [1, 0])
