@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tests.conformance.components.contracts import CONTRACTS, UPSTREAM, Contract
+from tests.conformance.components.contracts import CONTRACTS, Contract
 from tests.conformance.components.drawing import drawing
 from tests.support.source_tree import ROOT
 
@@ -147,8 +147,7 @@ def _wrapped(line: str) -> str:
 
 def _links(contract: Contract) -> str:
     text = re.sub(r"^(D[\d, D]+\d)", r"\1 of [tests/DEFECTS.md](../tests/DEFECTS.md)", contract.report)
-    pattern = re.escape(UPSTREAM) + r"/(issues|pull)/(\d+)"
-    return re.sub(pattern, rf"[nano-vllm #\2]({UPSTREAM}/\1/\2)", text)
+    return re.sub(r"https://github.com/[\w-]+/([\w-]+)/(?:issues|pull)/(\d+)", r"[\1 #\2](\g<0>)", text)
 
 
 def main() -> int:
