@@ -44,5 +44,13 @@ def run(arguments: argparse.Namespace) -> int:
         options.append(f"--html={arguments.html.resolve()}")
     options += ["--json"] * arguments.json
     paths = [str(path.resolve()) for path in arguments.paths]
-    command = [sys.executable, "-m", CHECKS.replace("/", "."), *options, "--", *paths]
+    command = [sys.executable, "-c", _START, *options, "--", *paths]
     return subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}).returncode
+
+
+# The name in messages is that of the command which the user has typed.
+_START = f"""\
+import sys
+from {CHECKS.replace("/", ".")}.__main__ import main
+sys.exit(main(sys.argv[1:], "nanovllm conformance"))
+"""

@@ -160,8 +160,10 @@ class Sequence:
     )
 
     def __getstate__(self) -> tuple[Any, ...]:
-        # num_scheduled_tokens is 0 when async_scheduling sends a step while the current one computes nothing of it.
-        token_ids = self.scheduled_token_ids or [self.last_token]
+        # A step that async_scheduling sends ahead computes the last token, which the scheduled step may leave out.
+        token_ids = self.scheduled_token_ids
+        if not self.is_sampled:
+            token_ids.append(self.last_token)
         return (*(getattr(self, name) for name in self._WORKER_FIELDS), token_ids)
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:

@@ -166,6 +166,15 @@ def test_pages_load_nothing_from_other_machines(site: Path) -> None:
         assert loaded == [], path
 
 
+def test_pictures_of_a_document_are_part_of_its_page_and_follow_its_colours(site: Path) -> None:
+    page = (site / "documents" / "conformance.html").read_text(encoding="utf-8")
+    pictures = [*(ROOT / "docs" / "conformance").glob("*.svg")]
+    assert pictures != []
+    assert page.count('class="picture"') == len(pictures)
+    assert "prefers-color-scheme" not in page.partition("<article")[2]
+    assert "<img" not in page.partition("<article")[2]
+
+
 def test_every_link_to_a_line_leads_to_that_line(site: Path) -> None:
     """MkDocs checks files and headings; the numbers of lines are checked here."""
     number = 0

@@ -15,7 +15,7 @@ import reference  # noqa: E402
 from tools.docs.page import page_path, reference_page, title  # noqa: E402
 from tools.docs.pictures import figure  # noqa: E402
 from tools.docs.sources import DOCUMENTS, Sources, document_page, heading, source_markdown, source_page  # noqa: E402
-from tools.docs.svg import STYLE  # noqa: E402
+from tools.docs.svg import STYLE, inlined  # noqa: E402
 
 
 def on_config(config: MkDocsConfig) -> None:
@@ -56,6 +56,8 @@ def _with_pictures_and_links(page: str, sources: Sources, config: MkDocsConfig) 
 
 def _document(path: str, sources: Sources) -> str:
     text = (ROOT / path).read_text(encoding="utf-8")
+    folder = (ROOT / path).parent
+    text = re.sub(r"!\[.*?\]\((\S+\.svg)\)", lambda match: inlined((folder / match[1]).read_text("utf-8")), text)
     text = _with_source_links(text, document_page(path), posixpath.dirname(path), sources)
     return f"---\nhide:\n  - toc\n---\n\n{text}"
 

@@ -5,6 +5,7 @@ machine. A drawing is at most 380 units wide, of which a letter takes 12, so tha
 """
 
 import html
+import re
 from math import atan2, cos, pi, sin
 
 MAX_WIDTH = 380
@@ -91,6 +92,14 @@ class Drawing:
 
     def _add(self, part: str) -> None:
         self._parts.append(part.replace("-0.0", "0.0"))
+
+
+def inlined(file: str) -> str:
+    """The text that Drawing.file() returned, as part of a page of the site. In a list or a paragraph it is one line."""
+    width = float(re.findall(r'width="(\d+)" viewBox', file)[0])
+    head = f'<svg width="100%" style="max-width:{width * 1.4 / 1.5:.0f}px" '
+    text = re.sub(r'<svg xmlns="\S+" width="\d+" ', head, re.sub(r"<style>.*?</style>\n", "", file))
+    return f'<figure class="drawn">{text}</figure>'.replace("\n", "")
 
 
 def _class(look: str) -> str:

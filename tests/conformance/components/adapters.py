@@ -29,15 +29,24 @@ PREFILL_COUNTS = ("num_prefill_seqs", "num_prefills")
 PROMPTS = ("prompt", "prompt_token_ids", "token_ids", "inputs")  # of LLMEngine.add_request
 ABORTS = ("abort", "abort_request", "abort_seq", "cancel")
 HASH_FUNCTIONS = ("compute_hash",)
+# Of a scheduler that runs ahead of the model: a sequence's number of tokens in flight; or the scheduler's method that
+# is given the step in front, and the one that is given the step ahead once the tokens in front are known.
+PLACEHOLDERS = ("num_output_placeholders", "num_placeholders")
+NEXT_STEP, COMMIT = ("schedule_next_async",), ("commit_async_batch",)
 
 
 class Scheduled(NamedTuple):
-    """One sequence of a step: the tokens start .. start + count."""
+    """One sequence of a step: the tokens start .. start + count.
+
+    is_behind: of a step that is scheduled while another is in flight. is_in_flight: its last token comes of that one.
+    """
 
     seq: Any
     start: int
     count: int
     is_prefill: bool
+    is_behind: bool = False
+    is_in_flight: bool = False
 
 
 def first_of(owner: Any, names: tuple[str, ...]) -> str | None:
@@ -112,11 +121,13 @@ class Adapter:
     def __init__(self, found: dict[str, Any], setup: Any) -> None:
         for role in ("Scheduler", "Sequence"):
             if role not in found:
-                reason = found["reasons"].get(role, f"no class {role} in {found['package']}")
+                reason = found["reasons"].get(role, f"no class {role} in the package {found['package'].name}")
                 raise NotRecognised(reason)
         self.found = found
         self.setup = setup
         self.sequence_class = found["Sequence"]
+        has_own_class = setup.is_async and "AsyncScheduler" in found
+        self.scheduler_class = found["AsyncScheduler" if has_own_class else "Scheduler"]
         values = self._config_values()
         folder = str(found["package"])
         self.config = make_config(found["Config"], folder, values) if "Config" in found else SimpleNamespace(**values)
@@ -172,13 +183,13 @@ class Adapter:
             "eos_token_id": EOS,
             "eos_token_ids": frozenset({EOS}),
         }
-        needed = inspect.signature(self.found["Scheduler"]).parameters
+        needed = inspect.signature(self.scheduler_class).parameters
         if manager_class is not None and any(name in needed for name in BLOCK_MANAGERS):
             manager = call_with(manager_class, self._manager_values(manager_class), "BlockManager", self.config)
             values |= dict.fromkeys(BLOCK_MANAGERS, manager)
         elif setup.weak_hash:
             self._weaken(manager_class)
-        return call_with(self.found["Scheduler"], values, "Scheduler", self.config)
+        return call_with(self.scheduler_class, values, "Scheduler", self.config)
 
     def _manager_values(self, manager_class: Any) -> dict[str, Any]:
         values = {"num_blocks": self.setup.num_blocks, "block_size": self.setup.block_size}
@@ -330,6 +341,32 @@ class Adapter:
         result = self.scheduler.schedule()
         return result, self._read(result)
 
+    def is_ahead(self, batch: list[Scheduled]) -> bool:
+        """Whether the next step may be scheduled before the tokens of this one are known: all have placeholders."""
+        names = [first_of(item.seq, PLACEHOLDERS) for item in batch]
+        return all(name is not None and getattr(item.seq, name) for name, item in zip(names, batch, strict=True))
+
+    def schedule_next(self, front: Any) -> tuple[Any, list[Scheduled]]:
+        """The step behind `front`, which schedule_next returned or schedule did; (None, []) if there is none yet."""
+        result = getattr(self.scheduler, str(self.next_step_name))(front)
+        return result, [] if result is None else self._read(result)
+
+    def commit(self, result: Any) -> tuple[Any, list[Any]]:
+        """What is left of a step ahead, and of its sequences, once the tokens of the step in front are known."""
+        result = getattr(self.scheduler, str(first_of(self.scheduler, COMMIT)))(result)
+        return result, list(getattr(result, str(first_of(result, BATCH_SEQUENCES))))
+
+    @property
+    def next_step_name(self) -> str | None:
+        return first_of(self.scheduler, NEXT_STEP) if first_of(self.scheduler, COMMIT) else None
+
+    def cache_entries(self) -> dict[int, list[int]]:
+        """Block -> the tokens that the prefix cache says it holds. Empty where the blocks do not say that."""
+        name = first_of(self.manager, BLOCK_LISTS)
+        blocks = getattr(self.manager, name) if name else []
+        entered = [block for block in blocks if getattr(block, "hash", -1) not in (-1, None)]
+        return {block.block_id: list(block.token_ids) for block in entered if getattr(block, "token_ids", None)}
+
     def watch_moves(self, moved: Callable[[bool, list[tuple[int, int]]], None]) -> None:
         """Call moved(is_out, pairs) whenever the block manager decides to copy blocks to the CPU, or back."""
         for is_out, name in ((True, "swap_out"), (False, "swap_in")):
@@ -382,8 +419,9 @@ class Adapter:
         needs_sampling = all(hasattr(item.seq, "needs_sampling") for item in batch)
         if sampled is not None or (not isinstance(result, tuple | list) and needs_sampling):
             tokens = [token for token, wanted in zip(tokens, is_sampled, strict=True) if wanted]
-        if isinstance(result, tuple):
-            values = [[item.seq for item in batch], tokens, *result[1:]][: len(names)]
+        if isinstance(result, tuple) or "is_prefill" in names:
+            rest = result[1:] if isinstance(result, tuple) else [getattr(result, "is_prefill", batch[0].is_prefill)]
+            values = [[item.seq for item in batch], tokens, *rest][: len(names)]
             if len(values) != len(names):
                 raise NotRecognised(f"postprocess takes {names}")
         else:

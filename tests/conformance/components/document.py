@@ -1,4 +1,4 @@
-"""Writes docs/conformance.md: `python -m tests.conformance.components.document`. The pictures are of planted faults.
+"""Writes docs/conformance.md and its pictures: `python -m tests.conformance.components.document`.
 
 Each contract is shown broken by the fault of targets/faults.py, in the smallest scenario that the checks find.
 """
@@ -9,11 +9,20 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tests.conformance.components.contracts import CONTRACTS, UPSTREAM, Contract
+from tests.conformance.components.contracts import CONTRACTS, Contract
+from tests.conformance.components.drawing import drawing
 from tests.support.source_tree import ROOT
 
 DOCUMENT = ROOT / "docs" / "conformance.md"
-NUM_SCENARIOS, SEED = 60, 1  # finds every planted fault; the tests compare with the document
+PICTURES = ROOT / "docs" / "conformance"
+LEGEND = """\
+block 0 |0 1|  ref 2  in the tables of r0, r1
+block 1 |0 .|  ref 1  in the table of r0
+block 2 |0 0|  ref 0  free
+r0: prompt 0 1, output 0; block table 0 1
+r1: prompt 0 1; block table 0
+"""
+NUM_SCENARIOS, SEED = 100, 1  # finds every planted fault; the tests compare with the document
 
 _HEAD = """\
 # Contracts of an engine's components
@@ -67,20 +76,28 @@ How forks differ stands in the tables of
 constructed, what `schedule()` returns, what `postprocess()` takes, whether the block size is an attribute of the
 class Sequence, what the queues are called. Options that a fork adds to its Config have the fork's own defaults. Blocks
 that are swapped to the CPU are followed where `swap_out` and `swap_in` of the block manager return which they move.
-Steps with several new tokens a sequence (speculative decoding) and schedulers that run ahead of the model are not
-modelled: their contracts are not applicable.
+Steps with several new tokens a sequence (speculative decoding) are not modelled: their contracts are not applicable.
+
+**Async scheduling.** A class AsyncScheduler is examined beside the class Scheduler, and half of the scenarios schedule
+each step before the tokens of the step in front of it are known. Two shapes are followed: schedule() is called again,
+and each token in flight is a placeholder of its sequence (`num_output_placeholders`, as in vLLM); or
+`schedule_next_async(step)` returns the next step, and `commit_async_batch(next_step)` drops what has ended meanwhile. A
+step that leaves no placeholder, as a prefill may, is collected before the next one. postprocess() gets every row of a
+step, those of requests that have ended meanwhile too. A scheduler that runs ahead in another way is not applicable.
 
 ## Reading the pictures
 
-```text
-block 0 |0 1|  ref 2  in the tables of r0, r1     a block of two slots, with the tokens whose keys they hold
-block 1 |0 .|  ref 1  in the table of r0          a dot: nothing that may be read
-block 2 |0 0|  ref 0  free                        free, and still in the prefix cache
-r0: prompt 0 1, output 0; block table 0 1
-```
+![Three blocks of two slots, and two requests](conformance/legend.svg)
 
-The picture shows the target at the moment at which the contract is found broken. Tokens are 0 and 1; 2 ends a
-sequence.
+A picture shows the target at the moment at which the contract is found broken. Above are the blocks of the KV cache,
+each with its id, its ref_count and the tokens whose keys and values its slots hold; an empty slot holds nothing that
+may be read. A block has the colour of the request that holds it, and is hatched if another one shares it. A dashed
+block is held by none; if it is free and not empty, it is still in the prefix cache. Below are the requests: the tokens
+in their blocks, by the ids of the block table. Generated tokens are bold. A token outside of a block has no slot.
+Tokens are 0 and 1; 2 ends a sequence. `nanovllm conformance` prints the same as text:
+
+```text
+{legend}```
 
 ## The contracts
 """
@@ -90,12 +107,13 @@ _GROUPS = {
     "requests": "Requests",
     "processes": "Processes",
     "inputs": "Input preparation",
+    "ahead": "Async scheduling",
 }
 
 
 def document(rows: dict[str, dict[str, Any]]) -> str:
     """The whole text. rows: contract -> its verdict on the target with its planted fault."""
-    parts = [_HEAD.format(number=len(CONTRACTS))]
+    parts = [_HEAD.format(number=len(CONTRACTS), legend=LEGEND)]
     for group, title in _GROUPS.items():
         parts.append(f"\n### {title}\n")
         parts += [section(contract, rows[contract.id]) for contract in CONTRACTS.values() if contract.group == group]
@@ -106,7 +124,15 @@ def section(contract: Contract, row: dict[str, Any]) -> str:
     script = "\n".join(_wrapped(line) for line in _anonymous(row["script"]).splitlines()[2:])
     text = f"\n#### {contract.id}. {contract.rule}\n\nWhat users see: {contract.users_see}. From: {_links(contract)}.\n"
     text += f"\n```python\n{script}\n```\n"
-    return text + (f"\n```text\n{row['picture']}```\n" if row["picture"] else "")
+    shown = f"![The blocks and requests when {contract.id} is found broken](conformance/{contract.id}.svg)"
+    return text + (f"\n{shown}\n" if row["picture"] else "")
+
+
+def pictures(rows: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """Name -> SVG, of the contracts whose verdict has a picture, and of the legend."""
+    texts = {"legend": LEGEND} | {name: row["picture"] for name, row in rows.items() if row["picture"]}
+    titles = {name: f"Blocks and requests when {name} is found broken" for name in texts} | {"legend": "An example"}
+    return {name: drawing(text, titles[name]).file() for name, text in texts.items()}
 
 
 def _anonymous(script: str) -> str:
@@ -121,8 +147,7 @@ def _wrapped(line: str) -> str:
 
 def _links(contract: Contract) -> str:
     text = re.sub(r"^(D[\d, D]+\d)", r"\1 of [tests/DEFECTS.md](../tests/DEFECTS.md)", contract.report)
-    pattern = re.escape(UPSTREAM) + r"/(issues|pull)/(\d+)"
-    return re.sub(pattern, rf"[nano-vllm #\2]({UPSTREAM}/\1/\2)", text)
+    return re.sub(r"https://github.com/[\w-]+/([\w-]+)/(?:issues|pull)/(\d+)", r"[\1 #\2](\g<0>)", text)
 
 
 def main() -> int:
@@ -134,6 +159,11 @@ def main() -> int:
         found = verdicts_of(*plant(faults, Path(folder)), scenarios=NUM_SCENARIOS, seed=SEED)
     rows = {name: verdicts[name] for name, verdicts in zip(faults, found, strict=True)}
     DOCUMENT.write_text(document(rows), encoding="utf-8")
+    PICTURES.mkdir(exist_ok=True)
+    for path in PICTURES.glob("*.svg"):
+        path.unlink()
+    for name, svg in pictures(rows).items():
+        (PICTURES / f"{name}.svg").write_text(svg, encoding="utf-8")
     return 0
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from tests.conformance.components import explore, shrinking
 from tests.conformance.components.adapters import NotRecognised
 from tests.conformance.components.bounds import SHORT_CALL_SECONDS
-from tests.conformance.components.contracts import CONTRACTS, Contract
+from tests.conformance.components.contracts import AHEAD, CONTRACTS, Contract
 from tests.conformance.components.explore import Scenario
 from tests.conformance.components.picture import picture
 from tests.conformance.components.target import Broken, Target, loaded
@@ -81,13 +81,16 @@ class Examination:
         self.is_chunked = explore.probe_chunked(job.path)
         can_abort = explore.probe_abort(job.path)
         no_weak_hash = explore.probe_weak_hash(job.path)
+        not_ahead = explore.probe_ahead(job.path)
+        if not_ahead:
+            job.not_applicable |= {contract.id: not_ahead for contract in CONTRACTS.values() if contract.group == AHEAD}
         if no_weak_hash:
             job.not_applicable["C07"] = no_weak_hash
         if not can_abort:
             job.not_applicable["C24"] = "the scheduler has no method to abort a request"
         rng = random.Random(job.seed)
         for number in range(job.num_scenarios):
-            scenario = explore.draw(rng, self.is_chunked, can_abort, not no_weak_hash)
+            scenario = explore.draw(rng, self.is_chunked, can_abort, not no_weak_hash, not not_ahead)
             if number < job.start:
                 continue
             if time.monotonic() > self.deadline:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from tests.conformance.components.adapters import NotRecognised
+from tests.conformance.components.adapters import NEXT_STEP, NotRecognised
 from tests.conformance.components.bounds import CALL_SECONDS
 from tests.conformance.components.picture import picture
 from tests.conformance.components.step_checks import next_token
@@ -85,12 +85,13 @@ def _call(step: Step, number: int) -> str:
 # --- drawing ---
 
 
-def draw(rng: random.Random, is_chunked: bool, can_abort: bool, has_weak_hash: bool) -> Scenario:
+def draw(rng: random.Random, is_chunked: bool, can_abort: bool, has_weak_hash: bool, runs_ahead: bool) -> Scenario:
     block_size, num_blocks = rng.choice((2, 2, 3, 4)), rng.randint(2, 9)
     room = num_blocks * block_size
     max_num_seqs = rng.randint(1, 4)
     budget = max_num_seqs + rng.randint(0, 6) if is_chunked and rng.random() < 0.7 else room + rng.randint(1, 8)
-    setup = Setup(block_size, num_blocks, max_num_seqs, budget, weak_hash=has_weak_hash and rng.random() < 0.25)
+    is_weak, is_async = has_weak_hash and rng.random() < 0.25, runs_ahead and rng.random() < 0.5
+    setup = Setup(block_size, num_blocks, max_num_seqs, budget, weak_hash=is_weak, is_async=is_async)
     steps: list[Step] = []
     texts: list[tuple[int, ...]] = []
     for _ in range(rng.randint(1, 7)):
@@ -200,6 +201,28 @@ def probe_weak_hash(path: str) -> str:
     except NotRecognised as error:
         return str(error)
     return ""
+
+
+def probe_ahead(path: str) -> str:
+    """Why no scheduler can be asked for a step before the tokens of the step in front are known; "" if one can."""
+    target = Target(path, is_async=True)
+    try:
+        if target.adapter.next_step_name is not None:
+            return ""
+        target.add([0], max_tokens=3, ignore_eos=True)
+        for _ in range(2):
+            result, batch = target.adapter.schedule()
+            if target.adapter.is_ahead(batch):
+                return ""
+            target.adapter.postprocess(result, batch, [0])
+    except NotRecognised as error:
+        return str(error)
+    except Exception as error:
+        return f"two steps of {target.adapter.scheduler_class.__name__} raise {type(error).__name__}: {error}"
+    name = target.adapter.scheduler_class.__name__
+    return (
+        f"{name} chooses no step ahead in a way that is known: it has no {NEXT_STEP[0]}, its sequences no placeholders"
+    )
 
 
 def probe_abort(path: str) -> bool:

@@ -20,7 +20,10 @@ def check_inputs(target: Any, batch: list[Scheduled], got: Prepared) -> None:
     stored: list[bool] = []
     for item in batch:
         span = range(item.start, item.start + item.count)
-        tokens += [target.request_of(item.seq).tokens[position] for position in span]
+        request = target.request_of(item.seq)
+        for position in span:
+            is_in_flight = position >= len(request.known) and len(tokens) < len(got.input_ids)
+            tokens.append(got.input_ids[len(tokens)] if is_in_flight else request.tokens[position])
         positions += span
         slots += [cache.slot(item.seq.block_table, position) for position in span]
         stored += [position >= target.adapter.first_stored(item) for position in span]

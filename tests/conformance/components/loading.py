@@ -22,6 +22,7 @@ ROLES = {  # role -> the name of its class, and the file that it is in upstream
     "Sequence": "engine/sequence.py",
     "BlockManager": "engine/block_manager.py",
     "Scheduler": "engine/scheduler.py",
+    "AsyncScheduler": "engine/async_scheduler.py",  # of forks
     "ModelRunner": "engine/model_runner.py",
     "LLMEngine": "engine/llm_engine.py",
 }

@@ -16,7 +16,7 @@ def picture(target: Any) -> str:
     if target is None:
         return ""
     try:
-        return "\n".join([*_blocks(target), *_requests(target)]) + "\n"
+        return "".join(f"{line}\n" for line in [*_blocks(target), *_requests(target)])
     except Exception:
         return ""
 

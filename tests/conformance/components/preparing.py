@@ -12,6 +12,10 @@ CONTEXT_MODULES = ("utils.context", "context", "engine.context")
 # prefill first, then decode.
 PREFILL_TABLES = ("prefill_block_tables", "block_tables")
 DECODE_TABLES = ("decode_block_tables", "block_tables")
+# The preparation of a decode step some of whose tokens are in flight: a function of the sequences and of those that the
+# step in front samples. A ModelRunner prepares it as any other.
+DECODE_BEHIND = "prepare_decode_async"
+UNKNOWN_STEPS = "inputs of steps that are scheduled ahead"
 
 
 class Prepared(NamedTuple):
@@ -26,6 +30,10 @@ class Prepared(NamedTuple):
     prefill_tables: list[list[int]] | None
     decode_tables: list[list[int]] | None
     temperatures: list[float] | None
+
+
+class UnknownStep(Exception):
+    """The inputs of one kind of step are prepared in an unknown way; those of the others are checked."""
 
 
 class Preparation:
@@ -74,8 +82,11 @@ class Preparation:
 
     @staticmethod
     def _from_functions(module: Any, batch: list[Scheduled], is_worker: bool) -> Prepared:
-        is_prefill = batch[0].is_prefill
-        inputs = (module.prepare_prefill if is_prefill else module.prepare_decode)([item.seq for item in batch])
+        is_prefill, sequences = batch[0].is_prefill, [item.seq for item in batch]
+        if not is_prefill and batch[0].is_behind:
+            inputs = getattr(module, DECODE_BEHIND)(sequences, [item.seq for item in batch if item.is_in_flight])
+        else:
+            inputs = (module.prepare_prefill if is_prefill else module.prepare_decode)(sequences)
         tables = None if inputs.block_tables is None else inputs.block_tables.tolist()
         return Prepared(
             inputs.input_ids.tolist(),
@@ -94,6 +105,9 @@ class Preparation:
             raise NotRecognised("a step has prefill and decode, and ModelRunner prepares only one at a time")
         is_prefill = batch[0].is_prefill
         sequences = [item.seq for item in batch]
+        other = [name for name in dir(runner) if name.startswith("prepare_") and "async" in name]
+        if other and any(item.is_in_flight for item in batch):
+            raise UnknownStep(f"ModelRunner has {other[0]}, which no table of preparing.py knows")
         prepared = (runner.prepare_prefill if is_prefill else runner.prepare_decode)(sequences)
         sampled = None if is_worker else sequences
         return self._read_context(runner, context_module, prepared, sampled, is_prefill, not is_prefill)

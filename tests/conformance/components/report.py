@@ -49,6 +49,7 @@ def _notes(result: dict[str, Any]) -> list[str]:
     if result.get("stand_ins"):
         lines.append(f"not installed, and stood in for: {', '.join(result['stand_ins'])}")
     lines += [f"{role} is not loaded: {reason}" for role, reason in result.get("reasons", {}).items()]
+    lines += [f"not checked: {note}" for note in result.get("notes", [])]
     return lines
 
 

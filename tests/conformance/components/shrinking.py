@@ -77,7 +77,9 @@ def _candidates(scenario: Scenario) -> Iterator[Scenario]:
         yield Scenario(setup, (*steps[:index], (kind, tokens, max_tokens, False), *steps[index + 1 :]))
     for number in range(len(MINIMAL) + 1):
         for kept in itertools.combinations(MINIMAL, number):
-            yield _fitting(Setup(weak_hash=setup.weak_hash, **{name: getattr(setup, name) for name in kept}), steps)
+            sizes = {name: getattr(setup, name) for name in kept}
+            for is_async in {False, setup.is_async}:
+                yield _fitting(Setup(weak_hash=setup.weak_hash, is_async=is_async, **sizes), steps)
     for name, least in MINIMAL.items():
         value = getattr(setup, name)
         for other in sorted({least, value // 2, value - 1, getattr(Setup(), name)}):

@@ -1,6 +1,7 @@
 """Examines targets in child processes, which the target may hang, crash or fill without harm to this one."""
 
 import json
+import math
 import mmap
 import os
 import select
@@ -25,7 +26,8 @@ from tests.conformance.components.examine import BROKEN, NOT_APPLICABLE, Examina
 from tests.conformance.components.explore import Scenario
 from tests.conformance.components.loading import NotRecognised, find_package
 
-STALL_SECONDS = 20.0  # without an event: the child hangs where Python's signals do not reach
+STALL_SECONDS = 20.0  # of CPU time without an event: the child hangs where Python's signals do not reach
+BLOCKED_SECONDS = 60.0  # by the clock without an event: it waits for something
 MAX_RESTARTS = 20
 MAX_PROCESSES = 200  # to shrink a scenario that ends its process
 NOTE_BYTES = 2**16
@@ -71,6 +73,7 @@ class _Supervisor:
             if number == MAX_RESTARTS - 1:
                 self.job.start = self.job.num_scenarios  # the contracts that have a script are left
             end = self._run_child()
+        self.result["notes"] = [f"{k}: {v}" for k, v in self.job.not_applicable.items() if k not in CONTRACTS]
         verdicts = self.result["verdicts"]
         for contract in CONTRACTS:
             if contract in self.job.broken and contract not in verdicts:
@@ -88,12 +91,17 @@ class _Supervisor:
             _child(write, self.job, self.note, self.deadline)
         os.close(write)
         is_done, is_stalled = False, False
+        latest, used = time.monotonic(), 0.0  # of the latest event: its time, and the child's CPU time
         with os.fdopen(read, "rb") as pipe:
             while True:
                 if not select.select([pipe], [], [], STALL_SECONDS)[0]:
+                    is_blocked = time.monotonic() - latest >= BLOCKED_SECONDS
+                    if not is_blocked and _cpu_seconds(pid) - used < STALL_SECONDS:
+                        continue  # the machine is busy
                     is_stalled = True
                     break
                 line = pipe.readline()
+                latest, used = time.monotonic(), _cpu_seconds(pid)
                 if not line:
                     break
                 is_done |= self._take_event(json.loads(line))
@@ -140,6 +148,15 @@ class _Supervisor:
         return shrinking.shrink(scenario, still_ends, max_runs=MAX_PROCESSES)
 
 
+def _cpu_seconds(pid: int) -> float:
+    """CPU time of a process so far; infinite where the system does not say, so that only the clock counts there."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return math.inf
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def _end_child(pid: int, is_stalled: bool, is_done: bool) -> str:
     """Wait for the child and end whatever it has started. Returns how it ended, "" if as it should."""
     if is_stalled:
@@ -151,7 +168,7 @@ def _end_child(pid: int, is_stalled: bool, is_done: bool) -> str:
     if is_done:
         return ""
     if is_stalled:
-        return f"did nothing for {STALL_SECONDS:g} s and was ended"
+        return f"did nothing for {STALL_SECONDS:g} s of CPU time, or {BLOCKED_SECONDS:g} s, and was ended"
     if os.WIFSIGNALED(status):
         return f"was ended by {signal.Signals(os.WTERMSIG(status)).name}"
     return f"ended itself with exit code {os.WEXITSTATUS(status)}"

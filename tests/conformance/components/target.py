@@ -18,12 +18,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.conformance.components import input_checks, step_checks
+from tests.conformance.components import input_checks, step_checks, steps_ahead
 from tests.conformance.components.adapters import EOS, Adapter, NotRecognised, Scheduled
 from tests.conformance.components.bounds import CALL_SECONDS, Hang, bounded
 from tests.conformance.components.contracts import CONTRACTS
 from tests.conformance.components.loading import find_package, load
-from tests.conformance.components.preparing import Preparation
+from tests.conformance.components.preparing import UNKNOWN_STEPS, Preparation, UnknownStep
 
 TEMPERATURES = (0.5, 1.0, 0.25)
 JUNK_TOKEN = 61  # given to a sequence that must not take a token
@@ -49,6 +49,7 @@ class Setup:
     max_num_batched_tokens: int = 64
     max_model_len: int = 0  # 0: one more than the cache holds
     weak_hash: bool = False
+    is_async: bool = False  # each step is scheduled before the tokens of the one in front of it are known
 
     def __post_init__(self) -> None:
         if not self.max_model_len:
@@ -74,6 +75,9 @@ class Request:
     was_preempted: bool = False
     is_finished: bool = False
     is_swapped: bool = False  # its blocks are on the CPU
+    num_in_flight: int = 0  # the last tokens of output, which postprocess() has not been given
+    was_caught: bool = False  # preempted while a token was in flight
+    was_aborted: bool = False
 
     @property
     def table(self) -> list[int]:
@@ -85,11 +89,33 @@ class Request:
         return self.prompt + self.output
 
     @property
+    def known(self) -> list[int]:
+        """The tokens without those in flight."""
+        return self.tokens[: len(self.tokens) - self.num_in_flight]
+
+    @property
     def must_end(self) -> str | None:
-        """The contract that makes the request end with its last token."""
-        if len(self.output) >= self.max_tokens:
+        """The contract that makes the request end with its last known token."""
+        return self._ending(self.known[len(self.prompt) :])
+
+    @property
+    def has_ended_ahead(self) -> bool:
+        """Whether a token in flight ends it, which the target cannot know."""
+        return self._ending(self.output) is not None
+
+    def _ending(self, output: list[int]) -> str | None:
+        if len(output) >= self.max_tokens:
             return "C21"
-        return "C22" if self.output and self.output[-1] == EOS and not self.ignore_eos else None
+        return "C22" if output and output[-1] == EOS and not self.ignore_eos else None
+
+
+@dataclass(eq=False)
+class Flight:
+    """A submitted step: what chose it, its sequences, and the token that each of them gets."""
+
+    result: Any
+    batch: list[Scheduled]
+    given: list[int]
 
 
 class Target:
@@ -104,6 +130,7 @@ class Target:
         self.cache = step_checks.SymbolicCache(self.setup.num_blocks, self.setup.block_size)
         self.adapter.watch_moves(self.cache.move)
         self.num_steps = 0
+        self.flight: Flight | None = None  # the step in front of the next one, if that is scheduled ahead
         self.call_seconds = CALL_SECONDS
         self.checked: Counter[str] = Counter()  # how often each contract was checked
         self.muted = {name for name in CONTRACTS if only and name != only}
@@ -141,9 +168,10 @@ class Target:
         name = self.adapter.abort_name()
         if name is None:
             raise NotRecognised("the scheduler has no method to abort a request")
-        self._guarded(lambda: getattr(self.adapter.scheduler, name)(request.seq.seq_id), name)
-        request.is_finished = True
-        step_checks.check_left(self, request, "C24")
+        self.guarded(lambda: getattr(self.adapter.scheduler, name)(request.seq.seq_id), name)
+        request.is_finished = request.was_aborted = True
+        if not self.is_ahead(request):
+            step_checks.check_left(self, request, "C24")
         step_checks.check_blocks(self)
 
     def step(self, number: int = 1) -> None:
@@ -171,6 +199,7 @@ class Target:
             left = [request.number for request in self.requests if not request.is_finished]
             if steps > most:
                 self.broken("C17", f"after {steps} steps the requests {left} have not ended")
+        steps_ahead.land(self)
         step_checks.check_whole(self)
 
     def expect(self, contract: str, holds: bool, message: str) -> None:
@@ -223,10 +252,19 @@ class Target:
     def live(self) -> list[Request]:
         return [request for request in self.requests if not request.is_finished]
 
+    def is_ahead(self, request: Request) -> bool:
+        """Whether it takes part in the step in flight."""
+        return self.flight is not None and any(request.seq is item.seq for item in self.flight.batch)
+
+    @property
+    def holding(self) -> list[Request]:
+        """The live requests, and those whose blocks a step in flight still writes to."""
+        return [request for request in self.requests if not request.is_finished or self.is_ahead(request)]
+
     def request_of(self, seq: Any) -> Request:
         return next(request for request in self.requests if request.seq is seq)
 
-    def _guarded(self, action: Callable[[], Any], name: str, before: "step_checks.Before | None" = None) -> Any:
+    def guarded(self, action: Callable[[], Any], name: str, before: "step_checks.Before | None" = None) -> Any:
         self.check("C16")
         try:
             with bounded(self.call_seconds):
@@ -244,30 +282,62 @@ class Target:
         if not self.live:
             return
         self.num_steps += 1
+        if self.setup.is_async:
+            steps_ahead.step(self)
+            return
+        result, batch = self.choose(self.adapter.schedule, "schedule")
+        if not batch:
+            self.broken("C16", "schedule() returns nothing although a request is left")
+        self.collect(self.submit(result, batch))
+
+    def choose(self, schedule: Callable[[], Any], name: str) -> tuple[Any, list[Scheduled]]:
+        """What the scheduler chooses as the next step, with the checks of it."""
         before = step_checks.Before(self)
-        result, batch = self._guarded(self.adapter.schedule, "schedule", before)
+        result, batch = self.guarded(schedule, name, before)
         swapped = self.adapter.swapped
         for request in self.live:
             request.is_swapped = any(request.seq is seq for seq in swapped)
-        if not batch:
-            step_checks.explain_failure(self, before, step_checks.num_lost_blocks(self))
-            self.broken("C16", "schedule() returns nothing although a request is left")
-            return
+        if self.setup.is_async:
+            batch = [steps_ahead.placed(self, item) for item in batch]
         self._note_admissions(before, batch)
+        if not batch:
+            if self.flight is None:
+                step_checks.explain_failure(self, before, step_checks.num_lost_blocks(self))
+            return result, batch
         for item in batch:
             if not any(request.seq is item.seq for request in self.live):
                 self.broken("C23", "a finished sequence is scheduled again")
         step_checks.check_schedule(self, before, batch)
+        return result, batch
+
+    def submit(self, result: Any, batch: list[Scheduled]) -> Flight:
+        """Compute the step: what it reads and writes, and the tokens that come of it."""
         self._check_pickle(result, batch)
         self._check_inputs(result, batch)
         step_checks.store_and_read(self, batch)
-        self._take_tokens(result, batch)
+        given = []
+        for item in batch:
+            request = self.request_of(item.seq)
+            is_sampled = item.start + item.count == len(request.tokens)
+            given.append(step_checks.next_token(request.tokens) if is_sampled else JUNK_TOKEN)
+            if is_sampled and not request.has_ended_ahead:
+                request.output.append(given[-1])
+                request.num_in_flight += 1
+        return Flight(result, batch, given)
+
+    def collect(self, flight: Flight) -> None:
+        """Give the scheduler the tokens of the step, and check what it does with them."""
+        rows = steps_ahead.Rows(self, flight.batch)
+        self.guarded(lambda: self.adapter.postprocess(flight.result, flight.batch, flight.given), "postprocess")
+        rows.check()
+        step_checks.check_tokens(self, rows.live)
 
     def _note_admissions(self, before: "step_checks.Before", batch: list[Scheduled]) -> None:
         admitted: list[Request] = []
         for request in self.live:
             if not request.table:
                 request.was_preempted |= request.is_admitted
+                request.was_caught |= request.is_admitted and request.num_in_flight > 0
                 request.is_admitted = False
         for item in batch:
             request = self.request_of(item.seq)
@@ -284,7 +354,7 @@ class Target:
     def _check_pickle(self, result: Any, batch: list[Scheduled]) -> None:
         tokens = [list(getattr(item.seq, "token_ids", [])) for item in batch]
         self.check("C29")
-        copies = self._guarded(lambda: pickle.loads(pickle.dumps([item.seq for item in batch])), "pickle")
+        copies = self.guarded(lambda: pickle.loads(pickle.dumps([item.seq for item in batch])), "pickle")
         if tokens != [list(getattr(item.seq, "token_ids", [])) for item in batch]:
             self.broken("C29", "token_ids of the sequence have changed")
         self.copies = [item._replace(seq=copy) for item, copy in zip(batch, copies, strict=True)]
@@ -312,6 +382,8 @@ class Target:
         assert self.prepare is not None
         try:
             return self.prepare(result, batch)
+        except UnknownStep as reason:
+            self.skip(UNKNOWN_STEPS, str(reason))
         except NotRecognised as error:
             self._skip_inputs(str(error))
         except AttributeError as error:
@@ -319,17 +391,6 @@ class Target:
         except Exception as error:
             self.broken("C33", f"the preparation of the step raises {type(error).__name__}: {error}")
         return None
-
-    def _take_tokens(self, result: Any, batch: list[Scheduled]) -> None:
-        given = []
-        for item in batch:
-            request = self.request_of(item.seq)
-            is_sampled = item.start + item.count == len(request.tokens)
-            given.append(step_checks.next_token(request.tokens) if is_sampled else JUNK_TOKEN)
-            if is_sampled:
-                request.output.append(given[-1])
-        self._guarded(lambda: self.adapter.postprocess(result, batch, given), "postprocess")
-        step_checks.check_tokens(self, batch)
 
 
 def loaded(path: Path) -> dict[str, Any]:

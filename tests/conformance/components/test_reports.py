@@ -1,6 +1,7 @@
 """What a report says, its exit codes, and the two commands that print it."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,10 @@ from nanovllm.cli_errors import USER_ERROR
 from nanovllm.commands import conformance
 from tests.conformance.components import report
 from tests.conformance.components.contracts import CONTRACTS
+from tests.conformance.components.drawing import drawing
 from tests.conformance.components.running import plant, run_checks
 from tests.conformance.components.targets.faults import FAULTS, RIGHT
+from tools.docs.svg import MAX_WIDTH
 
 FAULT = "C34 is one position ahead"
 
@@ -22,6 +25,22 @@ def result(**verdicts: str) -> dict:
         for name, verdict in verdicts.items()
     }
     return {"target": "fork", "seed": 1, "num_scenarios": 2, "verdicts": rows}
+
+
+def test_drawing_of_many_blocks_and_a_long_request_stays_inside() -> None:
+    blocks = [f"block {number} |0 1 .|  ref 1  in the tables of r0, r1" for number in range(9)]
+    text = "\n".join(
+        [*blocks, f"r0: prompt {'0 ' * 27}1; block table 0 1 2 3 4 5 6 7 8", f"r1: prompt {'0 ' * 40}1; waits"]
+    )
+    boxes = re.findall(r'<rect x="(.*?)" y="(.*?)" width="(.*?)"', drawing(text, "many").file())
+    assert len(boxes) == 9 + 9 + 1 + 41
+    assert max(float(x) + float(width) for x, _, width in boxes) <= MAX_WIDTH
+    assert len({(x, y) for x, y, _ in boxes}) == len(boxes)
+
+
+def test_drawing_refuses_a_line_that_no_picture_has() -> None:
+    with pytest.raises(ValueError, match="no line of a picture: 'block one'"):
+        drawing("block one", "")
 
 
 @pytest.mark.parametrize(
@@ -58,6 +77,8 @@ def test_both_commands_print_a_finding_and_write_a_page(
     assert cli.main(arguments) == 1
     assert "C34 BROKEN  The position of a token is its index in the sequence." in capfd.readouterr().out
     assert "C34" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert cli.main(["conformance", str(tmp_path / "nothing")]) == USER_ERROR
+    assert capfd.readouterr().err.startswith("nanovllm conformance: error: ")
     printed = run_checks(path, RIGHT, "--scenarios=10", "--seed=1", "--json")
     targets = json.loads(printed.stdout)["targets"]
     assert (printed.returncode, [target["exit_code"] for target in targets]) == (1, [1, 0])

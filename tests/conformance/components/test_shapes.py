@@ -1,15 +1,16 @@
 """Shapes of forks: those that a table of adapters.py declares are checked, the others are not applicable."""
 
+from itertools import chain
 from pathlib import Path
 
 import pytest
 
-from tests.conformance.components.contracts import CONTRACTS
+from tests.conformance.components.contracts import AHEAD, CONTRACTS
 from tests.conformance.components.document import SEED
 from tests.conformance.components.examine import NOT_APPLICABLE
 from tests.conformance.components.loading import NotRecognised, find_package
 from tests.conformance.components.running import names, plant, verdicts_of
-from tests.conformance.components.targets.faults import BLOCKS, RUNNER, SCHEDULER, Fault
+from tests.conformance.components.targets.faults import ASYNC, BLOCKS, RUNNER, SCHEDULER, Fault
 
 _RETURN = "return (batch, True) if batch else (self._schedule_decode(), False)"
 _OUTPUT = """\
@@ -59,7 +60,7 @@ _SWAPPING = (
         "        self.num_prefills = 0\n\n",
         "        self.num_prefills = 0\n        self.swapped = deque()\n\n",
     ),
-    (SCHEDULER, "if seq.is_prefill:", "if seq.is_prefill or seq in self.swapped:"),
+    (SCHEDULER, "return not seq.is_prefill\n", "return not seq.is_prefill and seq not in self.swapped\n"),
     (SCHEDULER, "while budget and self.waiting", "while budget and not self.swapped and self.waiting"),
     (SCHEDULER, "        seq.is_prefill = True\n        self.block_manager.deallocate(seq)\n", ""),
     (
@@ -80,67 +81,92 @@ _LOST = (
 )
 # Clean, though they are not upstream's.
 KNOWN = {
-    "blocks that are moved to the CPU": Fault("", _SWAPPING),
+    "blocks that are moved to the CPU": Fault("", *chain(*_SWAPPING)),
     "an object with the number of prefills": Fault(
         "",
+        SCHEDULER,
+        _RETURN,
+        _OUTPUT,
+        SCHEDULER,
+        _POSTPROCESS,
         (
-            (SCHEDULER, _RETURN, _OUTPUT),
-            (
-                SCHEDULER,
-                _POSTPROCESS,
-                "def postprocess(self, output, token_ids: list[int]):\n"
-                "        seqs, is_prefill = output.scheduled_seqs, output.num_prefills > 0\n",
-            ),
+            "def postprocess(self, output, token_ids: list[int]):\n"
+            "        seqs, is_prefill = output.scheduled_seqs, output.num_prefills > 0\n"
         ),
     ),
-    "a Config that refuses to be made here": Fault(
-        "", (("config.py", "if not os.path.isdir(self.model):", "if True:"),)
-    ),
+    "a Config that refuses to be made here": Fault("", "config.py", "if not os.path.isdir(self.model):", "if True:"),
     "a package that is not installed": Fault(
+        "", RUNNER, "import torch.distributed as dist\n", "import torch.distributed as dist\nimport made_up_kernels\n"
+    ),
+}
+# Schedulers that run ahead of the model; of the second it is not known how it counts the tokens in flight.
+_OBJECT = "output = super().schedule()\n        seqs, is_prefill = output.scheduled_seqs, output.is_prefill"
+AHEAD_SHAPES = {
+    "an object with is_prefill, and postprocess of three": Fault(
         "",
-        ((RUNNER, "import torch.distributed as dist\n", "import torch.distributed as dist\nimport made_up_kernels\n"),),
+        SCHEDULER,
+        _RETURN,
+        _OUTPUT.replace("num_prefills=len(batch)", "is_prefill=bool(batch)"),
+        ASYNC,
+        "seqs, is_prefill = super().schedule()",
+        _OBJECT,
+        ASYNC,
+        "return seqs, is_prefill",
+        "return output",
+    ),
+    "placeholders of another name": Fault(
+        "",
+        ASYNC,
+        "if not is_prefill:\n            for seq in seqs:\n",
+        "for seq in []:\n            for seq in seqs:\n",
     ),
 }
 UNKNOWN = {
     "a tuple of four": (
-        Fault("", ((SCHEDULER, _RETURN, "return batch or self._schedule_decode(), bool(batch), [], []"),)),
+        Fault("", SCHEDULER, _RETURN, "return batch or self._schedule_decode(), bool(batch), [], []"),
         "a tuple of 4",
     ),
     "queues of another name": (
         Fault(
             "",
-            (
-                (
-                    SCHEDULER,
-                    "self.num_prefills = 0\n\n",
-                    "self.num_prefills = 0\n        self.__dict__['lane'] = self.__dict__.pop('waiting')\n\n",
-                ),
-            ),
+            SCHEDULER,
+            "self.num_prefills = 0\n\n",
+            "self.num_prefills = 0\n        self.__dict__['lane'] = self.__dict__.pop('waiting')\n\n",
         ),
         "none of the queues",
     ),
     "a scheduler with an argument that nothing gives": (
-        Fault(
-            "", ((SCHEDULER, "def __init__(self, config: Config):", "def __init__(self, config: Config, connector):"),)
-        ),
+        Fault("", SCHEDULER, "def __init__(self, config: Config):", "def __init__(self, config: Config, connector):"),
         "Scheduler needs 'connector'",
     ),
     "a scheduler that moves blocks to the CPU": (
-        Fault(
-            "", ((SCHEDULER, "self.num_prefills = 0\n\n", "self.num_prefills = 0\n        self.swapped = deque()\n\n"),)
-        ),
+        Fault("", SCHEDULER, "self.num_prefills = 0\n\n", "self.num_prefills = 0\n        self.swapped = deque()\n\n"),
         "the block manager no swap_",
     ),
 }
 
 
 def test_known_shapes_are_checked_whole(tmp_path: Path) -> None:
-    found = verdicts_of(*plant(KNOWN, tmp_path), scenarios=60, seed=SEED)
-    assert [names(verdicts, "holds") for verdicts in found] == [list(CONTRACTS)] * len(KNOWN)
+    """They have no scheduler that runs ahead."""
+    paths = plant(KNOWN, tmp_path)
+    for path in paths:
+        (path / "smallvllm" / ASYNC).unlink()
+    found = verdicts_of(*paths, scenarios=60, seed=SEED)
+    ahead = [name for name, contract in CONTRACTS.items() if contract.group == AHEAD]
+    assert [names(verdicts, NOT_APPLICABLE) for verdicts in found] == [ahead] * len(KNOWN)
+    assert [names(verdicts, "broken") for verdicts in found] == [[]] * len(KNOWN)
+    assert found[0]["C42"]["reason"].startswith("Scheduler chooses no step ahead in a way that is known")
+
+
+def test_steps_ahead_are_checked_where_it_is_known_how_they_are_chosen(tmp_path: Path) -> None:
+    known, unknown = verdicts_of(*plant(AHEAD_SHAPES, tmp_path), scenarios=200, seed=SEED)
+    assert names(known, "holds") == list(CONTRACTS)
+    assert unknown["C41"]["verdict"] == NOT_APPLICABLE
+    assert "AsyncScheduler" in unknown["C41"]["reason"]
 
 
 def test_block_that_comes_back_to_the_wrong_place_is_found(tmp_path: Path) -> None:
-    fault = Fault("", tuple((file, old, new.replace(*_LOST)) for file, old, new in _SWAPPING))
+    fault = Fault("", *chain(*((file, old, new.replace(*_LOST)) for file, old, new in _SWAPPING)))
     (verdicts,) = verdicts_of(*plant({"": fault}, tmp_path), scenarios=60, seed=SEED)
     assert "C06" in names(verdicts, "broken")
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.model_input import prepare_decode_async
 from nanovllm.engine.sequence import Sequence, SequenceStatus
 from nanovllm.sampling_params import SamplingParams
 from tests.support.scheduling import make_scheduler, make_sequence, step
@@ -113,6 +114,21 @@ def test_a_preempted_sequence_sends_all_that_it_computes_again() -> None:
     batch = scheduler.schedule()
     assert (batch.is_prefill, batch.num_scheduled_tokens, seq.num_completion_tokens) == (True, (5,), 2)
     assert sent(seq).scheduled_token_ids == seq.token_ids
+
+
+def test_a_chunk_sends_the_last_token_too_which_a_step_ahead_computes() -> None:
+    """The eighth prefill in a row leaves one prompt token, and the decode step behind it is sent before it has run."""
+    scheduler = make_scheduler(num_blocks=9, block_size=2, max_num_batched_tokens=2)
+    seq = make_sequence(list(range(17)), 2, max_tokens=1)
+    scheduler.add(seq)
+    for _ in range(7):
+        scheduler.postprocess(scheduler.schedule(), [])
+    batch = scheduler.schedule()
+    ahead = scheduler.schedule_next_async(batch)
+    assert ahead is not None
+    assert (seq.scheduled_token_ids, batch.sampled_sequences, ahead.is_prefill) == ([14, 15], (), False)
+    assert sent(seq).scheduled_token_ids == [14, 15]
+    assert prepare_decode_async([sent(seq)], []).input_ids.tolist() == [16]
 
 
 def test_a_decode_message_does_not_grow_with_the_text() -> None:

@@ -77,14 +77,14 @@ class BlockManager:
         return len(self.free_block_ids) >= seq.num_blocks - len(seq.block_table)
 
     def may_append(self, seq: Sequence):
-        if len(seq) % self.block_size == 1:
+        if seq.num_tokens_ahead % self.block_size == 1:
             seq.block_table.append(self._take_free_block())
 
-    def hash_blocks(self, seq: Sequence):
-        """Enter the blocks that the scheduled tokens fill."""
+    def hash_blocks(self, seq: Sequence, num_computed: int):
+        """Enter the blocks that the computed tokens fill."""
         first = seq.num_cached_tokens // self.block_size
         parent = self.blocks[seq.block_table[first - 1]].hash if first else -1
-        for index in range(first, (seq.num_cached_tokens + seq.num_scheduled_tokens) // self.block_size):
+        for index in range(first, (seq.num_cached_tokens + num_computed) // self.block_size):
             block = self.blocks[seq.block_table[index]]
             parent = self.compute_hash(seq.block(index), parent)
             block.hash, block.token_ids, block.prefix = parent, seq.block(index), seq.prefix(index + 1)

@@ -45,9 +45,11 @@ class ModelRunner:
         return self.tensor(input_ids, torch.int64), self.tensor(positions, torch.int64)
 
     def prepare_decode(self, seqs: list[Sequence]):
-        positions = [len(seq) - 1 for seq in seqs]
-        slots = [self.slot(seq, len(seq) - 1) for seq in seqs]
-        context_lens = [len(seq) for seq in seqs]
+        """The placeholder of this step's own token is not computed yet."""
+        lengths = [len(seq) + max(seq.num_output_placeholders - 1, 0) for seq in seqs]
+        positions = [length - 1 for length in lengths]
+        slots = [self.slot(seq, length - 1) for seq, length in zip(seqs, lengths, strict=True)]
+        context_lens = list(lengths)
         set_context(
             False,
             slot_mapping=self.tensor(slots),

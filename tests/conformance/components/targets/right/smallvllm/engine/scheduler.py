@@ -62,7 +62,7 @@ class Scheduler:
     def _schedule_decode(self) -> list[Sequence]:
         batch: list[Sequence] = []
         for seq in list(self.running):
-            if seq.is_prefill:
+            if not self.can_decode(seq):
                 continue
             while not self.block_manager.can_append(seq):
                 last = self.running[-1]
@@ -75,6 +75,9 @@ class Scheduler:
                 batch.append(seq)
         return batch
 
+    def can_decode(self, seq: Sequence) -> bool:
+        return not seq.is_prefill
+
     def preempt(self, seq: Sequence):
         self.running.remove(seq)
         seq.status = SequenceStatus.WAITING
@@ -84,9 +87,9 @@ class Scheduler:
 
     def postprocess(self, seqs: list[Sequence], token_ids: list[int], is_prefill: bool):
         for seq, token_id in zip(seqs, token_ids, strict=True):
-            self.block_manager.hash_blocks(seq)
-            seq.num_cached_tokens += seq.num_scheduled_tokens
-            seq.num_scheduled_tokens = 0
+            num_computed = seq.num_scheduled_tokens if is_prefill else 1
+            self.block_manager.hash_blocks(seq, num_computed)
+            seq.num_cached_tokens += num_computed
             if is_prefill and seq.num_cached_tokens < len(seq):
                 continue
             seq.is_prefill = False

@@ -27,6 +27,7 @@ class Sequence:
         self.last_token = token_ids[-1]
         self.num_cached_tokens = 0
         self.num_scheduled_tokens = 0
+        self.num_output_placeholders = 0  # tokens that steps in flight sample
         self.is_prefill = True
         self.block_table: list[int] = []
         self.temperature = sampling_params.temperature
@@ -45,8 +46,12 @@ class Sequence:
         return self.num_tokens - self.num_prompt_tokens
 
     @property
+    def num_tokens_ahead(self):
+        return self.num_tokens + self.num_output_placeholders
+
+    @property
     def num_blocks(self):
-        return -(-self.num_tokens // self.block_size)
+        return -(-self.num_tokens_ahead // self.block_size)
 
     def prefix(self, num_blocks: int) -> list[int]:
         return self.token_ids[: num_blocks * self.block_size]
@@ -62,10 +67,10 @@ class Sequence:
     def __getstate__(self):
         tokens = self.token_ids if self.is_prefill else self.last_token
         counters = (self.num_tokens, self.num_prompt_tokens, self.num_cached_tokens, self.num_scheduled_tokens)
-        return (*counters, self.block_size, self.block_table, tokens)
+        return (*counters, self.num_output_placeholders, self.block_size, self.block_table, tokens)
 
     def __setstate__(self, state):
-        (*counters, self.block_size, self.block_table, tokens) = state
+        (*counters, self.num_output_placeholders, self.block_size, self.block_table, tokens) = state
         self.num_tokens, self.num_prompt_tokens, self.num_cached_tokens, self.num_scheduled_tokens = counters
         self.is_prefill = isinstance(tokens, list)
         self.token_ids = tokens if self.is_prefill else []

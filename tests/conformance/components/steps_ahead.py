@@ -1,0 +1,132 @@
+"""Async scheduling: a step is scheduled, and computed, before the tokens of the step in front of it are known.
+
+Two shapes are followed, and one step is in flight. Either schedule() is called again and each token in flight is a
+placeholder of its sequence (vLLM's AsyncScheduler); or a method is given the step in front and returns the next one,
+and another drops what has ended meanwhile (this project's Scheduler). The device computes steps in the order in which
+they were submitted. A request that ends by a token in flight is computed one step too far: that token is discarded.
+"""
+
+from typing import Any
+
+from tests.conformance.components import step_checks
+from tests.conformance.components.adapters import Scheduled
+
+
+def placed(target: Any, item: Scheduled) -> Scheduled:
+    """A decode row computes the last token of its sequence, which may be in flight."""
+    request, is_behind = target.request_of(item.seq), target.flight is not None
+    if item.is_prefill:
+        return item._replace(is_behind=is_behind)
+    is_in_flight = request.num_in_flight > 0
+    return Scheduled(item.seq, len(request.tokens) - 1, 1, False, is_behind, is_in_flight)
+
+
+def step(target: Any) -> None:
+    """Schedule and submit a step, and then collect the tokens of the step in front of it."""
+    if target.adapter.next_step_name is None:
+        _step_with_placeholders(target)
+    else:
+        _step_behind(target)
+
+
+def _step_with_placeholders(target: Any) -> None:
+    front = target.flight
+    result, batch = target.choose(target.adapter.schedule, "schedule")
+    if batch and target.adapter.is_ahead(batch):
+        target.flight = target.submit(result, batch)
+    else:
+        target.flight = None
+    if front is not None:
+        target.collect(front)
+    elif not batch:
+        target.broken("C16", "schedule() returns nothing although a request is left")
+    if batch and target.flight is None:  # its tokens must be known before the next schedule()
+        rows = [item for item in batch if not target.request_of(item.seq).is_finished]
+        if rows:
+            target.collect(target.submit(result, rows))
+
+
+def _step_behind(target: Any) -> None:
+    front = _committed(target)
+    target.flight = None
+    if front is None:
+        result, batch = target.choose(target.adapter.schedule, "schedule")
+        if not batch:
+            target.broken("C16", "schedule() returns nothing although a request is left")
+        front = target.submit(result, batch)
+    target.flight = front
+    name = target.adapter.next_step_name
+    result, batch = target.choose(lambda: target.adapter.schedule_next(front.result), name)
+    target.flight = target.submit(result, batch) if batch else None
+    target.collect(front)
+
+
+def _committed(target: Any) -> Any:
+    """The step in flight without the rows that have ended meanwhile, or None."""
+    flight = target.flight
+    if flight is None:
+        return None
+    flight.result, left = target.guarded(lambda: target.adapter.commit(flight.result), "commit")
+    pairs = list(zip(flight.batch, flight.given, strict=True))
+    kept = [(item, token) for item, token in pairs if any(item.seq is seq for seq in left)]
+    flight.batch, flight.given = [item for item, _ in kept], [token for _, token in kept]
+    for item, _ in pairs:
+        request = target.request_of(item.seq)
+        if request.is_finished:
+            target.check("C43" if request.was_aborted else "C42")
+        elif item not in flight.batch:
+            target.broken("C20", f"request {request.number} goes on, and its row of the step ahead is dropped")
+    return flight if kept else None
+
+
+def land(target: Any) -> None:
+    """Collect the step in flight, whose rows have all ended."""
+    flight = target.flight if target.adapter.next_step_name is None else _committed(target)
+    target.flight = None
+    if flight is not None:
+        target.collect(flight)
+
+
+class Rows:
+    """The rows of a step whose tokens arrive. live: those whose request goes on, or ends with this token."""
+
+    def __init__(self, target: Any, batch: list[Scheduled]) -> None:
+        self.target = target
+        requests = [(item, target.request_of(item.seq)) for item in batch]
+        self.ended = [(request, len(item.seq)) for item, request in requests if request.is_finished]
+        self.caught = [(request, len(item.seq)) for item, request in requests if not request.table]
+        self.live = [item for item, request in requests if not request.is_finished]
+
+    def check(self) -> None:
+        """C42, C43, and C41. Then the tokens of this step are no longer in flight."""
+        target = self.target
+        if target.setup.is_async:
+            for request, length in self.ended:
+                contract = "C43" if request.was_aborted else "C42"
+                target.check(contract)
+                if len(request.seq) != length:
+                    target.broken(contract, f"request {request.number} has ended, and gets one token more")
+                step_checks.check_left(target, request, "C24" if request.was_aborted else "C23")
+        for request, length in self.caught:
+            if not request.is_finished and request.num_in_flight and len(request.seq) == length:
+                request.output.pop()  # discarded, and computed again
+                request.num_in_flight = 0
+        for item in self.live:
+            request = target.request_of(item.seq)
+            if item.start + item.count == len(request.tokens) - request.num_in_flight:
+                request.num_in_flight -= request.num_in_flight > 0
+        if target.setup.is_async:
+            check_entries(target)
+
+
+def check_entries(target: Any) -> None:
+    """C41: what the prefix cache says of a block is what its written slots hold."""
+    size = target.setup.block_size
+    for block_id, tokens in target.adapter.cache_entries().items():
+        for offset, slot in enumerate(target.cache.slots[block_id * size : (block_id + 1) * size]):
+            if slot is None:
+                continue
+            target.check("C41")
+            if slot[1:2] != tuple(tokens[offset : offset + 1]):
+                said = tokens[offset] if offset < len(tokens) else "nothing"
+                target.broken("C41", f"slot {offset} of block {block_id} holds {slot[1]}, the prefix cache says {said}")
