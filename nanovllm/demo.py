@@ -1,16 +1,10 @@
 """`nanovllm demo`: what the engine does, shown on the bundled model, and checked against transformers at the end."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from nanovllm.assets import bundled_model_path
+from nanovllm import LLM, LLMEngine, RequestOutput, SamplingParams, bundled_model_path
 from nanovllm.demo_prompts import DEMO_PROMPTS
-from nanovllm.llm import LLM
-from nanovllm.sampling_params import SamplingParams
-
-if TYPE_CHECKING:
-    from nanovllm.engine.llm_engine import LLMEngine
-    from nanovllm.outputs import RequestOutput
 
 NUM_STREAMED = 3
 GREEDY = SamplingParams.greedy(max_tokens=64)
@@ -46,7 +40,7 @@ def _heading(text: str) -> None:
     print(f"\n--- {text}", flush=True)
 
 
-def _stream(llm: "LLMEngine", prompt: str, params: SamplingParams) -> None:
+def _stream(llm: LLMEngine, prompt: str, params: SamplingParams) -> None:
     print(f"[{prompt}]", end="", flush=True)
     for item in llm.generate_stream(prompt, params):
         print(item["text"].replace("\n", " "), end="", flush=True)
@@ -57,7 +51,7 @@ def _show(prompt: str, text: str, label: str = "") -> None:
     print(f"{label}[{prompt}]{text}".replace("\n", " "))
 
 
-def _show_seeds(llm: "LLMEngine", prompt: str) -> bool:
+def _show_seeds(llm: LLMEngine, prompt: str) -> bool:
     """Generate with all seeds in one batch, then with the first seed alone. Returns whether its tokens are the same."""
     params = [SamplingParams(temperature=TEMPERATURE, max_tokens=GREEDY.max_tokens, seed=seed) for seed in SEEDS]
     outputs = llm.generate([prompt] * len(SEEDS), params, use_tqdm=False)
@@ -69,7 +63,7 @@ def _show_seeds(llm: "LLMEngine", prompt: str) -> bool:
     return is_same
 
 
-def _compare(path: Path, outputs: "list[RequestOutput]") -> bool:
+def _compare(path: Path, outputs: list[RequestOutput]) -> bool:
     """Print which outputs differ from transformers' generate and how many are equal. Returns whether all are."""
     print("loading transformers ...", flush=True)
     import torch
