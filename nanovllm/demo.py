@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from nanovllm import LLM, RequestOutput, SamplingParams, bundled_model_path
+from nanovllm import LLM, LLMEngine, RequestOutput, SamplingParams, bundled_model_path
 from nanovllm.demo_prompts import DEMO_PROMPTS
 
 NUM_STREAMED = 3
@@ -40,7 +40,7 @@ def _heading(text: str) -> None:
     print(f"\n--- {text}", flush=True)
 
 
-def _stream(llm: LLM, prompt: str, params: SamplingParams) -> None:
+def _stream(llm: LLMEngine, prompt: str, params: SamplingParams) -> None:
     print(f"[{prompt}]", end="", flush=True)
     for item in llm.generate_stream(prompt, params):
         print(item["text"].replace("\n", " "), end="", flush=True)
@@ -51,7 +51,7 @@ def _show(prompt: str, text: str, label: str = "") -> None:
     print(f"{label}[{prompt}]{text}".replace("\n", " "))
 
 
-def _show_seeds(llm: LLM, prompt: str) -> bool:
+def _show_seeds(llm: LLMEngine, prompt: str) -> bool:
     """Generate with all seeds in one batch, then with the first seed alone. Returns whether its tokens are the same."""
     params = [SamplingParams(temperature=TEMPERATURE, max_tokens=GREEDY.max_tokens, seed=seed) for seed in SEEDS]
     outputs = llm.generate([prompt] * len(SEEDS), params, use_tqdm=False)
