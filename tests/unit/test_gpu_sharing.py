@@ -26,9 +26,9 @@ def test_a_whole_gpu_test_runs_alone_and_is_not_overtaken(tmp_path: Path, monkey
             pass
     with held(tmp_path, exclusively=True), pytest.raises(Timeout), held(tmp_path, exclusively=False, slot=3):
         pass
-    with FileLock(tmp_path / "order.lock"):  # as one that waits for all holds it
-        with pytest.raises(Timeout), held(tmp_path, exclusively=False):
-            pass
+    waiting = FileLock(tmp_path / "order.lock")  # as a test that waits for all locks holds it
+    with waiting, pytest.raises(Timeout), held(tmp_path, exclusively=False):
+        pass
 
 
 def workers(**options: Any) -> Any:
