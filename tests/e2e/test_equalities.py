@@ -14,7 +14,7 @@ import torch
 from nanovllm import LLM
 from tests.support.counts import count_comparisons
 from tests.support.row_by_row import row_by_row
-from tests.support.serving import Served, Way, serve
+from tests.support.serving import PROMPTS, Served, serve
 from tests.support.tiny_models import tiny_model
 
 ARCHITECTURES = ["qwen2", "qwen3_moe"]  # between them: biases, norms of heads, a mixture of experts
@@ -34,30 +34,28 @@ def num_steps_ahead(llm: LLM) -> int:
     return number
 
 
-SAME_SHAPES = {
-    "pickled": Way(is_pickled=True),
-    "one step ahead": Way(
-        {"async_scheduling": True},
-        after_step=lambda llm, num_steps: steps_ahead.append(llm._core._ahead is not None),
-        happens=num_steps_ahead,
-    ),
-    "blocks of 1": Way({"kv_cache_block_size": 1, "num_kv_cache_blocks": 400}),
-    "blocks of 4": Way({"kv_cache_block_size": 4, "num_kv_cache_blocks": 100}),
-    "blocks of 64": Way({"kv_cache_block_size": 64}),
-}
-OTHER_SHAPES = {
-    "in a batch": Way(),
-    "all cached": Way(is_repeated=True, happens=lambda llm: llm.scheduler.block_manager.num_hit_blocks),
-    "in chunks": Way({"max_num_batched_tokens": 9}, happens=lambda llm: llm.scheduler.num_prefill_chunks),
-    "preempted": Way(after_step=preempt_every_third_step, happens=lambda llm: llm.scheduler.num_preemptions),
+WAYS: dict[str, dict[str, Any]] = {
+    "pickled": {"is_pickled": True},
+    "one step ahead": {
+        "async_scheduling": True,
+        "after_step": lambda llm, num_steps: steps_ahead.append(llm._core._ahead is not None),
+        "happens": num_steps_ahead,
+    },
+    "blocks of 1": {"kv_cache_block_size": 1, "num_kv_cache_blocks": 400},
+    "blocks of 4": {"kv_cache_block_size": 4, "num_kv_cache_blocks": 100},
+    "blocks of 64": {"kv_cache_block_size": 64},
+    "in a batch": {},
+    "all cached": {"times": 2, "happens": lambda llm: llm.scheduler.block_manager.num_hit_blocks},
+    "in chunks": {"max_num_batched_tokens": 9, "happens": lambda llm: llm.scheduler.num_prefill_chunks},
+    "preempted": {"after_step": preempt_every_third_step, "happens": lambda llm: llm.scheduler.num_preemptions},
 }
 
 
 @functools.cache
-def served(architecture: str, way: str) -> list[Served]:
-    """Row by row, once for all tests of this process."""
+def alone(architecture: str) -> list[Served]:
+    """Row by row, each prompt in an engine that has seen no other."""
     with row_by_row():
-        return serve(tiny_model(architecture), {"alone": Way(is_alone=True), **SAME_SHAPES, **OTHER_SHAPES}[way])
+        return [served for prompt in PROMPTS for served in serve(tiny_model(architecture), [prompt])]
 
 
 def assert_equal(ours: list[Served], theirs: list[Served]) -> None:
@@ -67,11 +65,12 @@ def assert_equal(ours: list[Served], theirs: list[Served]) -> None:
         count_comparisons("equalities: logits bit for bit against the prompt alone", one.logits.numel())
 
 
-@pytest.mark.parametrize("way", [*OTHER_SHAPES, *SAME_SHAPES])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_row_by_row_every_way_gives_the_same_bits_as_alone(architecture: str, way: str) -> None:
     """D08 D14 D57 D58: tokens and logits, against each prompt prefilled whole in an engine of its own."""
-    assert_equal(served(architecture, way), served(architecture, "alone"))
+    with row_by_row():
+        assert_equal(serve(tiny_model(architecture), **WAYS[way]), alone(architecture))
 
 
 def test_the_comparison_sees_one_bit() -> None:
@@ -81,7 +80,7 @@ def test_the_comparison_sees_one_bit() -> None:
     with pytest.raises(AssertionError, match="off by"):
         assert_equal([one], [other])
     with pytest.raises(AssertionError, match="did not happen"):
-        serve(tiny_model("qwen2"), Way(happens=lambda llm: llm.scheduler.num_preemptions))
+        serve(tiny_model("qwen2"), happens=lambda llm: llm.scheduler.num_preemptions)
 
 
 # --- on a GPU ---
@@ -91,11 +90,10 @@ GPU_SETUPS = [
     ("triton", {"dtype": "bfloat16", "kv_cache_block_size": 16}),
     ("flash_attn", {"dtype": "bfloat16", "kv_cache_block_size": 256}),
 ]
-GPU_WAYS = {way: SAME_SHAPES[way] for way in ("pickled", "one step ahead")}
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("way", GPU_WAYS)
+@pytest.mark.parametrize("way", ["pickled", "one step ahead"])
 @pytest.mark.parametrize(("backend", "options"), GPU_SETUPS)
 def test_ways_that_leave_the_shapes_alone_give_the_same_bits_on_a_gpu(
     backend: str, options: dict[str, Any], way: str
@@ -103,4 +101,4 @@ def test_ways_that_leave_the_shapes_alone_give_the_same_bits_on_a_gpu(
     """The arithmetic as it is: what crosses to a worker, and when, changes no operation."""
     model_dir = tiny_model("qwen3", head_dim=32, initializer_range=0.1, max_position_embeddings=512)
     options = {"device": "cuda", "attention_backend": backend, **options}
-    assert_equal(serve(model_dir, GPU_WAYS[way], **options), serve(model_dir, Way(), **options))
+    assert_equal(serve(model_dir, **WAYS[way], **options), serve(model_dir, **options))

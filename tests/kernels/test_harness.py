@@ -1,5 +1,6 @@
 """What the harness of the kernel tests must notice, shown on kernels with a known fault."""
 
+import re
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -17,6 +18,7 @@ from tests.support.kernels.compiling import assert_fits, compile_launches
 from tests.support.kernels.gluon_emulation import emulated
 from tests.support.kernels.interpreting import INTERPRETER
 from tests.support.kernels.registry import Limits
+from tests.support.limits import HANG_SECONDS
 from tests.support.source_tree import ROOT
 
 FAULTY: Any = SimpleNamespace(name="copy", module="tests.support.kernels.faulty_kernels")
@@ -36,8 +38,8 @@ FAULTY: Any = SimpleNamespace(name="copy", module="tests.support.kernels.faulty_
     ],
 )
 def test_a_faulty_kernel_is_noticed_and_a_right_one_passes_after_it(fault: str, message: str) -> None:
-    with pytest.raises(AssertionError, match=message):
-        assert not (failure := INTERPRETER.run(FAULTY.module, fault, timeout=8).failure), failure
+    timeout = 8 if fault == "hangs" else HANG_SECONDS  # a start takes longer on a loaded machine
+    assert re.search(message, INTERPRETER.run(FAULTY.module, fault, timeout).failure)
     outcome = INTERPRETER.run(FAULTY.module, "none")
     assert not outcome.failure
     assert outcome.functions == {"copy_kernel"}

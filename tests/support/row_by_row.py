@@ -8,6 +8,7 @@ operands of the same shapes, for every batch, chunk and cache. So a remaining di
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -32,16 +33,14 @@ def prefill_query_by_query(
 ) -> torch.Tensor:
     q_bounds, k_bounds = context.cu_seqlens_q.tolist(), context.cu_seqlens_k.tolist()
     outputs = []
-    for index in range(len(q_bounds) - 1):
-        q_start, q_end = q_bounds[index : index + 2]
-        num_keys = k_bounds[index + 1] - k_bounds[index]
+    for index, (k_start, k_end) in enumerate(pairwise(k_bounds)):
         if context.block_tables is None:
-            keys, values = (x[k_bounds[index] : k_bounds[index + 1]] for x in (key, value))
+            keys, values = key[k_start:k_end], value[k_start:k_end]
         else:
-            keys, values = gathered(context.block_tables[index], num_keys, KVCache(key, value))
-        for number, one_query in enumerate(query[q_start:q_end]):
-            end = num_keys - (q_end - q_start) + number + 1
-            outputs.append(attend(one_query, keys[:end], values[:end], scale))
+            keys, values = gathered(context.block_tables[index], k_end - k_start, KVCache(key, value))
+        queries = query[q_bounds[index] : q_bounds[index + 1]]
+        for number, one_query in enumerate(queries, start=1 + len(keys) - len(queries)):
+            outputs.append(attend(one_query, keys[:number], values[:number], scale))
     return torch.stack(outputs)
 
 
@@ -49,10 +48,8 @@ def decode_query_by_query(
     self: Any, query: torch.Tensor, cache: KVCache, context: Context, scale: float
 ) -> torch.Tensor:
     assert context.block_tables is not None
-    outputs = []
-    for one_query, table, num_keys in zip(query, context.block_tables, context.context_lens.tolist(), strict=True):
-        outputs.append(attend(one_query, *gathered(table, num_keys, cache), scale))
-    return torch.stack(outputs)
+    rows = zip(query, context.block_tables, context.context_lens.tolist(), strict=True)
+    return torch.stack([attend(one, *gathered(table, num_keys, cache), scale) for one, table, num_keys in rows])
 
 
 def gathered(table: torch.Tensor, num_keys: int, cache: KVCache) -> tuple[torch.Tensor, torch.Tensor]:
