@@ -52,3 +52,5 @@ def test_the_host_side_has_a_table_a_file_and_a_picture_of_its_own(tmp_path):
     assert path.name == "host.json"
     assert report.HostResult(**json.loads(path.read_text())) == HOST
     assert picture.stat().st_size > 0
+    first, second = report.text_chart(HOST).splitlines()
+    assert (first.count("#"), second.count("#")) == (report.BAR_WIDTH, report.BAR_WIDTH // 4)

@@ -146,6 +146,12 @@ def test_a_model_without_a_chat_template_is_refused(monkeypatch, capsys) -> None
     assert "nanovllm generate" in line
 
 
+def test_the_bundled_model_has_no_template_so_a_model_must_be_named(capsys) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["chat"])
+    assert "required: --model" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("stdin", "words"),
     [

@@ -36,7 +36,7 @@ def scripts(node: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("name", texts())
-def test_targets_modules_and_paths_that_a_workflow_names_exist(name: str) -> None:
+def test_targets_modules_and_paths_of_a_workflow_exist_and_the_page_names_it(name: str) -> None:
     lines = [line for script in scripts(yaml.safe_load(texts()[name])) for line in script.splitlines()]
     calls = [re.split(r" \w+=| ARGS=|#", line.strip())[0].split() for line in lines]
     targets = {target for call in calls if call[:1] == ["make"] for target in call[1:]}
@@ -44,6 +44,7 @@ def test_targets_modules_and_paths_that_a_workflow_names_exist(name: str) -> Non
     assert [target for target in targets if not re.search(rf"^{target}:", MAKEFILE, re.MULTILINE)] == []
     modules = set(re.findall(r"python -m (tools\.\w+)", "\n".join(lines)))
     assert [module for module in modules if not (ROOT / f"{module.replace('.', '/')}.py").is_file()] == []
+    assert name in PAGE.read_text(encoding="utf-8")
     paths = re.findall(r"\b(?:tests|tools|benchmarks)/[\w/]+", texts()[name])
     assert [path for path in paths if not (ROOT / path).exists() and not path.startswith("benchmarks/results")] == []
 

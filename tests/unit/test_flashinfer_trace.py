@@ -109,6 +109,13 @@ def test_flashinfer_bench_reads_what_is_exported(folder: Path) -> None:
             assert all(eval(rule, {"__builtins__": {}}, sizes) for rule in definition.constraints), name
 
 
+def test_an_export_of_the_same_run_is_the_same(folder: Path, tmp_path: Path) -> None:
+    main([str(tmp_path / "new"), "--model", str(tiny_model("llama"))])
+    paths = [path.relative_to(tmp_path / "new") for path in (tmp_path / "new").rglob("*.json")]
+    assert len(paths) > 10
+    assert all((folder / path).read_bytes() == (tmp_path / "new" / path).read_bytes() for path in paths)
+
+
 def test_a_folder_that_is_not_empty_and_a_model_that_is_not_there_are_refused(tmp_path: Path, capsys) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit, match="2"):

@@ -78,6 +78,10 @@ def test_a_skip_that_is_not_allowed_fails_the_run(suite: Path) -> None:
     assert not (suite / ".report").exists(), "no report unless it is asked for"
 
 
+def test_tests_are_not_taken_for_the_folder_of_the_report(suite: Path) -> None:
+    assert "--report .: those are tests; write --report=FOLDER" in run(suite, "--report", ".")[1]
+
+
 @with_and_without_xdist
 def test_an_interrupted_run_names_the_test_that_was_running(suite: Path, workers: tuple[str, ...]) -> None:
     output = run(suite, *workers, INTERRUPT="1")[1]
