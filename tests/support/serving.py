@@ -3,7 +3,7 @@
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -38,57 +38,43 @@ class Served:
     logits: torch.Tensor
 
 
-@dataclass(frozen=True)
-class Way:
-    """How prompts are served, and the events that must occur so that they are served in this way.
+def serve(
+    model_dir: Path,
+    prompts: list[list[int]] = PROMPTS,
+    times: int = 1,
+    is_pickled: bool = False,
+    after_step: Callable[[LLM, int], None] | None = None,
+    happens: Callable[[LLM], int] | None = None,
+    **options: Any,
+) -> list[Served]:
+    """The prompts, served together, in their order.
 
-    after_step: called with the LLM and the number of steps so far. happens: how often it did.
+    times: the last one counts. after_step: called with the LLM and the number of steps so far. happens: how often
+    that did without which this would not be the way of serving that it is meant to be.
     """
-
-    options: dict[str, Any] = field(default_factory=dict)
-    is_alone: bool = False  # each prompt in an engine that has seen no other
-    is_repeated: bool = False  # the second time is the one that counts
-    is_pickled: bool = False
-    after_step: Callable[[LLM, int], None] | None = None
-    happens: Callable[[LLM], int] | None = None
-
-
-def serve(model_dir: Path, way: Way, prompts: list[list[int]] = PROMPTS, **options: Any) -> list[Served]:
-    """The prompts, served in this way, in their order."""
-    groups = [[prompt] for prompt in prompts] if way.is_alone else [prompts]
-    return [served for group in groups for served in _serve_together(model_dir, group, way, options)]
-
-
-def _serve_together(model_dir: Path, prompts: list[list[int]], way: Way, options: dict[str, Any]) -> list[Served]:
-    with LLM(str(model_dir), **{**OPTIONS, **options, **way.options}) as llm:
-        for _ in range(1 + way.is_repeated):
-            with recorded(llm, way.is_pickled) as logits:
-                seq_ids, tokens = _run(llm, prompts, way)
-        assert way.happens is None or way.happens(llm) > 0, "what is to be compared did not happen"
+    with LLM(str(model_dir), **{**OPTIONS, **options}) as llm:
+        for _ in range(times):
+            tokens: dict[int, list[int]] = {}
+            num_steps = 0
+            with recorded(llm, is_pickled) as logits:
+                seq_ids = [llm.add_request(prompt, PARAMS) for prompt in prompts]
+                while not llm.is_finished():
+                    tokens.update({output["seq_id"]: output["token_ids"] for output in llm.step().finished})
+                    num_steps += 1
+                    if after_step is not None:
+                        after_step(llm, num_steps)
+        assert happens is None or happens(llm) > 0, "what is to be compared did not happen"
     return [
         Served(tokens[seq_id], torch.stack([logits[seq_id, len(prompt) + i] for i in range(len(tokens[seq_id]))]))
         for seq_id, prompt in zip(seq_ids, prompts, strict=True)
     ]
 
 
-def _run(llm: LLM, prompts: list[list[int]], way: Way) -> tuple[list[int], dict[int, list[int]]]:
-    """The prompts' seq_ids, in their order, and seq_id -> tokens."""
-    seq_ids = [llm.add_request(prompt, PARAMS) for prompt in prompts]
-    tokens: dict[int, list[int]] = {}
-    num_steps = 0
-    while not llm.is_finished():
-        tokens.update({output["seq_id"]: output["token_ids"] for output in llm.step().finished})
-        num_steps += 1
-        if way.after_step is not None:
-            way.after_step(llm, num_steps)
-    return seq_ids, tokens
-
-
 @contextmanager
 def recorded(llm: LLM, is_pickled: bool = False) -> Iterator[dict[tuple[int, int], torch.Tensor]]:
     """(seq_id, position) -> the logits, on the CPU, that the token at this position was sampled from.
 
-    is_pickled: the batch is pickled, as for a rank in another process.
+    is_pickled: as a rank in another process has the batch.
     """
     runner: Any = llm._core.executor._runner
     logits: dict[tuple[int, int], torch.Tensor] = {}
