@@ -149,6 +149,7 @@ class Recorder:
 
 class _NotedAttention(TorchAttentionBackend):
     def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
         self.recorder = recorder
 
     def prefill(self, query: Tensor, key: Tensor, value: Tensor, context: Context, scale: float) -> Tensor:
