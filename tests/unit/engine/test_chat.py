@@ -64,10 +64,10 @@ def test_one_conversation_and_many() -> None:
         ([[USER], [USER, {}]], r"messages\[1\]\[1\] must have a 'role', such as 'user', got {}"),
         ([{"role": 1, "content": "b"}], "must have a 'role'"),
         ([{"role": "user"}], "must have a 'content' that is a str, got {'role': 'user'}"),
-        ([{"role": "user", "content": None}], "must have a 'content' that is a str, got None"),
+        ([{"role": "user", "content": None}], "must have a 'content' that is a str, got None$"),
         (
             [{"role": "user", "content": [{"type": "text", "text": "b"}]}],
-            "must have a 'content' that is a str, .*; join the texts of its parts to one str",
+            "must have a 'content' that is a str, .*; join the texts of its parts to one str$",
         ),
         ([{"role": "user", "content": "caf\udce9"}], "must be valid Unicode"),
     ],
