@@ -120,6 +120,7 @@ def test_a_model_without_a_tokenizer_or_a_template_is_refused() -> None:
     [
         ("<s>b", [1, 1, 2], True),
         ("b", [1, 2], False),
+        ("b", [2, 1], False),
         ("", [1], False),
         ([1, 1, 2], [1, 1, 2], False),
         ("bb", [2, 2], False),
