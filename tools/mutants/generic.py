@@ -2,7 +2,8 @@
 
 [tool.mutmut] in pyproject.toml lists the files and the tests. A PATTERN, such as "nanovllm.engine.scheduler*", chooses
 some of the mutants. Prints the survivors and the score, and fails below LEAST_SCORE; survivors.md judges the survivors.
-mutmut keeps its results in the folder mutants/ until the function changes; delete it when tests have changed.
+mutmut keeps its results in the folder mutants/ until the function changes: a run that was stopped goes on where it was.
+Delete the folder when tests have changed.
 """
 
 import os
