@@ -22,6 +22,7 @@ _MUTMUT = [sys.executable, "-m", "mutmut"]
 def main() -> int:
     os.nice(10)
     os.environ |= {"OMP_NUM_THREADS": "1", "HYPOTHESIS_PROFILE": "quick", "NANOVLLM_TEST_SEED": "0"}
+    os.environ["NANOVLLM_TEST_HANG_SECONDS"] = "120"  # many a mutant makes threads wait for each other
     workers = os.environ.get("WORKERS", "2")
     subprocess.run([*_MUTMUT, "run", "--max-children", workers, *sys.argv[1:]], cwd=ROOT, check=True)
     outcomes = dict(re.findall(r"^\s*(\S+__mutmut_\d+): (.+)$", _output("results", "--all", "true"), re.MULTILINE))
