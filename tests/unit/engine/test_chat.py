@@ -69,7 +69,7 @@ def test_one_conversation_and_many() -> None:
             [{"role": "user", "content": [{"type": "text", "text": "b"}]}],
             "must have a 'content' that is a str, .*; join the texts of its parts to one str$",
         ),
-        ([{"role": "user", "content": "caf\udce9"}], "must be valid Unicode"),
+        ([{"role": "user", "content": "caf\udce9"}], "^a message must be valid Unicode"),
     ],
 )
 def test_wrong_messages_are_refused(messages: Any, message: str) -> None:
