@@ -81,9 +81,12 @@ def test_wrong_messages_are_refused(messages: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"continue_final_message": True}, "pass add_generation_prompt=False"),
+        ({"continue_final_message": True}, "pass add_generation_prompt=False$"),
         ({"add_generation_prompt": 1}, "add_generation_prompt must be True or False, got 1"),
-        ({"continue_final_message": "yes", "add_generation_prompt": False}, "must be True or False, got 'yes'"),
+        (
+            {"continue_final_message": "yes", "add_generation_prompt": False},
+            "^continue_final_message must be True or False, got 'yes'",
+        ),
         ({"chat_template": 5}, "chat_template must be a str, the text of a Jinja template, got int"),
         ({"chat_template_kwargs": "thinking"}, "chat_template_kwargs must be a dict, got str"),
         ({"chat_template_kwargs": {"tokenize": True}}, "must not hold 'tokenize'"),

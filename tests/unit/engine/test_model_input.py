@@ -101,6 +101,7 @@ def test_a_decode_step_names_the_prefixes_that_its_sequences_share(
         assert (None if found is None else found.lens.tolist()) == ([4, 4] if second_row[0] == 3 else None)
         assert as_lists(replace(model_input, shared_prefixes=None)) == as_lists(prepare(sequences))
         assert prepare(sequences[:1], shares_prefixes=True).shared_prefixes is None
+    assert prepare_decode_async(sequences, sampled=[]).input_ids_source is None
 
 
 def test_each_sampled_row_has_its_own_parameters() -> None:
