@@ -2,7 +2,8 @@
 
 [tool.mutmut] in pyproject.toml lists the files and the tests. A PATTERN, such as "nanovllm.engine.scheduler*", chooses
 some of the mutants. Prints the survivors and the score, and fails below LEAST_SCORE; survivors.md judges the survivors.
-mutmut keeps its results in the folder mutants/ until the function changes; delete it when tests have changed.
+mutmut keeps its results in the folder mutants/ until the function changes: a run that was stopped goes on where it was.
+Delete the folder when tests have changed.
 """
 
 import os
@@ -20,7 +21,8 @@ _MUTMUT = [sys.executable, "-m", "mutmut"]
 
 def main() -> int:
     os.nice(10)
-    os.environ |= {"OMP_NUM_THREADS": "1", "HYPOTHESIS_PROFILE": "dev", "NANOVLLM_TEST_SEED": "0"}
+    os.environ |= {"OMP_NUM_THREADS": "1", "HYPOTHESIS_PROFILE": "quick", "NANOVLLM_TEST_SEED": "0"}
+    os.environ["NANOVLLM_TEST_HANG_SECONDS"] = "120"  # many a mutant makes threads wait for each other
     workers = os.environ.get("WORKERS", "2")
     subprocess.run([*_MUTMUT, "run", "--max-children", workers, *sys.argv[1:]], cwd=ROOT, check=True)
     outcomes = dict(re.findall(r"^\s*(\S+__mutmut_\d+): (.+)$", _output("results", "--all", "true"), re.MULTILINE))

@@ -81,11 +81,26 @@ def test_a_prompt_cached_whole_leaves_one_token_to_compute_and_none_to_store(num
 
 def test_blocks_are_hittable_once_their_keys_are_stored_and_not_before() -> None:
     manager = BlockManager(8, 2)
-    seq = allocated(manager, [1, 2, 3, 4])
-    assert hits(manager, [1, 2, 3, 4]) == []
-    seq.num_cached_tokens = seq.num_tokens_with_kv = 3
-    manager.cache_full_blocks(seq)
-    assert hits(manager, [1, 2, 3, 4]) == seq.block_table[:1]
+    tokens = [1, 2, 3, 4, 5, 6, 7]
+    seq = allocated(manager, tokens)
+    for num_stored, num_hits in ((1, 0), (3, 1), (4, 2), (6, 3)):
+        seq.num_cached_tokens = seq.num_tokens_with_kv = num_stored
+        manager.cache_full_blocks(seq)
+        assert hits(manager, tokens) == seq.block_table[:num_hits]
+
+
+@every_hash
+def test_of_equal_prompts_in_one_step_each_is_found_without_the_other(hash_function: Callable[..., int]) -> None:
+    manager = BlockManager(4, 2, hash_function)
+    first, second = allocated(manager, [1, 2, 3, 4]), allocated(manager, [1, 2, 3, 4])
+    for seq in (first, second):
+        compute(manager, seq)
+    manager.check_invariants([first, second])
+    manager.deallocate(first)
+    other = allocated(manager, [9, 9, 9, 9])  # in the blocks of the first
+    assert hits(manager, [1, 2, 3, 4]) == second.block_table
+    assert manager.num_evictions == 2
+    manager.check_invariants([second, other])
 
 
 @every_hash

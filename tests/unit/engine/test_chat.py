@@ -64,12 +64,12 @@ def test_one_conversation_and_many() -> None:
         ([[USER], [USER, {}]], r"messages\[1\]\[1\] must have a 'role', such as 'user', got {}"),
         ([{"role": 1, "content": "b"}], "must have a 'role'"),
         ([{"role": "user"}], "must have a 'content' that is a str, got {'role': 'user'}"),
-        ([{"role": "user", "content": None}], "must have a 'content' that is a str, got None"),
+        ([{"role": "user", "content": None}], "must have a 'content' that is a str, got None$"),
         (
             [{"role": "user", "content": [{"type": "text", "text": "b"}]}],
-            "must have a 'content' that is a str, .*; join the texts of its parts to one str",
+            "must have a 'content' that is a str, .*; join the texts of its parts to one str$",
         ),
-        ([{"role": "user", "content": "caf\udce9"}], "must be valid Unicode"),
+        ([{"role": "user", "content": "caf\udce9"}], "^a message must be valid Unicode"),
     ],
 )
 def test_wrong_messages_are_refused(messages: Any, message: str) -> None:
@@ -81,9 +81,12 @@ def test_wrong_messages_are_refused(messages: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"continue_final_message": True}, "pass add_generation_prompt=False"),
+        ({"continue_final_message": True}, "pass add_generation_prompt=False$"),
         ({"add_generation_prompt": 1}, "add_generation_prompt must be True or False, got 1"),
-        ({"continue_final_message": "yes", "add_generation_prompt": False}, "must be True or False, got 'yes'"),
+        (
+            {"continue_final_message": "yes", "add_generation_prompt": False},
+            "^continue_final_message must be True or False, got 'yes'",
+        ),
         ({"chat_template": 5}, "chat_template must be a str, the text of a Jinja template, got int"),
         ({"chat_template_kwargs": "thinking"}, "chat_template_kwargs must be a dict, got str"),
         ({"chat_template_kwargs": {"tokenize": True}}, "must not hold 'tokenize'"),
@@ -120,6 +123,7 @@ def test_a_model_without_a_tokenizer_or_a_template_is_refused() -> None:
     [
         ("<s>b", [1, 1, 2], True),
         ("b", [1, 2], False),
+        ("b", [2, 1], False),
         ("", [1], False),
         ([1, 1, 2], [1, 1, 2], False),
         ("bb", [2, 2], False),

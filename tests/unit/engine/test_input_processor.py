@@ -164,7 +164,7 @@ def test_token_ids_are_plain_ints_in_a_list_of_their_own(prompt: Any, expected: 
         ([np.int64(1), np.uint64(2**63)], "at position 1$"),
         ([1, np.bool_(True)], "at position 1$"),
         ([1, True], "got True at position 1"),
-        ([1, 10], r"from 0 to 9 \(the model's vocabulary\), got 10 at position 1"),
+        ([0, 10], r"from 0 to 9 \(the model's vocabulary\), got 10 at position 1"),
         ([-1], "got -1 at position 0"),
         ([1, 2.0], "got 2.0 at position 1"),
         ([1, "2"], "got '2' at position 1"),

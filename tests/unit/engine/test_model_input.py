@@ -1,13 +1,23 @@
 """prepare_prefill and prepare_decode: by hand, against reference/, and against the definition for drawn sequences."""
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanovllm.engine.model_input import ModelInput, prepare_decode, prepare_prefill, prepare_sample
+from nanovllm.engine import shared_prefix
+from nanovllm.engine.model_input import (
+    ModelInput,
+    prepare_decode,
+    prepare_decode_async,
+    prepare_prefill,
+    prepare_sample,
+)
 from nanovllm.engine.sequence import Sequence
 from reference.packing import packing
 from reference.slot_mapping import slot_mapping
@@ -77,6 +87,21 @@ def test_slots_beyond_2_31() -> None:
     """D52: a small model's cache on a large GPU."""
     block = 2**23 + 5
     assert prepare_decode([scheduled(3, 2, 1, [block], block_size=256)]).slot_mapping.tolist() == [block * 256 + 2]
+
+
+@pytest.mark.parametrize("second_row", [[3, 8], [9, 8]])
+def test_a_decode_step_names_the_prefixes_that_its_sequences_share(
+    second_row: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared_prefix, "MIN_SAVED_TOKENS", 1)
+    sequences = [scheduled(6, 5, 1, [3, 7]), scheduled(7, 6, 1, second_row)]
+    for prepare in (prepare_decode, partial(prepare_decode_async, sampled=sequences)):
+        model_input = prepare(sequences, shares_prefixes=True)
+        found = model_input.shared_prefixes
+        assert (None if found is None else found.lens.tolist()) == ([4, 4] if second_row[0] == 3 else None)
+        assert as_lists(replace(model_input, shared_prefixes=None)) == as_lists(prepare(sequences))
+        assert prepare(sequences[:1], shares_prefixes=True).shared_prefixes is None
+    assert prepare_decode_async(sequences, sampled=[]).input_ids_source is None
 
 
 def test_each_sampled_row_has_its_own_parameters() -> None:

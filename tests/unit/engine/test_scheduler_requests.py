@@ -25,11 +25,14 @@ def test_what_can_never_fit_is_refused_with_the_numbers_and_the_others_go_on() -
     assert other.num_completion_tokens == 7
 
 
-@pytest.mark.parametrize("num_tokens", [16, 17])
-def test_a_prompt_without_room_for_one_more_token_is_refused(num_tokens: int) -> None:
+@pytest.mark.parametrize(
+    ("num_tokens", "remedy"),
+    [(16, ", or set max_model_len to at least 17"), (17, ": this model takes at most 17 tokens")],
+)
+def test_a_prompt_without_room_for_one_more_token_is_refused(num_tokens: int, remedy: str) -> None:
     """D11."""
-    scheduler = make_scheduler(max_model_len=16)
-    with pytest.raises(ValueError, match=f"max_model_len=16 tokens .* got {num_tokens}; shorten it"):
+    scheduler = make_scheduler(max_model_len=16, max_supported_len=17)
+    with pytest.raises(ValueError, match=f"max_model_len=16 tokens .* got {num_tokens}; shorten it{remedy}"):
         add_prompt(scheduler, num_tokens)
     add_prompt(scheduler, 15)
 

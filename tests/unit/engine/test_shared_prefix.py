@@ -1,7 +1,6 @@
 """find_shared_prefixes: by hand, and against the definition for drawn block tables."""
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -37,10 +36,17 @@ def test_the_block_of_the_newest_token_is_not_shared() -> None:
     assert found.lens.tolist() == [4, 4]
 
 
-@pytest.mark.parametrize(("min_saved_tokens", "is_found"), [(8, True), (9, False)])
-def test_sharing_must_save_enough(min_saved_tokens: int, is_found: bool) -> None:
-    found = find_shared_prefixes(tables([5, 6, 2], [5, 6, 1]), lens(9, 9), BLOCK_SIZE, min_saved_tokens)
-    assert (found is not None) == is_found
+def test_each_tile_shares_its_own_beginning_and_the_sum_must_save_enough() -> None:
+    """The first tile has nothing in common, the second two blocks, the third is one sequence."""
+    rows = [[row, 1] for row in range(SEQS_PER_TILE)] + [[100, 101, 200 + row] for row in range(SEQS_PER_TILE + 1)]
+    saved = (SEQS_PER_TILE - 1) * 2 * BLOCK_SIZE
+    context_lens = lens(*[9] * len(rows))
+    found = find_shared_prefixes(tables(*rows), context_lens, BLOCK_SIZE, saved)
+    assert found is not None
+    assert found.lens.tolist() == [0] * SEQS_PER_TILE + [8] * SEQS_PER_TILE + [0]
+    assert (found.order.dtype, found.lens.dtype) == (np.int32, np.int32)
+    assert find_shared_prefixes(tables(*rows), context_lens, BLOCK_SIZE, saved + 1) is None
+    assert find_shared_prefixes(tables(*rows), context_lens, BLOCK_SIZE) is None
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 4), st.integers(1, 9)), min_size=1, max_size=80), st.data())

@@ -1,10 +1,15 @@
-"""ThroughputMeter: tokens over the time since the step before."""
+"""ThroughputMeter: tokens over the time since the step before; the forms of the details beside the bar."""
+
+import itertools
 
 import pytest
 
 from nanovllm.engine import throughput as module
+from nanovllm.engine.request_state import RequestState
 from nanovllm.engine.scheduler import ScheduledBatch
-from nanovllm.engine.throughput import ThroughputMeter
+from nanovllm.engine.sequence import SequenceStatus
+from nanovllm.engine.throughput import GenerationProgress, ThroughputMeter
+from tests.support.scheduling import make_sequence
 
 
 def batch(is_prefill: bool, *num_tokens: int) -> ScheduledBatch:
@@ -25,3 +30,31 @@ def test_rates_are_tokens_over_seconds_by_kind(monkeypatch: pytest.MonkeyPatch) 
 
 def test_before_the_first_step_rates_are_zero() -> None:
     assert str(ThroughputMeter()) == "prefill 0 tok/s, decode 0 tok/s"
+
+
+def test_details_come_in_forms_from_long_to_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From 10,000 tokens a second on, the short forms count thousands."""
+    times = itertools.count()
+    monkeypatch.setattr(module, "perf_counter", lambda: float(next(times)))
+    request = RequestState(make_sequence([1, 2, 3], max_tokens=5), None)
+    for requests, count, num_tokens in (([request], "0/5 tokens", ""), ([request] * 2, "0/2 prompts", ", 0 tokens")):
+        progress = GenerationProgress(requests, 100, is_shown=False)
+        progress.add(batch(True, 10_000), ())
+        progress.add(batch(False, 999_600), ())
+        rates = ", prefill 10,000 tok/s, decode 999,600 tok/s"
+        short = [", prefill 10k decode 1,000k tok/s", ", 1,000k tok/s", ""]
+        assert (progress.count(), progress.details()) == (count, [num_tokens + rates, rates, *short])
+
+
+def test_requests_that_end_in_one_step_count_with_their_maximum() -> None:
+    requests = [RequestState(make_sequence([1, 2, 3], max_tokens=5, seq_id=index), None) for index in range(3)]
+    first, second, third = (request.sequence for request in requests)
+    progress = GenerationProgress(requests, 100, is_shown=False)
+    for seq in (first, second, third):
+        seq.append_token(7)
+        seq.status = SequenceStatus.FINISHED
+    progress.add(batch(False, 1), [first])
+    assert (progress.count(), progress.n) == ("1/3 prompts", 5)
+    progress.add(batch(False, 3), [first, second, third])
+    assert (progress.count(), progress.n, progress.total) == ("3/3 prompts", 15, 15)
+    assert progress.details()[0].startswith(", 3 tokens, ")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from nanovllm import bundled_model_path
-from nanovllm.engine.tokenizer import load_tokenizer
+from nanovllm.engine.tokenizer import _require_sentencepiece, load_tokenizer
 from nanovllm.models.registry import load_model_config
 from tests.support.checkpoints import small_config
 from tests.support.counts import count_comparisons
@@ -138,6 +138,8 @@ def test_what_a_tokenizer_model_needs_is_named(
     assert "(nanovllm's extra [sentencepiece])" in str(caught.value)
     assert str(caught.value).endswith("pip install sentencepiece protobuf")
     assert caplog.messages == []
+    missing = "neither"
+    _require_sentencepiece(tmp_path)  # no error
 
 
 def test_a_tokenizer_json_needs_neither(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,11 +5,12 @@ import re
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
 from nanovllm import Config
-from nanovllm.worker.kv_cache import block_bytes, num_blocks_on_cpu, num_blocks_that_fit
+from nanovllm.worker.kv_cache import block_bytes, empty_cache, num_blocks_on_cpu, num_blocks_that_fit
 from nanovllm.worker.model_runner import DRIVER_BYTES_PER_GRAPH, ModelRunner
 from tests.support.source_tree import ROOT, imported_packages, parse, python_files
 
@@ -56,6 +57,25 @@ def test_too_little_memory_on_the_cpu_is_an_error_with_the_figures() -> None:
     """D43."""
     with pytest.raises(ValueError, match=r"a KV block of 10 bytes must fit in 25% of .* got 39 bytes; free memory"):
         num_blocks_on_cpu(39, 10, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("is_given", "remedy"),
+    [(True, "lower it, or leave it out to size the cache from free memory"), (False, "set it to fewer")],
+)
+def test_a_cache_beyond_the_machines_memory_is_an_error_with_its_size(
+    is_given: bool, remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Linux would grant it, and kill the process later."""
+    shape = (2, 1, 4, 16, 1, 8)
+    memory = SimpleNamespace(total=4096)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    cache = empty_cache(shape, torch.float32, torch.device("cpu"), is_given)
+    assert (cache.shape, cache.dtype) == (shape, torch.float32)
+    memory.total = 4095
+    message = f"num_kv_cache_blocks must fit in the memory of cpu, got 4, which take 3.815e-06 GiB; {remedy}"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        empty_cache(shape, torch.float32, torch.device("cpu"), is_given)
 
 
 @pytest.mark.parametrize(("num_ranks_per_device", "graph_bytes"), [(1, 0), (1, GIB // 2), (2, GIB // 4)])

@@ -3,6 +3,7 @@
 import itertools
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -131,7 +132,9 @@ def test_compiling_runs_every_shape_in_one_layer_of_each_kind_and_leaves_the_mod
     steps, num_layers = [], set()
 
     def execute(model_input):
-        steps.append((model_input.is_prefill, len(model_input.input_ids), model_input.shared_prefixes is not None))
+        shared = model_input.shared_prefixes
+        assert shared is None or (shared.order.dtype, shared.lens.dtype) == (np.int32, np.int32)
+        steps.append((model_input.is_prefill, len(model_input.input_ids), shared is not None))
         num_layers.add(len(runner.model.model.layers))
 
     monkeypatch.setattr(runner, "_execute", execute)
