@@ -95,12 +95,12 @@ def test_of_equal_prompts_in_one_step_each_is_found_without_the_other(hash_funct
     first, second = allocated(manager, [1, 2, 3, 4]), allocated(manager, [1, 2, 3, 4])
     for seq in (first, second):
         compute(manager, seq)
-    manager.check_invariants([first, second])
+    check_invariants(manager, [first, second])
     manager.deallocate(first)
     other = allocated(manager, [9, 9, 9, 9])  # in the blocks of the first
     assert hits(manager, [1, 2, 3, 4]) == second.block_table
     assert manager.num_evictions == 2
-    manager.check_invariants([second, other])
+    check_invariants(manager, [second, other])
 
 
 @every_hash
