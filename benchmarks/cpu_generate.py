@@ -17,12 +17,13 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from tools.real_model import REAL_MODEL
 
+END_SECONDS = 10  # for a process to end by itself
 QUESTIONS = [
     "Why is the sky blue?",
     "Write a short story about a lighthouse and the man in it.",
@@ -94,7 +95,9 @@ def running(*arguments: Any) -> Iterator[dict[str, Callable[[list[list[int]]], t
         yield calls
     finally:
         for process, end in zip(processes, ends, strict=True):
-            end.close()
+            with suppress(OSError):  # a process that failed has ended
+                end.send([])
+            process.join(END_SECONDS)
             process.terminate()
             process.join()
 
