@@ -101,7 +101,7 @@ benchmarks: ## time every kernel against the GPU's ceiling, and the host side (a
 	@$(NEEDS) pytest pytest_benchmark hypothesis torch
 	$(QUIET) "$(MACHINE_PYTHON)" -m pytest --benchmark-only $(ARGS)
 
-mutants: mutants-defects $(VENV)/.mutmut ## put errors into the code: do the tests notice? known defects, the document's exercises, then those that mutmut makes (hours)
+mutants: mutants-defects $(VENV)/.mutmut ## put errors into the code: do the tests notice? known defects, the site's exercises, then those that mutmut makes (hours)
 	$(TEST_ENV) $(BIN)/python -m tools.mutants --workers $(WORKERS) --tests-pass --data docs/site/exercises
 	$(TEST_ENV) WORKERS=$(WORKERS) $(BIN)/python -m tools.mutants.generic
 
@@ -112,7 +112,7 @@ $(VENV)/.mutmut: $(STAMP)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[mutants]'
 	@touch $@
 
-docs: $(VENV)/.docs ## build the document, a site of pages that are made from reference/, into build/docs
+docs: $(VENV)/.docs ## build the site, whose pages are made from reference/, into build/docs
 	@$(BIN)/python -m tools.docs
 	@$(TEST_ENV) NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 	@echo "open build/docs/index.html"

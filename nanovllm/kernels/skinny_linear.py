@@ -5,7 +5,7 @@ few columns of the output from all of K; its warps take parts of K and are summe
 not depend on what runs beside it. Weights do not change between steps, so a program begins to read them before the
 kernels before it have ended ("programmatic dependent launch"), and waits only for x.
 
-Each program normalises all of x for itself: that takes less time than the kernel boundary behind a norm of its own.
+Each program normalises all of x: that takes less time than launching a norm kernel.
 
 Letters: M rows, N output features, K input features.
 """

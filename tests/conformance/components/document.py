@@ -29,7 +29,7 @@ _HEAD = """\
 
 <!-- Written by `python -m tests.conformance.components.document`; change the text there. -->
 
-nano-vllm has hundreds of forks, and the same few mistakes in the same few files. This page lists {number} rules
+A fork of nano-vllm inherits its files, and the mistakes in them. This page lists {number} rules
 that the sequence, the block manager, the scheduler, the input preparation and the sampling parameters of such an
 engine have to keep, and shows each of them broken. The checks run on a checkout of nano-vllm or of a fork, without
 a GPU and without a model:
@@ -41,7 +41,7 @@ python -m pytest tests/conformance --target ../my-fork   # the same, a test a co
 
 Both run from a checkout of this project. The fork is read and never written to: a copy of its source runs in a
 child process with limits of time, memory and file size, and without network. `flash_attn`, `triton`,
-`transformers`, CUDA and NCCL are stood in for; torch, numpy and xxhash must be installed. 1500 scenarios take less
+`transformers`, CUDA and NCCL are replaced by stand-ins; torch, numpy and xxhash must be installed. 1500 scenarios take less
 than a minute on an idle core.
 
 A contract **holds**, is **broken** (then the smallest scenario is printed as a script of a few lines, with a

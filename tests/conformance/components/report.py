@@ -47,7 +47,7 @@ def summary(result: dict[str, Any]) -> str:
 def _notes(result: dict[str, Any]) -> list[str]:
     lines = [f"seed {result['seed']}, {result['num_scenarios']} scenarios, package {result.get('package', '?')}"]
     if result.get("stand_ins"):
-        lines.append(f"not installed, and stood in for: {', '.join(result['stand_ins'])}")
+        lines.append(f"not installed, replaced by stand-ins: {', '.join(result['stand_ins'])}")
     lines += [f"{role} is not loaded: {reason}" for role, reason in result.get("reasons", {}).items()]
     lines += [f"not checked: {note}" for note in result.get("notes", [])]
     return lines

@@ -1,6 +1,6 @@
 """Laws of the sampler's draws: they follow the filtered softmax, and are independent over positions, seeds and tokens.
 
-A right sampler passes but once in 1e9 runs, and each law has planted errors that it catches: tests.support.statistics
+A correct sampler fails less than one run in 1e9, and each law has planted errors that it catches: tests.support.statistics
 says from what the thresholds are derived, and how a failure names its seed.
 """
 
