@@ -41,8 +41,8 @@ python -m pytest tests/conformance --target ../my-fork   # the same, a test a co
 
 Both run from a checkout of this project. The fork is read and never written to: a copy of its source runs in a
 child process with limits of time, memory and file size, and without network. `flash_attn`, `triton`,
-`transformers`, CUDA and NCCL are replaced by stand-ins; torch, numpy and xxhash must be installed. 1500 scenarios take less
-than a minute on an idle core.
+`transformers`, CUDA and NCCL are replaced by stand-ins; torch, numpy and xxhash must be installed. 1500 scenarios take
+less than a minute on an idle core.
 
 A contract **holds**, is **broken** (then the smallest scenario is printed as a script of a few lines, with a
 picture of the blocks), or is **not applicable**, with the reason: the fork has no such part, no adapter knows its

@@ -1,7 +1,7 @@
 """Laws of the sampler's draws: they follow the filtered softmax, and are independent over positions, seeds and tokens.
 
-A correct sampler fails less than one run in 1e9, and each law has planted errors that it catches: tests.support.statistics
-says from what the thresholds are derived, and how a failure names its seed.
+A correct sampler fails less than one run in 1e9, and each law has planted errors that it catches.
+tests.support.statistics says from what the thresholds are derived, and how a failure names its seed.
 """
 
 from collections.abc import Callable
