@@ -3,9 +3,11 @@
 # pyright: reportAttributeAccessIssue=false
 # (Triton's AsyncCompileMode is young.)
 
+import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
 from itertools import groupby
 from typing import Any
@@ -40,7 +42,11 @@ def compile_ahead(run: Callable[[], None]) -> None:
 def _compile_in_threads(run: Callable[[], None]) -> None:
     compiled: list[Any] = []
     _compiled.set(compiled)
-    with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as threads, triton.AsyncCompileMode(threads):
+    with (
+        _no_garbage_collection(),
+        ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as threads,
+        triton.AsyncCompileMode(threads),
+    ):
         run()
     kernels = {kernel.result() if hasattr(kernel, "result") else kernel for kernel in compiled}
     device = torch.cuda.current_device()  # a new thread begins with GPU 0
@@ -48,6 +54,18 @@ def _compile_in_threads(run: Callable[[], None]) -> None:
         by_name = sorted(kernels, key=_name)  # one thread for each name, because kernels of one name share C functions
         for _ in threads.map(_load, [list(group) for _, group in groupby(by_name, _name)]):
             pass
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """In Python 3.11, ast.parse fails ("recursion depth mismatch") if a collection lets another thread parse too."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _name(kernel: Any) -> str:

@@ -1,5 +1,6 @@
 """launch and compile_ahead: what is launched, what is compiled, and what an error of the compiler becomes."""
 
+import gc
 import threading
 from types import SimpleNamespace
 from typing import Any
@@ -83,6 +84,25 @@ def test_the_launchers_compile_and_load_each_variant_once(monkeypatch: pytest.Mo
         assert all("cubin" in kernel.asm for kernel in variants.values())
         assert sorted(loaded, key=id) == sorted(variants.values(), key=id)
         variants.clear()
+
+
+@needs_async_compile
+@pytest.mark.parametrize("is_enabled", [True, False])
+def test_no_garbage_is_collected_while_threads_parse(is_enabled: bool) -> None:
+    """In Python 3.11 ast.parse raised SystemError at times. The caller's setting comes back, also after an error."""
+    seen = []
+
+    def run() -> None:
+        seen.append(gc.isenabled())
+        raise KeyError("planted")
+
+    (gc.enable if is_enabled else gc.disable)()
+    try:
+        with pytest.raises(KeyError, match="planted"):
+            compile_ahead(run)
+        assert (seen, gc.isenabled()) == ([False], is_enabled)
+    finally:
+        gc.enable()
 
 
 @needs_async_compile
