@@ -55,13 +55,15 @@ def test_rotation_equals_the_reference(rope, scaling, dtype):
 
 
 def test_two_models_do_not_share_anything():
-    """D54: another theta or head_dim beside it changes nothing, nor does a like one that goes to another device."""
+    """D54: another theta or head_dim beside it changes nothing, nor does a like one, also on another device."""
     positions = torch.arange(50)
     first = RotaryEmbedding(D, RopeConfig())
     alone, _ = first(positions)
     second = RotaryEmbedding(D, RopeConfig(theta=5e5)).double()
     for other in (second, RotaryEmbedding(2 * D, RopeConfig())):
         other(positions)
-    RotaryEmbedding(D, RopeConfig()).to("meta")
+    with torch.device("meta"):
+        assert RotaryEmbedding(D, RopeConfig()).inv_freq.is_meta
+    RotaryEmbedding(D, RopeConfig()).inv_freq.zero_()
     assert torch.equal(first(positions)[0], alone)
     assert second.inv_freq.data_ptr() != first.inv_freq.data_ptr()
