@@ -179,7 +179,7 @@ def skinny_linear_kernel(
         residual_tile_ptr = residual_ptr + row[None, :, None] * residual_stride + k[:, None, :]
     # int64: the last rows of a large matrix begin beyond 2**31 elements.
     tile_ptr = weight_ptr + column.to(tl.int64)[None, :, None] * weight_stride + k[:, None, :]  # [parts, N, TILE_K]
-    up_offset = num_columns.to(tl.int64) * weight_stride
+    up_offset = tl.full((), num_columns, tl.int64) * weight_stride  # num_columns is a constant if it is 1
 
     in_k = (k < IN_FEATURES)[:, None, :]
     weight = tl.load(tile_ptr, mask=column_mask & in_k, other=0.0)

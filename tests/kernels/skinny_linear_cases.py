@@ -153,6 +153,7 @@ KERNEL = Kernel(
         "norm without a residual": check_norm((2, 13, 100), has_residual=False, tiles=(8, 16, 4)),
         "norm, bias, rows far apart": check_norm((9, 13, 100), has_bias=True, spare=3, tiles=(8, 16, 4)),
         "gated": check_norm((3, 26, 100), is_gated=True, tiles=(8, 16, 4)),
+        "gated, one column": check_norm((6, 2, 8), is_gated=True),
         "gated, bias": check_norm((9, 26, 100), is_gated=True, has_bias=True, tiles=(8, 16, 4)),
         "rows do not meet": check_rows_do_not_meet,
         "far row": check_far_row,
@@ -175,6 +176,14 @@ KERNEL = Kernel(
             lambda dtype, _, rows=rows: launch(rows, dtype), tuple((c, dtype) for c in (80, 90, 100) for dtype in HALF)
         )
         for rows in (1, 16)
+    }
+    | {
+        "one gated column": Compilation(  # Triton makes a constant of an argument that is 1
+            lambda dtype, _: norm_skinny_linear(
+                meta(6, 8, dtype=dtype), None, meta(8, dtype=dtype), 1e-5, meta(2, 8, dtype=dtype), is_gated=True
+            ),
+            ((90, torch.float16),),
+        )
     },
     refused=Refused(
         lambda x, weight, bias=None: skinny_linear(x, weight, bias),
