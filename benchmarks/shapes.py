@@ -97,6 +97,11 @@ def prefills_of_models() -> Points:
     }
 
 
+def decode_steps_of_models() -> Points:
+    """(shape, number of sequences)"""
+    return {f"{name}, {n} tokens": (shape, n) for name, shape in SHAPES.items() for n in NUM_SEQS}
+
+
 def few_rows() -> Points:
     """(number of rows, output features, input features) of qwen3-0.6b's matrices"""
     matrices = {"qkv": (4096, 1024), "o": (1024, 2048), "down": (1024, 3072)}
@@ -121,6 +126,7 @@ def shared_prefixes() -> Points:
 # A benchmark of tests/kernels/*_cases.py -> its points.
 POINTS: dict[str, Points] = {
     "add_rms_norm": steps_of_models(),
+    "all_reduce": decode_steps_of_models(),
     "grouped_gemm": tokens_of_experts(),
     "moe_routing": tokens_of_experts(),
     "norm_skinny_linear": few_rows_after_norm(),

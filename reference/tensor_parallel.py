@@ -34,6 +34,15 @@ def column_parallel_linear(
     return [x @ weights[rank].T + biases[rank] for rank in range(tp_size)]
 
 
+def all_reduce(xs: list[Float[Tensor, "T E"]]) -> Float[Tensor, "T E"]:
+    """The sum over ranks, which every rank gets; rank r has xs[r].
+
+    >>> all_reduce([torch.tensor([[1.0, 2.0]]), torch.tensor([[10.0, 20.0]])])
+    tensor([[11., 22.]])
+    """
+    return sum(xs[1:], xs[0])
+
+
 def row_parallel_linear(
     xs: list[Float[Tensor, "T I/n"]], weight: Float[Tensor, "O I"], bias: Float[Tensor, "O"] | None
 ) -> Float[Tensor, "T O"]:
@@ -44,7 +53,7 @@ def row_parallel_linear(
     """
     weights = weight.chunk(len(xs), dim=1)
     partial = [x @ weights[rank].T for rank, x in enumerate(xs)]
-    return sum(partial[1:], partial[0]) + (0 if bias is None else bias)
+    return all_reduce(partial) + (0 if bias is None else bias)
 
 
 def vocab_parallel_embedding(token_ids: Int[Tensor, "T"], weight: Float[Tensor, "V E"], tp_size: int) -> Tensor:

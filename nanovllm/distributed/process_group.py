@@ -3,12 +3,14 @@
 import threading
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from typing import Any
 
 import torch.distributed
 
+from nanovllm.distributed.peer_memory import connect_peer_memory
 from nanovllm.distributed.placement import RankPlacement
 from nanovllm.distributed.tensor_parallel import TensorParallel
 
@@ -47,17 +49,18 @@ def init_process_group(
     placement.set_current_device()
     tp = TensorParallel(placement.rank, placement.size, new_group(placement, store))
     tp.barrier()  # NCCL connects in the first collective
-    return tp
+    return replace(tp, peers=connect_peer_memory(tp)) if tp.is_nccl else tp
 
 
 def destroy_process_group(tp: TensorParallel) -> None:
     """Close this rank's end; all ranks do. Before, free the CUDA graphs that recorded the group's collectives."""
     tp.group.shutdown()
+    tp.close_peers()
 
 
 def abort_process_group(tp: TensorParallel) -> "DaemonThread":
     """Start to abort this rank's end of a group in which a rank has failed: collectives raise RuntimeError from now on,
-    and those that wait return.
+    and those that wait return. tp.peers stays open, since graphs use it: close it when they are freed.
 
     The thread ends when the abort has ended. NCCL's waits until the CUDA graphs that recorded its collectives are
     freed, so it runs in a thread of its own while the caller frees them.
@@ -66,6 +69,8 @@ def abort_process_group(tp: TensorParallel) -> "DaemonThread":
 
 
 def _abort(tp: TensorParallel) -> None:
+    if tp.peers is not None:
+        tp.peers.abort()
     tp.guard.close(ABORT_DRAIN_TIMEOUT_S)
     tp.group.abort()
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from nanovllm.distributed.peer_memory import PeerMemory
+
 
 class CollectiveGuard:
     """Mutual exclusion of launching a collective (`with guard:`) and aborting the group (`guard.close()`).
@@ -46,12 +48,14 @@ class TensorParallel:
     group: a gloo or NCCL backend of torch.distributed; None with one rank. It belongs to one engine and is not torch's
         default group, so neither another engine nor the user's program uses it.
     guard: closed before the group is aborted.
+    peers: memory into which the ranks' kernels write; None where they cannot, and with one rank.
     """
 
     rank: int = 0
     size: int = 1
     group: Any = None
     guard: CollectiveGuard = field(default_factory=CollectiveGuard, repr=False, compare=False)
+    peers: PeerMemory | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.size < 1 or not 0 <= self.rank < self.size:
@@ -97,6 +101,12 @@ class TensorParallel:
         self._launch(self.group.gather, [parts] if parts is not None else [], [part], options).wait()
         return torch.cat(parts, dim=-1).to(x.device) if parts is not None else None
 
+    def all_gather(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """The ranks' x, in rank order, on every rank. x: contiguous, of the same shape and dtype on all."""
+        parts = [torch.empty_like(x) for _ in range(self.size)]
+        self._launch(self.group.allgather, [parts], [x]).wait()
+        return parts
+
     def all_reduce_min(self, value: int) -> int:
         """The minimum of the ranks' values, on every rank. Blocks until all ranks have called it."""
         if self.size == 1:
@@ -108,6 +118,11 @@ class TensorParallel:
     def barrier(self) -> None:
         """Block until all ranks have called it."""
         self.all_reduce_min(0)
+
+    def close_peers(self) -> None:
+        """Free the memory that the ranks' kernels write into; free the CUDA graphs that use it before."""
+        if self.peers is not None:
+            self.peers.close()
 
     def _launch(self, collective: Callable[..., Any], *arguments: Any) -> Any:
         """The launched work. Raises RuntimeError when the group has been aborted."""

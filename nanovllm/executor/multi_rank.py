@@ -131,6 +131,8 @@ class MultiRankExecutor(Executor):
             self._release()
             if self._aborted is not None:
                 self._aborted.join(SHUTDOWN_TIMEOUT_S)
+                if self._tp is not None:
+                    self._tp.close_peers()
             self._tp = self._aborted = None
 
     def _free_runner(self) -> None:

@@ -1,6 +1,7 @@
 """GPU kernels. Each file holds one kernel and the function that launches it.
 
-The files import torch, triton or flash_attn, and each other, but no other module of nanovllm.
+The files import torch, triton or flash_attn, and each other; of nanovllm's other modules, only all_reduce imports one:
+distributed.peer_memory, which lays out the buffers.
 """
 
 from importlib.util import find_spec

@@ -5,16 +5,20 @@ from torch import nn
 from torch.nn import functional
 
 from nanovllm.distributed.tensor_parallel import SINGLE_RANK, TensorParallel
+from nanovllm.layers.ops import LayerOps
 from nanovllm.layers.parameter import load_shard, make_parameter
-from nanovllm.layers.torch_ops import linear
+from nanovllm.layers.torch_ops import TORCH_OPS, linear
 
 
 class VocabParallelEmbedding(nn.Module):
     """Rank r holds rows r * V/size .. (r + 1) * V/size - 1 of the [V, E] table."""
 
-    def __init__(self, vocab_size: int, hidden_size: int, tp: TensorParallel = SINGLE_RANK) -> None:
+    def __init__(
+        self, vocab_size: int, hidden_size: int, tp: TensorParallel = SINGLE_RANK, ops: LayerOps = TORCH_OPS
+    ) -> None:
         super().__init__()
         self.tp = tp
+        self.ops = ops
         self.num_rows = tp.divide("vocab_size", vocab_size)
         self.weight = make_parameter((self.num_rows, hidden_size), self.weight_loader)
 
@@ -28,7 +32,7 @@ class VocabParallelEmbedding(nn.Module):
         local_ids = input_ids - self.tp.rank * self.num_rows
         is_elsewhere = (local_ids < 0) | (local_ids >= self.num_rows)
         rows = functional.embedding(local_ids.masked_fill(is_elsewhere, 0), self.weight)
-        return self.tp.all_reduce(rows.masked_fill(is_elsewhere[:, None], 0))
+        return self.ops.all_reduce(rows.masked_fill(is_elsewhere[:, None], 0), self.tp)
 
 
 class ParallelLMHead(nn.Module):

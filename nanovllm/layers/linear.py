@@ -137,4 +137,5 @@ class RowParallelLinear(LinearBase):
             load_shard(param, loaded_weight, 1, self.tp.rank, self.tp.size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.tp.all_reduce(self.ops.linear(x, self.weight, self.bias if self.tp.rank == 0 else None))
+        output = self.ops.linear(x, self.weight, self.bias if self.tp.rank == 0 else None)
+        return self.ops.all_reduce(output, self.tp)

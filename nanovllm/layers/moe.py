@@ -97,4 +97,4 @@ class SparseMoeBlock(nn.Module):
         """[T, E] -> [T, E], without the norm."""
         gate_up_proj, down_proj = self.experts.gate_up_proj.weight, self.experts.down_proj.weight
         output = self.ops.moe(x, self.gate(x), gate_up_proj, down_proj, self.top_k, self.norm_topk_prob)
-        return self.tp.all_reduce(output)
+        return self.ops.all_reduce(output, self.tp)

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from nanovllm.attention.backend import AttentionBackend
+from nanovllm.distributed.tensor_parallel import TensorParallel
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class LayerOps:
     # (x, residual or None, norm_weight, eps, weight, bias, is_gated=False) -> linear of add_rms_norm and x + residual;
     # if is_gated, silu_and_mul of the linear. See norm_then_linear
     norm_linear: Callable[..., tuple[Tensor, Tensor]]
+    all_reduce: Callable[[Tensor, TensorParallel], Tensor]  # (x [T, E], tp) -> the sum over ranks; may overwrite x
     rms_norm: Callable[..., Tensor]  # (x [T, E] or [T, heads, E], weight [E], eps) -> normalised x
     add_rms_norm: Callable[..., tuple[Tensor, Tensor]]  # (x, residual, weight, eps) -> normalised x + residual, the sum
     rotary_embedding: Callable[..., tuple[Tensor, Tensor]]  # (query [T, H, D], key [T, K, D], cos [T, D / 2], sin)

@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from nanovllm.attention.torch import TorchAttentionBackend, slot_view
+from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.layers.ops import LayerOps, norm_then_linear, separate_steps
 from nanovllm.layers.sampler import sample_unfiltered_in_torch
 
@@ -60,6 +61,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return functional.linear(x, weight, bias)
 
 
+def all_reduce(x: Tensor, tp: TensorParallel) -> Tensor:
+    return tp.all_reduce(x)
+
+
 def moe(
     x: Tensor, router_logits: Tensor, gate_up_proj: Tensor, down_proj: Tensor, top_k: int, norm_topk_prob: bool
 ) -> Tensor:
@@ -88,6 +93,7 @@ def apply_experts(x: Tensor, experts: Tensor, weights: Tensor, gate_up_proj: Ten
 TORCH_OPS = LayerOps(
     attention=TorchAttentionBackend(),
     linear=linear,
+    all_reduce=all_reduce,
     norm_linear=norm_then_linear(rms_norm, add_rms_norm, linear, silu_and_mul),
     rms_norm=rms_norm,
     add_rms_norm=add_rms_norm,

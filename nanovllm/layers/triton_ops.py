@@ -4,6 +4,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from nanovllm.attention.triton import TritonAttentionBackend
+from nanovllm.distributed.tensor_parallel import TensorParallel
+from nanovllm.kernels.all_reduce import all_reduce as peer_all_reduce
+from nanovllm.kernels.all_reduce import fits
 from nanovllm.kernels.grouped_gemm import choose_tile_config, grouped_gemm
 from nanovllm.kernels.launching import compile_ahead
 from nanovllm.kernels.moe_routing import moe_routing
@@ -53,6 +56,13 @@ def is_skinny(x: Tensor, weight: Tensor, max_rows: int) -> bool:
     return len(x) <= max_rows and weight.numel() < MAX_SKINNY_WEIGHTS and x.dtype in SKINNY_DTYPES
 
 
+def all_reduce(x: Tensor, tp: TensorParallel) -> Tensor:
+    if tp.peers is None or not fits(x, tp.size):
+        return tp.all_reduce(x)
+    with tp.guard:
+        return peer_all_reduce(x, tp.peers.buffers)
+
+
 def moe(
     x: Tensor, router_logits: Tensor, gate_up_proj: Tensor, down_proj: Tensor, top_k: int, norm_topk_prob: bool
 ) -> Tensor:
@@ -64,6 +74,7 @@ def moe(
 TRITON_OPS = LayerOps(
     attention=TritonAttentionBackend(varlen_attention, paged_attention, shared_prefix_attention),
     linear=linear,
+    all_reduce=all_reduce,
     norm_linear=norm_linear,
     rms_norm=rms_norm,
     add_rms_norm=add_rms_norm,

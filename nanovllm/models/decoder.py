@@ -104,7 +104,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig, layers: list[DecoderLayer], ops: LayerOps, tp: TensorParallel) -> None:
         super().__init__()
-        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, tp)
+        self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, tp, ops)
         self.rotary_emb = RotaryEmbedding(config.head_dim, config.rope)
         self.layers = nn.ModuleList(layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)

@@ -103,7 +103,8 @@ class CUDAGraphRunner:
     submits this one: a table holds first the tokens that were sampled last, then those that the host has copied.
 
     forward: (input_ids [B], positions [B], Context) -> logits [B, V] (None on ranks but 0). It must not wait for the
-    device, and its memory and launches must depend on B alone. sample: LayerOps.sample_unfiltered; likewise.
+    device, and its memory and launches must depend on B alone. sample: LayerOps.sample_unfiltered; likewise. With
+    several ranks it is called on each, and gets None as the logits where there are none.
     shortened: makes a context in which forward still launches each of its kernels, but in fewer layers.
     batch_sizes: ascending. max_num_seqs: the most tokens that a step samples.
     max_blocks_per_seq: max_model_len / block size, rounded up.
@@ -138,7 +139,7 @@ class CUDAGraphRunner:
         self._packed = on_device[num_sampled_bytes:]
         self._buffers = _views(self._packed, capacity)
         self._tokens = on_device[: num_sampled_bytes + capacity * torch.int64.itemsize].view(torch.int64)
-        self._sampled = self._tokens[:num_sampled]  # of the last step
+        self.sampled = self._tokens[:num_sampled]  # of the last step
         self._own_tokens = np.arange(num_sampled, len(self._tokens))  # the places of self._buffers.input_ids
         self._cu_seqlens = torch.arange(capacity + 1, dtype=torch.int32, device=device)
         self._graphs: dict[GraphKey, torch.cuda.CUDAGraph] = {}
@@ -177,7 +178,7 @@ class CUDAGraphRunner:
         torch.cuda.current_stream().wait_stream(stream)
 
     def _compute(self, forward: Forward, sample: Sample, size: int, shares_prefix: bool) -> torch.Tensor | None:
-        """The logits of a step of `size` sequences; their tokens go to self._sampled."""
+        """The logits of a step of `size` sequences; their tokens go to self.sampled."""
         buffers = self._buffers
         context = Context(
             is_prefill=False,
@@ -194,15 +195,14 @@ class CUDAGraphRunner:
         )
         input_ids = self._tokens.index_select(0, buffers.input_ids_source[:size])
         logits = forward(input_ids, buffers.positions[:size], context)
-        if logits is not None:
-            columns = (
-                buffers.temperature,
-                buffers.seed_low,
-                buffers.seed_high,
-                buffers.sample_positions,
-                buffers.takes_argmax,
-            )
-            self._sampled[:size].copy_(sample(logits, *(column[:size] for column in columns)))
+        columns = (
+            buffers.temperature,
+            buffers.seed_low,
+            buffers.seed_high,
+            buffers.sample_positions,
+            buffers.takes_argmax,
+        )
+        self.sampled[:size].copy_(sample(logits, *(column[:size] for column in columns)))
         return logits
 
     def can_replay(self, model_input: ModelInput) -> bool:
@@ -211,8 +211,8 @@ class CUDAGraphRunner:
 
     def replay(
         self, model_input: ModelInput, previous_token_ids: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Logits [num_seqs, V] and token ids [num_seqs] int64 of a decode step; None on ranks but 0.
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Logits [num_seqs, V] (None on ranks but 0) and token ids [num_seqs] int64 of a decode step.
 
         The next replay overwrites both. The token ids of filtered rows are those of the largest logits.
 
@@ -225,8 +225,8 @@ class CUDAGraphRunner:
         size = sizes[bisect_left(sizes, num_seqs)]
         if model_input.input_ids_source is not None:
             assert previous_token_ids is not None
-            if previous_token_ids.data_ptr() != self._sampled.data_ptr():  # of a step without a graph
-                self._sampled[: len(previous_token_ids)].copy_(previous_token_ids)
+            if previous_token_ids.data_ptr() != self.sampled.data_ptr():  # of a step without a graph
+                self.sampled[: len(previous_token_ids)].copy_(previous_token_ids)
         self._copy_done.synchronize()
         self._fill(model_input, size)
         num_bytes = self._packed.nbytes - self._host.block_tables[size:].nbytes
@@ -234,7 +234,7 @@ class CUDAGraphRunner:
         self._copy_done.record()
         self._graphs[size, shares_prefix].replay()
         logits = self._logits[size, shares_prefix]
-        return None if logits is None else (logits[:num_seqs], self._sampled[:num_seqs])
+        return None if logits is None else logits[:num_seqs], self.sampled[:num_seqs]
 
     def _fill(self, model_input: ModelInput, size: int) -> None:
         """Write the first `size` rows of the buffers on the host."""

@@ -41,6 +41,7 @@ from nanovllm.worker.warmup import dummy_decode, dummy_prefill, prefill_warmup_s
 if TYPE_CHECKING:
     from nanovllm.engine.sequence import Sequence
 
+MAX_EXACT_FLOAT32 = 2**24
 DRIVER_BYTES_PER_GRAPH = 8 * 2**20  # that the driver holds for a captured graph, beside its tensors
 
 
@@ -72,6 +73,7 @@ class ModelRunner:
         self.device = resolve_device(config.device)
         self.dtype: torch.dtype = getattr(torch, self.model_config.dtype)
         self.graphs: CUDAGraphRunner | None = None
+        self._has_shared_tokens = False  # whether the graphs of every rank hold the tokens of the step before
         with plain_torch_state(self.device, is_inference=False):
             self.load_model(model_dir, on_tensor_loaded)
             self.block_size = self._choose_block_size()
@@ -100,6 +102,7 @@ class ModelRunner:
         load_model(self.model, model_dir, use_tqdm=self.tp.rank == 0, on_tensor_loaded=on_tensor_loaded)
         pack_weights(self.model.eval(), ops)
         self.sampler = Sampler(ops.sample_unfiltered)
+        self.all_reduce = ops.all_reduce
         self.shares_prefixes = ops.attention.shares_prefixes
         self.compile_ahead = ops.compile_ahead
         self.default_block_size = ops.attention.default_block_size
@@ -234,7 +237,7 @@ class ModelRunner:
         shared_sizes = self._shared_prefix_sizes(batch_sizes)
         return CUDAGraphRunner(
             self._decode_logits,
-            self.sampler.sample_unfiltered,
+            self.sampler.sample_unfiltered if self.tp.size == 1 else self._sample_for_all_ranks,
             partial(one_layer_of_each_kind, self.model),
             batch_sizes,
             shared_sizes,
@@ -249,6 +252,18 @@ class ModelRunner:
         # A method, not a closure: a traceback keeps the closures of its functions, and with them the model's memory.
         with set_context(context):
             return self.model.compute_logits(self.model(input_ids, positions))
+
+    def _sample_for_all_ranks(self, logits: torch.Tensor | None, *columns: torch.Tensor) -> torch.Tensor:
+        """sample_unfiltered of rank 0's logits, on every rank; they are None on the others.
+
+        The next step reads its input ids from them, and a broadcast by the host would take longer.
+        """
+        assert self.model_config.vocab_size <= MAX_EXACT_FLOAT32
+        if logits is None:
+            token_ids = torch.zeros(len(columns[0]), dtype=torch.float32, device=self.device)
+        else:
+            token_ids = self.sampler.sample_unfiltered(logits, *columns).to(torch.float32)
+        return self.all_reduce(token_ids[:, None], self.tp)[:, 0].to(torch.int64)
 
     # --- one step: sequences -> ModelInput -> logits -> token ids ---
 
@@ -288,11 +303,15 @@ class ModelRunner:
         """Token ids [num_samples] int64 on the device, which may still be computing them.
 
         previous_token_ids: those of the previous step, for the rows that model_input.input_ids_source names; rank 0's
-            are broadcast into those of the other ranks.
+            are broadcast into those of the other ranks, unless the graphs of every rank hold them already.
         """
         with torch_threads(self.num_threads), gpu_lock if self.device.type == "cuda" else nullcontext():
             if previous_token_ids is not None and model_input.input_ids_source is not None:
-                previous_token_ids = self.tp.broadcast(previous_token_ids)
+                if self.graphs is not None and self._has_shared_tokens:
+                    previous_token_ids = self.graphs.sampled[: len(previous_token_ids)]
+                else:
+                    previous_token_ids = self.tp.broadcast(previous_token_ids)
+            self._has_shared_tokens = False
             if self.graphs is not None and self.graphs.can_replay(model_input):
                 return self._replay(self.graphs, model_input, previous_token_ids)
             logits = self._compute_logits(model_input, previous_token_ids)
@@ -303,10 +322,10 @@ class ModelRunner:
     def _replay(
         self, graphs: CUDAGraphRunner, model_input: ModelInput, previous_token_ids: torch.Tensor | None
     ) -> torch.Tensor:
-        output = graphs.replay(model_input, previous_token_ids)
-        if output is None:
+        logits, token_ids = graphs.replay(model_input, previous_token_ids)
+        self._has_shared_tokens = not len(model_input.sampling.filtered_rows)
+        if logits is None:
             return torch.empty(0, dtype=torch.int64)
-        logits, token_ids = output
         if len(model_input.sampling.filtered_rows):
             self.sampler.sample_filtered(logits, to_device(model_input.sampling, self.device), token_ids)
         return token_ids

@@ -21,10 +21,20 @@ from tests.support.rank_faults import WARM_UP, Fault, plant
 from tests.support.tiny_models import tiny_model
 
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "qwen3_moe"]
-PARAMS = [SamplingParams.greedy(max_tokens=24, ignore_eos=True), SamplingParams(seed=5, max_tokens=24, ignore_eos=True)]
+PARAMS = [  # the filtered ones end first, so that the ranks first broadcast tokens and then share them in the graph
+    SamplingParams.greedy(max_tokens=24, ignore_eos=True),
+    SamplingParams(seed=5, max_tokens=24, ignore_eos=True),
+    SamplingParams(seed=6, top_p=0.9, max_tokens=9, ignore_eos=True),
+]
 PROMPTS = [list(prompt.encode()) for prompt in DEMO_PROMPTS[:8]]
 NUM_FAILURES = 3  # one after the other: what one of them does to the GPU depends on the moment
 NUM_BLOCKS = 32  # of 256 tokens, max_model_len: enough for max_num_seqs; no free memory is measured
+
+
+def is_reachable(size: int) -> bool:
+    """Whether each of the first `size` GPUs can write into the others' memory."""
+    gpus = range(min(size, torch.cuda.device_count()))
+    return len(gpus) == size and all(torch.cuda.can_device_access_peer(0, gpu) for gpu in gpus[1:])
 
 
 def tokens(architecture: str, size: int, **options: Any) -> list[list[int]]:
@@ -36,7 +46,9 @@ def tokens(architecture: str, size: int, **options: Any) -> list[list[int]]:
     ) as llm:  # fmt: skip
         if size > 1 and options.get("async_scheduling") is None:
             assert llm.config.async_scheduling is llm._core.executor._tp.is_nccl
-        params = [PARAMS[index % 2] for index in range(len(PROMPTS))]
+        if size > 1 and is_reachable(size):
+            assert llm._core.executor._tp.peers is not None, "the kernel all_reduce is launched by no rank"
+        params = [PARAMS[index % 3] for index in range(len(PROMPTS))]
         return [output["token_ids"] for output in llm.generate(PROMPTS, params, use_tqdm=False)]
 
 

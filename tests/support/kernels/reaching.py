@@ -3,8 +3,8 @@
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cache
-from types import ModuleType
+from functools import cache, partial
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -23,6 +23,7 @@ CONFIGURATIONS = {
     "flash_attn": ("qwen3", "flash_attn", 256),
     "half precision": ("llama", "triton", 16),
     "shared prefix": ("llama", "triton", 16),  # of prompts that begin alike
+    "peer memory": ("llama", "triton", 16),  # of a single rank: for several, see tests/distributed/test_gpu_ranks.py
 }
 PROMPTS = [list(range(5, 45)), [7, 8, 9]]  # the first has keys enough to be split in decode
 PROMPTS_THAT_BEGIN_ALIKE = [list(range(5, 45)), [*range(5, 40), 7, 8, 9]]
@@ -78,6 +79,8 @@ def _generate(
 ) -> list[list[int]]:
     """The generated token ids of all prompts, one call's prompts after the other's."""
     from nanovllm import LLM, SamplingParams
+    from nanovllm.executor import uniproc
+    from nanovllm.worker.model_runner import ModelRunner
     from tests.support.tiny_models import tiny_model
 
     architecture, backend, block_size = CONFIGURATIONS[configuration]
@@ -85,7 +88,8 @@ def _generate(
     prompts_of_steps = [PROMPTS_THAT_BEGIN_ALIKE, PROMPTS_THAT_BEGIN_ALIKE] if is_shared else [PROMPTS, *more_steps]
     model_dir = tiny_model(architecture, head_dim=head_dim, max_position_embeddings=1024)
     outputs = []
-    with patch.object(shared_prefix, "MIN_SAVED_TOKENS", 1), LLM(
+    runner = partial(ModelRunner, tp=_rank_with_peer_memory(device)) if configuration == "peer memory" else ModelRunner
+    with patch.object(uniproc, "ModelRunner", runner), patch.object(shared_prefix, "MIN_SAVED_TOKENS", 1), LLM(
         str(model_dir), device=device, dtype=dtype, attention_backend=backend, kv_cache_block_size=block_size,
         num_kv_cache_blocks=1280 // block_size, max_num_seqs=2,
         enforce_eager=is_shared,
@@ -94,6 +98,14 @@ def _generate(
             params = [SamplingParams(max_tokens=3, ignore_eos=True, seed=index) for index in range(len(prompts))]
             outputs += llm.generate(prompts, params, use_tqdm=False)
     return [output["token_ids"] for output in outputs]
+
+
+def _rank_with_peer_memory(device: str) -> Any:
+    from nanovllm.distributed.tensor_parallel import TensorParallel
+    from tests.kernels.all_reduce_cases import empty_buffers, peer_buffers
+
+    buffers = empty_buffers(1, device)
+    return TensorParallel(peers=SimpleNamespace(buffers=peer_buffers(0, buffers), memory=buffers))
 
 
 def flash_attn_varlen_func(

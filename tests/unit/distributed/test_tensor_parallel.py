@@ -31,14 +31,15 @@ def test_ranks_sum_gather_and_broadcast(tmp_path: Path, monkeypatch: pytest.Monk
         x = 10.0 * rank + torch.arange(6.0).view(2, 3)
         gathered = tp.gather(x.T.contiguous().T)
         tokens = tp.broadcast(torch.tensor([3, 4]) if rank == 0 else torch.empty(2, dtype=torch.int64))
-        results = tp.all_reduce(x.clone()).tolist(), tokens.tolist(), tp.all_reduce_min(7 - rank)
+        ranks = [int(other) for other in tp.all_gather(torch.tensor(rank))]
+        results = tp.all_reduce(x.clone()).tolist(), tokens.tolist(), tp.all_reduce_min(7 - rank), ranks
         destroy_process_group(tp)
         return *results, None if gathered is None else gathered.tolist()
 
     monkeypatch.setattr(rendezvous_module, "NO_TIMEOUT", timedelta(seconds=HANG_SECONDS))
     with ThreadPoolExecutor(2) as threads:
         first, second = threads.map(work, range(2))
-    same = [[10.0, 12.0, 14.0], [16.0, 18.0, 20.0]], [3, 4], 6
+    same = [[10.0, 12.0, 14.0], [16.0, 18.0, 20.0]], [3, 4], 6, [0, 1]
     assert first == (*same, [[0.0, 1.0, 2.0, 10.0, 11.0, 12.0], [3.0, 4.0, 5.0, 13.0, 14.0, 15.0]])
     assert second == (*same, None)
 

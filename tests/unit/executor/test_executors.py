@@ -54,6 +54,9 @@ class Parts:
     def close(self) -> None:
         self.call("free runner")
 
+    def close_peers(self) -> None:
+        self.call("close peers")
+
 
 class Ranks(MultiRankExecutor):
     """Other ranks that are the test's Parts."""
@@ -148,7 +151,7 @@ def test_async_scheduling_is_supported_where_a_step_is_computed_on_gpus(parts: A
 # --- the end ---
 
 SHUTDOWN = ["request shutdown", "free runner", "destroy group", "wait for workers", "release"]
-FAILURE = ["terminate", "abort", "free runner", "release"]
+FAILURE = ["terminate", "abort", "free runner", "release", "close peers"]
 
 
 def test_close_frees_the_graphs_before_the_group_and_that_before_the_processes(parts: Any) -> None:
@@ -173,7 +176,7 @@ def test_any_exception_in_a_step_closes_the_executor(parts: Any, where: str, err
     with pytest.raises(RuntimeError, match="the ranks of this engine have ended"):
         pending.output.sampled  # noqa: B018  (its memory is free, though the test has `pending` and the traceback)
     assert caught.value is error
-    assert parts.calls[-4:] == FAILURE
+    assert parts.calls[-5:] == FAILURE
     assert ("wait for root cause" in parts.calls) == isinstance(error, RuntimeError)
     assert executor.is_closed
     parts.calls.clear()
@@ -202,7 +205,7 @@ def test_ctrl_c_during_shutdown_leaves_nothing(parts: Any, where: str) -> None:
     assert "terminate" in parts.calls
     assert parts.calls.count("free runner") == 1
     assert ("abort" in parts.calls) == (where != "wait for workers"), "a group that was not destroyed is aborted"
-    assert parts.calls[-1] == "release"
+    assert parts.calls[-1] == ("release" if where == "wait for workers" else "close peers")
 
 
 @pytest.mark.parametrize("make", [Ranks, make_uniproc])
@@ -229,7 +232,7 @@ def test_a_runner_that_cannot_start_leaves_nothing(parts: Any, monkeypatch: pyte
         assert graphs[0]() is None
     finally:
         gc.enable()
-    assert parts.calls == (["terminate", "abort", None] if make is Ranks else [])
+    assert parts.calls == (["terminate", "abort", None, "close peers"] if make is Ranks else [])
 
 
 def test_an_executor_is_closed_with_its_owner_but_not_in_a_forked_child(monkeypatch: pytest.MonkeyPatch) -> None:

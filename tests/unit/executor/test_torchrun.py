@@ -150,7 +150,7 @@ def test_close_succeeds_when_the_other_ranks_have_ended(monkeypatch: pytest.Monk
         def broadcast(self, *_: object) -> None:
             raise RuntimeError("connection closed by peer")
 
-    tp = SimpleNamespace(group=SimpleNamespace(shutdown=lambda: None), is_nccl=False)
+    tp = SimpleNamespace(group=SimpleNamespace(shutdown=lambda: None), is_nccl=False, close_peers=lambda: None)
     runner: Any = SimpleNamespace(num_kv_cache_blocks=1, block_size=256, close=lambda: None)
     monkeypatch.setattr(TorchrunChannel, "connect", lambda channel: tp)
     monkeypatch.setattr(WorkerSpec, "make_runner", lambda *_: runner)

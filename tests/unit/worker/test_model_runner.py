@@ -1,0 +1,78 @@
+"""ModelRunner's steps with several ranks, without a model: how the tokens of one step reach the next on each rank."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from nanovllm.distributed.placement import RankPlacement
+from nanovllm.distributed.process_group import FileStore, destroy_process_group, init_process_group
+from nanovllm.distributed.rendezvous import rendezvous
+from nanovllm.layers.torch_ops import TORCH_OPS
+from nanovllm.worker.model_runner import ModelRunner
+
+LARGEST = 151935  # beyond what half precision holds
+
+
+def runner_of(tp: Any, **parts: Any) -> Any:
+    runner: Any = ModelRunner.__new__(ModelRunner)
+    vars(runner).update(
+        tp=tp,
+        device=torch.device("cpu"),
+        num_threads=None,
+        model_config=SimpleNamespace(vocab_size=LARGEST + 1),
+        all_reduce=TORCH_OPS.all_reduce,
+        sampler=SimpleNamespace(sample_unfiltered=lambda logits, *columns: logits.argmax(dim=1) + columns[0].long()),
+        _has_shared_tokens=False,
+        **parts,
+    )
+    return runner
+
+
+def test_every_rank_gets_the_tokens_that_rank_0_samples(tmp_path: Path) -> None:
+    def work(rank: int) -> list[int]:
+        store = FileStore(str(tmp_path / "store"), 2)
+        tp = init_process_group(RankPlacement(rank, 2, num_ranks_per_device=2), store, rendezvous)
+        logits = torch.eye(3)[:2] if rank == 0 else None
+        token_ids = runner_of(tp)._sample_for_all_ranks(logits, torch.tensor([LARGEST, 0]))
+        destroy_process_group(tp)
+        assert token_ids.dtype == torch.int64
+        return token_ids.tolist()
+
+    with ThreadPoolExecutor(2) as threads:
+        assert list(threads.map(work, range(2))) == [[LARGEST, 1]] * 2
+
+
+@pytest.mark.parametrize(
+    ("before", "is_broadcast"),
+    [("graph", False), ("graph with a filtered row", True), ("no graph", True), ("graph, then no graph", True)],
+)
+def test_only_tokens_that_no_graph_has_shared_are_broadcast(
+    before: str, is_broadcast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    graphs = SimpleNamespace(
+        sampled=torch.tensor([7, 8, 9]),
+        can_replay=lambda model_input: model_input.has_graph,
+        replay=lambda model_input, previous: (None, calls.append(f"replay after {previous}")),
+    )
+    tp = SimpleNamespace(broadcast=lambda x: calls.append("broadcast") or x + 1)
+    runner = runner_of(tp, graphs=graphs)
+    monkeypatch.setattr(ModelRunner, "_compute_logits", lambda *_: None)
+
+    def step(has_graph: bool, filtered_rows: list[int], previous: torch.Tensor | None = None) -> None:
+        sampling = SimpleNamespace(filtered_rows=filtered_rows)
+        source = None if previous is None else np.array([0, 1])
+        runner._execute(SimpleNamespace(has_graph=has_graph, sampling=sampling, input_ids_source=source), previous)
+
+    if before != "no graph":
+        step(True, [1] if before == "graph with a filtered row" else [])
+    if before.endswith("no graph"):
+        step(False, [])
+    calls.clear()
+    step(True, [], torch.zeros(2, dtype=torch.int64))
+    assert calls == (["broadcast", "replay after tensor([1, 1])"] if is_broadcast else ["replay after tensor([7, 8])"])
