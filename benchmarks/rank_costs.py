@@ -1,8 +1,8 @@
 """What the parts of a decode step take alone, on as many ranks as share the model: the Costs of step_model.py.
 
-The all-reduce of hidden states and the gather of logits are measured in processes of their own, one a rank, through the
-engine's TensorParallel: over NCCL in a CUDA graph of many calls, as in decode, and elsewhere one by one. A rank that
-fails ends the others, and the error names it.
+The all-reduce of hidden states and the gather of logits are measured in processes of their own, one a rank, as the
+engine computes them: in a CUDA graph of many calls, as in decode, if each rank has a GPU, and elsewhere one by one. A
+rank that fails ends the others, and the error names it.
 """
 
 import json
@@ -21,6 +21,7 @@ from nanovllm.distributed.placement import RankPlacement, local_placements
 from nanovllm.distributed.process_group import destroy_process_group
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.executor.worker_main import join_local_group
+from nanovllm.layers.torch_ops import TORCH_OPS
 from nanovllm.model_config import ModelConfig
 
 CALLS = 16  # of a graph
@@ -44,12 +45,13 @@ def measure_costs(
     collectives = [Collectives(0.0, 0.0, 0.0)] * len(batch_sizes)
     if num_ranks > 1:
         collectives = measure_collectives(model, device, dtype, batch_sizes, num_ranks)
-    kernel = _kernel_seconds() if device.type == "cuda" else 0.0
+    kernel, sampling = _kernel_seconds() if device.type == "cuda" else 0.0, 0.0
     costs = []
     for size, collective in zip(batch_sizes, collectives, strict=True):
         if device.type == "cuda":
             of_rank = Ceilings(of_rank.memory, _product_speed(model, dtype, size, num_ranks, kernel))
-        costs.append((Costs(of_rank, kernel, collective.all_reduce, collective.gather), collective))
+            sampling = _sampling_seconds(model, dtype, size)
+        costs.append((Costs(of_rank, kernel, sampling, collective.all_reduce, collective.gather), collective))
     if device.type == "cuda":
         torch.cuda.empty_cache()  # an engine sizes its cache from free memory
     return costs
@@ -61,6 +63,18 @@ def _kernel_seconds() -> float:
 
     one = torch.ones(1, device="cuda")
     replay = Replay([lambda: one.add_(1.0)] * 1000)
+    return median(replay.seconds() for _ in range(ROUNDS))
+
+
+def _sampling_seconds(model: ModelConfig, dtype: torch.dtype, num_rows: int) -> float:
+    """Seconds in which the engine draws a token of each row of logits."""
+    from benchmarks.timing import Replay
+    from nanovllm.layers.triton_ops import TRITON_OPS
+
+    logits = torch.randn(num_rows, model.vocab_size, device="cuda").to(dtype)
+    numbers = torch.arange(num_rows, device="cuda")
+    columns = (torch.ones(num_rows, device="cuda"), numbers, numbers, numbers, numbers < 0)
+    replay = Replay([lambda: TRITON_OPS.sample_unfiltered(logits, *columns)] * CALLS)
     return median(replay.seconds() for _ in range(ROUNDS))
 
 
@@ -112,11 +126,15 @@ def _measure_rank(rank: int, placements: list[RankPlacement], folder: str, shape
     """Rank 0 writes the seconds to folder/seconds.json. shapes: of the three collectives, for each batch size."""
     torch.set_num_threads(1)
     tp = join_local_group(placements[rank], f"{folder}/store")
-    device = "cpu" if placements[rank].gpu is None else "cuda"
+    device, all_reduce = "cpu", TORCH_OPS.all_reduce
+    if placements[rank].gpu is not None:
+        from nanovllm.layers.triton_ops import TRITON_OPS
+
+        device, all_reduce = "cuda", TRITON_OPS.all_reduce
     measured = []
     for of_batch in shapes:
         row, hidden_states, logits = [torch.randn(shape, device=device).to(dtype) for shape in of_batch]
-        calls = [lambda x=x: tp.all_reduce(x) for x in (row, hidden_states)] + [lambda x=logits: tp.gather(x)]
+        calls = [lambda x=x: all_reduce(x, tp) for x in (row, hidden_states)] + [lambda x=logits: tp.gather(x)]
         measured.append([_seconds(tp, call) for call in calls])
     if rank == 0:
         (Path(folder) / "seconds.json").write_text(json.dumps(measured))

@@ -6,12 +6,15 @@ B sequences, C their mean context in tokens, R ranks, b bytes of a value; other 
 
     matrices     max(b (P + E V) / R / memory, 2 B (P + E V) / R / matmul)
     attention    2 b L max(1, K / R) D B C / memory: decode reads each key and value once, and computes little
+    activations  b B (L (8 E + 2 (H / R + 2 max(1, K / R)) D + 3 F / R) + 4 E) / memory: what norms, rotation and SiLU
+                 read and write
+    sampling     the time in which rank 0 draws B tokens
     kernels      (KERNELS_PER_LAYER L + KERNELS_PER_STEP) x the time that starting one more kernel of a graph takes
     all-reduce   (2 L + 1) x the time of an all-reduce of b B E bytes: two a layer, and the embedding's
     gather       the time in which rank 0 gets b B V / R bytes of logits from each rank
 
-Left out: the host (async scheduling computes it meanwhile), sampling, the bytes of norms and activations (the L2 holds
-them), the broadcast of the tokens. All of P are read by a step of dense layers; of experts, those that B tokens choose.
+Left out: the host (async scheduling computes it meanwhile) and what brings the tokens to the other ranks. All of P are
+read by a step of dense layers; of experts, those that B tokens choose.
 
 Between machines an all-reduce is hierarchical: a reduce-scatter inside each machine, an all-reduce of the 1/r that
 each of its r GPUs holds with its peers in the other machines, an all-gather inside. Rings and trees have the costs of
@@ -41,11 +44,13 @@ class Batch(NamedTuple):
 class Costs(NamedTuple):
     """What one rank's device and the network take: ceilings of the device, seconds of the rest.
 
-    kernel: starting one more kernel of a graph. all_reduce: of the hidden states of the batch. gather: of its logits.
+    kernel: starting one more kernel of a graph. sampling: drawing the tokens of the batch. all_reduce: of its hidden
+    states. gather: of its logits.
     """
 
     ceilings: Ceilings
     kernel: float
+    sampling: float
     all_reduce: float
     gather: float
 
@@ -55,7 +60,9 @@ class StepTimes(NamedTuple):
 
     matrices: float
     attention: float
+    activations: float
     kernels: float
+    sampling: float
     all_reduce: float
     gather: float
 
@@ -71,14 +78,26 @@ def step_times(model: Any, dtype: str, batch: Batch, num_ranks: int, costs: Cost
     operations = 2 * batch.num_seqs * (parameters_per_token(model) + lm_head) / num_ranks
     kv_heads = max(1, model.num_key_value_heads / num_ranks)  # more ranks than heads: several hold the same head
     values = 2 * model.num_hidden_layers * kv_heads * model.head_dim * batch.num_seqs * batch.num_tokens
-    layers, is_divided = model.num_hidden_layers, num_ranks > 1
+    layers, is_divided, hidden = model.num_hidden_layers, num_ranks > 1, model.hidden_size
+    heads = model.num_attention_heads / num_ranks + 2 * kv_heads
+    of_layer = 8 * hidden + 2 * heads * model.head_dim + 3 * _intermediate_size(model) / num_ranks
+    activations = batch.num_seqs * (layers * of_layer + 4 * hidden)
     return StepTimes(
         matrices=max(read / memory, operations / matmul),
         attention=bytes_per_value * values / memory,
+        activations=bytes_per_value * activations / memory,
         kernels=(KERNELS_PER_LAYER * layers + KERNELS_PER_STEP) * costs.kernel,
+        sampling=costs.sampling,
         all_reduce=(2 * layers + 1) * costs.all_reduce if is_divided else 0.0,
         gather=costs.gather if is_divided else 0.0,
     )
+
+
+def _intermediate_size(model: Any) -> int:
+    """Of a token, in all of its experts."""
+    if model.moe is None:
+        return model.intermediate_size
+    return model.moe.num_experts_per_tok * model.moe.moe_intermediate_size
 
 
 def _lm_head(model: Any) -> int:
@@ -95,18 +114,25 @@ class Link(NamedTuple):
 
 
 class Cluster(NamedTuple):
-    """num_machines of ranks_per_machine GPUs; a link inside, and one of each GPU to other machines."""
+    """num_machines of ranks_per_machine GPUs; a link inside, and one of each GPU to other machines.
+
+    inside: through NCCL. one_shot: of the engine's kernel, which takes all-reduces of which a rank sends few bytes.
+    """
 
     ranks_per_machine: int
     num_machines: int
     inside: Link
+    one_shot: Link
     between: Link
 
     def all_reduce(self, num_bytes: float) -> float:
         """Seconds of an all-reduce of num_bytes, between the machines by the faster of ring and tree."""
         ranks, machines, seconds = self.ranks_per_machine, self.num_machines, 0.0
-        if ranks > 1:
-            seconds += self.inside.latency + 2 * (ranks - 1) / ranks * num_bytes / self.inside.bandwidth
+        sent = (ranks - 1) * num_bytes
+        if ranks > 1 and machines == 1 and sent <= MAX_SENT_BYTES:
+            seconds += self.one_shot.latency + sent / self.one_shot.bandwidth
+        elif ranks > 1:
+            seconds += self.inside.latency + 2 * sent / ranks / self.inside.bandwidth
         if machines > 1:
             moving = 2 * num_bytes / ranks / self.between.bandwidth
             ring = 2 * (machines - 1) * self.between.latency + (machines - 1) / machines * moving
@@ -129,7 +155,10 @@ class Cluster(NamedTuple):
 
 H200 = Ceilings(memory=4.35e12, matmul=784e12)  # measured: docs/performance.md, section 7
 KERNEL_SECONDS = 1e-6
+SAMPLING_SECONDS = 1.6e-12  # of a logit
 NVLINK = Link(latency=10e-6, bandwidth=0.8 * 450e9)
+ONE_SHOT = Link(latency=2.7e-6, bandwidth=190e9)
+MAX_SENT_BYTES = 3 * 2**20  # kernels.all_reduce takes no more from a rank
 NETWORKS = [Link(latency, 400e9 / 8) for latency in (10e-6, 20e-6)]  # a NIC of 400 Gb/s for each GPU
 BATCHES = {"headline": Batch(256, 843), "small": Batch(8, 1256)}  # in the middle of these scenarios
 _LLAMA_8B = {**SHAPES["llama-3-8b"][1], "moe": None}
@@ -143,17 +172,19 @@ PAPER_MODELS: dict[str, tuple[Any, Sequence[int]]] = {  # and the numbers of ran
 def on_paper(model: Any, batch: Batch, num_ranks: int, network: Link) -> StepTimes:
     """The step in bfloat16 on H200s, RANKS_PER_MACHINE to a machine."""
     machines = ceil(num_ranks / RANKS_PER_MACHINE)
-    cluster = Cluster(num_ranks // machines, machines, NVLINK, network)
+    cluster = Cluster(num_ranks // machines, machines, NVLINK, ONE_SHOT, network)
     all_reduce = cluster.all_reduce(2 * batch.num_seqs * model.hidden_size)
     gather = cluster.gather(2 * batch.num_seqs * model.vocab_size)
-    return step_times(model, "bfloat16", batch, num_ranks, Costs(H200, KERNEL_SECONDS, all_reduce, gather))
+    sampling = SAMPLING_SECONDS * batch.num_seqs * model.vocab_size
+    return step_times(model, "bfloat16", batch, num_ranks, Costs(H200, KERNEL_SECONDS, sampling, all_reduce, gather))
 
 
 def paper_table(batch: Batch) -> str:
     """Markdown. Where machines share a model, each figure is that of the faster and of the slower network."""
     lines = [
-        "| model | ranks | machines | matrices | attention | kernels | all-reduce | gather | step ms | out tok/s |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| model | ranks | machines | matrices | attention | activations | kernels | sampling | all-reduce | gather | "
+        "step ms | out tok/s |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, (model, sizes) in PAPER_MODELS.items():
         for size in sizes:

@@ -149,9 +149,9 @@ def choose_tile_config(num_rows: int, num_columns: int, in_features: int, is_gat
         return TileConfig(tile_n=8, tile_k=256, num_warps=4)
     if in_features <= 1024:
         return TileConfig(tile_n=16 if num_columns >= 2048 else 8, tile_k=128, num_warps=8)
-    if num_columns >= 4096:
+    if num_columns > 4096:
         return TileConfig(tile_n=16, tile_k=256, num_warps=4)
-    return TileConfig(tile_n=8, tile_k=256, num_warps=8)
+    return TileConfig(tile_n=8, tile_k=256, num_warps=4 if num_columns > 2048 else 8)
 
 
 @triton.jit(do_not_specialize=["num_rows"])

@@ -26,8 +26,8 @@ def event(name: str, start: float, end: float) -> Any:
 
 def point(num_ranks: int, speed: float, wall: float, predicted: float, scenario: str = "headline") -> Point:
     step = Step(Batch(256, 865.0), wall, wall / 2, wall / 4, wall / 4, 300.0)
-    costs = Costs(Ceilings(4.35e12, 700e12), 1e-6, 20e-6, 90e-6)
-    times = StepTimes(predicted, 0.0, 0.0, 0.0, 0.0)
+    costs = Costs(Ceilings(4.35e12, 700e12), 1e-6, 60e-6, 20e-6, 90e-6)
+    times = StepTimes(predicted, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
     return Point(scenario, num_ranks, (speed, speed - 1, speed + 1), step, times, costs, Collectives(9e-6, 20e-6, 9e-5))
 
 

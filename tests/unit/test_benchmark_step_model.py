@@ -24,16 +24,17 @@ def small_model() -> Any:
 
 
 @pytest.mark.parametrize(
-    ("num_ranks", "matmul", "times"),
+    ("num_ranks", "matmul", "times"),  # 2 sequences: 4 (3 x (8 x 8 + 2 x 4 x 4 + 3 x 16) + 4 x 8) bytes of activations
     [
         # 2 (1728 + 80) bytes at 4 a second; 2 sequences x 5 tokens x 2 x 3 layers x 4 x 2 bytes; 9 x 3 + 8 kernels
-        (1, 1e9, StepTimes(904.0, 120.0, 35 * 3.0, 0.0, 0.0)),
-        (1, 4.0, StepTimes(1808.0, 120.0, 105.0, 0.0, 0.0)),  # 2 x 2 x (1728 + 80) operations take longer
-        (2, 1e9, StepTimes(452.0, 120.0, 105.0, 7 * 10.0, 20.0)),  # each rank holds the only key/value head
+        (1, 1e9, StepTimes(904.0, 120.0, 464.0, 35 * 3.0, 6.0, 0.0, 0.0)),
+        (1, 4.0, StepTimes(1808.0, 120.0, 464.0, 105.0, 6.0, 0.0, 0.0)),  # 2 x 2 x (1728 + 80) operations take longer
+        # Each rank holds the only key/value head: 4 (3 x (8 x 8 + 2 x 3 x 4 + 3 x 8) + 4 x 8) bytes of activations.
+        (2, 1e9, StepTimes(452.0, 120.0, 368.0, 105.0, 6.0, 7 * 10.0, 20.0)),
     ],
 )
 def test_times_of_a_small_model(num_ranks: int, matmul: float, times: StepTimes) -> None:
-    costs = Costs(Ceilings(4.0, matmul), kernel=3.0, all_reduce=10.0, gather=20.0)
+    costs = Costs(Ceilings(4.0, matmul), kernel=3.0, sampling=6.0, all_reduce=10.0, gather=20.0)
     found = step_times(small_model(), "float16", Batch(2, 5), num_ranks, costs)
     assert found == times
     assert found.seconds == sum(times)
@@ -41,7 +42,10 @@ def test_times_of_a_small_model(num_ranks: int, matmul: float, times: StepTimes)
 
 def test_key_value_heads_are_divided_among_ranks() -> None:
     """Two heads: a half for each of two ranks, and no less for each of four."""
-    model, costs = dataclasses.replace(small_model(), num_key_value_heads=2), Costs(Ceilings(4.0, 1e9), 0.0, 0.0, 0.0)
+    model, costs = (
+        dataclasses.replace(small_model(), num_key_value_heads=2),
+        Costs(Ceilings(4.0, 1e9), 0.0, 0.0, 0.0, 0.0),
+    )
     one, two, four = (step_times(model, "float16", Batch(2, 5), ranks, costs).attention for ranks in (1, 2, 4))
     assert (one, two, four) == (240.0, 120.0, 120.0)
 
@@ -51,8 +55,8 @@ def test_one_rank_moves_the_bytes_of_the_limit(model_type: str) -> None:
     """Two sequences that attend to five tokens each, at a byte a second."""
     model = small_config(model_type)
     (work,) = decode_works(model, "float32", [(4, 2), (4, 2)], 0)
-    times = step_times(model, "float32", Batch(2, 5), 1, Costs(Ceilings(1.0, 1e15), 0.0, 0.0, 0.0))
-    assert times.seconds == pytest.approx(work.num_bytes)
+    times = step_times(model, "float32", Batch(2, 5), 1, Costs(Ceilings(1.0, 1e15), 0.0, 0.0, 0.0, 0.0))
+    assert times.matrices + times.attention == pytest.approx(work.num_bytes)
 
 
 @pytest.mark.parametrize("model_type", architectures())
@@ -76,7 +80,7 @@ def test_a_forward_pass_has_so_many_collectives(model_type: str, monkeypatch: py
         for parameter in model.parameters():
             parameter.zero_()
         model.compute_logits(model(torch.arange(3), torch.arange(3)))
-    costs = Costs(Ceilings(1.0, 1.0), kernel=0.0, all_reduce=1.0, gather=1.0)
+    costs = Costs(Ceilings(1.0, 1.0), kernel=0.0, sampling=0.0, all_reduce=1.0, gather=1.0)
     times = step_times(config, "float32", Batch(3, 3), 2, costs)
     assert calls.count(("all_reduce", (3, config.hidden_size))) == times.all_reduce
     assert calls.count(("gather", (3, 16))) == times.gather
@@ -84,13 +88,14 @@ def test_a_forward_pass_has_so_many_collectives(model_type: str, monkeypatch: py
 
 
 INSIDE, BETWEEN = Link(latency=1.0, bandwidth=10.0), Link(latency=5.0, bandwidth=2.0)
+ONE_SHOT = Link(latency=0.5, bandwidth=8.0)
 
 
 @pytest.mark.parametrize(
     ("ranks", "machines", "all_reduce", "gather"),
     [
         (1, 1, 0.0, 0.0),
-        (4, 1, 1 + 2 * 3 / 4 * 80 / 10, 1 + 3 * 20 / 10),
+        (4, 1, 0.5 + 3 * 80 / 8, 1 + 3 * 20 / 10),
         (4, 2, 1 + 12 + (2 * 5 + 2 * 1 / 2 * 20 / 2), 1 + 3 * 10 / 10 + 5 + 4 * 10 / 2),  # a ring of two
         (
             4,
@@ -102,9 +107,15 @@ INSIDE, BETWEEN = Link(latency=1.0, bandwidth=10.0), Link(latency=5.0, bandwidth
     ],
 )
 def test_collectives_of_80_bytes(ranks: int, machines: int, all_reduce: float, gather: float) -> None:
-    cluster = Cluster(ranks, machines, INSIDE, BETWEEN)
+    cluster = Cluster(ranks, machines, INSIDE, ONE_SHOT, BETWEEN)
     assert cluster.all_reduce(80.0) == pytest.approx(all_reduce)
     assert cluster.gather(80.0) == pytest.approx(gather)
+
+
+def test_an_all_reduce_of_many_bytes_goes_through_nccl() -> None:
+    cluster, few, many = Cluster(4, 1, INSIDE, ONE_SHOT, BETWEEN), 2.0**20, 2.0**20 + 1
+    assert cluster.all_reduce(few) == 0.5 + 3 * few / 8
+    assert cluster.all_reduce(many) == 1 + 2 * 3 / 4 * many / 10
 
 
 @pytest.mark.parametrize("name", BATCHES)
