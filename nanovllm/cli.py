@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from nanovllm import __version__
 from nanovllm.cli_errors import report_error
 from nanovllm.commands import bench, chat, conformance, demo, generate, trace
-from nanovllm.commands.options import flag, open_llm
+from nanovllm.commands.options import open_llm, option_names
 from nanovllm.console import discard_stdout, flush_stdout, lossless_console, require_stdout
 from nanovllm.torchrun_env import read_torchrun_env
 
@@ -60,14 +60,9 @@ def _run(arguments: argparse.Namespace) -> int:
         discard_stdout()
         return BROKEN_PIPE
     except Exception as error:
-        code = report_error(error, _option_names(arguments), arguments.debug)
+        code = report_error(error, option_names(arguments), arguments.debug)
         flush_stdout()
         return code
-
-
-def _option_names(arguments: argparse.Namespace) -> dict[str, str]:
-    """Field name -> option of the command that runs, for messages about them."""
-    return {name: flag(name) for name in vars(arguments) if name not in ("run", "debug", "prompts")}
 
 
 @contextmanager
