@@ -11,8 +11,6 @@ from nanovllm.attention.backend import AttentionBackend, AttentionRequirements, 
 from nanovllm.config import MIN_TRITON_BLOCK_SIZE
 from nanovllm.context import SEQS_PER_TILE, Context
 
-HEAD_DIMS = (32, 64, 128, 256)
-
 
 @dataclass(frozen=True, eq=False)
 class TritonAttentionBackend(AttentionBackend):
@@ -33,8 +31,8 @@ class TritonAttentionBackend(AttentionBackend):
         reason = unsupported_device_reason(device) or kernels.unsupported_reason(device, dtype)
         if reason is not None:
             return reason
-        if requirements.head_dim not in HEAD_DIMS:
-            return f"it takes a head_dim in {HEAD_DIMS}, the model's is {requirements.head_dim}"
+        if requirements.head_dim not in kernels.HEAD_DIMS:
+            return f"it takes a head_dim in {kernels.HEAD_DIMS}, the model's is {requirements.head_dim}"
         block_size = requirements.block_size or cls.default_block_size
         if block_size < MIN_TRITON_BLOCK_SIZE or block_size & (block_size - 1):
             return f"kv_cache_block_size must be a power of two from {MIN_TRITON_BLOCK_SIZE}, got {block_size}"
