@@ -1,6 +1,5 @@
 """The `nanovllm` command: its entry point, exit codes and list of commands. Each command is a module of commands/.
 
-A user's error ends in one line on stderr and exit code 2, Ctrl-C in 130, a bug of nanovllm in a traceback and 70.
 torch and transformers are imported only by the commands that run a model, so that `--help` is quick.
 """
 
