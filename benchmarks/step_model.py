@@ -66,15 +66,15 @@ class StepTimes(NamedTuple):
 
 def step_times(model: Any, dtype: str, batch: Batch, num_ranks: int, costs: Costs) -> StepTimes:
     """The step of `batch` on each of num_ranks ranks. model: a ModelConfig. dtype: of weights and KV cache."""
-    bytes_per_value, (memory, matmul), lm_head = BYTES_PER_VALUE[dtype], costs.ceilings, _lm_head(model)
+    bytes_per_value, ceilings, lm_head = BYTES_PER_VALUE[dtype], costs.ceilings, _lm_head(model)
     read = bytes_per_value * (layer_parameters(model, batch.num_seqs) + lm_head) / num_ranks
     operations = 2 * batch.num_seqs * (parameters_per_token(model) + lm_head) / num_ranks
     kv_heads = max(1, model.num_key_value_heads / num_ranks)  # more ranks than heads: several hold the same head
     values = 2 * model.num_hidden_layers * kv_heads * model.head_dim * batch.num_seqs * batch.num_tokens
     layers, is_divided = model.num_hidden_layers, num_ranks > 1
     return StepTimes(
-        matrices=max(read / memory, operations / matmul),
-        attention=bytes_per_value * values / memory,
+        matrices=max(read / ceilings.memory, operations / ceilings.matmul),
+        attention=bytes_per_value * values / ceilings.memory,
         kernels=(KERNELS_PER_LAYER * layers + KERNELS_PER_STEP) * costs.kernel,
         all_reduce=(2 * layers + 1) * costs.all_reduce if is_divided else 0.0,
         gather=costs.gather if is_divided else 0.0,
