@@ -195,12 +195,12 @@ def ratio_to_one(point: Point, points: Sequence[Point]) -> float | None:
 
 
 def as_json(value: Any) -> Any:
-    """Named tuples as objects, and the error of a Point."""
+    """Named tuples and Ceilings as objects, and the error of a Point."""
     if isinstance(value, Point):
         return {**{name: as_json(part) for name, part in zip(value._fields, value, strict=True)}, "error": value.error}
     if hasattr(value, "_asdict"):
         return {name: as_json(part) for name, part in value._asdict().items()}
-    return value
+    return vars(value) if isinstance(value, Ceilings) else value
 
 
 def draw(points: Sequence[Point], path: Path) -> None:

@@ -73,7 +73,7 @@ class StepTimes(NamedTuple):
 
 def step_times(model: Any, dtype: str, batch: Batch, num_ranks: int, costs: Costs) -> StepTimes:
     """The step of `batch` on each of num_ranks ranks. model: a ModelConfig. dtype: of weights and KV cache."""
-    bytes_per_value, (memory, matmul), lm_head = BYTES_PER_VALUE[dtype], costs.ceilings, _lm_head(model)
+    bytes_per_value, ceilings, lm_head = BYTES_PER_VALUE[dtype], costs.ceilings, _lm_head(model)
     read = bytes_per_value * (layer_parameters(model, batch.num_seqs) + lm_head) / num_ranks
     operations = 2 * batch.num_seqs * (parameters_per_token(model) + lm_head) / num_ranks
     kv_heads = max(1, model.num_key_value_heads / num_ranks)  # more ranks than heads: several hold the same head
@@ -83,9 +83,9 @@ def step_times(model: Any, dtype: str, batch: Batch, num_ranks: int, costs: Cost
     of_layer = 8 * hidden + 2 * heads * model.head_dim + 3 * _intermediate_size(model) / num_ranks
     activations = batch.num_seqs * (layers * of_layer + 4 * hidden)
     return StepTimes(
-        matrices=max(read / memory, operations / matmul),
-        attention=bytes_per_value * values / memory,
-        activations=bytes_per_value * activations / memory,
+        matrices=max(read / ceilings.memory, operations / ceilings.matmul),
+        attention=bytes_per_value * values / ceilings.memory,
+        activations=bytes_per_value * activations / ceilings.memory,
         kernels=(KERNELS_PER_LAYER * layers + KERNELS_PER_STEP) * costs.kernel,
         sampling=costs.sampling,
         all_reduce=(2 * layers + 1) * costs.all_reduce if is_divided else 0.0,

@@ -1,6 +1,5 @@
 """The `nanovllm` command: its entry point, exit codes and list of commands. Each command is a module of commands/.
 
-A user's error ends in one line on stderr and exit code 2, Ctrl-C in 130, a bug of nanovllm in a traceback and 70.
 torch and transformers are imported only by the commands that run a model, so that `--help` is quick.
 """
 
@@ -13,7 +12,7 @@ from contextlib import contextmanager
 from nanovllm import __version__
 from nanovllm.cli_errors import report_error
 from nanovllm.commands import bench, chat, conformance, demo, generate, trace
-from nanovllm.commands.options import flag, open_llm
+from nanovllm.commands.options import open_llm, option_names
 from nanovllm.console import discard_stdout, flush_stdout, lossless_console, require_stdout
 from nanovllm.torchrun_env import read_torchrun_env
 
@@ -60,14 +59,9 @@ def _run(arguments: argparse.Namespace) -> int:
         discard_stdout()
         return BROKEN_PIPE
     except Exception as error:
-        code = report_error(error, _option_names(arguments), arguments.debug)
+        code = report_error(error, option_names(arguments), arguments.debug)
         flush_stdout()
         return code
-
-
-def _option_names(arguments: argparse.Namespace) -> dict[str, str]:
-    """Field name -> option of the command that runs, for messages about them."""
-    return {name: flag(name) for name in vars(arguments) if name not in ("run", "debug", "prompts")}
 
 
 @contextmanager

@@ -1,7 +1,4 @@
-"""Prints an exception for the command line: one line with the remedy, or a traceback if nanovllm has a bug.
-
-Exit codes: 2 for what the user can change, 70 (EX_SOFTWARE of sysexits.h) for a bug of nanovllm.
-"""
+"""Prints an exception for the command line: one line with the remedy, or a traceback if nanovllm has a bug."""
 
 import re
 import sys
@@ -9,11 +6,11 @@ import traceback
 from collections.abc import Mapping
 from pathlib import Path
 
-USER_ERROR = 2
-BUG = 70
+USER_ERROR = 2  # exit code for what the user can change
+BUG = 70  # EX_SOFTWARE of sysexits.h
 
 _PACKAGE = str(Path(__file__).parent)
-_RANK_TRACEBACK = "\n\nIts traceback:\n"  # separates the parts of RankError's message, see executor/base.py
+_RANK_TRACEBACK = "\n\nIts traceback:\n"  # separates the parts of RankError's message, see RankFailure.describe
 # Advice for Python callers -> the same advice for the command line, which accepts options only.
 _PHRASES = {
     "SamplingParams.greedy()": "--greedy",
@@ -58,7 +55,7 @@ def user_error(error: Exception, options: Mapping[str, str]) -> str | None:
         return f"{_one_line(text)}; install nanovllm with what it needs: pip install nanovllm"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror + (f": {error.filename!r}" if error.filename is not None else "")
-    # Importing RankError would import torch.
+    # By name, since only engine/ and executor/ import executor/base.
     is_of_a_rank = any(kind.__name__ == "RankError" for kind in type(error).__mro__)
     if not isinstance(error, (ValueError, OSError)) and not (is_of_a_rank and not rank_traceback):
         return None

@@ -13,26 +13,19 @@ _Class = TypeVar("_Class", bound=type)
 
 def reject_unknown_options(cls: _Class) -> _Class:
     """Class decorator for dataclasses: an unknown keyword raises a TypeError that names the nearest field."""
-    original = cls.__init__
+    original, known = cls.__init__, [field.name for field in dataclasses.fields(cls)]
 
     @functools.wraps(original)
     def checked(self: Any, *args: Any, **kwargs: Any) -> None:
-        check_option_names(cls.__name__, kwargs, cls.__dataclass_fields__)  # type: ignore[attr-defined]
+        for name in kwargs:
+            if name not in known:
+                nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+                hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; known options: {', '.join(known)}"
+                raise TypeError(f"{cls.__name__} has no option {name!r}{hint}")
         original(self, *args, **kwargs)
 
     cls.__init__ = checked  # type: ignore[misc]
     return cls
-
-
-def check_option_names(owner: str, given: Iterable[str], known: Iterable[str]) -> None:
-    """Raise TypeError for the first name in `given` that is not in `known`."""
-    known = list(known)
-    for name in given:
-        if name in known:
-            continue
-        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; known options: {', '.join(known)}"
-        raise TypeError(f"{owner} has no option {name!r}{hint}")
 
 
 def is_int(value: Any) -> bool:

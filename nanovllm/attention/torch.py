@@ -1,6 +1,7 @@
 """Attention backend "torch": plain PyTorch, on any device and for any block size; the default on the CPU."""
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -134,22 +135,13 @@ def _causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -
     """Attention [q_len, num_heads, head_dim] of one sequence. Its queries are the last q_len of its k_len positions."""
     q_len, k_len = len(query), len(key)
     q, k, v = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))  # [1, heads, len, head_dim]
+    attend = partial(scaled_dot_product_attention, scale=scale, enable_gqa=True)
     if q_len == k_len:
-        output = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
-        return output[0].transpose(0, 1)
+        return attend(q, k, v, is_causal=True)[0].transpose(0, 1)
     outputs = []
     for start in range(0, q_len, MAX_MASKED_QUERIES):
         end = min(start + MAX_MASKED_QUERIES, q_len)
         first_position, num_visible = k_len - q_len + start, k_len - q_len + end
         mask = torch.ones(end - start, num_visible, dtype=torch.bool, device=query.device).tril(first_position)
-        outputs.append(
-            scaled_dot_product_attention(
-                q[:, :, start:end],
-                k[:, :, :num_visible],
-                v[:, :, :num_visible],
-                attn_mask=mask,
-                scale=scale,
-                enable_gqa=True,
-            )
-        )
+        outputs.append(attend(q[:, :, start:end], k[:, :, :num_visible], v[:, :, :num_visible], attn_mask=mask))
     return torch.cat(outputs, dim=2)[0].transpose(0, 1)

@@ -26,11 +26,10 @@ def measure_ceilings(device: torch.device, dtype: str) -> Ceilings:
     if device.type == "cuda":
         from nanovllm.bench.gpu_ceilings import measure_matmul, measure_read
 
-        memory, matmul = measure_read(), measure_matmul(torch_dtype)
+        ceilings = Ceilings(measure_read(), measure_matmul(torch_dtype))
         torch.cuda.empty_cache()  # the engine sizes its cache from free memory
-    else:
-        memory, matmul = _cpu_memory(), _cpu_matmul(torch_dtype)
-    return Ceilings(memory, matmul)
+        return ceilings
+    return Ceilings(_cpu_memory(), _cpu_matmul(torch_dtype))
 
 
 def _cpu_memory() -> float:

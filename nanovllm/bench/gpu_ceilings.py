@@ -1,4 +1,4 @@
-"""The ceilings of the current GPU: copying, reading, a matrix product. Medians over calls with random data."""
+"""The ceilings of the current GPU: reading, a matrix product. Medians over calls with random data."""
 
 from collections.abc import Callable
 from statistics import median
@@ -8,38 +8,33 @@ import torch
 import triton
 import triton.language as tl
 
-COPY_BYTES = 2**31
+NUM_BYTES = 2**31
 MATMUL_SIZE = 8192
 READ_TILE = 8192
-
-
-def measure_copy() -> float:
-    """Bytes a second of copying, read plus written."""
-    source = _random_integers()
-    target = torch.empty_like(source)
-    return 2 * COPY_BYTES / _median_seconds(lambda: target.copy_(source))
+ROUNDS = 15
 
 
 def measure_read() -> float:
     """Bytes a second of reading: the better of two ways."""
-    source = _random_integers()
+    source = random_integers()
     sink = torch.zeros(1, dtype=torch.int32, device="cuda")
     grid = (source.numel() // READ_TILE,)
     options: dict[str, Any] = {"TILE": READ_TILE, "num_warps": 8}
-    return COPY_BYTES / min(
-        _median_seconds(lambda: read_kernel[grid](source, sink, **options)),
-        _median_seconds(lambda: torch.max(source)),
+    return NUM_BYTES / min(
+        median_seconds(lambda: read_kernel[grid](source, sink, **options)),
+        median_seconds(lambda: torch.max(source)),
     )
 
 
 def measure_matmul(dtype: torch.dtype = torch.bfloat16) -> float:
     """Operations a second of a product of two square matrices of MATMUL_SIZE."""
     left, right = (torch.randn(MATMUL_SIZE, MATMUL_SIZE, device="cuda").to(dtype) for _ in range(2))
-    return 2 * MATMUL_SIZE**3 / _median_seconds(lambda: left @ right)
+    return 2 * MATMUL_SIZE**3 / median_seconds(lambda: left @ right)
 
 
-def _random_integers() -> torch.Tensor:
-    return torch.randint(0, 2**31 - 1, (COPY_BYTES // 4,), dtype=torch.int32, device="cuda")
+def random_integers() -> torch.Tensor:
+    """NUM_BYTES of int32, none of them negative."""
+    return torch.randint(0, 2**31 - 1, (NUM_BYTES // 4,), dtype=torch.int32, device="cuda")
 
 
 @triton.jit
@@ -50,11 +45,12 @@ def read_kernel(source_ptr, sink_ptr, TILE: tl.constexpr):
         tl.store(sink_ptr, largest)
 
 
-def _median_seconds(call: Callable[[], object], rounds: int = 15) -> float:
+def median_seconds(call: Callable[[], object]) -> float:
+    """The median over ROUNDS calls, after three that are not timed."""
     for _ in range(3):
         call()
     times = []
-    for _ in range(rounds):
+    for _ in range(ROUNDS):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         call()

@@ -18,6 +18,7 @@ hide the smaller part behind the larger one.
 """
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from nanovllm.bench.workload import Requests
@@ -26,7 +27,8 @@ from nanovllm.model_config import ModelConfig
 BYTES_PER_VALUE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
-class Ceilings(NamedTuple):
+@dataclass(frozen=True)
+class Ceilings:
     """What the device reached in this run: memory in bytes a second, matmul in operations a second."""
 
     memory: float
@@ -40,7 +42,8 @@ class StepWork(NamedTuple):
     operations: float
 
 
-class Limit(NamedTuple):
+@dataclass(frozen=True)
+class Limit:
     """The least seconds of both parts, and the ceiling that sets the larger share of each: "memory" or "matmul"."""
 
     prefill_seconds: float

@@ -30,14 +30,13 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 def make_config(like: str, num_layers: int | None = None) -> Any:
     """transformers' configuration of SHAPES[like], with num_layers layers if given. Raises ValueError for others."""
     require_choice("like", like, SHAPES)
+    class_name, options = SHAPES[like]
     if num_layers is not None:
         require_int("num_layers", num_layers, 1)
+        options = {**options, "num_hidden_layers": num_layers}
     with passive_omp_wait():  # transformers imports torch
         import transformers
 
-    class_name, options = SHAPES[like]
-    if num_layers is not None:
-        options = {**options, "num_hidden_layers": num_layers}
     return getattr(transformers, class_name)(**options)
 
 

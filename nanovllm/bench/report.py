@@ -103,21 +103,12 @@ def _describe(machine: dict[str, Any]) -> str:
 
 
 def write(result: Result, folder: Path) -> list[Path]:
-    """Write bench.json, and bench.png or, without matplotlib, bench.txt to `folder`. Returns their paths."""
+    """Write bench.json (docs/performance.md), and bench.png or, without matplotlib, bench.txt. Returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "bench.json"
-    path.write_text(json.dumps(to_json(result), indent=1) + "\n", encoding="utf-8")
+    fields = {"format": FORMAT, "nanovllm": __version__, **asdict(result)}
+    path.write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
     return [path, draw(result, folder)]
-
-
-def to_json(result: Result) -> dict[str, Any]:
-    """The result as JSON's types. docs/performance.md describes it."""
-    fields = asdict(result)
-    fields["ceilings"] = result.ceilings._asdict()
-    for row, written in zip(result.rows, fields["rows"], strict=True):
-        for run, repetition in zip(row.repetitions, written["repetitions"], strict=True):
-            repetition["limit"] = None if run.limit is None else run.limit._asdict()
-    return {"format": FORMAT, "nanovllm": __version__, **fields}
 
 
 # --- picture ---

@@ -9,13 +9,11 @@ from typing import Any
 
 from nanovllm.cli_errors import report_error
 from nanovllm.commands.options import (
-    CONFIG_HELP,
-    SAMPLING_HELP,
     add_command,
     add_model_options,
     add_sampling_options,
-    flag,
     open_llm,
+    option_names,
     sampling_params,
 )
 from nanovllm.console import typed_lines
@@ -23,7 +21,6 @@ from nanovllm.sampling_params import SamplingParams
 
 MAX_TOKENS = 512  # of an answer: more than a request without --max-tokens gets from the other commands
 HELP = "/new starts another conversation, /quit or Ctrl-D ends the chat, Ctrl-C ends an answer"
-_FLAGS = {name: flag(name) for name in CONFIG_HELP | SAMPLING_HELP}
 
 
 def add_parser(commands: Any) -> None:
@@ -59,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
                 except ValueError as error:  # such as a conversation longer than max_model_len
                     if not is_terminal:
                         raise
-                    report_error(error, _FLAGS, arguments.debug)
+                    report_error(error, option_names(arguments), arguments.debug)
                     print("the message is not part of the conversation; /new starts another one", file=sys.stderr)
     return 0
 

@@ -91,6 +91,11 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def option_names(arguments: argparse.Namespace) -> dict[str, str]:
+    """Field name -> option of the command that runs, for messages about them."""
+    return {name: flag(name) for name in vars(arguments) if name not in ("run", "debug", "prompts")}
+
+
 def given(arguments: argparse.Namespace, names: Any) -> dict[str, Any]:
     """The options that the user gave. The others keep the defaults of Config and SamplingParams."""
     return {name: value for name in names if (value := getattr(arguments, name, None)) is not None}

@@ -38,11 +38,9 @@ class RankFailure:
 
 
 class State(Enum):
-    """STARTING until every worker is READY. STOPPING: the workers are asked to end. FAILED: they are terminated."""
+    """FAILED: the workers are terminated. CLOSED: they have ended, and their resources are freed."""
 
-    STARTING = auto()
     RUNNING = auto()
-    STOPPING = auto()
     FAILED = auto()
     CLOSED = auto()
 
@@ -61,23 +59,18 @@ class FailureMonitor:
     def __init__(
         self,
         pipes: Mapping[int, Connection],
-        exit_code: Callable[[int], int | None] = lambda rank: None,
-        terminate: Callable[[], None] = lambda: None,
-        unblock: Callable[[], None] = lambda: None,
+        exit_code: Callable[[int], int | None],
+        terminate: Callable[[], None],
+        unblock: Callable[[], None],
     ) -> None:
         self._pipes = pipes
         self._exit_code, self._terminate, self._unblock = exit_code, terminate, unblock
         self._changed = threading.Condition()  # its lock guards the two below
-        self._state = State.STARTING
+        self._state = State.RUNNING
         self._root_cause: RankError | None = None
         self._wake, self._wake_sender = Pipe(duplex=False)
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
-
-    @property
-    def state(self) -> State:
-        with self._changed:
-            return self._state
 
     def check(self) -> None:
         """Raise the root cause if a rank has failed; RuntimeError if rank 0 itself has.
@@ -96,28 +89,27 @@ class FailureMonitor:
             return self._root_cause
 
     def stop(self) -> State:
-        """Stop watching, since the workers are about to be asked to end. Returns STOPPING, FAILED or CLOSED."""
-        return self._leave(State.STARTING, State.RUNNING, to=State.STOPPING)
-
-    def fail(self) -> None:
-        """Record that rank 0 itself has failed, unless another rank's failure is recorded."""
-        self._leave(State.STARTING, State.RUNNING, State.STOPPING, to=State.FAILED)
-
-    def close(self) -> None:
-        """Change to CLOSED: the workers have ended and their resources are freed."""
-        if self._leave(*State, to=State.CLOSED) is State.CLOSED:
-            self._wake.close()
-            self._wake_sender.close()
-
-    def _leave(self, *states: State, to: State) -> State:
-        """End the thread, then change from one of `states` to `to`. Returns the state."""
+        """Stop watching, since the workers are about to be asked to end. Returns the state."""
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._wake_sender.send(None)  # closing the pipe would not wake it while a forked process holds a copy
             self._thread.join()
         with self._changed:
-            if self._state in states:
-                self._state = to
             return self._state
+
+    def fail(self) -> None:
+        """Record that rank 0 itself has failed, unless another rank's failure is recorded."""
+        self.stop()
+        with self._changed:
+            if self._state is State.RUNNING:
+                self._state = State.FAILED
+
+    def close(self) -> None:
+        """Change to CLOSED."""
+        self.stop()
+        with self._changed:
+            self._state = State.CLOSED
+        self._wake.close()
+        self._wake_sender.close()
 
     # --- the monitor's thread ---
 
@@ -134,20 +126,15 @@ class FailureMonitor:
                 report = _receive(pipe)
                 if report == READY:
                     num_starting -= 1
-                    if num_starting == 0:
-                        self._change(State.RUNNING)
                     continue
                 failures[ranks.pop(pipe)] = report  # type: ignore[index]
                 deadline = deadline or time.monotonic() + FAILURE_COLLECT_S
         self._terminate()
         root_cause = find_root_cause(failures, len(self._pipes) + 1, self._exit_code, num_starting > 0)
-        self._change(State.FAILED, root_cause)
-        self._unblock()
-
-    def _change(self, state: State, root_cause: RankError | None = None) -> None:
         with self._changed:
-            self._state, self._root_cause = state, root_cause
+            self._state, self._root_cause = State.FAILED, root_cause
             self._changed.notify_all()
+        self._unblock()
 
 
 def find_root_cause(

@@ -8,6 +8,7 @@ import multiprocessing.process
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import time
 import weakref
@@ -23,7 +24,6 @@ from nanovllm.distributed.process_group import DaemonThread
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.executor.base import RankError
 from nanovllm.executor.failure_monitor import FailureMonitor, State
-from nanovllm.executor.main_program import require_importable_program
 from nanovllm.executor.multi_rank import ROOT_CAUSE_TIMEOUT_S, SHUTDOWN_TIMEOUT_S, MultiRankExecutor
 from nanovllm.executor.worker_main import StepMessage, WorkerSpec, join_local_group, worker_main
 
@@ -160,6 +160,26 @@ class MultiprocExecutor(MultiRankExecutor):
         self._processes.clear()
         self._resources.close()
         self._monitor.close()
+
+
+def require_importable_program() -> None:
+    """Raise ValueError when `__main__` has a file that does not exist, as with `python - <<EOF`.
+
+    A spawned process imports the file of `__main__` first. Programs without one (python -c, a notebook, the interactive
+    interpreter) are not imported, and modules (python -m) are found by their names.
+    """
+    main = sys.modules["__main__"]
+    path = getattr(main, "__file__", None)
+    if getattr(main, "__spec__", None) is not None or path is None:
+        return
+    if not os.path.isabs(path):  # as multiprocessing resolves it
+        path = os.path.join(getattr(multiprocessing.process, "ORIGINAL_DIR", None) or "", path)
+    if not os.path.isfile(path):
+        raise ValueError(
+            "a program that starts an engine with tensor_parallel_size above 1 must be a file, since the processes of "
+            f"the other ranks import it, got {main.__file__!r}; save it to a file and start the engine there under "
+            '`if __name__ == "__main__":`'
+        )
 
 
 def _exit_code(process: Any) -> int | None:

@@ -9,6 +9,8 @@ from importlib.util import find_spec
 import torch
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # every Triton kernel of this package supports these
+HEAD_DIMS = (32, 64, 128, 256)  # of the attention kernels
+MIN_BLOCK_SIZE = 16  # tokens per KV block, likewise
 
 
 def unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:

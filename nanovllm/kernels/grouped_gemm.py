@@ -11,11 +11,11 @@ token's output is the same in every run and with any other tokens in the batch. 
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanovllm.kernels import DTYPES
 from nanovllm.kernels.launching import launch
 from nanovllm.kernels.moe_routing import Routing
 
@@ -98,18 +98,17 @@ def _multiply(
 
 def _check(hidden_states: Tensor, gate_up_proj: Tensor, down_proj: Tensor, routing: Routing, tiles: TileConfig) -> None:
     num_experts, hidden_size, intermediate_size = down_proj.shape
-    tensors = {"hidden_states": hidden_states, "gate_up_proj": gate_up_proj, "down_proj": down_proj}
-    shapes = {
-        "hidden_states": (len(routing.experts), hidden_size),
-        "gate_up_proj": (num_experts, 2 * intermediate_size, hidden_size),
-        "down_proj": (num_experts, hidden_size, intermediate_size),
+    expected = {
+        "hidden_states": (hidden_states, (len(routing.experts), hidden_size)),
+        "gate_up_proj": (gate_up_proj, (num_experts, 2 * intermediate_size, hidden_size)),
+        "down_proj": (down_proj, (num_experts, hidden_size, intermediate_size)),
     }
-    if hidden_states.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+    if hidden_states.dtype not in DTYPES:
         raise ValueError(f"hidden_states must be bfloat16, float16 or float32, got {hidden_states.dtype}; convert them")
-    for name, tensor in tensors.items():
-        if tensor.shape != shapes[name] or tensor.dtype != hidden_states.dtype or not tensor.is_contiguous():
+    for name, (tensor, shape) in expected.items():
+        if tensor.shape != shape or tensor.dtype != hidden_states.dtype or not tensor.is_contiguous():
             raise ValueError(
-                f"{name} must be contiguous, {hidden_states.dtype} and of shape {list(shapes[name])}, as routing and "
+                f"{name} must be contiguous, {hidden_states.dtype} and of shape {list(shape)}, as routing and "
                 f"down_proj require, got {tensor.dtype}, shape {list(tensor.shape)}, strides {tensor.stride()}"
             )
     if routing.block_size != tiles.rows:

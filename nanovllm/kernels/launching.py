@@ -1,8 +1,5 @@
 """launch: runs a Triton kernel; within compile_ahead it compiles the kernel in another thread instead."""
 
-# pyright: reportAttributeAccessIssue=false
-# (Triton's AsyncCompileMode is young.)
-
 import gc
 import os
 from collections.abc import Callable, Iterator

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from nanovllm.kernels import DTYPES
 from nanovllm.kernels.launching import launch
 
 TILE_SIZE = 1024  # logits that one program of the first launch reads
@@ -61,7 +62,7 @@ def moe_routing(
     powers of two. Raises ValueError for anything else.
     """
     num_tokens, num_experts = router_logits.shape
-    if router_logits.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+    if router_logits.dtype not in DTYPES:
         raise ValueError(f"router_logits must be bfloat16, float16 or float32, got {router_logits.dtype}; convert them")
     if num_tokens == 0 or router_logits.stride(1) != 1:
         raise ValueError(

@@ -18,12 +18,11 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from nanovllm.kernels import DTYPES, HEAD_DIMS, MIN_BLOCK_SIZE
 from nanovllm.kernels.early_launch import can_launch_early
 from nanovllm.kernels.launching import launch
 from nanovllm.kernels.paged_softmax import attend_to_paged_keys, load_blocks
 
-HEAD_DIMS = (32, 64, 128, 256)
-MIN_BLOCK_SIZE = 16
 DIMS_TO_COMBINE = 32
 
 
@@ -169,7 +168,7 @@ def _check(query, k_cache, v_cache, block_tables, context_lens, sequence_order, 
         "k_cache and v_cache must have one shape and query's head_dim": k_cache.shape == v_cache.shape
         and k_cache.shape[3] == head_dim,
         "query, k_cache and v_cache must have one dtype": query.dtype == k_cache.dtype == v_cache.dtype,
-        "query must be float32, float16 or bfloat16": query.dtype in (torch.float32, torch.float16, torch.bfloat16),
+        "query must be float32, float16 or bfloat16": query.dtype in DTYPES,
         f"block_size must be a power of two from {MIN_BLOCK_SIZE}": block_size >= MIN_BLOCK_SIZE
         and block_size & (block_size - 1) == 0,
         "the number of query heads must be a multiple of k_cache's": num_heads % num_kv_heads == 0,

@@ -1,7 +1,7 @@
 """attend_to_paged_keys and load_blocks: the loop that the kernels of decode attention share."""
 
-# pyright: reportArgumentType=false, reportAssignmentType=false, reportOperatorIssue=false
-# (Triton's types know neither tl.constexpr annotations nor what becomes of them.)
+# pyright: reportAssignmentType=false
+# (Triton's types do not know tl.constexpr annotations.)
 
 import triton
 import triton.language as tl

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from triton import knobs
 
+from nanovllm.kernels import DTYPES
 from nanovllm.kernels.launching import launch
 
 TILE_SIZE = 2048
@@ -79,7 +80,7 @@ def sampling(
 def _check(logits: torch.Tensor, temperature: torch.Tensor, *others: torch.Tensor) -> None:
     if logits.dim() != 2 or logits.shape[1] == 0:
         raise ValueError(f"logits must be [num_rows, vocab_size], not empty, got shape {list(logits.shape)}")
-    if logits.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+    if logits.dtype not in DTYPES:
         raise ValueError(f"logits must be bfloat16, float16 or float32, got {logits.dtype}; convert them")
     if logits.shape[1] > 1 and logits.stride(1) != 1:
         raise ValueError(f"logits' last dimension must be contiguous, got strides {logits.stride()}; use contiguous()")

@@ -8,9 +8,6 @@ call it cascade attention.)
 Letters: B sequences, H query heads, K kv heads, D head_dim.
 """
 
-# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
-# (Triton's types know neither launches nor functions that return several values.)
-
 from math import e, log2
 
 import torch

@@ -22,10 +22,9 @@ import torch
 import triton
 import triton.language as tl
 
+from nanovllm.kernels import DTYPES, HEAD_DIMS, MIN_BLOCK_SIZE
 from nanovllm.kernels.launching import launch
 
-HEAD_DIMS = (32, 64, 128, 256)
-MIN_BLOCK_SIZE = 16
 HOPPER = (9, 0)
 GLUON_VERSIONS = ("3.6.", "3.7.")  # Triton's versions that varlen_attention_hopper compiles with: Gluon is experimental
 # The smallest number of keys for varlen_attention_hopper. On an H200, that kernel is slower than the one in this file
@@ -146,19 +145,11 @@ def _is_for_hopper(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, 
     return takes(query, key, value)
 
 
-def _check(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-    scale: float,
-    block_tables: torch.Tensor | None,
-) -> None:
+def _check(query, key, value, cu_seqlens_q, cu_seqlens_k, scale, block_tables) -> None:
     """Raise ValueError if shapes, dtypes, strides or scale violate the rules of varlen_attention."""
     tables = [cu_seqlens_q, cu_seqlens_k]
     rules = {
-        "query must be bfloat16, float16 or float32": query.dtype in (torch.bfloat16, torch.float16, torch.float32),
+        "query must be bfloat16, float16 or float32": query.dtype in DTYPES,
         "query, key and value must have one dtype": query.dtype == key.dtype == value.dtype,
         "key must have 3 dimensions, 4 with block_tables": key.dim() == (3 if block_tables is None else 4),
         "value must have the shape of key": value.shape == key.shape,

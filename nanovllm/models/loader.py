@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from nanovllm.layers.parameter import ShapeError
+from nanovllm.model_config import WEIGHT_DTYPES
 from nanovllm.models.decoder import DecoderForCausalLM
 from nanovllm.progress import Progress
 
@@ -23,7 +24,6 @@ INDEX_FILE = "model.safetensors.index.json"
 EXPERTS = "experts"  # the module whose children are numbered in most checkpoints and packed in our models
 BASE_PREFIX = "model."  # prefix of all names except lm_head's; absent if a base model was saved
 EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
-WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _UNSAFE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 # Buffers that older versions of transformers stored beside the weights: values that follow from config.json, and a
 # constant of the attention mask.
@@ -171,9 +171,9 @@ def _checkpoint_name(param_name: str, shard_id: Hashable, originals: dict[tuple[
 
 
 def _load(target: Target, loaded_weight: torch.Tensor) -> None:
-    if loaded_weight.dtype not in WEIGHT_DTYPES:
-        supported = ", ".join(str(dtype).removeprefix("torch.") for dtype in WEIGHT_DTYPES)
-        raise ValueError(f"weights must be {supported}, got {str(loaded_weight.dtype).removeprefix('torch.')}")
+    dtype = str(loaded_weight.dtype).removeprefix("torch.")
+    if dtype not in WEIGHT_DTYPES:
+        raise ValueError(f"weights must be {', '.join(WEIGHT_DTYPES)}, got {dtype}")
     param, shard_id = target
     param.weight_loader(param, loaded_weight, *(() if shard_id is None else (shard_id,)))  # type: ignore[operator]
 

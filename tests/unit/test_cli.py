@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from nanovllm import LLM, SamplingParams, bundled_model_path, cli, demo
+from nanovllm import LLM, SamplingParams, bundled_model_path, cli
 from nanovllm.bench.workload import draw_requests
 from nanovllm.cli_errors import USER_ERROR
-from nanovllm.commands import generate
+from nanovllm.commands import demo, generate
 from nanovllm.commands.options import given, sampling_params
 from tests.support.limits import HANG_SECONDS
 from tests.support.source_tree import ROOT

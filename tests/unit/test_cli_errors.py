@@ -8,9 +8,10 @@ import torch
 
 from nanovllm import cli
 from nanovllm.cli_errors import BUG, USER_ERROR, as_options, report_error
+from nanovllm.commands.options import option_names
 from nanovllm.executor.base import RankError, RankValueError
 
-OPTIONS = cli._option_names(cli._parser().parse_args(["generate", "x"]))
+OPTIONS = option_names(cli._parser().parse_args(["generate", "x"]))
 RANK_TRACEBACK = "\n\nIts traceback:\nTraceback (most recent call last):\n  File ..."
 
 

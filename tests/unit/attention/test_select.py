@@ -97,9 +97,7 @@ def test_flash_attention_built_for_another_torch_is_no_crash(tmp_path: Path, mon
     assert flash_attention.import_error() == "undefined symbol: _ZN3c10"
 
 
-def test_unknown_name_is_refused_with_the_names() -> None:
-    with pytest.raises(ValueError, match="'auto', 'flash_attn', 'triton', 'torch', got 'flash'"):
-        selected("flash", CPU, FP32, 64, 256)
+def test_the_names_are_those_that_config_accepts() -> None:
     assert {"auto", *BACKENDS} == set(ATTENTION_BACKENDS)
 
 

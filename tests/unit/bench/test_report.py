@@ -77,7 +77,7 @@ def test_the_json_file_holds_every_figure_under_the_names_that_the_page_document
         "seconds": 2.0,
         "num_input_tokens": 10,
         "num_output_tokens": 44_000,
-        "limit": LIMIT._asdict(),
+        "limit": vars(LIMIT),
     }
     assert set(at_rate) == set(at_once) == set(vars(RESULT.rows[0]))
     assert (at_rate["rate"], at_rate["time_per_output_token"], at_rate["fraction"]) == (2.5, None, None)

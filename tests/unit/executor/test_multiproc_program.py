@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-from nanovllm.executor.main_program import require_importable_program
+from nanovllm.executor.multiproc import require_importable_program
 from tests.support.programs import run_python
 
 PROGRAM = """\
