@@ -38,9 +38,10 @@ class RankFailure:
 
 
 class State(Enum):
-    """FAILED: the workers are terminated. CLOSED: they have ended, and their resources are freed."""
+    """STOPPING: the workers are asked to end. FAILED: they are terminated."""
 
     RUNNING = auto()
+    STOPPING = auto()
     FAILED = auto()
     CLOSED = auto()
 
@@ -89,27 +90,28 @@ class FailureMonitor:
             return self._root_cause
 
     def stop(self) -> State:
-        """Stop watching, since the workers are about to be asked to end. Returns the state."""
+        """Stop watching, since the workers are about to be asked to end. Returns STOPPING, FAILED or CLOSED."""
+        return self._leave(State.RUNNING, to=State.STOPPING)
+
+    def fail(self) -> None:
+        """Record that rank 0 itself has failed, unless another rank's failure is recorded."""
+        self._leave(State.RUNNING, State.STOPPING, to=State.FAILED)
+
+    def close(self) -> None:
+        """Change to CLOSED: the workers have ended and their resources are freed."""
+        if self._leave(*State, to=State.CLOSED) is State.CLOSED:
+            self._wake.close()
+            self._wake_sender.close()
+
+    def _leave(self, *states: State, to: State) -> State:
+        """End the thread, then change from one of `states` to `to`. Returns the state."""
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._wake_sender.send(None)  # closing the pipe would not wake it while a forked process holds a copy
             self._thread.join()
         with self._changed:
+            if self._state in states:
+                self._state = to
             return self._state
-
-    def fail(self) -> None:
-        """Record that rank 0 itself has failed, unless another rank's failure is recorded."""
-        self.stop()
-        with self._changed:
-            if self._state is State.RUNNING:
-                self._state = State.FAILED
-
-    def close(self) -> None:
-        """Change to CLOSED."""
-        self.stop()
-        with self._changed:
-            self._state = State.CLOSED
-        self._wake.close()
-        self._wake_sender.close()
 
     # --- the monitor's thread ---
 

@@ -169,7 +169,7 @@ class MultiRankExecutor(Executor):
 
     @abstractmethod
     def _stop_monitoring(self) -> State:
-        """Stop watching the workers. Returns the state."""
+        """Stop watching the workers. Returns STOPPING, FAILED or CLOSED."""
 
     @abstractmethod
     def _request_shutdown(self) -> None:

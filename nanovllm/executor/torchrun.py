@@ -112,6 +112,8 @@ class TorchrunExecutor(MultiRankExecutor):
         self._abort_group()  # its closed connections end the other ranks
 
     def _stop_monitoring(self) -> State:
+        if self._state is State.RUNNING:
+            self._state = State.STOPPING
         return self._state
 
     def _request_shutdown(self) -> None:

@@ -67,7 +67,7 @@ def test_a_worker_that_ends_after_the_monitor_stopped_has_not_failed(start: Star
     workers = start(1)
     workers.senders[1].send(READY)
     workers.monitor.check()
-    assert workers.monitor.stop() is State.RUNNING
+    assert workers.monitor.stop() is State.STOPPING
     workers.senders[1].close()
     assert workers.monitor.wait_for_root_cause(0.1) is None
     assert workers.calls == []
