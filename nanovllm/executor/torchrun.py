@@ -90,7 +90,7 @@ class TorchrunExecutor(MultiRankExecutor):
 
     def __init__(self, spec: WorkerSpec, env: TorchrunEnv) -> None:
         placement = torchrun_placement(spec.config.device, env)
-        self._state = State.RUNNING
+        self._state = State.STARTING
         self._channel = TorchrunChannel(placement)
         super().__init__(spec, placement)
 
@@ -112,7 +112,7 @@ class TorchrunExecutor(MultiRankExecutor):
         self._abort_group()  # its closed connections end the other ranks
 
     def _stop_monitoring(self) -> State:
-        if self._state is State.RUNNING:
+        if self._state is State.STARTING:
             self._state = State.STOPPING
         return self._state
 
