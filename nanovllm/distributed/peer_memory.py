@@ -123,8 +123,10 @@ class PeerMemory:
 
 def connect_peer_memory(tp: "TensorParallel") -> PeerMemory | None:
     """This rank's PeerMemory; None on every rank if one of them cannot write into another's memory, because of the
-    machine's topology or because the ranks are on several machines. All ranks call it.
+    machine's topology, because the ranks are on several machines or because the GPUs are not NVIDIA's. All ranks call it.
     """
+    if torch.version.hip is not None:
+        return None
     memory = PeerMemory(tp.rank, tp.size, ctypes.CDLL("libcuda.so.1"))
     is_connected = False
     try:

@@ -84,6 +84,7 @@ ENGINE: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("layers/linear.py", "RowParallelLinear", "holds some of the inputs, and ends with the all-reduce."),
         ("layers/embedding.py", "VocabParallelEmbedding", "holds some of the vocabulary."),
         ("distributed/tensor_parallel.py", "TensorParallel", "has the collectives of the ranks."),
+        ("kernels/all_reduce.py", "all_reduce_kernel", "adds up the ranks' parts on their GPUs."),
     ),
     "philox": (
         ("layers/philox.py", "philox", "is the generator in PyTorch."),
