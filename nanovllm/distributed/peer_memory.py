@@ -122,8 +122,9 @@ class PeerMemory:
 
 
 def connect_peer_memory(tp: "TensorParallel") -> PeerMemory | None:
-    """This rank's PeerMemory; None on every rank if one of them cannot write into another's memory, because of the
-    machine's topology, because the ranks are on several machines or because the GPUs are not NVIDIA's. All ranks call it.
+    """This rank's PeerMemory; None on every rank if one of them cannot write into another's memory: because of the
+    machine's topology, because the ranks are on several machines, or because the GPUs are not NVIDIA's. All ranks call
+    it.
     """
     if torch.version.hip is not None:
         return None

@@ -7,8 +7,8 @@ neither a flag nor a fence behind it: its latency is that of one write over NVLi
 There are two slots for each program and rank, used in turn. A rank sends for the second launch after this one when all
 others have sent for the next one, and so have read, and emptied, the slot.
 
-Source: the protocol is that of NCCL's LL and of TensorRT-LLM's "Lamport" all-reduce (Lamport 1977, Concurrent reading
-and writing).
+Source: TensorRT-LLM's all-reduce of this kind, which it names after Lamport. NCCL's LL sends no flag behind the data
+either.
 """
 
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false
