@@ -96,8 +96,6 @@ class _TerminalBar(tqdm):
         for start, bar, detail in forms:
             form = f"{start}{count}{bar}{{elapsed}}<{{remaining}}{detail}"
             text = self.format_meter(**{**values, "bar_format": form.replace("{bar}", "")})
-            if "{bar}" in bar and len(text) + MIN_BAR_COLUMNS <= columns:
+            if len(text) + (MIN_BAR_COLUMNS if "{bar}" in bar else 0) <= columns:
                 return self.format_meter(**{**values, "bar_format": form})
-            if "{bar}" not in bar and len(text) <= columns:
-                return text
         return text[:columns]

@@ -1,6 +1,6 @@
 """Measures scenarios on one LLM: throughput with all requests present, and latencies under request rates."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
 from statistics import median
@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from nanovllm.bench import gpu_idle
 from nanovllm.bench.drive import RequestTimes, drive
 from nanovllm.bench.limits import Ceilings, Limit, limit
 from nanovllm.bench.workload import Scenario, draw_scenario, poisson_arrivals
@@ -115,7 +116,8 @@ def measure(target: Target, plan: Plan) -> list[Row]:
             for rate in (None, *plan.rates):
                 progress.label = name if rate is None else f"{name} at {rate:g}/s"
                 runs = [_run(target, scenario, rate, next(seeds), progress) for _ in range(plan.num_repetitions)]
-                rows.append(make_row(name, scenario, rate, runs, _gpu_idle(target, scenario, rate, seeds)))
+                idle = gpu_idle.gpu_idle_share(llm, scenario, seeds) if target.has_gpu and rate is None else None
+                rows.append(make_row(name, scenario, rate, runs, idle))
     return rows
 
 
@@ -130,14 +132,6 @@ def _run(
         best = limit(target.model, target.dtype, requests, scenario.num_shared, target.ceilings)
     num_input, num_output = sum(map(len, requests[0])), sum(request.num_tokens for request in times)
     return Repetition(seed, max(request.finish for request in times), num_input, num_output, best), times
-
-
-def _gpu_idle(target: Target, scenario: Scenario, rate: float | None, seeds: Iterator[int]) -> float | None:
-    if not target.has_gpu or rate is not None:
-        return None
-    from nanovllm.bench.gpu_idle import gpu_idle_share
-
-    return gpu_idle_share(target.llm, scenario, seeds)
 
 
 def make_row(

@@ -20,7 +20,8 @@ def plain_torch_state(device: torch.device, is_inference: bool) -> Iterator[None
     several threads in order. torch's default dtype belongs to all threads, so it is not set; the engine states the
     dtype of each tensor instead.
     """
-    modes = _pop_function_modes()
+    # This thread's TorchFunctionModes, the innermost first. torch.set_default_device and torch.device() are such modes.
+    modes = [torch._C._pop_torch_function_stack() for _ in range(torch._C._len_torch_function_stack())]
     try:
         with (
             torch.cuda.stream(torch.cuda.default_stream(device) if device.type == "cuda" else None),
@@ -29,14 +30,5 @@ def plain_torch_state(device: torch.device, is_inference: bool) -> Iterator[None
         ):
             yield
     finally:
-        for mode in modes:
+        for mode in reversed(modes):
             torch._C._push_on_torch_function_stack(mode)
-
-
-def _pop_function_modes() -> list[object]:
-    """Remove this thread's TorchFunctionModes and return them, the outermost first.
-
-    torch.set_default_device and `with torch.device(...)` are such modes.
-    """
-    num_modes = torch._C._len_torch_function_stack()
-    return [torch._C._pop_torch_function_stack() for _ in range(num_modes)][::-1]
