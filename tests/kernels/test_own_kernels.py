@@ -170,7 +170,7 @@ def test_a_wrong_option_ends_the_run_at_start_with_one_line() -> None:
     code, text = run_pytest("tests/kernels/test_kernels.py", "--kernel", "paged_attenton=torch:add")
     assert code == pytest.ExitCode.USAGE_ERROR
     assert text.count("\n") <= 2
-    assert "there is no kernel 'paged_attenton'; the kernels are add_rms_norm, grouped_gemm, " in text
+    assert "there is no kernel 'paged_attenton'; the kernels are add_rms_norm, all_reduce, grouped_gemm, " in text
 
 
 FAKE_GPU = """
