@@ -240,5 +240,7 @@ def _play(trace: Trace, scheduler: Scheduler, engine: LLMEngine | None) -> Count
 
 
 if __name__ == "__main__":
+    if not Path(file := "".join(sys.argv[1:2])).is_file():
+        sys.exit(f"FILE must be a trace that `pytest --record` left in .traces/, got {file!r}")
     loaded = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     print("the run goes as recorded:", dict(play(loaded, **dict(word.split("=") for word in sys.argv[2:]))))
