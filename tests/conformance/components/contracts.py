@@ -41,7 +41,7 @@ _ROWS = (
              "D05, D14; " + UPSTREAM + "/issues/208"),
     Contract("C02", BLOCKS, "The ref_count of a block is the number of sequences that hold it.",
              "blocks are lost until the server stalls, or are reused while a sequence still reads them",
-             "block invariants of tests/DEFECTS.md (D09, D13)"),
+             "block invariants of tests/DEFECTS.md (D09, D13)", implied_by=("C03",)),
     Contract("C03", BLOCKS, "A block of a block table is not free, and is in no table twice.",
              "a new request overwrites the keys of a running one",
              "block invariants of tests/DEFECTS.md (D09, D13); " + UPSTREAM + "/pull/243"),
@@ -209,13 +209,14 @@ first.expect("C32", request.seq.num_blocks == 2, f"4 tokens in blocks of 2 now t
     Contract("C41", AHEAD,
              "The prefix cache says of a block what it holds: no placeholder, no token of a step that lost the block.",
              "the next turn of a conversation is computed again, or continues another conversation",
-             "D09, D13; https://github.com/LMCache/LMCache/pull/1898"),
+             "D09, D13; https://github.com/LMCache/LMCache/pull/1898", implied_by=("C01",)),
     Contract("C42", AHEAD, "A token that is computed past the end of a request is discarded.",
              "half a word behind the end of an answer, now and then",
              "D08; https://github.com/vllm-project/vllm/pull/19970"),
     Contract("C43", AHEAD, "A request that is preempted or aborted takes a token in flight once, or not at all.",
              "under load a word comes twice, or is missing",
-             "D08; https://github.com/vllm-project/vllm/pull/48245; https://github.com/vllm-project/vllm/pull/38624"),
+             "D08; https://github.com/vllm-project/vllm/pull/48245; https://github.com/vllm-project/vllm/pull/38624",
+             implied_by=("C20", "C31", "C42")),
 )
 # fmt: on
 CONTRACTS = {row.id: row for row in _ROWS}
