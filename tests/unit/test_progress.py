@@ -117,6 +117,8 @@ def test_generate_writes_one_line_to_a_file(capsys) -> None:
         assert found is not None, line
         assert found.groups() == ("2", "18")
         llm.generate([[5, 6], [7]], use_tqdm=False)
+        template = "{{ messages[0]['content'] }}"
+        llm.chat([{"role": "user", "content": "b"}], use_tqdm=False, chat_template=template)
     assert capsys.readouterr().err == ""
 
 
