@@ -51,7 +51,7 @@ def test_each_block_is_hashed_once_with_the_hash_of_the_block_before_it() -> Non
     manager = BlockManager(20, 2, counted)
     seq = make_sequence([1, 2, 3, 4, 5], 2)
     for _ in range(3):
-        manager.can_allocate(seq)
+        manager.can_allocate(seq, 0)
     manager.allocate(seq)
     for token in range(6, 12):
         compute(manager, seq)

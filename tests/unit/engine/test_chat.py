@@ -128,6 +128,8 @@ def test_a_model_without_a_tokenizer_or_a_template_is_refused() -> None:
         ValueError, match=r"^the model has no chat template; pass one as chat_template, or write .* for generate$"
     ):
         chat_prompts(chat_tokenizer(None), [USER])
+    with pytest.raises(ValueError, match="the model has no chat template"):
+        chat_prompts(object(), [USER])  # of a library that knows no chat templates
     assert chat_prompts(chat_tokenizer(None), [USER], chat_template="b")
 
 

@@ -200,15 +200,24 @@ def test_after_a_failed_step_only_its_sequences_and_those_of_the_step_ahead_are_
     assert scheduler.block_manager.find_cached_blocks(second), "nothing was entered before it was computed"
 
 
-def test_a_prefill_is_not_chosen_ahead_while_a_sequence_is_about_to_free_its_blocks() -> None:
-    """schedule() then admits both prompts that wait; without those blocks only one has room."""
-    scheduler = make_scheduler(5, 4, max_num_batched_tokens=16)
-    add_prompt(scheduler, 8, 0, max_tokens=1)
-    batch = scheduler.schedule()
-    waiting = [add_prompt(scheduler, 8, index, max_tokens=1) for index in (1, 2)]
-    assert scheduler.schedule_next_async(batch) is None
-    scheduler.postprocess(batch, [7])
-    assert scheduler.schedule().sequences == tuple(waiting)
+@pytest.mark.parametrize(("max_tokens", "num_ahead", "num_admitted"), [(1, None, 2), (2, 1, 1)])
+def test_a_prefill_is_not_chosen_ahead_while_a_sequence_is_about_to_free_its_blocks(
+    max_tokens: int, num_ahead: int | None, num_admitted: int
+) -> None:
+    """With these blocks schedule() admits both prompts that wait; without them, one has room."""
+    chosen = []
+    for is_ahead in (True, False):
+        scheduler = make_scheduler(6, 4, max_num_batched_tokens=16)
+        add_prompt(scheduler, 8, 0, max_tokens=max_tokens)
+        batch = scheduler.schedule()
+        for index in (1, 2):
+            add_prompt(scheduler, 8, index, max_tokens=1)
+        ahead = scheduler.schedule_next_async(batch) if is_ahead else None
+        assert not is_ahead or (None if ahead is None else len(ahead.sequences)) == num_ahead
+        scheduler.postprocess(batch, [7])
+        after = scheduler.schedule() if ahead is None else scheduler.commit_async_batch(ahead)
+        chosen.append([seq.seq_id for seq in after.sequences])
+    assert chosen[0] == chosen[1] == [1, 2][:num_admitted]
 
 
 @pytest.mark.parametrize(
