@@ -88,7 +88,7 @@ class BlockManager:
             parent = block.prefix_id
         return found
 
-    def can_allocate(self, seq: Sequence, num_reserved_blocks: int = 0) -> bool:
+    def can_allocate(self, seq: Sequence, num_reserved_blocks: int) -> bool:
         """Whether there are blocks for all tokens of `seq`, with num_reserved_blocks left free."""
         shared = [block_id for block_id in self.find_cached_blocks(seq) if self.blocks[block_id].ref_count > 0]
         return self.num_free_blocks >= seq.num_blocks - len(shared) + num_reserved_blocks

@@ -30,7 +30,7 @@ class Detokenizer:
         decoder = token_decoder(tokenizer)
         self._special_tokens = decoder.special_tokens
         self._incremental = _IncrementalDecoder(decoder, prompt_token_ids)
-        self._searches = stop_string_searches(stop, decoder.special_tokens) if stop else []
+        self._searches = stop_string_searches(stop, decoder.special_tokens)
         self._emitted: list[str] = []  # pieces that next_text has returned
         self._pending: list[str] = []  # pieces that next_text has not returned
         self._num_emitted = self._num_characters = 0

@@ -94,8 +94,8 @@ def prepare_decode_async(
 
 def _with_shared_prefixes(model_input: ModelInput, block_size: int) -> ModelInput:
     assert model_input.block_tables is not None
-    shared_prefixes = find_shared_prefixes(model_input.block_tables, model_input.context_lens, block_size)
-    return model_input if shared_prefixes is None else replace(model_input, shared_prefixes=shared_prefixes)
+    found = find_shared_prefixes(model_input.block_tables, model_input.context_lens, block_size)
+    return replace(model_input, shared_prefixes=found)
 
 
 def prepare_sample(sequences: Sequences[Sequence], positions: np.ndarray) -> SamplingMetadata[np.ndarray]:

@@ -1,6 +1,9 @@
 """tools/mutants: every mutant fits the code, every defect is put back, and the runner tells caught from surviving."""
 
 import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ from tests.support.programs import run_python
 from tests.support.source_tree import ROOT
 from tools.defects import TABLE
 from tools.mutants.mutant import MutantError, read_mutants
+from tools.mutants.waiting import run_without_waiting
 
 MUTANTS = read_mutants()
 
@@ -122,3 +126,27 @@ def test_old_text_that_does_not_occur_once_is_refused(project: Path, place: str,
     write_mutants(project, ("a", place, old, "x"))
     with pytest.raises(MutantError, match=f"a: its old text must occur once in {place}, not "):
         read_mutants(project)[0].apply(project)
+
+
+CHILDREN = """
+import os, subprocess, sys
+seconds = 600 if os.path.exists("/proc/self/schedstat") else 1
+compute = "import time; end = time.monotonic() + 6\\nwhile time.monotonic() < end: pass"
+programs = [
+    f"import time; time.sleep({seconds})",
+    compute,
+    f"import subprocess, sys; subprocess.run([sys.executable, '-c', {compute!r}])",
+]
+children = [subprocess.Popen([sys.executable, "-c", program]) for program in programs]
+open("codes", "w").write(str([child.wait() for child in children]))
+sys.exit(3)
+"""
+
+
+def test_processes_that_wait_without_end_are_ended_and_those_that_compute_are_not(tmp_path: Path) -> None:
+    """Nor those that wait for a process that computes. Other systems than Linux do not tell them apart."""
+    with pytest.raises(subprocess.CalledProcessError) as caught:
+        run_without_waiting([sys.executable, "-c", CHILDREN], tmp_path, longest_wait_s=3)
+    ended = -signal.SIGXCPU if Path("/proc/self/schedstat").exists() else 0
+    assert (tmp_path / "codes").read_text() == str([int(ended), 0, 0])
+    assert caught.value.returncode == 3, "of the command"

@@ -10,6 +10,7 @@ import sys
 import termios
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import pytest
@@ -117,7 +118,14 @@ def test_generate_writes_one_line_to_a_file(capsys) -> None:
         assert found is not None, line
         assert found.groups() == ("2", "18")
         llm.generate([[5, 6], [7]], use_tqdm=False)
-    assert capsys.readouterr().err == ""
+        template = "{{ messages[0]['content'] }}"
+        chat = partial(
+            llm.chat, [{"role": "user", "content": "b"}], SamplingParams(max_tokens=2), chat_template=template
+        )
+        chat(use_tqdm=False)
+        assert capsys.readouterr().err == ""
+        chat()
+        assert capsys.readouterr().err.startswith("Generating: ")
 
 
 # --- on a terminal ---

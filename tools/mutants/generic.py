@@ -13,6 +13,8 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+from tools.mutants.waiting import run_without_waiting
+
 LEAST_SCORE = 96.0  # percent of all mutants, equivalent ones included
 ROOT = Path(__file__).resolve().parents[2]
 _NOT_CAUGHT = ("survived", "no tests", "suspicious", "skipped")
@@ -24,7 +26,7 @@ def main() -> int:
     os.environ |= {"OMP_NUM_THREADS": "1", "HYPOTHESIS_PROFILE": "quick", "NANOVLLM_TEST_SEED": "0"}
     os.environ["NANOVLLM_TEST_HANG_SECONDS"] = "120"  # many a mutant makes threads wait for each other
     workers = os.environ.get("WORKERS", "2")
-    subprocess.run([*_MUTMUT, "run", "--max-children", workers, *sys.argv[1:]], cwd=ROOT, check=True)
+    run_without_waiting([*_MUTMUT, "run", "--max-children", workers, *sys.argv[1:]], ROOT)
     outcomes = dict(re.findall(r"^\s*(\S+__mutmut_\d+): (.+)$", _output("results", "--all", "true"), re.MULTILINE))
     for name, outcome in outcomes.items():
         if outcome in _NOT_CAUGHT:

@@ -51,7 +51,7 @@ def test_each_block_is_hashed_once_with_the_hash_of_the_block_before_it() -> Non
     manager = BlockManager(20, 2, counted)
     seq = make_sequence([1, 2, 3, 4, 5], 2)
     for _ in range(3):
-        manager.can_allocate(seq)
+        manager.can_allocate(seq, 0)
     manager.allocate(seq)
     for token in range(6, 12):
         compute(manager, seq)
@@ -97,6 +97,7 @@ def test_of_equal_prompts_in_one_step_each_is_found_without_the_other(hash_funct
         compute(manager, seq)
     check_invariants(manager, [first, second])
     manager.deallocate(first)
+    assert hits(manager, [1, 2, 3, 4]) == second.block_table, "sharing owned blocks leaves the free ones free"
     other = allocated(manager, [9, 9, 9, 9])  # in the blocks of the first
     assert hits(manager, [1, 2, 3, 4]) == second.block_table
     assert manager.num_evictions == 2
@@ -134,6 +135,14 @@ def test_hits_are_the_longest_stored_prefix_whatever_the_hash(
 
 
 # --- free blocks and their reuse ---
+
+
+def test_a_sequence_without_blocks_has_nothing_stored() -> None:
+    manager = BlockManager(4, 2)
+    seq = computed(manager, [1, 2, 3, 4])
+    manager.deallocate(seq)
+    assert (seq.block_table, seq.num_cached_tokens, seq.num_tokens_with_kv) == ([], 0, 0)
+    assert (seq.num_uncached_tokens, manager.num_free_blocks) == (4, 4)
 
 
 def test_taking_a_block_out_of_the_free_list_walks_over_no_other() -> None:

@@ -81,7 +81,11 @@ def test_wrong_messages_are_refused(messages: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"continue_final_message": True}, "pass add_generation_prompt=False$"),
+        (
+            {"continue_final_message": True},
+            "^continue_final_message=True continues the last message and add_generation_prompt=True begins another; "
+            "pass add_generation_prompt=False$",
+        ),
         ({"add_generation_prompt": 1}, "add_generation_prompt must be True or False, got 1"),
         (
             {"continue_final_message": "yes", "add_generation_prompt": False},
@@ -92,6 +96,10 @@ def test_wrong_messages_are_refused(messages: Any, message: str) -> None:
         ({"chat_template_kwargs": {"tokenize": True}}, "must not hold 'tokenize'"),
         ({"chat_template": "{{ bos"}, "the chat template cannot render conversation 0: "),
         ({"chat_template": "{{ messages[0]['content'] + 1 }}"}, "the chat template cannot render conversation 0: "),
+        (
+            {"chat_template": "{{ raise_exception('') }}"},
+            "cannot render conversation 0: TemplateError; check the order",
+        ),
         ({"chat_template": ""}, "must render at least one token, got '' for conversation 0"),
     ],
 )
@@ -104,17 +112,24 @@ def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> Non
 def test_what_a_template_raises_names_its_message_and_the_conversation() -> None:
     """D96."""
     system = {"role": "system", "content": "b"}
-    with pytest.raises(ValueError, match="cannot render conversation 1: system comes first; check the order"):
+    remedy = "check the order of the roles and the keys of the messages against the template of the model"
+    with pytest.raises(ValueError, match=f"cannot render conversation 1: system comes first; {remedy}$"):
         chat_prompts(chat_tokenizer(), [[USER], [USER, system]])
     assert chat_prompts(chat_tokenizer(), [system, USER]), "the remedy: another order"
 
 
 def test_a_model_without_a_tokenizer_or_a_template_is_refused() -> None:
     """D96."""
-    with pytest.raises(ValueError, match=r"chat needs a tokenizer .* add tokenizer\.json"):
+    with pytest.raises(
+        ValueError, match=r"^chat needs a tokenizer .* add tokenizer\.json, or give token ids to generate$"
+    ):
         chat_prompts(None, [USER])
-    with pytest.raises(ValueError, match="the model has no chat template; pass one as chat_template"):
+    with pytest.raises(
+        ValueError, match=r"^the model has no chat template; pass one as chat_template, or write .* for generate$"
+    ):
         chat_prompts(chat_tokenizer(None), [USER])
+    with pytest.raises(ValueError, match="the model has no chat template"):
+        chat_prompts(object(), [USER])  # of a library that knows no chat templates
     assert chat_prompts(chat_tokenizer(None), [USER], chat_template="b")
 
 

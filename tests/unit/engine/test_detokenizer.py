@@ -7,6 +7,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from nanovllm.engine.detokenizer import Detokenizer
+from nanovllm.engine.stop_strings import StopStringSearch
 
 
 class ByteTokenizer:
@@ -78,3 +79,12 @@ def test_a_stop_string_within_a_token_cuts_it_at_its_first_occurrence() -> None:
     detokenizer.append(3)
     assert (detokenizer.text, detokenizer.is_stopped) == ("x", True)
     assert detokenizer.next_text(is_last=False) == "x", "decided text is not held back"
+
+
+def test_a_search_keeps_no_more_text_than_may_begin_a_stop_string() -> None:
+    """So a token costs the same however long the text before it is."""
+    search = StopStringSearch(["END", "E"], {})
+    for count in range(20):
+        assert search.add("abc", range(3 * count, 3 * count + 3)) is None
+        assert len(search._view) == len(search._positions) == 2
+    assert search.add("xE", (60, 61)) == 61

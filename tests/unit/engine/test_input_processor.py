@@ -1,6 +1,7 @@
 """input_processor: prompts and parameters in every form users give them, and the seeds of requests without one."""
 
 import struct
+from array import array
 from collections.abc import Callable
 from typing import Any
 
@@ -72,10 +73,11 @@ def remedy(message: str, value: Any) -> Any:
         (bytearray(b"a bb"), [[1, 2]]),
         ([b"a bb", "a"], [[1, 2], [1]]),
         (np.array([1, 2]), [[1, 2]]),
+        (array("q", [1, 2]), [[1, 2]]),
         (np.array([[1, 2], [3, 4]]), [[1, 2], [3, 4]]),
         ([np.array([1, 2]), np.array([3])], [[1, 2], [3]]),
         (range(3), [[0, 1, 2]]),
-        ((word for word in "ab"), [[1], [1]]),
+        (dict.fromkeys("ab").keys(), [[1], [1]]),  # no generator: mutmut runs a test more than once in a process
         ({"input_ids": [1, 2]}, [[1, 2]]),
         ({"input_ids": np.array([[1, 2]])}, [[1, 2]]),
         ([{"prompt_token_ids": [1, 2]}, {"prompt": "a"}], [[1, 2], [1]]),

@@ -181,6 +181,45 @@ def test_a_prefill_that_fails_leaves_nothing_in_the_prefix_cache() -> None:
     check_invariants(scheduler.block_manager, scheduler.running)
 
 
+def test_after_a_failed_step_only_its_sequences_and_those_of_the_step_ahead_are_computed_again() -> None:
+    """The blocks of all steps before it stay in the prefix cache, whatever failed earlier."""
+    scheduler = make_scheduler(32, 4, max_num_batched_tokens=8, max_num_seqs=8)
+    first, second = (add_prompt(scheduler, 8, index, max_tokens=9) for index in range(2))
+    batch = scheduler.schedule()
+    ahead = scheduler.schedule_next_async(batch)
+    assert (batch.sequences, ahead.sequences if ahead else None) == ((first,), (second,))
+    scheduler.preempt_failed(batch)
+    assert list(scheduler.waiting) == [first, second]
+    for _ in range(2):
+        step(scheduler)
+    assert list(scheduler.running) == [first, second]
+    third = add_prompt(scheduler, 8, 2, max_tokens=9)
+    scheduler.preempt_failed(scheduler.schedule())
+    assert (list(scheduler.running), list(scheduler.waiting)) == ([first, second], [third])
+    scheduler.preempt(second)
+    assert scheduler.block_manager.find_cached_blocks(second), "nothing was entered before it was computed"
+
+
+@pytest.mark.parametrize(("max_tokens", "num_ahead", "num_admitted"), [(1, None, 2), (2, 1, 1)])
+def test_a_prefill_is_not_chosen_ahead_while_a_sequence_is_about_to_free_its_blocks(
+    max_tokens: int, num_ahead: int | None, num_admitted: int
+) -> None:
+    """With these blocks schedule() admits both prompts that wait; without them, one has room."""
+    chosen = []
+    for is_ahead in (True, False):
+        scheduler = make_scheduler(6, 4, max_num_batched_tokens=16)
+        add_prompt(scheduler, 8, 0, max_tokens=max_tokens)
+        batch = scheduler.schedule()
+        for index in (1, 2):
+            add_prompt(scheduler, 8, index, max_tokens=1)
+        ahead = scheduler.schedule_next_async(batch) if is_ahead else None
+        assert not is_ahead or (None if ahead is None else len(ahead.sequences)) == num_ahead
+        scheduler.postprocess(batch, [7])
+        after = scheduler.schedule() if ahead is None else scheduler.commit_async_batch(ahead)
+        chosen.append([seq.seq_id for seq in after.sequences])
+    assert chosen[0] == chosen[1] == [1, 2][:num_admitted]
+
+
 @pytest.mark.parametrize(
     ("max_num_seqs", "max_tokens", "is_known"),
     [(3, 9, False), (2, 3, True), (2, 2, False)],

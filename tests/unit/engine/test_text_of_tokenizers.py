@@ -186,6 +186,7 @@ def test_text_of_other_decoders_follows_the_prompt(
         ([b"b", "<|im_end|>", b"END"], ("bEND",), "", True),  # in the text, from which special tokens are left out
         ([b"b", "<|im_end|>", b"END"], ("<|im_end|>b", "END"), "b", True),
         ([b"b", b"\xf0", b"\x9f", "<|im_end|>"], ("<|im_end|>",), "b\ufffd", True),
+        ([b"b", b"\xf0", b"\x9f", "<|im_end|>", b"b", b"END"], ("<|im_end|>\n",), "b\ufffdbEND", False),
         ([b"b", "</s>", "<|im_end|>"], ("<|im_end|>", "b</s><|im_end|>"), "", True),  # two at once: the first to begin
         ([b"b", b"END", b"b"], ("END", "bENDb"), "b", True),  # the first to be complete
         ([b"<", b"b", b">", "</s>"], ("<b></s>",), "", True),

@@ -46,6 +46,14 @@ def test_details_come_in_forms_from_long_to_short(monkeypatch: pytest.MonkeyPatc
         assert (progress.count(), progress.details()) == (count, [num_tokens + rates, rates, *short])
 
 
+def test_rates_below_ten_thousand_are_shown_to_the_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = itertools.count()
+    monkeypatch.setattr(module, "perf_counter", lambda: float(next(times)))
+    progress = GenerationProgress([RequestState(make_sequence([1]), None)], 100, is_shown=False)
+    progress.add(batch(True, 9_999), ())
+    assert ", prefill 9,999 decode 0 tok/s" in progress.details()
+
+
 def test_requests_that_end_in_one_step_count_with_their_maximum() -> None:
     requests = [RequestState(make_sequence([1, 2, 3], max_tokens=5, seq_id=index), None) for index in range(3)]
     first, second, third = (request.sequence for request in requests)

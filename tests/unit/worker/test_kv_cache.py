@@ -32,10 +32,19 @@ def test_memory_of_another_process_is_an_error_with_the_figures() -> None:
     message = (
         "gpu_memory_utilization must leave room for at least one KV block of 0.500 GiB, got 0.9 of 80.00 GiB: "
         "75.00 GiB are in use (other processes included) and a step needs 2.00 GiB more; set it to at least 0.969, "
-        "free the GPU, or lower max_num_batched_tokens"
+        "free the GPU, or lower max_num_batched_tokens, max_num_seqs or max_model_len"
     )
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         num_blocks_that_fit(80 * GIB, 0.9, used=75 * GIB, peak=6 * GIB, current=4 * GIB, bytes_per_block=GIB // 2)
+
+
+@pytest.mark.parametrize(
+    ("used", "remedy"),
+    [(940, "set it to at least 1.0, free the GPU, or lower"), (941, "free the GPU, or lower")],
+)
+def test_the_share_is_raised_to_the_whole_gpu_at_most(used: int, remedy: str) -> None:
+    with pytest.raises(ValueError, match=f"GiB more; {remedy} max_num_batched_tokens"):
+        num_blocks_that_fit(1000, 0.9, used, peak=250, current=200, bytes_per_block=10)
 
 
 def test_a_byte_less_than_one_block_is_an_error() -> None:

@@ -6,7 +6,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from nanovllm.engine.model_input import PADDING_SLOT
@@ -16,6 +16,7 @@ from tests.support.tiny_models import tiny_model
 
 
 @given(max_num_seqs=st.integers(1, 40), spare=st.integers(0, 60), max_model_len=st.integers(2, 50))
+@example(max_num_seqs=3, spare=60, max_model_len=5)  # a larger budget than the sequences can use
 def test_no_step_within_the_limits_is_larger_than_the_profiled_one(
     max_num_seqs: int, spare: int, max_model_len: int
 ) -> None:
@@ -27,7 +28,8 @@ def test_no_step_within_the_limits_is_larger_than_the_profiled_one(
     assert len(model_input.input_ids) == model_input.cu_seqlens_q[-1] == num_tokens
     assert len(model_input.context_lens) <= max_num_seqs
     assert model_input.max_seqlen_q == min(budget, max_model_len)
-    assert len(model_input.sample_indices) == len(model_input.sampling.top_k) == max_num_seqs
+    rows = (model_input.sample_indices, model_input.sampling.top_k, model_input.sampling.position)
+    assert [len(row) for row in rows] == [max_num_seqs] * 3
     assert set(model_input.sample_indices) <= set(range(num_tokens))
     assert (model_input.sampling.top_k > 1).all()
     assert (model_input.sampling.top_p < 1).all()
@@ -52,7 +54,9 @@ def test_prefill_warmup_shapes_keep_the_limits_and_include_each_shape_that_fits(
         model_input = dummy_prefill(query_lens, num_cached_tokens, block_size)
         assert model_input.is_prefill
         assert (model_input.slot_mapping == PADDING_SLOT).all()
-        assert model_input.block_tables is None or model_input.block_tables.max() < num_blocks
+        if model_input.block_tables is not None:
+            assert model_input.block_tables.max() < num_blocks
+            assert model_input.block_tables.shape[1] * block_size >= model_input.max_seqlen_k
         assert len(model_input.input_ids) == sum(query_lens) <= budget
         assert model_input.positions[0] == num_cached_tokens
         assert model_input.max_seqlen_k <= max_context_len
