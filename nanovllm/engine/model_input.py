@@ -66,7 +66,9 @@ def prepare_decode(sequences: Sequences[Sequence], shares_prefixes: bool = False
     shares_prefixes: whether to look for sequences that begin with the same blocks.
     """
     model_input = _prepare_scheduled(sequences, is_prefill=False)
-    return _with_shared_prefixes(model_input, sequences[0].block_size) if shares_prefixes else model_input
+    if not shares_prefixes:
+        return model_input
+    return replace(model_input, shared_prefixes=_shared_prefixes(model_input, sequences[0].block_size))
 
 
 def prepare_decode_async(
@@ -88,14 +90,16 @@ def prepare_decode_async(
         token_ids=[PLACEHOLDER_TOKEN if seq in row_of else seq.last_token for seq in sequences],
         sampled=list(range(len(sequences))),
     )
-    model_input = replace(model_input, input_ids_source=source if (source >= 0).any() else None)
-    return _with_shared_prefixes(model_input, sequences[0].block_size) if shares_prefixes else model_input
+    return replace(
+        model_input,
+        input_ids_source=source if (source >= 0).any() else None,
+        shared_prefixes=_shared_prefixes(model_input, sequences[0].block_size) if shares_prefixes else None,
+    )
 
 
-def _with_shared_prefixes(model_input: ModelInput, block_size: int) -> ModelInput:
+def _shared_prefixes(model_input: ModelInput, block_size: int) -> SharedPrefixes | None:
     assert model_input.block_tables is not None
-    found = find_shared_prefixes(model_input.block_tables, model_input.context_lens, block_size)
-    return replace(model_input, shared_prefixes=found)
+    return find_shared_prefixes(model_input.block_tables, model_input.context_lens, block_size)
 
 
 def prepare_sample(sequences: Sequences[Sequence], positions: np.ndarray) -> SamplingMetadata[np.ndarray]:
