@@ -14,7 +14,7 @@ from tests.support.kernels.versions import INTERPRETER_REASON, interprets
 from tests.support.limits import HANG_SECONDS
 
 SHAPES = [(1, 16), (5, 33), (2, 64), (1, 1)]  # from one program to eleven, so that their counts differ
-NUM_LAUNCHES = 24
+NUM_LAUNCHES = 16
 BLOCK_SIZE = 16
 MAX_DELAY_S = 0.02  # a launch takes about as long
 
