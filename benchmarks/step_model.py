@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 
 from nanovllm.bench.limits import BYTES_PER_VALUE, Ceilings, layer_parameters, parameters_per_token
 from nanovllm.bench.random_model import SHAPES
+from nanovllm.distributed.peer_memory import fits
 
 KERNELS_PER_LAYER = 9  # two norms, rotation and store, attention, its combination, four products; SiLU is part of one
 KERNELS_PER_STEP = 8  # embedding, last norm, output layer, sampling, and what brings the inputs
@@ -129,7 +130,7 @@ class Cluster(NamedTuple):
         """Seconds of an all-reduce of num_bytes, between the machines by the faster of ring and tree."""
         ranks, machines, seconds = self.ranks_per_machine, self.num_machines, 0.0
         sent = (ranks - 1) * num_bytes
-        if ranks > 1 and machines == 1 and sent <= MAX_SENT_BYTES:
+        if ranks > 1 and machines == 1 and fits(num_bytes, ranks):
             seconds += self.one_shot.latency + sent / self.one_shot.bandwidth
         elif ranks > 1:
             seconds += self.inside.latency + 2 * sent / ranks / self.inside.bandwidth
@@ -158,7 +159,6 @@ KERNEL_SECONDS = 1e-6
 SAMPLING_SECONDS = 1.6e-12  # of a logit
 NVLINK = Link(latency=10e-6, bandwidth=0.8 * 450e9)
 ONE_SHOT = Link(latency=2.7e-6, bandwidth=190e9)
-MAX_SENT_BYTES = 3 * 2**20  # kernels.all_reduce takes no more from a rank
 NETWORKS = [Link(latency, 400e9 / 8) for latency in (10e-6, 20e-6)]  # a NIC of 400 Gb/s for each GPU
 BATCHES = {"headline": Batch(256, 843), "small": Batch(8, 1256)}  # in the middle of these scenarios
 _LLAMA_8B = {**SHAPES["llama-3-8b"][1], "moe": None}

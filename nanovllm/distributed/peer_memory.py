@@ -15,9 +15,10 @@ import torch
 if TYPE_CHECKING:
     from nanovllm.distributed.tensor_parallel import TensorParallel
 
-MAX_PROGRAMS = 128  # all of a launch run at once on the smallest data-center GPU, so that none waits for one to end
+MAX_PROGRAMS = 128  # of 512 threads each: all of a launch run at once on an A100 or H100
 SLOT_BYTES = 16384
 EMPTY = 0x8000  # of each 16 bits: -0.0 in half precision, and a number near zero that float32 sums do not miss
+MAX_SENT_BYTES = 3 * 2**20  # by each rank: as measured, NCCL is as fast or faster for more
 HANDLE_BYTES = 64  # cuda.h: CU_IPC_HANDLE_SIZE
 LAZY_ENABLE_PEER_ACCESS = 1
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # tells machines apart
@@ -26,6 +27,11 @@ BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # tells machines apart
 def buffer_bytes(num_ranks: int) -> int:
     """Of one rank's buffer: [2, num_ranks, MAX_PROGRAMS] slots."""
     return 2 * num_ranks * MAX_PROGRAMS * SLOT_BYTES
+
+
+def fits(num_bytes: float, num_ranks: int) -> bool:
+    """Whether an all-reduce of num_bytes is small enough for the buffers, and for its kernel to be as fast as NCCL."""
+    return num_bytes <= MAX_PROGRAMS * SLOT_BYTES and (num_ranks - 1) * num_bytes <= MAX_SENT_BYTES
 
 
 @dataclass(frozen=True)

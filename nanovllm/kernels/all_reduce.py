@@ -24,14 +24,8 @@ from nanovllm.kernels import DTYPES
 from nanovllm.kernels.early_launch import pays_between_linear_layers
 from nanovllm.kernels.launching import launch
 
-MAX_SENT_BYTES = 3 * 2**20  # by each rank: measured, NCCL is as fast or faster for more
 MIN_BLOCK_SIZE = 512
 POLLS_BEFORE_CHECK = 4096  # of is_aborted: about 1.5 ms, because the host's memory answers one program after the other
-
-
-def fits(x: torch.Tensor, num_ranks: int) -> bool:
-    """Whether x is small enough for all_reduce, and for it to be as fast as NCCL."""
-    return x.nbytes <= MAX_PROGRAMS * SLOT_BYTES and (num_ranks - 1) * x.nbytes <= MAX_SENT_BYTES
 
 
 def choose_block_size(num_elements: int) -> int:

@@ -4,9 +4,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from nanovllm.attention.triton import TritonAttentionBackend
+from nanovllm.distributed.peer_memory import fits
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.kernels.all_reduce import all_reduce as peer_all_reduce
-from nanovllm.kernels.all_reduce import fits
 from nanovllm.kernels.grouped_gemm import choose_tile_config, grouped_gemm
 from nanovllm.kernels.launching import compile_ahead
 from nanovllm.kernels.moe_routing import moe_routing
@@ -58,7 +58,7 @@ def is_skinny(x: Tensor, weight: Tensor, max_rows: int) -> bool:
 
 
 def all_reduce(x: Tensor, tp: TensorParallel) -> Tensor:
-    if tp.peers is None or not fits(x, tp.size):
+    if tp.peers is None or not fits(x.nbytes, tp.size):
         return tp.all_reduce(x)
     with tp.guard:
         return peer_all_reduce(x, tp.peers.buffers)

@@ -41,7 +41,7 @@ from nanovllm.worker.warmup import dummy_decode, dummy_prefill, prefill_warmup_s
 if TYPE_CHECKING:
     from nanovllm.engine.sequence import Sequence
 
-MAX_EXACT_FLOAT32 = 2**24
+MAX_EXACT_FLOAT32 = 2**24  # float32 holds every integer up to it
 DRIVER_BYTES_PER_GRAPH = 8 * 2**20  # that the driver holds for a captured graph, beside its tensors
 
 
@@ -230,7 +230,15 @@ class ModelRunner:
 
     @torch.inference_mode()
     def capture_graphs(self, batch_sizes: list[int], use_tqdm: bool = True) -> CUDAGraphRunner:
-        """Graphs of decode over the KV cache that is bound now."""
+        """Graphs of decode over the KV cache that is bound now.
+
+        Raises ValueError for a vocabulary whose token ids the ranks' graphs cannot exchange.
+        """
+        if self.tp.size > 1 and self.model_config.vocab_size > MAX_EXACT_FLOAT32:
+            raise ValueError(
+                f"vocab_size must be at most {MAX_EXACT_FLOAT32} for CUDA graphs on several ranks, got "
+                f"{self.model_config.vocab_size}; set enforce_eager=True, or tensor_parallel_size=1"
+            )
         max_model_len = self.config.max_model_len
         max_blocks_per_seq = math.ceil(max_model_len / self.block_size)
         use_tqdm = use_tqdm and self.tp.rank == 0
@@ -256,9 +264,9 @@ class ModelRunner:
     def _sample_for_all_ranks(self, logits: torch.Tensor | None, *columns: torch.Tensor) -> torch.Tensor:
         """sample_unfiltered of rank 0's logits, on every rank; they are None on the others.
 
-        The next step reads its input ids from them, and a broadcast by the host would take longer.
+        The next step reads its input ids from them, and a broadcast by the host would take longer. Exact, since
+        capture_graphs refuses token ids that float32 does not hold.
         """
-        assert self.model_config.vocab_size <= MAX_EXACT_FLOAT32
         if logits is None:
             token_ids = torch.zeros(len(columns[0]), dtype=torch.float32, device=self.device)
         else:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from nanovllm.distributed import peer_memory
-from nanovllm.distributed.peer_memory import HANDLE_BYTES, PeerMemory, buffer_bytes
+from nanovllm.distributed.peer_memory import HANDLE_BYTES, PeerMemory, buffer_bytes, fits
 
 INVALID_VALUE, PEER_ACCESS_UNSUPPORTED = 1, 217
 
@@ -85,6 +85,12 @@ def test_what_the_driver_refuses_is_told_and_leaves_nothing(failing: str) -> Non
     for memory in ranks:
         memory.close()
     assert (driver.allocated, driver.opened) == ({}, [])
+
+
+@pytest.mark.parametrize(("num_ranks", "num_bytes"), [(2, 2 * 2**20), (4, 2**20), (8, 3 * 2**20 // 7)])
+def test_what_fits_the_slots_and_what_a_rank_may_send(num_ranks: int, num_bytes: int) -> None:
+    assert fits(num_bytes, num_ranks)
+    assert not fits(num_bytes + 1, num_ranks)
 
 
 def test_a_rank_of_another_machine_is_not_opened(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

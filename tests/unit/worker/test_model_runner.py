@@ -47,6 +47,13 @@ def test_every_rank_gets_the_tokens_that_rank_0_samples(tmp_path: Path) -> None:
         assert list(threads.map(work, range(2))) == [[LARGEST, 1]] * 2
 
 
+def test_a_vocabulary_beyond_what_graphs_exchange_is_refused() -> None:
+    runner = runner_of(SimpleNamespace(size=2))
+    runner.model_config.vocab_size = 2**24 + 1
+    with pytest.raises(ValueError, match=r"vocab_size must be at most 16777216 .* got 16777217; set enforce_eager"):
+        runner.capture_graphs([1])
+
+
 @pytest.mark.parametrize(
     ("before", "is_broadcast"),
     [("graph", False), ("graph with a filtered row", True), ("no graph", True), ("graph, then no graph", True)],
