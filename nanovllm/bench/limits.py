@@ -6,6 +6,7 @@ layers, V vocabulary, I intermediate size; a multiplication and an addition are 
     parameters of a layer's matrices   E D (H + 2K) + H D E + 3 E I       (experts: 3 E I each, and E X for the router)
     operations of a token              2 x (those that it is multiplied with), and 2 E V where it is sampled
     operations of attention            4 H D for each query and each key that it attends to, in each layer
+    of a token that is not sampled     the last layer needs its key and value, 2 x 2 E K D operations, and no more
     bytes of a step                    the matrices once, and 2 K D for each key and value of the context, in each layer
 
     prefill   one step: every prompt token that is not shared, and the shared ones once; one sampled row a request
@@ -80,7 +81,8 @@ def prefill_work(model: ModelConfig, dtype: str, lengths: list[tuple[int, int]],
     """One step over all prompts. lengths: (prompt, output) tokens of each request."""
     num_tokens = num_shared + sum(prompt - num_shared for prompt, _ in lengths)
     pairs = _causal_pairs(num_shared) + sum(_causal_pairs(p) - _causal_pairs(num_shared) for p, _ in lengths)
-    return _work(model, dtype, num_tokens, num_rows=len(lengths), num_keys_moved=num_tokens, num_pairs=pairs)
+    sampled_pairs = sum(prompt for prompt, _ in lengths)
+    return _work(model, dtype, num_tokens, len(lengths), num_tokens, pairs, sampled_pairs)
 
 
 def decode_works(model: ModelConfig, dtype: str, lengths: list[tuple[int, int]], num_shared: int) -> Iterator[StepWork]:
@@ -88,8 +90,8 @@ def decode_works(model: ModelConfig, dtype: str, lengths: list[tuple[int, int]],
     for step in range(1, max(output for _, output in lengths)):
         contexts = [prompt + step for prompt, output in lengths if output > step]
         own_keys = sum(contexts) - num_shared * len(contexts)
-        num_seqs = len(contexts)
-        yield _work(model, dtype, num_seqs, num_seqs, num_shared + own_keys, num_pairs=sum(contexts))
+        num_seqs, pairs = len(contexts), sum(contexts)
+        yield _work(model, dtype, num_seqs, num_seqs, num_shared + own_keys, pairs, pairs)
 
 
 def _causal_pairs(length: int) -> int:
@@ -98,18 +100,27 @@ def _causal_pairs(length: int) -> int:
 
 
 def _work(
-    model: ModelConfig, dtype: str, num_tokens: int, num_rows: int, num_keys_moved: int, num_pairs: int
+    model: ModelConfig,
+    dtype: str,
+    num_tokens: int,
+    num_rows: int,
+    num_keys_moved: int,
+    num_pairs: int,
+    num_sampled_pairs: int,
 ) -> StepWork:
     """num_rows: tokens that are sampled. num_keys_moved: tokens whose key and value are read or written in each layer.
-    num_pairs: pairs of query and key in each layer.
+    num_pairs, num_sampled_pairs: pairs of query and key in a layer; of them, those of a query that is sampled.
     """
     bytes_per_value = BYTES_PER_VALUE[dtype]
     lm_head = model.hidden_size * model.vocab_size
     keys = 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim * num_keys_moved
-    attention = 4 * model.num_hidden_layers * model.num_attention_heads * model.head_dim * num_pairs
+    all_pairs = (model.num_hidden_layers - 1) * num_pairs + num_sampled_pairs
+    attention = 4 * model.num_attention_heads * model.head_dim * all_pairs
+    last = _parameters_after_last_keys(model)
+    products = num_tokens * (parameters_per_token(model) - last) + num_rows * (last + lm_head)
     return StepWork(
         num_bytes=bytes_per_value * (layer_parameters(model, num_tokens) + lm_head + keys),
-        operations=2 * num_tokens * parameters_per_token(model) + 2 * num_rows * lm_head + attention,
+        operations=2 * products + attention,
     )
 
 
@@ -130,12 +141,23 @@ def layer_parameters(model: ModelConfig, num_tokens: int) -> float:
     return _parameters(model, num_experts * (1 - (1 - chosen / num_experts) ** num_tokens))
 
 
+def _parameters_after_last_keys(model: ModelConfig) -> float:
+    """Parameters of the last layer with which a token is multiplied, but for its key and value projections."""
+    experts = 0 if model.moe is None else model.moe.num_experts_per_tok
+    query_and_output = 2 * model.hidden_size * model.num_attention_heads * model.head_dim
+    return query_and_output + _mlp_parameters(model, model.num_hidden_layers - 1, experts)
+
+
 def _parameters(model: ModelConfig, num_experts: float) -> float:
-    """Those of attention and dense layers, and of num_experts experts and the router of each layer with experts."""
+    """Those of all layers; num_experts experts in each layer that has some."""
     heads = 2 * model.num_attention_heads + 2 * model.num_key_value_heads
     attention = model.num_hidden_layers * model.hidden_size * model.head_dim * heads
-    dense, moe = 3 * model.hidden_size * model.intermediate_size, model.moe
-    if moe is None:
-        return attention + model.num_hidden_layers * dense
-    sparse = model.hidden_size * (3 * num_experts * moe.moe_intermediate_size + moe.num_experts)
-    return attention + (model.num_hidden_layers - len(moe.layers)) * dense + len(moe.layers) * sparse
+    return attention + sum(_mlp_parameters(model, layer, num_experts) for layer in range(model.num_hidden_layers))
+
+
+def _mlp_parameters(model: ModelConfig, layer: int, num_experts: float) -> float:
+    """Those of a dense layer, or of num_experts experts and the router."""
+    moe = model.moe
+    if moe is None or layer not in moe.layers:
+        return 3 * model.hidden_size * model.intermediate_size
+    return model.hidden_size * (3 * num_experts * moe.moe_intermediate_size + moe.num_experts)

@@ -1,5 +1,8 @@
 """Attention: from the packed projections of a step to the outputs of the heads, through the KV cache."""
 
+from dataclasses import replace
+
+import torch
 from torch import Tensor, nn
 
 from nanovllm.attention.backend import KVCache
@@ -34,12 +37,18 @@ class Attention(nn.Module):
         self.kv_cache = KVCache(k_cache, v_cache)
 
     def forward(
-        self, qkv: Tensor, cos: Tensor, sin: Tensor, head_norms: tuple[RMSNorm, RMSNorm] | None = None
+        self,
+        qkv: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        head_norms: tuple[RMSNorm, RMSNorm] | None = None,
+        last_tokens: Tensor | None = None,
     ) -> Tensor:
         """Output [T, num_heads, head_dim] of packed query, key and value heads, qkv [T, (H + 2 K) * D].
 
         head_norms (of one eps) normalise queries and keys head by head, cos and sin [T, D / 2] rotate them. Keys and
         values are stored in the cache, then the queries attend. Raises RuntimeError outside `with set_context(...)`.
+        last_tokens: [num_seqs] int64, the index of each sequence's last token in a prefill: only their queries attend.
         """
         context = get_context()
         reads_cache = context.block_tables is not None
@@ -54,6 +63,10 @@ class Attention(nn.Module):
             num_kv_heads=self.num_kv_heads,
             returns_key=not reads_cache,
         )
+        if last_tokens is not None:
+            query = query.index_select(0, last_tokens)
+            one_query_each = torch.arange(len(last_tokens) + 1, dtype=torch.int32, device=query.device)
+            context = replace(context, cu_seqlens_q=one_query_each, max_seqlen_q=1)
         attention = self.ops.attention
         if self.kv_cache is None or not reads_cache:
             value = qkv[:, -self.num_kv_heads * self.head_dim :].unflatten(1, (self.num_kv_heads, self.head_dim))

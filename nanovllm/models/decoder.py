@@ -48,14 +48,21 @@ class SelfAttention(nn.Module):
         norm: RMSNorm,
         cos: torch.Tensor,
         sin: torch.Tensor,
+        last_tokens: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(output [T, E] of the normalised sum, hidden_states + residual, to which it is to be added)."""
+        """(output [T, E] of the normalised sum, hidden_states + residual, to which it is to be added).
+
+        last_tokens: see Decoder.forward; both results have these rows only.
+        """
         qkv_proj = self.qkv_proj
         qkv, residual = self.ops.norm_linear(  # qkv: [T, (H + 2 K) * D]
             hidden_states, residual, norm.weight, norm.eps, qkv_proj.weight, qkv_proj.bias
         )
         head_norms = (self.q_norm, self.k_norm) if self.has_qk_norm else None
-        return self.o_proj(self.attn(qkv, cos, sin, head_norms).flatten(1)), residual
+        heads = self.attn(qkv, cos, sin, head_norms, last_tokens)
+        if last_tokens is not None:
+            residual = residual.index_select(0, last_tokens)
+        return self.o_proj(heads.flatten(1)), residual
 
 
 class MLP(nn.Module):
@@ -92,10 +99,15 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
 
     def forward(
-        self, hidden_states: torch.Tensor, residual: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor
+        self,
+        hidden_states: torch.Tensor,
+        residual: torch.Tensor | None,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        last_tokens: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(last output, stream without it) -> the same of this layer. The first layer gets None as the stream."""
-        hidden_states, residual = self.self_attn(hidden_states, residual, self.input_layernorm, cos, sin)
+        hidden_states, residual = self.self_attn(hidden_states, residual, self.input_layernorm, cos, sin, last_tokens)
         return self.mlp(hidden_states, residual, self.post_attention_layernorm)
 
 
@@ -109,12 +121,17 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
 
-    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, last_tokens: torch.Tensor | None
+    ) -> torch.Tensor:
+        """As DecoderForCausalLM.forward. Of the other tokens the last layer computes keys and values, and no more."""
         hidden_states = self.embed_tokens(input_ids)
         cos, sin = self.rotary_emb(positions)
         residual = None
-        for layer in self.layers:
-            hidden_states, residual = layer(hidden_states, residual, cos, sin)
+        *layers, last_layer = self.layers
+        for layer in layers:
+            hidden_states, residual = layer(hidden_states, residual, cos, sin, None)
+        hidden_states, residual = last_layer(hidden_states, residual, cos, sin, last_tokens)
         return self.norm(hidden_states, residual)[0]
 
 
@@ -148,9 +165,14 @@ class DecoderForCausalLM(nn.Module):
         """Whether lm_head and the embedding are one Parameter: as in config.json, unless the files hold two weights."""
         return self.lm_head.weight is self.model.embed_tokens.weight
 
-    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """input_ids [T], positions [T] -> hidden states [T, E], under a Context."""
-        return self.model(input_ids, positions)
+    def forward(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, last_tokens: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """input_ids [T], positions [T] -> hidden states [T, E], under a Context.
+
+        last_tokens: [num_seqs] int64, the index of each sequence's last token: then theirs only, [num_seqs, E].
+        """
+        return self.model(input_ids, positions, last_tokens)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """[T, E] -> [T, V] on rank 0; None on the other ranks."""
@@ -159,13 +181,13 @@ class DecoderForCausalLM(nn.Module):
 
 @contextmanager
 def one_layer_of_each_kind(model: DecoderForCausalLM) -> Iterator[None]:
-    """In the `with` block, `model` has its first layer, which gets no residual, and one with each kind of MLP.
-
-    All other layers launch the same kernels.
+    """In the `with` block, `model` has its first layer, which gets no residual, its last, which may compute fewer
+    rows, and between them one with each other kind of MLP. All other layers launch the same kernels.
     """
     decoder, layers = model.model, model.model.layers
-    kinds = {(index > 0, type(layer.mlp)): layer for index, layer in enumerate(layers)}
-    decoder.layers = nn.ModuleList(kinds.values())
+    first, *others = layers
+    others_by_mlp = {type(layer.mlp): layer for layer in others[:-1] if type(layer.mlp) is not type(first.mlp)}
+    decoder.layers = nn.ModuleList([first, *others_by_mlp.values(), *others[-1:]])
     try:
         yield
     finally:

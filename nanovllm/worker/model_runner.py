@@ -340,7 +340,8 @@ class ModelRunner:
 
     def _compute_logits(self, model_input: ModelInput, previous_token_ids: torch.Tensor | None) -> torch.Tensor | None:
         """[num_samples, vocab_size]; None on ranks but 0, and if no sequence is sampled in this step."""
-        hidden_states = self.run_model(model_input, self._input_ids(model_input, previous_token_ids))
+        last_tokens = self._tensor(model_input.last_tokens) if model_input.is_prefill else None
+        hidden_states = self.run_model(model_input, self._input_ids(model_input, previous_token_ids), last_tokens)
         if not len(model_input.sample_indices):
             return None
         return self.model.compute_logits(hidden_states[self._tensor(model_input.sample_indices)])
@@ -355,15 +356,18 @@ class ModelRunner:
         return torch.where(source >= 0, previous, self._tensor(model_input.input_ids))
 
     @torch.inference_mode()
-    def run_model(self, model_input: ModelInput, input_ids: torch.Tensor | None = None) -> torch.Tensor:
+    def run_model(
+        self, model_input: ModelInput, input_ids: torch.Tensor | None = None, last_tokens: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Hidden states [num_tokens, hidden_size] of one forward pass, which writes the KV cache.
 
-        input_ids: [num_tokens] int64 on the device, in place of model_input.input_ids.
+        input_ids: [num_tokens] int64 on the device, in place of model_input.input_ids. last_tokens: those of
+            model_input on the device; then the hidden states are those of [num_seqs] last tokens only.
         """
         if input_ids is None:
             input_ids = self._tensor(model_input.input_ids)
         with set_context(make_context(model_input, self._tensor)):
-            return self.model(input_ids, self._tensor(model_input.positions))
+            return self.model(input_ids, self._tensor(model_input.positions), last_tokens)
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         tensor = torch.from_numpy(array)

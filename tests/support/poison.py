@@ -148,12 +148,14 @@ class Poison:
         self._batch = None
         return output
 
-    def _run_model(self, run_model: Callable[..., torch.Tensor], model_input: ModelInput, *others: Any) -> torch.Tensor:
+    def _run_model(
+        self, run_model: Callable[..., torch.Tensor], model_input: ModelInput, input_ids: Any, last_tokens: Any
+    ) -> torch.Tensor:
         if (tables := model_input.block_tables) is not None:
             padded = np.where(tables == PADDING_BLOCK, self._block_of_nan(), tables).astype(tables.dtype)
             model_input = replace(model_input, block_tables=padded)
-        hidden_states = run_model(model_input, *others)
-        self._check(hidden_states, model_input.cu_seqlens_q, model_input)
+        hidden_states = run_model(model_input, input_ids, last_tokens)
+        self._check(hidden_states, model_input)
         return hidden_states
 
     def _replay(self, replay: Callable[..., Any], model_input: ModelInput, *others: Any) -> Any:
@@ -166,15 +168,15 @@ class Poison:
         output = replay(model_input, *others)
         if output is not None:
             logits, _ = output
-            self._check(logits, np.arange(len(logits) + 1), model_input)
+            self._check(logits, model_input)
         return output
 
-    def _check(self, rows: torch.Tensor, bounds: np.ndarray, model_input: ModelInput) -> None:
-        """rows [num_rows, size]; those of sequence i begin at bounds[i]."""
+    def _check(self, rows: torch.Tensor, model_input: ModelInput) -> None:
+        """rows [num_seqs, size]"""
         count_comparisons("poison: computed rows against NaN", len(rows))
         is_nan = rows.isnan().any(dim=1).cpu().numpy()
         if self._batch is not None and is_nan.any():
-            seq = self._batch.sequences[int(np.searchsorted(bounds, is_nan.argmax(), side="right")) - 1]
+            seq = self._batch.sequences[int(is_nan.argmax())]
             kind = "prefill" if model_input.is_prefill else "decode"
             raise PoisonError(
                 f"step {self._num_steps} ({kind}): sequence {seq.seq_id} of {len(seq)} tokens in blocks "

@@ -1,4 +1,4 @@
-"""Whole models without transformers: tensor parallelism of all layers together, in float64.
+"""Whole models without transformers: tensor parallelism of all layers together, and their last layer, in float64.
 
 Rounding in float64 is about 1e-15 of logits in the order of 10, grown by a few layers; 1e-10 is far above that and far
 below any wrong row, head or order.
@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from nanovllm.context import Context, set_context
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.layers.torch_ops import TORCH_OPS
-from nanovllm.models.decoder import build_model
+from nanovllm.models.decoder import build_model, one_layer_of_each_kind
 from nanovllm.models.loader import load_model
 from nanovllm.models.registry import architectures
 from tests.support.checkpoints import SMALL_MOE, checkpoint_tensors, small_config
@@ -56,6 +56,45 @@ def test_logits_of_several_ranks_equal_those_of_one(tmp_path, model_type, num_kv
     assert expected.shape == (12, 32)
     assert_close("models: logits of several ranks against those of one", first, expected, rtol=0, atol=1e-10)
     assert others == [None] * (size - 1)
+
+
+@pytest.mark.parametrize("model_type", architectures())
+def test_the_last_layer_computes_what_is_asked_for(tmp_path, model_type):
+    """Packed prompts of 1, 4 and 7 tokens: three rows go through its MLP, and equal those among all."""
+    model_config = config(model_type, dtype="float64")
+    save_file(checkpoint_tensors(model_config, torch.float64), tmp_path / "model.safetensors")
+    model = build_model(model_config, TORCH_OPS)
+    load_model(model, tmp_path, use_tqdm=False)
+    bounds = torch.tensor([0, 1, 5, 12]).int()
+    context = Context(True, torch.full((12,), -1), bounds, bounds, 7, 7, bounds.diff(), None)
+    positions = torch.cat([torch.arange(length) for length in (1, 4, 7)])
+    input_ids, last_tokens = torch.randint(32, (12,)), torch.tensor([0, 4, 11])
+    num_rows = []
+    for layer in model.model.layers:
+        layer.mlp.register_forward_hook(lambda module, inputs, output: num_rows.append(len(output[0])))
+    with set_context(context), torch.no_grad():
+        expected = model(input_ids, positions)[last_tokens]
+        num_rows.clear()
+        actual = model(input_ids, positions, last_tokens)
+    assert_close("models: rows of the last layer against all rows", actual, expected, rtol=0, atol=1e-10)
+    assert num_rows == [12] * (model_config.num_hidden_layers - 1) + [3]
+
+
+def test_one_layer_of_each_kind_has_the_first_and_the_last_and_the_others_that_differ():
+    moe = dataclasses.replace(SMALL_MOE, layers=frozenset({2, 3, 5}))
+    model = build_model(config("qwen3_moe", num_hidden_layers=6, moe=moe), TORCH_OPS)
+    layers = list(model.model.layers)
+    with one_layer_of_each_kind(model):
+        first, middle, last = model.model.layers
+        assert (first, last) == (layers[0], layers[5])
+        assert middle in (layers[2], layers[3])
+    assert list(model.model.layers) == layers
+    dense = build_model(config("llama", num_hidden_layers=6), TORCH_OPS)
+    with one_layer_of_each_kind(dense):
+        assert len(dense.model.layers) == 2
+    single = build_model(config("llama", num_hidden_layers=1), TORCH_OPS)
+    with one_layer_of_each_kind(single):
+        assert len(single.model.layers) == 1
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])

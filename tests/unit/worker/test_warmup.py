@@ -30,7 +30,7 @@ def test_no_step_within_the_limits_is_larger_than_the_profiled_one(
     assert model_input.max_seqlen_q == min(budget, max_model_len)
     rows = (model_input.sample_indices, model_input.sampling.top_k, model_input.sampling.position)
     assert [len(row) for row in rows] == [max_num_seqs] * 3
-    assert set(model_input.sample_indices) <= set(range(num_tokens))
+    assert set(model_input.sample_indices) <= set(range(len(model_input.context_lens)))
     assert (model_input.sampling.top_k > 1).all()
     assert (model_input.sampling.top_p < 1).all()
     assert (model_input.sampling.min_p > 0).all()
