@@ -21,8 +21,10 @@ def select_ops(attention_backend: str, requirements: AttentionRequirements) -> L
     backend = select_attention_backend(attention_backend, requirements)
     if kernels.unsupported_reason(requirements.device, requirements.dtype) is not None:
         return TORCH_OPS  # the other attention backends require Triton too
+    from nanovllm.kernels.launching import hash_compiler
     from nanovllm.layers.triton_ops import TRITON_OPS
 
+    hash_compiler()
     if backend is TorchAttentionBackend:
         return replace(TRITON_OPS, attention=TorchAttentionBackend(), compile_ahead=None)
     if backend is FlashAttentionBackend:

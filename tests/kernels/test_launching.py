@@ -1,6 +1,7 @@
 """launch and compile_ahead: what is launched, what is compiled, and what an error of the compiler becomes."""
 
 import gc
+import queue
 import threading
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ from tests.support.kernels.compiling import gpu_that_need_not_be_there
 
 triton = pytest.importorskip("triton")
 from nanovllm.kernels import launching  # noqa: E402
-from nanovllm.kernels.launching import compile_ahead, launch  # noqa: E402
+from nanovllm.kernels.launching import compile_ahead, hash_compiler, launch  # noqa: E402
 from nanovllm.kernels.silu_and_mul import silu_and_mul, silu_and_mul_kernel  # noqa: E402
 
 needs_async_compile = pytest.mark.skipif(
@@ -28,6 +29,18 @@ def gpu_of_each_thread(monkeypatch: pytest.MonkeyPatch) -> threading.local:
     monkeypatch.setattr(torch.cuda, "set_device", lambda gpu: setattr(current, "gpu", gpu))
     current.gpu = 1
     return current
+
+
+def test_the_compiler_is_hashed_once_in_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: queue.Queue[threading.Thread] = queue.Queue()
+    monkeypatch.setattr(launching.cache, "triton_key", lambda: threads.put(threading.current_thread()))
+    hash_compiler.cache_clear()
+    hash_compiler()
+    hash_compiler()
+    first = threads.get(timeout=10)
+    assert first is not threading.current_thread()
+    first.join()
+    assert threads.empty()
 
 
 class Recorder:
