@@ -54,7 +54,7 @@ def norm_linear(
 
 
 def is_skinny(x: Tensor, weight: Tensor, max_rows: int) -> bool:
-    return len(x) <= max_rows and weight.numel() <= MAX_SKINNY_WEIGHTS and x.dtype in SKINNY_DTYPES
+    return len(x) <= max_rows and weight.numel() < MAX_SKINNY_WEIGHTS and x.dtype in SKINNY_DTYPES
 
 
 def all_reduce(x: Tensor, tp: TensorParallel) -> Tensor:
