@@ -22,7 +22,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from nanovllm.distributed.peer_memory import EMPTY, MAX_PROGRAMS, SLOT_BYTES, PeerBuffers
 from nanovllm.kernels import DTYPES
 from nanovllm.kernels.early_launch import pays_between_linear_layers
-from nanovllm.kernels.launching import launch
+from nanovllm.kernels.launching import cdiv, launch
 
 MIN_BLOCK_SIZE = 512
 POLLS_BEFORE_CHECK = 4096  # of is_aborted: about 1.5 ms, because the host's memory answers one program after the other
@@ -71,7 +71,7 @@ def all_reduce(
         launches_early = pays_between_linear_layers(x.device, *x.shape)
     launch(
         all_reduce_kernel,
-        (triton.cdiv(num_elements, block_size),),
+        (cdiv(num_elements, block_size),),
         x, total, peers.addresses, peers.counts, peers.is_aborted, num_elements,
         RANK=peers.rank, NUM_RANKS=num_ranks, NUM_ROWS=1 if num_ranks == 2 else 1 << (num_ranks - 1).bit_length(),
         BLOCK_SIZE=block_size, TILE_SIZE=min(block_size, tile_size), SLOT_SIZE=SLOT_BYTES // x.element_size(),

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nanovllm.kernels import DTYPES
-from nanovllm.kernels.launching import launch
+from nanovllm.kernels.launching import cdiv, launch, next_power_of_2
 from nanovllm.kernels.moe_routing import Routing
 
 
@@ -42,7 +42,7 @@ def choose_tile_config(num_assignments: int, num_experts: int, itemsize: int) ->
     """
     if itemsize > 2:
         return TileConfig(rows=16, columns=64, inner=32, num_warps=4, num_stages=3)
-    rows_per_expert = triton.next_power_of_2(num_assignments) / num_experts
+    rows_per_expert = next_power_of_2(num_assignments) / num_experts
     if rows_per_expert < 1:
         return TileConfig(rows=16, columns=32, inner=128, num_warps=2, num_stages=4)
     if rows_per_expert < 16:
@@ -84,7 +84,7 @@ def _multiply(
     is_gate_up: bool,
 ) -> None:
     num_columns, inner_size = weight.shape[1:]
-    num_column_tiles = triton.cdiv(num_columns, tiles.columns)
+    num_column_tiles = cdiv(num_columns, tiles.columns)
     launch(
         grouped_gemm_kernel,
         (routing.block_experts.numel() * num_column_tiles,),

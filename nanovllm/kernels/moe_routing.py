@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from nanovllm.kernels import DTYPES
-from nanovllm.kernels.launching import launch
+from nanovllm.kernels.launching import cdiv, launch, next_power_of_2
 
 TILE_SIZE = 1024  # logits that one program of the first launch reads
 CHUNK_SIZE = 4096  # assignments that one step of the second launch reads
@@ -89,11 +89,11 @@ def moe_routing(
         num_blocks=empty(1),
         block_size=block_size,
     )
-    row_size = triton.next_power_of_2(num_experts)
-    tile_rows = max(1, min(tile_size // row_size, triton.next_power_of_2(num_tokens)))
+    row_size = next_power_of_2(num_experts)
+    tile_rows = max(1, min(tile_size // row_size, next_power_of_2(num_tokens)))
     launch(
         choose_experts_kernel,
-        (triton.cdiv(num_tokens, tile_rows),),
+        (cdiv(num_tokens, tile_rows),),
         router_logits, routing.weights, routing.experts,
         router_logits.stride(0), num_tokens, num_experts,
         TOP_K=top_k, NORM_TOPK_PROB=norm_topk_prob, TILE_ROWS=tile_rows, ROW_SIZE=row_size,
@@ -104,7 +104,7 @@ def moe_routing(
         routing.experts, routing.sorted_assignments, routing.block_experts, routing.num_blocks, num_assignments,
         num_experts,
         ROW_SIZE=row_size, BLOCK_SIZE=block_size,
-        CHUNK_SIZE=min(chunk_size, triton.next_power_of_2(num_assignments)),
+        CHUNK_SIZE=min(chunk_size, next_power_of_2(num_assignments)),
     )  # fmt: skip
     return routing
 

@@ -20,7 +20,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nanovllm.kernels import DTYPES, HEAD_DIMS, MIN_BLOCK_SIZE
 from nanovllm.kernels.early_launch import can_launch_early
-from nanovllm.kernels.launching import launch
+from nanovllm.kernels.launching import launch, next_power_of_2
 from nanovllm.kernels.paged_softmax import attend_to_paged_keys, load_blocks
 
 DIMS_TO_COMBINE = 32
@@ -115,7 +115,7 @@ def paged_attention(
         *query.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3], block_tables.stride(0),
         *out.stride()[:2],
         BLOCK_SIZE=block_size, HEAD_DIM=head_dim, GROUP_SIZE=group_size,
-        ROWS=max(16, triton.next_power_of_2(group_size)), TILE_SIZE=tiles.tile_size,
+        ROWS=max(16, next_power_of_2(group_size)), TILE_SIZE=tiles.tile_size,
         SHARED_SPLITS=0 if shared_prefix is None else shared_prefix.lse.shape[2],
         SHARED_TILE_SIZE=0 if shared_prefix is None else shared_prefix.tile_size, STARTS_EARLY=starts_early,
         launch_pdl=starts_early, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
@@ -127,7 +127,7 @@ def paged_attention(
             partial_out, partial_lse, context_lens, None if shared_prefix is None else shared_prefix.lens, out,
             *out.stride()[:2], num_splits,
             HEAD_DIM=head_dim, DIMS=DIMS_TO_COMBINE, TILE_SIZE=tiles.tile_size,
-            SPLITS_AT_ONCE=min(64, triton.next_power_of_2(num_splits)), STARTS_EARLY=starts_early,
+            SPLITS_AT_ONCE=min(64, next_power_of_2(num_splits)), STARTS_EARLY=starts_early,
             launch_pdl=starts_early, num_warps=4,
         )  # fmt: skip
     return out

@@ -14,7 +14,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nanovllm.kernels import DTYPES
 from nanovllm.kernels.early_launch import pays_between_linear_layers
-from nanovllm.kernels.launching import launch
+from nanovllm.kernels.launching import launch, next_power_of_2
 from nanovllm.kernels.rms_norm import scale_and_weight
 from nanovllm.kernels.rotary_embedding import check_cos_and_sin, rotate
 
@@ -80,9 +80,9 @@ def qk_norm_rope_store(
         (num_tokens,),
         qkv, cos, sin, q_weight, k_weight, eps, query, key, k_cache, v_cache, slot_mapping, qkv.stride(0),
         NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HALF=head_dim // 2,
-        PADDED_HALF=triton.next_power_of_2(head_dim // 2),
-        PADDED_HEADS=triton.next_power_of_2(num_heads),
-        PADDED_KV_HEADS=triton.next_power_of_2(num_kv_heads),
+        PADDED_HALF=next_power_of_2(head_dim // 2),
+        PADDED_HEADS=next_power_of_2(num_heads),
+        PADDED_KV_HEADS=next_power_of_2(num_kv_heads),
         HAS_NORM=q_weight is not None, HAS_CACHE=k_cache is not None, RETURNS_KEY=returns_key,
         LAUNCHES_EARLY=launches_early, launch_pdl=launches_early,
         num_warps=choose_num_warps(num_tokens, row) if num_warps is None else num_warps,

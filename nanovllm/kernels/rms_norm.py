@@ -8,7 +8,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nanovllm.kernels import DTYPES
 from nanovllm.kernels.early_launch import pays_between_linear_layers
-from nanovllm.kernels.launching import launch
+from nanovllm.kernels.launching import cdiv, launch, next_power_of_2
 
 MANY_ROWS = 4096  # programs of several rows still fill the GPU
 
@@ -75,12 +75,12 @@ def _launch(
     launches_early = pays_between_linear_layers(x.device, len(x), size)
     launch(
         rms_norm_kernel,
-        (triton.cdiv(num_rows, rows),),
+        (cdiv(num_rows, rows),),
         x, residual, weight, normed, total, eps, num_rows, x.shape[1] if x.ndim == 3 else 1,
         x.stride(0), x.stride(1) if x.ndim == 3 else 0,
         0 if residual is None else residual.stride(0),
         residual.stride(1) if residual is not None and residual.ndim == 3 else 0,
-        SIZE=size, PADDED_SIZE=triton.next_power_of_2(size), ROWS=rows, HAS_RESIDUAL=residual is not None,
+        SIZE=size, PADDED_SIZE=next_power_of_2(size), ROWS=rows, HAS_RESIDUAL=residual is not None,
         LAUNCHES_EARLY=launches_early, launch_pdl=launches_early,
         num_warps=default_warps if num_warps is None else num_warps,
     )  # fmt: skip

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from nanovllm.kernels import DTYPES
-from nanovllm.kernels.launching import launch
+from nanovllm.kernels.launching import launch, next_power_of_2
 
 
 def rotary_embedding(
@@ -43,9 +43,9 @@ def rotary_embedding(
         query, key, cos, sin, rotated_query, rotated_key,
         query.stride(0), query.stride(1), key.stride(0), key.stride(1),
         NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HALF=head_dim // 2,
-        PADDED_HALF=triton.next_power_of_2(head_dim // 2),
-        PADDED_HEADS=triton.next_power_of_2(num_heads),
-        PADDED_KV_HEADS=triton.next_power_of_2(num_kv_heads),
+        PADDED_HALF=next_power_of_2(head_dim // 2),
+        PADDED_HEADS=next_power_of_2(num_heads),
+        PADDED_KV_HEADS=next_power_of_2(num_kv_heads),
         num_warps=choose_num_warps(num_heads, head_dim) if num_warps is None else num_warps,
     )  # fmt: skip
     return rotated_query, rotated_key

@@ -19,7 +19,7 @@ import triton.language as tl
 from triton import knobs
 
 from nanovllm.kernels import DTYPES
-from nanovllm.kernels.launching import launch
+from nanovllm.kernels.launching import launch, next_power_of_2
 
 TILE_SIZE = 2048
 EXACT_SIZE = 512  # tokens whose scores are computed in float64 together
@@ -71,7 +71,7 @@ def sampling(
         sampling_row_kernel,
         (num_rows,),
         logits, *row_arguments, maxima, token_ids, *shape, **constants,
-        MAX_TILES=triton.next_power_of_2(num_tiles), EXACT_SIZE=min(EXACT_SIZE, tile_size),
+        MAX_TILES=next_power_of_2(num_tiles), EXACT_SIZE=min(EXACT_SIZE, tile_size),
         num_warps=num_row_warps,
     )  # fmt: skip
     return token_ids

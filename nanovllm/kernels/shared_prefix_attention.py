@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from nanovllm.kernels.launching import launch
+from nanovllm.kernels.launching import launch, next_power_of_2
 from nanovllm.kernels.paged_attention import SharedPrefixPart, num_multiprocessors
 from nanovllm.kernels.paged_softmax import attend_to_paged_keys, load_blocks
 
@@ -56,7 +56,7 @@ def shared_prefix_attention(
             )
     group_size = num_heads // num_kv_heads
     is_wide = query.element_size() == 4  # computed in float64
-    rows = int(min(32 if is_wide else 64, triton.next_power_of_2(seqs_per_tile * group_size)))
+    rows = int(min(32 if is_wide else 64, next_power_of_2(seqs_per_tile * group_size)))
     num_parts = -(-seqs_per_tile * group_size // max(16, rows))
     grid = (num_kv_heads * num_parts, -(-num_seqs // seqs_per_tile))
     if num_splits is None:

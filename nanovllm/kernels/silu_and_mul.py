@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from nanovllm.kernels import DTYPES
-from nanovllm.kernels.launching import launch
+from nanovllm.kernels.launching import cdiv, launch
 
 
 def silu_and_mul(x: torch.Tensor, *, tile_size: int = 2048, num_warps: int = 8) -> torch.Tensor:
@@ -26,7 +26,7 @@ def silu_and_mul(x: torch.Tensor, *, tile_size: int = 2048, num_warps: int = 8) 
         return y
     launch(
         silu_and_mul_kernel,
-        (num_tokens, triton.cdiv(size, tile_size)),
+        (num_tokens, cdiv(size, tile_size)),
         x, y, x.stride(0), size,
         TILE_SIZE=tile_size, num_warps=num_warps,
     )  # fmt: skip

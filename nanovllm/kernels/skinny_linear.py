@@ -21,7 +21,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from nanovllm.kernels.early_launch import can_launch_early
-from nanovllm.kernels.launching import launch
+from nanovllm.kernels.launching import cdiv, launch
 from nanovllm.kernels.rms_norm import scale_and_weight
 
 MAX_ROWS = 16
@@ -101,7 +101,7 @@ def _launch(
         tiles = choose_tile_config(num_rows, num_columns, in_features, is_gated)
     launch(
         skinny_linear_kernel,
-        (triton.cdiv(num_columns, tiles.tile_n),),
+        (cdiv(num_columns, tiles.tile_n),),
         x, residual, norm_weight, weight, bias, total, out, eps, num_rows,
         x.stride(0), 0 if residual is None else residual.stride(0), weight.stride(0), num_columns,
         IN_FEATURES=in_features, ROWS=8 if num_rows <= 8 else 16, NUM_PARTS=tiles.num_warps,

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from nanovllm.kernels.launching import launch
+from nanovllm.kernels.launching import cdiv, launch, next_power_of_2
 
 
 def store_kvcache(
@@ -43,11 +43,11 @@ def store_kvcache(
     if num_tokens == 0:
         return
     row_size = num_kv_heads * head_dim
-    elements = min(triton.next_power_of_2(row_size), tile_size)
+    elements = min(next_power_of_2(row_size), tile_size)
     tokens = tile_size // elements
     launch(
         store_kvcache_kernel,
-        (triton.cdiv(num_tokens, tokens), triton.cdiv(row_size, elements)),
+        (cdiv(num_tokens, tokens), cdiv(row_size, elements)),
         key, value, k_cache, v_cache, slot_mapping,
         key.stride(0), key.stride(1), value.stride(0), value.stride(1), num_tokens, row_size,
         HEAD_DIM=head_dim, TOKENS=tokens, ELEMENTS=elements, num_warps=num_warps,

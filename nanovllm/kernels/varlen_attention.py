@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from nanovllm.kernels import DTYPES, HEAD_DIMS, MIN_BLOCK_SIZE
-from nanovllm.kernels.launching import launch
+from nanovllm.kernels.launching import cdiv, launch
 
 HOPPER = (9, 0)
 GLUON_VERSIONS = ("3.6.", "3.7.")  # Triton's versions that varlen_attention_hopper compiles with: Gluon is experimental
@@ -112,7 +112,7 @@ def varlen_attention(
         tiles = choose_tile_config(query.dtype, head_dim, _capability(query.device))
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     group_size = num_heads // num_kv_heads
-    grid = (triton.cdiv(max_seqlen_q * group_size, tiles.rows), num_kv_heads, len(cu_seqlens_q) - 1)
+    grid = (cdiv(max_seqlen_q * group_size, tiles.rows), num_kv_heads, len(cu_seqlens_q) - 1)
     launch(
         varlen_attention_kernel,
         grid,

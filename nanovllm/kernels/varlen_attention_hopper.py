@@ -23,7 +23,6 @@ understood only together with the code of all warps that use it.
 from math import e, log2
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -35,7 +34,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from nanovllm.kernels.launching import launch
+from nanovllm.kernels.launching import cdiv, launch
 
 ROWS = gl.constexpr(128)  # query rows of a program, half for each consumer
 HALF = gl.constexpr(64)
@@ -91,7 +90,7 @@ def varlen_attention_hopper(
     producer_registers = 24 if copied_keys == keys else 40
     output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     group_size = num_heads // num_kv_heads
-    grid = (triton.cdiv(max_seqlen_q * group_size, ROWS.value), num_kv_heads, len(cu_seqlens_q) - 1)
+    grid = (cdiv(max_seqlen_q * group_size, ROWS.value), num_kv_heads, len(cu_seqlens_q) - 1)
     launch(
         varlen_attention_hopper_kernel,
         grid,

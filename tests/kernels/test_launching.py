@@ -13,7 +13,7 @@ from tests.support.kernels.compiling import gpu_that_need_not_be_there
 
 triton = pytest.importorskip("triton")
 from nanovllm.kernels import launching  # noqa: E402
-from nanovllm.kernels.launching import compile_ahead, hash_compiler, launch  # noqa: E402
+from nanovllm.kernels.launching import cdiv, compile_ahead, hash_compiler, launch, next_power_of_2  # noqa: E402
 from nanovllm.kernels.silu_and_mul import silu_and_mul, silu_and_mul_kernel  # noqa: E402
 
 needs_async_compile = pytest.mark.skipif(
@@ -29,6 +29,12 @@ def gpu_of_each_thread(monkeypatch: pytest.MonkeyPatch) -> threading.local:
     monkeypatch.setattr(torch.cuda, "set_device", lambda gpu: setattr(current, "gpu", gpu))
     current.gpu = 1
     return current
+
+
+def test_integers_are_those_of_triton() -> None:
+    assert [next_power_of_2(n) for n in range(1, 300)] == [triton.next_power_of_2(n) for n in range(1, 300)]
+    pairs = [(dividend, divisor) for dividend in range(70) for divisor in (1, 3, 64)]
+    assert [cdiv(*pair) for pair in pairs] == [triton.cdiv(*pair) for pair in pairs]
 
 
 def test_the_compiler_is_hashed_once_in_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:
