@@ -106,7 +106,7 @@ if __name__ == "__main__":
     print(executor._processes[0].pid, executor._store_path, *segments(executor._queue), flush=True)
     {body}
 """
-GENERATE_LONG = "llm.generate([[5, 6, 7]], SamplingParams(max_tokens=40, ignore_eos=True), use_tqdm=False)"
+GENERATE_LONG = "llm.generate([[5, 6, 7]], SamplingParams(max_tokens=16, ignore_eos=True), use_tqdm=False)"
 
 
 class Program:
