@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ import pytest
 
 from tests.e2e.conftest import bundled_llm, check_empty
 from tests.support.kernels.versions import INTERPRETER_REASON, interprets
-from tests.support.limits import HANG_SECONDS
+from tests.support.limits import HANG_SECONDS, wait_until
 from tests.support.programs import run_python
 from tests.support.source_tree import ROOT
 
@@ -174,10 +173,3 @@ def test_a_client_that_disconnects_from_the_http_server_aborts_its_request() -> 
             block.is_cached for block in llm.scheduler.block_manager.blocks
         )
         assert num_computed < 400, "not generated to its end"
-
-
-def wait_until(is_so: Any) -> None:
-    deadline = time.monotonic() + HANG_SECONDS
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)

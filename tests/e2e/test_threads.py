@@ -13,7 +13,7 @@ from nanovllm.engine.request_state import RequestState
 from nanovllm.worker.async_output import AsyncModelOutput
 from tests.e2e.conftest import GREEDY, PROMPTS, bundled_llm, joined, tokens
 from tests.support.counts import count_comparisons
-from tests.support.limits import HANG_SECONDS
+from tests.support.limits import HANG_SECONDS, wait_until
 
 LONG = SamplingParams.greedy(max_tokens=200, ignore_eos=True, stop="no such text")
 
@@ -44,8 +44,7 @@ class HeldStep:
     def wait(self, num_waiting: int = 0) -> None:
         """Until the step has begun, and num_waiting threads in all compute or wait for their turn."""
         assert self._has_begun.wait(HANG_SECONDS)
-        while len(self._llm._lock._queue) < num_waiting:
-            threading.Event().wait(0.001)
+        wait_until(lambda: len(self._llm._lock._queue) >= num_waiting)
 
     def resume(self, error: BaseException | None = None) -> None:
         self._error = error
