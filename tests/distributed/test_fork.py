@@ -2,8 +2,6 @@
 
 import multiprocessing
 import os
-import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import Any
 import pytest
 
 from nanovllm import LLM
-from tests.support.limits import HANG_SECONDS
+from tests.support.programs import run_python
 from tests.support.rank_engines import GREEDY, PROMPTS, engine, generate
 from tests.support.source_tree import ROOT
 
@@ -23,10 +21,9 @@ from nanovllm import LLM, SamplingParams, bundled_model_path
 
 def main():
     global llm, stream
-    size = int(sys.argv[1])
     params = SamplingParams.greedy(max_tokens=8, ignore_eos=True)
     llm = LLM(str(bundled_model_path()), device="cpu", attention_backend="torch", kv_cache_block_size=16,
-              num_kv_cache_blocks=32, max_model_len=64, max_num_seqs=8, tensor_parallel_size=size)
+              num_kv_cache_blocks=32, max_model_len=64, max_num_seqs=8, tensor_parallel_size=2)
     def generate():
         return llm.generate("In the", params, use_tqdm=False)[0]["token_ids"]
     expected = generate()
@@ -79,15 +76,11 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("size", [1, 2])
-def test_a_forked_child_that_ends_leaves_the_engine_alone(tmp_path: Path, size: int) -> None:
+def test_a_forked_child_that_ends_leaves_the_engine_alone(tmp_path: Path) -> None:
     """D86: at its exit, finalizers and multiprocessing's exit function run."""
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
-    result = subprocess.run(
-        [sys.executable, str(program), str(size)], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True, text=True, timeout=HANG_SECONDS,
-    )  # fmt: skip
+    result = run_python(program, PYTHONPATH=str(ROOT))
     assert (result.returncode, result.stdout, result.stderr.count("Error")) == (0, "as before\n", 0), result.stderr
 
 

@@ -17,7 +17,7 @@ import pytest
 from nanovllm import LLM, SamplingParams, bundled_model_path
 from nanovllm.executor.multiproc import MultiprocExecutor
 from tests.support.counts import count_event
-from tests.support.limits import HANG_SECONDS
+from tests.support.limits import HANG_SECONDS, wait_until
 from tests.support.rank_engines import OPTIONS, engine, generate
 from tests.support.resource_snapshot import SHARED_MEMORY, Watch
 from tests.support.source_tree import ROOT
@@ -106,7 +106,7 @@ if __name__ == "__main__":
     print(executor._processes[0].pid, executor._store_path, *segments(executor._queue), flush=True)
     {body}
 """
-GENERATE_LONG = "llm.generate([[5, 6, 7]], SamplingParams(max_tokens=40, ignore_eos=True), use_tqdm=False)"
+GENERATE_LONG = "llm.generate([[5, 6, 7]], SamplingParams(max_tokens=16, ignore_eos=True), use_tqdm=False)"
 
 
 class Program:
@@ -156,14 +156,6 @@ def start_program(tmp_path: Path) -> Iterator[Callable[[str], Program]]:
             return program
 
         yield start
-
-
-def wait_until(is_true: Callable[[], bool], what: str) -> None:
-    for _ in range(10 * HANG_SECONDS):
-        if is_true():
-            return
-        time.sleep(0.1)
-    pytest.fail(f"it never became true that {what}")
 
 
 def test_the_interpreter_ends_without_close(start_program: Callable[[str], Program]) -> None:

@@ -1,8 +1,6 @@
 """Engines, prompts and helpers of the end-to-end tests. Tests share engines, since a start takes longer than a test."""
 
-import json
 import logging
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -98,20 +96,10 @@ def threads() -> Iterator[ThreadPoolExecutor]:
 
 
 @pytest.fixture
-def model(tmp_path: Path) -> Path:
-    """A copy of the bundled model, which the test may change."""
-    return shutil.copytree(bundled_model_path(), tmp_path / "model")
-
-
-@pytest.fixture
 def warnings(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
     """A function that returns the messages of all warnings that nanovllm has logged so far."""
     caplog.set_level(logging.WARNING, "nanovllm")
     return lambda: [record.getMessage() for record in caplog.records if record.name == "nanovllm"]
-
-
-def change_json(path: Path, changes: dict[str, Any]) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def tokens(llm: LLM, prompts: Any = PROMPTS, params: Any = GREEDY) -> list[list[int]]:

@@ -4,12 +4,11 @@ from collections import Counter
 from typing import Any
 
 import pytest
-import torch
 
 from nanovllm import LLM, SamplingParams, bundled_model_path
 from nanovllm.demo_prompts import DEMO_PROMPTS
 from nanovllm.worker.async_output import AsyncModelOutput
-from tests.e2e.conftest import GREEDY, PARAMS, PROMPTS, bundled_llm, run_to_end, tokens
+from tests.e2e.conftest import PARAMS, bundled_llm
 from tests.support.counts import count_comparisons
 from tests.support.engine_events import assert_occurred
 from tests.support.replay import Trace, play, record
@@ -55,34 +54,6 @@ def test_the_next_step_begins_before_the_tokens_are_waited_for(monkeypatch: pyte
         monkeypatch.setattr(AsyncModelOutput, "token_ids", lambda self: events.append("wait") or token_ids(self))
         llm.generate([[5, 6, 7]], SamplingParams.greedy(max_tokens=5, ignore_eos=True), use_tqdm=False)
     assert events == ["begin", *["begin", "wait"] * 4, "wait"]
-
-
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("planted"), KeyboardInterrupt()])
-@pytest.mark.parametrize("number", [1, 2, 3], ids=["prefill", "ahead of a prefill", "ahead of a decode"])
-def test_a_step_that_fails_ends_the_requests_of_its_caller_and_no_others(
-    async_llm: LLM, alone: list[list[int]], monkeypatch: pytest.MonkeyPatch, number: int, error: BaseException
-) -> None:
-    """D18: another request decodes. What the failed step was to compute of it is computed again."""
-    llm = async_llm
-    other = llm.add_request(PROMPTS[0], GREEDY)
-    for _ in range(3):
-        llm.step()
-    execute, calls = llm._core.executor.execute, []
-
-    def failing_execute(*args: Any) -> AsyncModelOutput:
-        calls.append(args)
-        if len(calls) == number:
-            raise error
-        return execute(*args)
-
-    with monkeypatch.context() as planted:
-        planted.setattr(llm._core.executor, "execute", failing_execute)
-        with pytest.raises(type(error)):
-            llm.generate(PROMPTS[1:3], GREEDY, use_tqdm=False)
-    outputs = run_to_end(llm)
-    assert outputs.keys() == {other}
-    assert (outputs[other]["finish_reason"], outputs[other]["token_ids"]) == ("length", alone[0])
-    assert tokens(llm, PROMPTS[0]) == [alone[0]]
 
 
 def test_a_trace_of_async_steps_replays_without_them() -> None:

@@ -5,7 +5,6 @@ tests/unit/engine/test_chat.py has the options of rendering and what is refused.
 
 import copy
 import logging
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,8 @@ import pytest
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.tokenizer import load_tokenizer
-from tests.e2e.conftest import bundled_llm, change_json, contents, joined, tokens
-from tests.support.tiny_models import tiny_model
+from tests.e2e.conftest import bundled_llm, contents, joined, tokens
+from tests.support.tiny_models import copy_model, tiny_model
 
 GREEDY = SamplingParams.greedy(max_tokens=20, ignore_eos=True)
 TEMPLATE = (
@@ -33,14 +32,13 @@ def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model whose tokenizer puts <s> before every text, has a chat template, and claims a limit of 8 tokens."""
     from tokenizers import AddedToken, Tokenizer, processors
 
-    directory = shutil.copytree(tiny_model("llama"), tmp_path_factory.mktemp("chat") / "model")
+    settings = {"bos_token": "<s>", "chat_template": TEMPLATE, "model_max_length": 8}
+    directory = copy_model(tiny_model("llama"), tmp_path_factory.mktemp("chat") / "model", tokenizer_config=settings)
     backend = Tokenizer.from_file(str(directory / "tokenizer.json"))
     backend.add_special_tokens([AddedToken("<s>", special=True)])
     bos = ("<s>", backend.token_to_id("<s>"))
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[bos])
     backend.save(str(directory / "tokenizer.json"))
-    settings = {"bos_token": "<s>", "chat_template": TEMPLATE, "model_max_length": 8}
-    change_json(directory / "tokenizer_config.json", settings)
     return directory
 
 

@@ -152,7 +152,7 @@ def test_outputs_never_change(architecture: str) -> None:
     oracle = Oracle(model_dir, MAX_MODEL_LEN)
     counts: Counter[str] = Counter()
 
-    @settings(max_examples=max(20, settings().max_examples // 4))
+    @settings(max_examples=max(10, settings().max_examples // 8))  # the three below have every event
     @given(scenario=scenarios())
     @example(scenario=CROWDED)
     @example(scenario=replace(CROWDED, preempt_every=3))

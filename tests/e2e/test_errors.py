@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from nanovllm import LLM, SamplingParams
+from nanovllm import LLM, SamplingParams, bundled_model_path
 from nanovllm.engine.scheduler import ScheduledBatch
-from tests.e2e.conftest import bundled_llm, run_to_end, tokens
+from tests.e2e.conftest import GREEDY, PROMPTS, bundled_llm, run_to_end, tokens
+from tests.support.tiny_models import copy_model
 
-GREEDY = SamplingParams.greedy(max_tokens=4)
 GOOD = [5, 6, 7]
 CLOSED = r"^this engine is closed: make a new one$"
 
@@ -30,30 +30,39 @@ def test_a_request_that_can_never_fit_is_refused_and_others_go_on(llm: LLM) -> N
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("planted"), KeyboardInterrupt()])
-@pytest.mark.parametrize(("caller", "reason"), [("generate", "length"), ("step", "abort")])
-def test_a_step_that_fails_ends_the_requests_of_its_caller_and_the_next_call_works(
-    llm: LLM, monkeypatch: pytest.MonkeyPatch, error: BaseException, caller: str, reason: str
+@pytest.mark.parametrize(("caller", "number"), [("generate", 1), ("generate", 2), ("generate", 3), ("step", 3)])
+def test_a_step_that_fails_ends_the_requests_of_its_caller_and_no_others(
+    engine: LLM,
+    alone: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    caller: str,
+    number: int,
 ) -> None:
-    """D18: a request of add_request ends if step() fails, and goes on if a step of generate() does."""
-    expected = tokens(llm, [GOOD], GREEDY)
-    execute, batches = llm._core.executor.execute, []
+    """D18: a request of add_request ends if step() fails. If a step of generate() does, it goes on, and what that step
+    was to compute of it is computed again. The step is a prefill or a decode, or one that began ahead of either.
+    """
+    other = engine.add_request(PROMPTS[0], GREEDY)
+    for _ in range(3):
+        engine.step()
+    execute, calls = engine._core.executor.execute, []
 
-    def fail_in_the_third_step(batch: Any) -> Any:
-        batches.append(batch)
-        if len(batches) == 3:
+    def failing_execute(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == number:
             raise error
-        return execute(batch)
+        return execute(*args)
 
-    failing = llm.add_request([9, 9], SamplingParams.greedy(max_tokens=6))
     with monkeypatch.context() as planted:
-        planted.setattr(llm._core.executor, "execute", fail_in_the_third_step)
+        planted.setattr(engine._core.executor, "execute", failing_execute)
         with pytest.raises(type(error)):
-            run_to_end(llm) if caller == "step" else llm.generate([GOOD, GOOD], GREEDY, use_tqdm=False)
-    later = llm.add_request(GOOD, GREEDY)
-    outputs = run_to_end(llm)
-    assert outputs.keys() == {failing, later}
-    assert outputs[failing]["finish_reason"] == reason
-    assert [outputs[later]["token_ids"]] == tokens(llm, [GOOD], GREEDY) == expected
+            run_to_end(engine) if caller == "step" else engine.generate(PROMPTS[1:3], GREEDY, use_tqdm=False)
+    later = engine.add_request(PROMPTS[1], GREEDY)
+    outputs = run_to_end(engine)
+    assert outputs.keys() == {other, later}
+    ended = (outputs[other]["finish_reason"], outputs[other]["token_ids"] == alone[0])
+    assert ended == (("abort", False) if caller == "step" else ("length", True))
+    assert [outputs[later]["token_ids"], *tokens(engine, PROMPTS[2])] == alone[1:]
 
 
 @pytest.mark.parametrize("is_async", [False, True])
@@ -84,8 +93,9 @@ def test_an_empty_schedule_while_requests_wait_is_an_error_and_no_endless_loop(
         llm.generate([GOOD], GREEDY, use_tqdm=False)
 
 
-def test_a_model_that_cannot_be_loaded_leaves_torch_as_it_was(model: Path) -> None:
+def test_a_model_that_cannot_be_loaded_leaves_torch_as_it_was(tmp_path: Path) -> None:
     """D44."""
+    model = copy_model(bundled_model_path(), tmp_path / "model")
     before = torch.get_default_dtype(), torch.get_default_device()
     (model / "model.safetensors").write_bytes(b"broken")
     with pytest.raises(ValueError, match="safetensors"):

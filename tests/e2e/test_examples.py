@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -21,10 +20,10 @@ import pytest
 
 from tests.e2e.conftest import bundled_llm, check_empty
 from tests.support.kernels.versions import INTERPRETER_REASON, interprets
-from tests.support.limits import HANG_SECONDS
+from tests.support.limits import HANG_SECONDS, wait_until
+from tests.support.programs import run_python
 from tests.support.source_tree import ROOT
 
-ENVIRONMENT = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
 GENESIS = " God created the heaven and the earth"
 
 
@@ -41,10 +40,7 @@ def example(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 
 def run_in_a_process(name: str) -> str:
-    command = [sys.executable, "-m", f"examples.{name}"]
-    result = subprocess.run(
-        command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=HANG_SECONDS, check=False
-    )
+    result = run_python("-m", f"examples.{name}", CUDA_VISIBLE_DEVICES="")
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -107,7 +103,8 @@ def test_the_custom_kernel_computes_what_the_reference_does() -> None:
 def serving(name: str) -> Iterator[int]:
     """The port of an example that serves HTTP in a process of its own. Ctrl-C ends it."""
     command = [sys.executable, "-u", "-m", f"examples.{name}", "--port", "0"]
-    with subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) as process:
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         lines = []
         try:
@@ -176,10 +173,3 @@ def test_a_client_that_disconnects_from_the_http_server_aborts_its_request() -> 
             block.is_cached for block in llm.scheduler.block_manager.blocks
         )
         assert num_computed < 400, "not generated to its end"
-
-
-def wait_until(is_so: Any) -> None:
-    deadline = time.monotonic() + HANG_SECONDS
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)

@@ -3,12 +3,12 @@
 tests/conformance/engines has what users of any engine expect: the order of outputs, seeds, where a text ends.
 """
 
-import json
 from pathlib import Path
 
 from nanovllm import LLM, SamplingParams, bundled_model_path
 from nanovllm.models.registry import load_model_config
-from tests.e2e.conftest import GREEDY, PROMPTS, bundled_llm, change_json, run_to_end, tokens
+from tests.e2e.conftest import GREEDY, PROMPTS, bundled_llm, run_to_end, tokens
+from tests.support.tiny_models import copy_model
 
 
 def test_a_prompt_may_be_text_or_token_ids(llm: LLM) -> None:
@@ -35,10 +35,10 @@ def test_cached_prompt_tokens_are_reported(llm: LLM) -> None:
     assert first["token_ids"] == second["token_ids"]
 
 
-def test_the_ids_that_end_a_text_are_those_of_the_files_and_of_the_tokenizer(model: Path) -> None:
+def test_the_ids_that_end_a_text_are_those_of_the_files_and_of_the_tokenizer(tmp_path: Path) -> None:
     """D70, D91: generation_config.json comes before config.json."""
-    change_json(model / "config.json", {"eos_token_id": 5})
-    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [6, 7]}))
+    ids = {"config": {"eos_token_id": 5}, "generation_config": {"eos_token_id": [6, 7]}}
+    model = copy_model(bundled_model_path(), tmp_path / "model", **ids)
     with bundled_llm(model=model) as llm:
         assert llm.scheduler.eos_token_ids == {6, 7, llm.tokenizer.eos_token_id}
 

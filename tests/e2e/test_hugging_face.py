@@ -19,14 +19,10 @@ from tests.support.counts import count_comparisons, record_error
 from tests.support.hugging_face import check_greedy_choices, first_module_that_differs, hugging_face_logits
 from tests.support.model_probe import make_runner, teacher_forced_logits
 from tests.support.oracle import ERROR_RATIO
-from tests.support.tiny_models import VARIANTS, VOCAB_SIZE, tiny_model
+from tests.support.tiny_models import VARIANTS, VOCAB_SIZE, random_tokens, tiny_model
 
 FACTORS = {"float32": ERROR_RATIO, "bfloat16": 2.0}
 OPTIONS: dict[str, Any] = {"device": "cpu", "dtype": "float32", "attention_backend": "torch"}
-
-
-def random_tokens(count: int, seed: int) -> list[int]:
-    return torch.randint(VOCAB_SIZE, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 @pytest.mark.parametrize("variant", [variant for _, variant in VARIANTS], ids=[name for name, _ in VARIANTS])
@@ -68,27 +64,28 @@ def test_a_mismatch_names_the_first_module_that_differs(module: str) -> None:
 # --- preemptions, prefix hits and chunks at once ---
 
 SETUPS = [("torch", "bfloat16"), ("triton", "float32"), ("triton", "bfloat16"), ("flash_attn", "bfloat16")]
-FEW_BLOCKS: dict[str, Any] = {  # of 256, FlashAttention's; too few for three sequences of up to four each
-    "num_kv_cache_blocks": 5,
-    "max_num_seqs": 3,
-    "max_num_batched_tokens": 200,
-    "max_model_len": 1024,
-}
 
 
-def check_under_pressure(architecture: str, dtype: str, **options: Any) -> None:
-    """transformers, given our tokens, would have chosen each of them, but where its best logits are within rounding."""
+def check_under_pressure(architecture: str, dtype: str, divisor: int = 1, **options: Any) -> None:
+    """transformers, given our tokens, would have chosen each of them, but where its best logits are within rounding.
+
+    Blocks of 256, FlashAttention's; too few for three sequences of up to four each. divisor: of all lengths.
+    """
     model_dir = tiny_model(architecture, head_dim=32, initializer_range=0.1, max_position_embeddings=1024)
     generator = torch.Generator().manual_seed(6)
-    prefix, *tails = (torch.randint(VOCAB_SIZE, (length,), generator=generator).tolist() for length in (300, 3, 17, 40))
-    prompts = [[*prefix, *tail] for tail in tails]
-    with LLM(str(model_dir), dtype=dtype, **FEW_BLOCKS, **options) as llm:
-        outputs = tokens(llm, prompts, SamplingParams.greedy(max_tokens=480, ignore_eos=True))
+    lengths = (-(-length // divisor) for length in (300, 3, 17, 40))
+    prefix, *tails = (torch.randint(VOCAB_SIZE, (length,), generator=generator).tolist() for length in lengths)
+    prompts, max_tokens = [[*prefix, *tail] for tail in tails], 480 // divisor
+    with LLM(
+        str(model_dir), dtype=dtype, kv_cache_block_size=256 // divisor, num_kv_cache_blocks=5, max_num_seqs=3,
+        max_num_batched_tokens=200 // divisor, max_model_len=1024 // divisor, **options,
+    ) as llm:  # fmt: skip
+        outputs = tokens(llm, prompts, SamplingParams.greedy(max_tokens=max_tokens, ignore_eos=True))
         assert llm.scheduler.num_preemptions > 0
         assert llm.scheduler.num_prefill_chunks > 0
         assert llm.scheduler.block_manager.num_hit_blocks > 0
     for prompt, token_ids in zip(prompts, outputs, strict=True):
-        assert len(token_ids) == 480
+        assert len(token_ids) == max_tokens
         check = check_greedy_choices(model_dir, prompt, token_ids, getattr(torch, dtype))
         half_place = torch.finfo(getattr(torch, dtype)).eps * check.largest_logit / 2
         bound = 2 * (FACTORS[dtype] * check.rounding + half_place)
@@ -100,7 +97,7 @@ def check_under_pressure(architecture: str, dtype: str, **options: Any) -> None:
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3_moe"])
 def test_bfloat16_under_pressure(architecture: str) -> None:
-    check_under_pressure(architecture, "bfloat16", device="cpu", attention_backend="torch")
+    check_under_pressure(architecture, "bfloat16", divisor=4, device="cpu", attention_backend="torch")
 
 
 @pytest.mark.gpu

@@ -1,14 +1,11 @@
 """A program that was written for nano-vllm runs unchanged, and ends without llm.close()."""
 
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 from nanovllm import bundled_model_path
-from tests.support.limits import HANG_SECONDS
+from tests.support.programs import run_python
 from tests.support.source_tree import ROOT
 
 PROGRAM = Path(__file__).with_name("nano_vllm_program.py")
@@ -22,9 +19,8 @@ PROGRESS = r"(Generating: .* tok/s\n){2}"  # of the calls without use_tqdm=False
 def test_a_program_in_the_style_of_nano_vllm_runs(tmp_path: Path) -> None:
     model = shutil.copytree(bundled_model_path(), tmp_path / "model")
     (model / "chat_template.jinja").write_text(TEMPLATE)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-W", "error::ResourceWarning", str(PROGRAM), str(model)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANG_SECONDS)
+    environment = {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    result = run_python("-W", "error::ResourceWarning", PROGRAM, model, **environment)
     assert result.returncode == 0, result.stderr
     assert re.fullmatch(PRINTED, result.stdout), result.stdout
     assert re.fullmatch(PROGRESS, result.stderr), "no warning, and nothing that was left open"

@@ -75,41 +75,40 @@ def torch_state() -> tuple[Any, ...]:
     )
 
 
-def assert_state_changes_nothing(state: State, model: Path, options: dict[str, Any]) -> None:
-    """An engine that is made inside the state gives its tokens there and afterwards; so does one made outside."""
+def assert_states_change_nothing(states: dict[str, State], model: Path, options: dict[str, Any]) -> None:
+    """An engine that is made inside a state gives its tokens there and afterwards; so does one made outside of all."""
     with LLM(str(model), **options) as outside:
         expected = tokens(outside, PROMPTS, PARAMS)
-        with state():
-            before = torch_state()
-            inside = LLM(str(model), **options)
-            assert torch_state() == before
-            assert tokens(inside, PROMPTS, PARAMS) == expected
-            assert tokens(outside, PROMPTS, PARAMS) == expected
-            assert torch_state() == before
-        with inside:
-            assert tokens(inside, PROMPTS, PARAMS) == expected
+        for name, state in states.items():
+            with state():
+                before = torch_state()
+                inside = LLM(str(model), **options)
+                assert torch_state() == before, name
+                assert tokens(inside, PROMPTS, PARAMS) == expected, name
+                assert tokens(outside, PROMPTS, PARAMS) == expected, name
+                assert torch_state() == before, name
+            with inside:
+                assert tokens(inside, PROMPTS, PARAMS) == expected, name
 
 
-@pytest.mark.parametrize("state", CPU_STATES)
-def test_torch_state_changes_no_token(state: str) -> None:
+def test_torch_state_changes_no_token() -> None:
     """D87."""
-    assert_state_changes_nothing(CPU_STATES[state], bundled_model_path(), BUNDLED_OPTIONS)
+    assert_states_change_nothing(CPU_STATES, bundled_model_path(), BUNDLED_OPTIONS)
 
 
-@pytest.mark.parametrize("state", ["float64", "default device", "autocast"])
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "qwen3_moe"])
-def test_no_architecture_takes_torchs_default_dtype_or_device(model_type: str, state: str) -> None:
+def test_no_architecture_takes_torchs_default_dtype_or_device(model_type: str) -> None:
     """D87."""
-    assert_state_changes_nothing(CPU_STATES[state], tiny_model(model_type), BUNDLED_OPTIONS)
+    states = {name: CPU_STATES[name] for name in ("float64", "default device", "autocast")}
+    assert_states_change_nothing(states, tiny_model(model_type), BUNDLED_OPTIONS)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("enforce_eager", [True, False])
-@pytest.mark.parametrize("state", GPU_STATES)
-def test_torch_state_changes_no_token_on_a_gpu(state: str, enforce_eager: bool) -> None:
+def test_torch_state_changes_no_token_on_a_gpu(enforce_eager: bool) -> None:
     """D87."""
     options = {
         "device": "cuda", "max_model_len": 512, "max_num_seqs": 4, "num_kv_cache_blocks": 16,
         "enforce_eager": enforce_eager,
     }  # fmt: skip
-    assert_state_changes_nothing(GPU_STATES[state], bundled_model_path(), options)
+    assert_states_change_nothing(GPU_STATES, bundled_model_path(), options)

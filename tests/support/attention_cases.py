@@ -71,8 +71,8 @@ class Step:
         return replace(self, context=replace(self.context, **changes))
 
 
-def make_step(case: Case, dtype: torch.dtype = torch.float64, device: str = "cpu", block_seed: int = 0) -> Step:
-    """The step of `case`; block_seed permutes which blocks the sequences own and nothing else."""
+def make_step(case: Case, dtype: torch.dtype = torch.float64, device: str = "cpu") -> Step:
+    """The step of `case`, whose sequences own blocks in random order."""
     generator = torch.Generator().manual_seed(case.seed)
     q_lens, k_lens = zip(*case.lengths, strict=True)
     heads, kv_heads = case.num_heads, case.num_kv_heads
@@ -80,7 +80,7 @@ def make_step(case: Case, dtype: torch.dtype = torch.float64, device: str = "cpu
 
     num_blocks = [-(-k_len // case.block_size) for k_len in k_lens]
     # No sequence owns block 0 (nor two others): a masked read that is sent there meets NaN.
-    block_ids = 1 + torch.randperm(sum(num_blocks) + 2, generator=torch.Generator().manual_seed(block_seed))
+    block_ids = 1 + torch.randperm(sum(num_blocks) + 2, generator=torch.Generator().manual_seed(0))
     block_tables = torch.full((len(k_lens), max(num_blocks)), -1, dtype=torch.int32)
     for index, ids in enumerate(block_ids[: sum(num_blocks)].split(num_blocks)):
         block_tables[index, : len(ids)] = ids

@@ -38,6 +38,13 @@ def small_config(model_type: str = "qwen3", **changes: Any) -> ModelConfig:
     return ModelConfig(**(values | changes))
 
 
+def counted_by_hand() -> ModelConfig:
+    """3 layers of 8 x 4 x (2 x 2 + 2 x 1) + 3 x 8 x 16 = 576 parameters, together 1728; an output layer of 80."""
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4, "qkv_bias": False}
+    sizes = {"num_hidden_layers": 3, "hidden_size": 8, "intermediate_size": 16, "vocab_size": 10}
+    return small_config("llama", **heads, **sizes)
+
+
 def checkpoint_tensors(config: ModelConfig, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     """Name -> random tensor, for every weight of a complete untied checkpoint."""
     hidden, head_dim = config.hidden_size, config.head_dim

@@ -1,13 +1,17 @@
-"""Tensor-parallel ranks without processes: the layers of several ranks in one test."""
+"""Tensor-parallel ranks without processes: several ranks in one test, alone, in threads, or over gloo."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
+from nanovllm.distributed.placement import RankPlacement
+from nanovllm.distributed.process_group import FileStore, destroy_process_group, init_process_group
+from nanovllm.distributed.rendezvous import rendezvous
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from tests.support.limits import HANG_SECONDS
 
@@ -53,7 +57,20 @@ def threaded_ranks(size: int) -> list[TensorParallel]:
     return [ThreadedRank(rank, size, barrier=barrier, parts=parts) for rank in range(size)]
 
 
-def run_together(work: Callable[[Item], Result], items: list[Item]) -> list[Result]:
-    """work(item) of all items at once, one thread each, in order. Items hold the ranks of one threaded_ranks()."""
+def run_over_gloo(directory: Path, work: Callable[[TensorParallel], Result]) -> list[Result]:
+    """work(tp) of two ranks in threads, which meet in a file in `directory`."""
+
+    def join_and_work(rank: int) -> Result:
+        store = FileStore(str(directory / "store"), 2)
+        tp = init_process_group(RankPlacement(rank, 2, num_ranks_per_device=2), store, rendezvous)
+        result = work(tp)
+        destroy_process_group(tp)
+        return result
+
+    return run_together(join_and_work, [0, 1])
+
+
+def run_together(work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    """work(item) of all items at once, one thread each, in order."""
     with ThreadPoolExecutor(len(items)) as threads:
         return list(threads.map(work, items))

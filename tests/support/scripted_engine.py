@@ -1,4 +1,4 @@
-"""ScriptedEngine: an engine without a model, whose clock advances by a fixed time at each step."""
+"""ScriptedEngine: an engine without a model, whose clock advances by a second at each step."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -8,16 +8,16 @@ from nanovllm.sampling_params import SamplingParams
 
 
 class ScriptedEngine:
-    """Each step gives one token to each of the first max_num_seqs unfinished requests, and takes seconds_per_step.
+    """Each step gives one token to each of the first max_num_seqs unfinished requests, and takes a second.
 
     now: seconds; clock() and sleep() use it. added: (prompt, params, time) of each request, in order. slept: seconds of
     each sleep. scheduler.running: the requests that got a token and are not finished, as LLM.scheduler has them.
     """
 
-    def __init__(self, seconds_per_step: float = 1.0, max_num_seqs: int = 10**6, vocab_size: int = 10**6) -> None:
-        self.seconds_per_step = seconds_per_step
+    vocab_size = 10**6
+
+    def __init__(self, max_num_seqs: int = 10**6) -> None:
         self.max_num_seqs = max_num_seqs
-        self.vocab_size = vocab_size
         self.now = 0.0
         self.added: list[tuple[list[int], SamplingParams, float]] = []
         self.slept: list[float] = []
@@ -39,7 +39,7 @@ class ScriptedEngine:
 
     def step(self) -> StepOutput:
         assert self._requests, "a step without a request"
-        self.now += self.seconds_per_step
+        self.now += 1.0
         computed = self._requests[: self.max_num_seqs]
         for request in computed:
             request.num_completion_tokens += 1

@@ -17,6 +17,7 @@ import torch
 VOCAB_SIZE = 320
 EOS_TOKEN_ID = 256  # the tokenizer has the 256 bytes and this; the other ids of the model are never in a prompt
 TRAINED_LEN = 64  # original_max_position_embeddings: short, so that tests reach beyond it
+ABSENT = "absent"  # in place of a key's value
 ROPE: dict[str, dict[str, Any]] = {
     "default": {"rope_type": "default"},
     "linear": {"rope_type": "linear", "factor": 2.0},
@@ -51,6 +52,21 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {  # model_type -> keys that the othe
 def tiny_model(architecture: str, **variant: Any) -> Path:
     """A directory with the checkpoint of `variant`: the keywords and defaults of _build. Made once, never changed."""
     return _cached(architecture, tuple(sorted(variant.items())))
+
+
+def copy_model(source: Path, target: Path, **changes: dict[str, Any]) -> Path:
+    """A copy of a model's directory. changes: a JSON file's name without .json -> keys to set, or ABSENT to remove."""
+    shutil.copytree(source, target)
+    for name, keys in changes.items():
+        path = target / f"{name}.json"
+        values = json.loads(path.read_text()) | keys
+        path.write_text(json.dumps({key: value for key, value in values.items() if value != ABSENT}))
+    return target
+
+
+def random_tokens(count: int, seed: int) -> list[int]:
+    """Token ids of the tiny models' vocabulary."""
+    return torch.randint(VOCAB_SIZE, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 def recipe_of(directory: Path) -> tuple[str, dict[str, Any]] | None:

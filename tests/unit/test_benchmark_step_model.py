@@ -12,15 +12,9 @@ from nanovllm.context import Context, set_context
 from nanovllm.layers.torch_ops import TORCH_OPS
 from nanovllm.models.decoder import build_model
 from nanovllm.models.registry import architectures
-from tests.support.checkpoints import small_config
+from tests.support.checkpoints import counted_by_hand, small_config
 from tests.support.parallel_ranks import PartialRank
 from tests.support.source_tree import ROOT
-
-
-def small_model() -> Any:
-    """3 layers of 8 x 4 x (2 x 2 + 2 x 1) + 3 x 8 x 16 = 576 parameters, together 1728; an output layer of 80."""
-    sizes = {"hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4, "vocab_size": 10}
-    return small_config("llama", num_hidden_layers=3, intermediate_size=16, **sizes)
 
 
 @pytest.mark.parametrize(
@@ -35,7 +29,7 @@ def small_model() -> Any:
 )
 def test_times_of_a_small_model(num_ranks: int, matmul: float, times: StepTimes) -> None:
     costs = Costs(Ceilings(4.0, matmul), kernel=3.0, sampling=6.0, all_reduce=10.0, gather=20.0)
-    found = step_times(small_model(), "float16", Batch(2, 5), num_ranks, costs)
+    found = step_times(counted_by_hand(), "float16", Batch(2, 5), num_ranks, costs)
     assert found == times
     assert found.seconds == sum(times)
 
@@ -43,7 +37,7 @@ def test_times_of_a_small_model(num_ranks: int, matmul: float, times: StepTimes)
 def test_key_value_heads_are_divided_among_ranks() -> None:
     """Two heads: a half for each of two ranks, and no less for each of four."""
     model, costs = (
-        dataclasses.replace(small_model(), num_key_value_heads=2),
+        dataclasses.replace(counted_by_hand(), num_key_value_heads=2),
         Costs(Ceilings(4.0, 1e9), 0.0, 0.0, 0.0, 0.0),
     )
     one, two, four = (step_times(model, "float16", Batch(2, 5), ranks, costs).attention for ranks in (1, 2, 4))

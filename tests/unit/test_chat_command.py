@@ -1,8 +1,6 @@
 """nanovllm chat: what a conversation prints and remembers, at a terminal and through a pipe."""
 
 import io
-import json
-import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -13,7 +11,7 @@ import pytest
 
 from nanovllm import LLM, SamplingParams, cli
 from nanovllm.commands.chat import HELP
-from tests.support.tiny_models import tiny_model
+from tests.support.tiny_models import copy_model, tiny_model
 
 TEMPLATE = (
     "{% for message in messages %}[{{ message['role'] }}]{{ message['content'] }}\n{% endfor %}"
@@ -32,10 +30,8 @@ class Terminal(io.StringIO):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = shutil.copytree(tiny_model("llama"), tmp_path_factory.mktemp("chat") / "model")
-    path = directory / "tokenizer_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": TEMPLATE}))
-    return directory
+    directory = tmp_path_factory.mktemp("chat") / "model"
+    return copy_model(tiny_model("llama"), directory, tokenizer_config={"chat_template": TEMPLATE})
 
 
 @pytest.fixture(scope="module")
@@ -150,17 +146,3 @@ def test_the_bundled_model_has_no_template_so_a_model_must_be_named(capsys) -> N
     with pytest.raises(SystemExit, match="2"):
         cli.main(["chat"])
     assert "required: --model" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("stdin", "words"),
-    [
-        (None, "and it is closed"),
-        (io.TextIOWrapper(io.BytesIO(b"Hello\n\xff\n"), encoding="utf-8"), "set PYTHONIOENCODING"),
-        (io.TextIOWrapper(io.BytesIO(b"\nx\xff\n"), "utf-8", "surrogateescape"), "byte 0xff in line 2"),
-    ],
-    ids=["closed", "strict", "surrogateescape"],
-)
-def test_an_input_that_cannot_be_read_is_refused(stdin: Any, words: str, model, monkeypatch, capsys) -> None:
-    assert chat(monkeypatch, model, stdin) == 2
-    assert words in capsys.readouterr().err.splitlines()[-1]

@@ -5,11 +5,12 @@ import json
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
 from nanovllm import cli
-from nanovllm.console import lossless_console, read_lines_from_stdin
+from nanovllm.console import lossless_console, read_lines_from_stdin, typed_lines
 from tests.support.limits import HANG_SECONDS
 from tests.support.source_tree import ROOT
 
@@ -70,26 +71,37 @@ def test_a_lone_surrogate_is_printed_as_an_escape(monkeypatch) -> None:
     assert written(out) == b"a\\udcff\n"
 
 
+def lines_of_a_chat() -> list[str]:
+    return list(typed_lines(""))
+
+
 @pytest.mark.parametrize(
-    ("stdin", "message"),
-    [(None, "standard input, and it is closed; give prompts as arguments"), (io.StringIO("\n"), "there was none")],
+    ("read", "stdin", "message"),
+    [
+        (read_lines_from_stdin, None, "standard input, and it is closed; give prompts as arguments"),
+        (read_lines_from_stdin, io.StringIO("\n"), "there was none"),
+        (lines_of_a_chat, None, "and it is closed; redirect it from a file"),
+    ],
 )
-def test_a_closed_and_an_empty_stdin_are_refused(stdin: io.StringIO | None, message: str, monkeypatch) -> None:
+def test_a_closed_and_an_empty_stdin_are_refused(read: Any, stdin: Any, message: str, monkeypatch) -> None:
     """D92"""
     monkeypatch.setattr(sys, "stdin", stdin)
     with pytest.raises(ValueError, match=message):
-        read_lines_from_stdin()
+        read()
 
 
-@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
-def test_stdin_of_another_encoding_is_refused_with_a_remedy_that_works(errors, monkeypatch) -> None:
+@pytest.mark.parametrize("read", [read_lines_from_stdin, lines_of_a_chat])
+@pytest.mark.parametrize(("errors", "byte"), [("strict", "0xe9"), ("surrogateescape", "0xe9 in line 2")])
+def test_stdin_of_another_encoding_is_refused_with_a_remedy_that_works(read: Any, errors, byte, monkeypatch) -> None:
     """D85, D93"""
     data = "first\ncafé\n".encode("latin-1")
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8", errors=errors))
-    with pytest.raises(ValueError, match=r"must be text in utf-8, and .*0xe9 .*for example PYTHONIOENCODING=latin-1"):
-        read_lines_from_stdin()
+    with pytest.raises(
+        ValueError, match=rf"must be text in utf-8, and .*{byte} .*for example PYTHONIOENCODING=latin-1"
+    ):
+        read()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="latin-1"))
-    assert read_lines_from_stdin() == ["first", "café"]
+    assert read() == ["first", "café"]
 
 
 def test_real_streams_that_are_closed_or_full() -> None:

@@ -48,26 +48,29 @@ def inputs_of(folder: Path, definition: dict[str, Any], workload: dict[str, Any]
     return inputs
 
 
+def outputs_of(definition: dict[str, Any], inputs: dict[str, Any]) -> tuple[Any, ...]:
+    """Of the code that the definition holds."""
+    module: dict[str, Any] = {}
+    exec(definition["reference"], module)
+    result = module["run"](**inputs)
+    return result if isinstance(result, tuple) else (result,)
+
+
 def test_the_code_of_a_definition_needs_torch_alone_and_gives_what_the_reference_gives(folder: Path) -> None:
     """And every operation has a definition, and every definition workloads."""
     assert all(any(name.startswith(operation) for name in definitions(folder)) for operation in OPERATIONS)
     num_compared = 0
     for name, definition in definitions(folder).items():
-        module: dict[str, Any] = {}
         assert "jaxtyping" not in definition["reference"]
         assert "reference." not in definition["reference"]
-        exec(definition["reference"], module)
         function = next(one.function for key, one in OPERATIONS.items() if name.startswith(key))
         found = workloads(folder, name)
         assert found, name
         for workload in found:
             inputs = inputs_of(folder, definition, workload)
-            expected, actual = function(**inputs), module["run"](**inputs)
-            if not isinstance(expected, torch.Tensor | tuple):
-                assert actual == expected
-                continue
-            pairs = [(actual, expected)] if isinstance(expected, torch.Tensor) else zip(actual, expected, strict=True)
-            for got, wanted in pairs:
+            expected = function(**inputs)
+            outputs = expected if isinstance(expected, tuple) else (expected,)
+            for got, wanted in zip(outputs_of(definition, inputs), outputs, strict=True):
                 torch.testing.assert_close(got, wanted, rtol=0, atol=0, equal_nan=True)
                 num_compared += 1
     assert num_compared > 30
@@ -83,8 +86,8 @@ def test_workloads_are_those_of_the_run(folder: Path) -> None:
     assert first["block_tables"].dtype == torch.int32
     assert paged_attention(**first).shape == (2, 4, 16)
     (name,) = (name for name in definitions(folder) if name.startswith("paged_attention_prefill_h4_d16"))
-    (workload,) = workloads(folder, name)
-    assert workload["axes"]["T"] == len(PROMPTS[2]) - 16
+    queries = [workload["axes"]["T"] for workload in workloads(folder, name)]
+    assert queries == [len(PROMPTS[2]) - 16, 1], "the last layer computes the last token alone"
 
 
 def test_flashinfer_bench_reads_what_is_exported(folder: Path) -> None:
@@ -98,13 +101,9 @@ def test_flashinfer_bench_reads_what_is_exported(folder: Path) -> None:
             inputs = inputs_of(folder, definitions(folder)[name], trace.workload.model_dump(mode="json"))
             ordered = [inputs[key] for key in definition.inputs]
             assert definition.get_axes_values_from_inputs(ordered) == trace.workload.axes
-            shapes = definition.get_output_shapes(trace.workload.axes)
-            module: dict[str, Any] = {}
-            exec(definition.reference, module)
-            result = module["run"](*ordered)
-            outputs = result if isinstance(result, tuple) else (result,)
-            got = [list(one.shape) if isinstance(one, torch.Tensor) else None for one in outputs]
-            assert got == shapes, name
+            outputs = outputs_of(definitions(folder)[name], inputs)
+            shapes = [list(one.shape) if isinstance(one, torch.Tensor) else None for one in outputs]
+            assert definition.get_output_shapes(trace.workload.axes) == shapes, name
             sizes = {**definition.const_axes, **trace.workload.axes}
             assert all(eval(rule, {"__builtins__": {}}, sizes) for rule in definition.constraints), name
 

@@ -1,8 +1,5 @@
 """How the GPU tests share a GPU: which tests run at the same time, and in how many processes."""
 
-import os
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,8 +10,7 @@ from filelock import FileLock, Timeout
 
 from tests.support import gpu_sharing
 from tests.support.gpu_sharing import GPU_TESTS_ALONE, held, pytest_cmdline_main, pytest_runtest_setup
-from tests.support.limits import HANG_SECONDS
-from tests.support.source_tree import ROOT
+from tests.support.programs import run_python
 
 
 def test_a_whole_gpu_test_runs_alone_and_is_not_overtaken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,11 +57,7 @@ def test_which_runs_are_of_gpu_tests_alone(markexpr: str, is_gpu_alone: bool) ->
 
 def test_without_a_gpu_the_run_is_one_line() -> None:
     """A run of its own, with the exit code of a wrong option."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu and not whole_gpu"]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    result = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=HANG_SECONDS, check=False
-    )
+    result = run_python("-m", "pytest", "-m", "gpu and not whole_gpu", CUDA_VISIBLE_DEVICES="")
     assert (result.returncode, result.stdout.strip()) == (pytest.ExitCode.USAGE_ERROR, "")
     (line,) = result.stderr.strip().splitlines()
     assert line.startswith("ERROR: -m 'gpu and not whole_gpu': these tests need NVIDIA GPUs")

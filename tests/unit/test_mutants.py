@@ -131,7 +131,7 @@ def test_old_text_that_does_not_occur_once_is_refused(project: Path, place: str,
 CHILDREN = """
 import os, subprocess, sys
 seconds = 600 if os.path.exists("/proc/self/schedstat") else 1
-compute = "import time; end = time.monotonic() + 6\\nwhile time.monotonic() < end: pass"
+compute = "import time; end = time.monotonic() + 3\\nwhile time.monotonic() < end: pass"
 programs = [
     f"import time; time.sleep({seconds})",
     compute,
@@ -146,7 +146,7 @@ sys.exit(3)
 def test_processes_that_wait_without_end_are_ended_and_those_that_compute_are_not(tmp_path: Path) -> None:
     """Nor those that wait for a process that computes. Other systems than Linux do not tell them apart."""
     with pytest.raises(subprocess.CalledProcessError) as caught:
-        run_without_waiting([sys.executable, "-c", CHILDREN], tmp_path, longest_wait_s=3)
+        run_without_waiting([sys.executable, "-c", CHILDREN], tmp_path, longest_wait_s=1.5)
     ended = -signal.SIGXCPU if Path("/proc/self/schedstat").exists() else 0
     assert (tmp_path / "codes").read_text() == str([int(ended), 0, 0])
     assert caught.value.returncode == 3, "of the command"

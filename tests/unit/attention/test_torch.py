@@ -51,13 +51,8 @@ def assert_attends_like_the_reference(case: Case) -> None:
 )
 @each_step
 def test_equals_the_reference(case: Case, changes: dict[str, int]) -> None:
-    """D53: heads share kv heads in order; any block size and any head_dim."""
+    """D53: heads share kv heads in order; any block size and any head_dim. Blocks lie in random order."""
     assert_attends_like_the_reference(replace(case, **changes))
-
-
-@pytest.mark.parametrize("seed", range(2))
-def test_long_sequences_cross_many_blocks(seed: int) -> None:
-    assert_attends_like_the_reference(Case(((7, 300), (290, 300), (1, 257), (64, 64)), seed=seed))
 
 
 def test_chunks_see_what_the_whole_prompt_sees() -> None:
@@ -78,13 +73,6 @@ def test_chunks_see_what_the_whole_prompt_sees() -> None:
         outputs.append(chunk.run())
     assert_close(ATTENTION, torch.cat(outputs), expected, rtol=0, atol=FLOAT64_TOLERANCE)
     assert_same_bits(chunked.k_cache, whole.k_cache)
-
-
-@each_step
-def test_which_blocks_a_sequence_owns_changes_nothing(case: Case) -> None:
-    first, second = make_step(case, block_seed=1), make_step(case, block_seed=2)
-    assert not torch.equal(first.block_tables, second.block_tables)
-    assert_same_bits(first.run(), second.run())
 
 
 @pytest.mark.parametrize("max_tokens", [1, 45])  # 5 groups, and 3; the other tests have 2

@@ -9,15 +9,13 @@ from nanovllm.bench.limits import Ceilings, Limit, StepWork
 from nanovllm.model_config import ModelConfig, MoEConfig
 from nanovllm.models.registry import load_model_config
 from nanovllm.sampling_params import SamplingParams
+from tests.support.checkpoints import counted_by_hand
 from tests.support.tiny_models import ARCHITECTURES, tiny_model
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def model() -> ModelConfig:
-    """3 layers of 8 x 4 x (2 x 2 + 2 x 1) + 3 x 8 x 16 = 576 parameters, together 1728; an output layer of 80."""
-    sizes = {"hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4, "vocab_size": 10}
-    config = load_model_config(tiny_model("llama"))
-    return dataclasses.replace(config, num_hidden_layers=3, intermediate_size=16, **sizes)
+    return counted_by_hand()
 
 
 def test_a_shared_prefix_is_computed_once_and_read_once_a_step(model) -> None:

@@ -56,8 +56,8 @@ class Driver:
         return 0
 
 
-def memories(driver: Driver, num_ranks: int = 3) -> list[PeerMemory]:
-    return [PeerMemory(rank, num_ranks, driver, device="cpu") for rank in range(num_ranks)]
+def memories(driver: Driver) -> list[PeerMemory]:
+    return [PeerMemory(rank, 3, driver, device="cpu") for rank in range(3)]
 
 
 def test_each_rank_has_its_own_buffer_and_opens_the_others() -> None:

@@ -2,7 +2,6 @@
 
 import threading
 import weakref
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
@@ -13,32 +12,26 @@ from typing import Any
 import pytest
 import torch
 
-from nanovllm.distributed import process_group
-from nanovllm.distributed import rendezvous as rendezvous_module
-from nanovllm.distributed.placement import RankPlacement
-from nanovllm.distributed.process_group import DaemonThread, FileStore, destroy_process_group, init_process_group
-from nanovllm.distributed.rendezvous import rendezvous
+from nanovllm.distributed import process_group, rendezvous
+from nanovllm.distributed.process_group import DaemonThread
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from tests.support.limits import HANG_SECONDS
+from tests.support.parallel_ranks import run_over_gloo
 
 
 def test_ranks_sum_gather_and_broadcast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """D37: rows of a batch stay rows; rank r's columns stand at place r. D30: the minimum is every rank's."""
 
-    def work(rank: int) -> tuple[Any, ...]:
-        store = FileStore(str(tmp_path / "store"), 2)
-        tp = init_process_group(RankPlacement(rank, 2, num_ranks_per_device=2), store, rendezvous)
-        x = 10.0 * rank + torch.arange(6.0).view(2, 3)
+    def work(tp: TensorParallel) -> tuple[Any, ...]:
+        x = 10.0 * tp.rank + torch.arange(6.0).view(2, 3)
         gathered = tp.gather(x.T.contiguous().T)
-        tokens = tp.broadcast(torch.tensor([3, 4]) if rank == 0 else torch.empty(2, dtype=torch.int64))
-        ranks = [int(other) for other in tp.all_gather(torch.tensor(rank))]
-        results = tp.all_reduce(x.clone()).tolist(), tokens.tolist(), tp.all_reduce_min(7 - rank), ranks
-        destroy_process_group(tp)
+        tokens = tp.broadcast(torch.tensor([3, 4]) if tp.rank == 0 else torch.empty(2, dtype=torch.int64))
+        ranks = [int(other) for other in tp.all_gather(torch.tensor(tp.rank))]
+        results = tp.all_reduce(x.clone()).tolist(), tokens.tolist(), tp.all_reduce_min(7 - tp.rank), ranks
         return *results, None if gathered is None else gathered.tolist()
 
-    monkeypatch.setattr(rendezvous_module, "NO_TIMEOUT", timedelta(seconds=HANG_SECONDS))
-    with ThreadPoolExecutor(2) as threads:
-        first, second = threads.map(work, range(2))
+    monkeypatch.setattr(rendezvous, "NO_TIMEOUT", timedelta(seconds=HANG_SECONDS))
+    first, second = run_over_gloo(tmp_path, work)
     same = [[10.0, 12.0, 14.0], [16.0, 18.0, 20.0]], [3, 4], 6, [0, 1]
     assert first == (*same, [[0.0, 1.0, 2.0, 10.0, 11.0, 12.0], [3.0, 4.0, 5.0, 13.0, 14.0, 15.0]])
     assert second == (*same, None)

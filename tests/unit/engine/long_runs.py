@@ -1,6 +1,9 @@
-"""Long runs of EngineMachine and its subclasses, in which every event occurs: so the campaigns are not vacuous."""
+"""Runs of EngineMachine and its subclasses: Hypothesis' short ones, and long ones in which every event occurs."""
 
 import random
+
+from hypothesis import settings
+from hypothesis.stateful import run_state_machine_as_test
 
 from tests.support.engine_events import assert_occurred
 from tests.support.engine_machine import EngineMachine
@@ -15,6 +18,13 @@ ASYNC_EVENTS = ("async step", "token discarded")
 
 class MachineWithCollisions(EngineMachine):
     hash_function = staticmethod(two_bit_hash)
+
+
+def check_short_runs(machine: type[EngineMachine]) -> None:
+    """Above 30, half as many as other tests draw: each has 40 rules, and the long runs have the rare events."""
+    number = settings().max_examples
+    number = min(number, max(30, number // 2))
+    run_state_machine_as_test(machine, settings=settings(max_examples=number, stateful_step_count=40))
 
 
 def play_until_everything_occurred(machine: type[EngineMachine], num_runs: int = 25) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from nanovllm.engine.fair_lock import FairLock
-from tests.support.limits import HANG_SECONDS
+from tests.support.limits import HANG_SECONDS, wait_until
 
 
 def start(work: Callable[[], Any]) -> threading.Thread:
@@ -21,13 +21,6 @@ def join(*threads: threading.Thread) -> None:
     for thread in threads:
         thread.join(HANG_SECONDS)
         assert not thread.is_alive(), "a thread waits for the lock and never gets it"
-
-
-def wait_for_queue(lock: FairLock, length: int) -> None:
-    deadline = time.monotonic() + HANG_SECONDS
-    while len(lock._queue) != length:
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
 
 
 def test_threads_enter_in_the_order_of_asking() -> None:
@@ -43,7 +36,7 @@ def test_threads_enter_in_the_order_of_asking() -> None:
         with lock:  # re-entrant: held until it has been released as often as acquired
             for number in range(5):
                 threads.append(start(lambda number=number: enter(number)))
-                wait_for_queue(lock, number + 2)
+                wait_until(lambda: len(lock._queue) == number + 2)  # noqa: B023  (called at once)
         time.sleep(0.05)
         assert entered == []
     enter(5)
@@ -83,9 +76,9 @@ def test_an_exception_in_the_waiting_gives_the_place_up(monkeypatch: pytest.Monk
     holder = start(hold)
     assert is_inside.wait(HANG_SECONDS)
     be_interrupted()
-    wait_for_queue(lock, 1)
+    wait_until(lambda: len(lock._queue) == 1)
     last = start(enter)
-    wait_for_queue(lock, 2)
+    wait_until(lambda: len(lock._queue) == 2)
     may_leave.set()
     join(holder, last)
     assert events == ["waits", "entered"]

@@ -3,8 +3,6 @@
 from dataclasses import replace
 
 import pytest
-from hypothesis import settings
-from hypothesis.stateful import run_state_machine_as_test
 
 from nanovllm.engine.scheduler import ScheduledBatch
 from nanovllm.engine.sequence import Sequence
@@ -13,7 +11,7 @@ from reference.block_manager import BlockManager
 from tests.support.counts import count_comparisons
 from tests.support.engine_machine import EOS, MAX_MODEL_LEN, EngineMachine
 from tests.support.scheduling import two_bit_hash
-from tests.unit.engine.long_runs import play_until_everything_occurred
+from tests.unit.engine.long_runs import check_short_runs, play_until_everything_occurred
 
 
 class LockStep(EngineMachine):
@@ -94,7 +92,7 @@ class LockStepWithCollisions(LockStep):
 @pytest.mark.parametrize("machine", [LockStep, LockStepWithCollisions])
 def test_the_engine_decides_as_the_reference(machine: type[LockStep]) -> None:
     """D02 D05 D06 D08 D09 D10 D11 D13 D14 D15 D16 D17 D19: what is computed, shared, kept and freed, at every step."""
-    run_state_machine_as_test(machine, settings=settings(stateful_step_count=40))
+    check_short_runs(machine)
 
 
 def test_every_event_occurs() -> None:

@@ -1,17 +1,15 @@
 """Scheduler and BlockManager under everything that can happen: EngineMachine, with the engine's hash and a weak one."""
 
 import pytest
-from hypothesis import settings
-from hypothesis.stateful import run_state_machine_as_test
 
 from tests.support.engine_machine import EngineMachine
-from tests.unit.engine.long_runs import MachineWithCollisions, play_until_everything_occurred
+from tests.unit.engine.long_runs import MachineWithCollisions, check_short_runs, play_until_everything_occurred
 
 
 @pytest.mark.parametrize("machine", [EngineMachine, MachineWithCollisions])
 def test_no_run_reads_a_wrong_key_breaks_a_limit_or_starves_anyone(machine: type[EngineMachine]) -> None:
     """D01 D02 D04 D05 D06 D07 D08 D09 D10 D13 D15 D16 D17 D18 D19 D57. Each request ends within its bound of steps."""
-    run_state_machine_as_test(machine, settings=settings(stateful_step_count=40))
+    check_short_runs(machine)
 
 
 def test_every_event_occurs() -> None:

@@ -3,9 +3,8 @@ missing, or want to run their own code.
 """
 
 import importlib.util
-import json
+import itertools
 import logging
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from nanovllm.engine.tokenizer import _require_sentencepiece, load_tokenizer
 from nanovllm.models.registry import load_model_config
 from tests.support.checkpoints import small_config
 from tests.support.counts import count_comparisons
-from tests.support.tiny_models import ARCHITECTURES, tiny_model
+from tests.support.tiny_models import ABSENT, ARCHITECTURES, copy_model, tiny_model
 
 TEXT = "In the beginning <eos> was\n the Word, \u00e9\u4e2d <|im_end|> "
 
@@ -60,32 +59,26 @@ def state_of(tokenizer: Any) -> dict[str, Any]:
     }
 
 
-def change_json(path: Path, changes: dict[str, Any]) -> None:
-    """Change the file; a tokenizer_class of None is left out."""
-    values = {**json.loads(path.read_text()), **changes}
-    path.write_text(
-        json.dumps({key: value for key, value in values.items() if (key, value) != ("tokenizer_class", None)})
-    )
+CLASSES = ["PreTrainedTokenizerFast", "LlamaTokenizer", "Qwen2TokenizerFast"]
+FILES = ["tokenizer_config", "config"]
 
 
-TOKENIZER_CLASSES = [None, "PreTrainedTokenizerFast", "LlamaTokenizer", "Qwen2TokenizerFast"]
-
-
-@pytest.mark.parametrize("place", ["tokenizer_config.json", "config.json", "unchanged"])
-@pytest.mark.parametrize("tokenizer_class", TOKENIZER_CLASSES)
+@pytest.mark.parametrize("named", ["as it was made", "nowhere", *itertools.product(FILES, CLASSES)], ids=str)
 @pytest.mark.parametrize("architecture", [*ARCHITECTURES, "bundled"])
 def test_it_is_the_tokenizer_that_auto_tokenizer_gives(
-    tmp_path: Path, architecture: str, tokenizer_class: str | None, place: str
+    tmp_path: Path, architecture: str, named: str | tuple[str, str]
 ) -> None:
     """D90: whether tokenizer_config.json, config.json or the model's type determines the class."""
     from transformers import AutoTokenizer
 
-    model_dir = tmp_path / "model"
-    shutil.copytree(bundled_model_path() if architecture == "bundled" else tiny_model(architecture), model_dir)
-    if place != "unchanged":
-        change_json(model_dir / "tokenizer_config.json", {"tokenizer_class": None, "chat_template": "{{ messages }}"})
-        if tokenizer_class is not None:
-            change_json(model_dir / place, {"tokenizer_class": tokenizer_class})
+    changes: dict[str, dict[str, Any]] = {"tokenizer_config": {}, "config": {}}
+    if named != "as it was made":
+        changes["tokenizer_config"] = {"tokenizer_class": ABSENT, "chat_template": "{{ messages }}"}
+    if isinstance(named, tuple):
+        file, tokenizer_class = named
+        changes[file]["tokenizer_class"] = tokenizer_class
+    source = bundled_model_path() if architecture == "bundled" else tiny_model(architecture)
+    model_dir = copy_model(source, tmp_path / "model", **changes)
     expected = state_of(AutoTokenizer.from_pretrained(str(model_dir)))
     assert state_of(load_tokenizer(model_dir, load_model_config(model_dir))) == expected
     count_comparisons("tokenizer: state against AutoTokenizer", len(expected))
@@ -113,9 +106,9 @@ def test_a_config_that_we_read_leaves_the_tokenizer_as_it_is(
 ) -> None:
     """D90: AutoTokenizer refuses some of these, as if the tokenizer were broken."""
     expected = state_of(load_tokenizer(tiny_model(architecture)))
-    shutil.copytree(tiny_model(architecture), tmp_path / "model")
-    change_json(tmp_path / "model" / "config.json", changes)
-    assert state_of(load_tokenizer(tmp_path / "model")) == expected
+    assert (
+        state_of(load_tokenizer(copy_model(tiny_model(architecture), tmp_path / "model", config=changes))) == expected
+    )
 
 
 @pytest.mark.parametrize("missing", ["sentencepiece", "google.protobuf", "google"])
@@ -144,7 +137,7 @@ def test_what_a_tokenizer_model_needs_is_named(
 
 def test_a_tokenizer_json_needs_neither(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """D89"""
-    shutil.copytree(tiny_model("llama"), tmp_path / "model")
+    copy_model(tiny_model("llama"), tmp_path / "model")
     (tmp_path / "model" / "tokenizer.model").write_bytes(b"\x0a")
     monkeypatch.setattr("nanovllm.engine.tokenizer._require_sentencepiece", None)  # a call would fail
     assert load_tokenizer(tmp_path / "model").eos_token_id == 256

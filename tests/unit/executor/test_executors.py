@@ -195,6 +195,16 @@ def test_the_root_cause_is_raised_from_what_rank_0_ran_into(parts: Any) -> None:
     assert caught.value.__cause__ is parts.errors["run"]
 
 
+def test_ctrl_c_while_the_root_cause_is_waited_for_closes_the_executor(parts: Any) -> None:
+    """D33: the workers are killed, so none computes a later request from where it was."""
+    executor = Ranks(parts)
+    parts.errors |= {"run": RuntimeError("connection closed"), "wait for root cause": KeyboardInterrupt()}
+    with pytest.raises(KeyboardInterrupt):
+        executor.execute(BATCH)
+    assert parts.calls[-5:] == FAILURE
+    assert executor.is_closed
+
+
 @pytest.mark.parametrize("where", SHUTDOWN[:-1])
 def test_ctrl_c_during_shutdown_leaves_nothing(parts: Any, where: str) -> None:
     """D34."""

@@ -10,7 +10,7 @@ import pytest
 from nanovllm.executor import failure_monitor
 from nanovllm.executor.base import RankError, RankValueError
 from nanovllm.executor.failure_monitor import READY, FailureMonitor, RankFailure, State, find_root_cause
-from tests.support.limits import HANG_SECONDS
+from tests.support.limits import HANG_SECONDS, wait_until
 
 
 def failure(cause: str, time: float = 1.0, is_value_error: bool = False) -> RankFailure:
@@ -52,20 +52,13 @@ def start() -> Iterator[Callable[[int], Workers]]:
 Start = Callable[[int], Workers]
 
 
-def wait_for(monitor: FailureMonitor, state: State) -> None:
-    end = time.monotonic() + HANG_SECONDS
-    while monitor.state is not state:
-        assert time.monotonic() < end
-        time.sleep(0.001)
-
-
 def test_the_state_is_running_when_all_workers_are_ready(start: Start) -> None:
     workers = start(2)
     workers.senders[2].send(READY)
     time.sleep(0.1)  # for the thread, which must not change it
     assert workers.monitor.state is State.STARTING
     workers.senders[1].send(READY)
-    wait_for(workers.monitor, State.RUNNING)
+    wait_until(lambda: workers.monitor.state is State.RUNNING)
     workers.monitor.check()
     assert workers.monitor.stop() is State.STOPPING
     workers.senders[1].close()  # a worker that ends now has not failed

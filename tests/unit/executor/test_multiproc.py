@@ -17,7 +17,7 @@ from nanovllm.executor.base import RankError
 from nanovllm.executor.failure_monitor import READY, State
 from nanovllm.executor.multiproc import MultiprocExecutor
 from nanovllm.executor.worker_main import WorkerSpec
-from tests.support.limits import HANG_SECONDS
+from tests.support.limits import HANG_SECONDS, wait_until
 from tests.unit.executor.test_failure_monitor import failure
 
 SPEC: Any = WorkerSpec(Config("any", tensor_parallel_size=2, device="cpu"), None, None)  # type: ignore[arg-type]
@@ -113,8 +113,7 @@ def test_a_group_that_connects_although_a_rank_has_failed_is_aborted(ranks: Rank
 
     def join() -> TensorParallel:
         ranks.fail()
-        while ranks.num_kills < num_kills:
-            time.sleep(0.01)
+        wait_until(lambda: ranks.num_kills >= num_kills)
         return TensorParallel(0, 2, group)
 
     group = Group("nccl")

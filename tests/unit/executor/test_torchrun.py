@@ -5,8 +5,6 @@ fails does not hang.
 """
 
 import weakref
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +22,7 @@ from nanovllm.executor.torchrun import TorchrunChannel, TorchrunExecutor, run_to
 from nanovllm.executor.worker_main import WorkerSpec
 from nanovllm.torchrun_env import TorchrunEnv
 from tests.support.limits import HANG_SECONDS
+from tests.support.parallel_ranks import run_together
 
 HANG = timedelta(seconds=HANG_SECONDS)
 CONFIG = Config("any", tensor_parallel_size=2, device="cpu")
@@ -56,11 +55,6 @@ def on_cpus(size: int) -> list[TorchrunChannel]:
     return make_channels(*(RankPlacement(rank, size, num_ranks_per_device=size) for rank in range(size)))
 
 
-def on_all(channels: list[TorchrunChannel], work: Callable[[TorchrunChannel], Any]) -> list[Any]:
-    with ThreadPoolExecutor(len(channels)) as threads:
-        return list(threads.map(work, channels))
-
-
 def test_messages_arrive_whole_and_in_order_and_tensors_have_a_group_of_their_own() -> None:
     """Messages of any length: the receivers learn it first."""
     messages: list[Any] = ["x" * 300, b"\0" * 2**17, {"a": [1, 2]}]
@@ -76,7 +70,7 @@ def test_messages_arrive_whole_and_in_order_and_tensors_have_a_group_of_their_ow
                 channel.send(message)
         return received, total, tp.group is channel._control
 
-    assert on_all(on_cpus(3), work) == [(messages, 6.0, False)] * 3
+    assert run_together(work, on_cpus(3)) == [(messages, 6.0, False)] * 3
 
 
 @pytest.mark.parametrize(("per_device", "expected"), [((1, 1), "nccl"), ((2, 1), "gloo"), ((1, 2), "gloo")])
@@ -84,7 +78,7 @@ def test_nccl_needs_a_gpu_for_every_rank(monkeypatch, per_device: tuple[int, int
     """D36: on one machine ranks may share a GPU, and on another not; all must connect in the same way."""
     monkeypatch.setattr(torchrun, "init_process_group", lambda placement, store, new_group: new_group.__name__)
     channels = make_channels(*(RankPlacement(rank, 2, count, gpu=0) for rank, count in enumerate(per_device)))
-    assert on_all(channels, TorchrunChannel.connect) == [f"new_{expected}_group"] * 2
+    assert run_together(TorchrunChannel.connect, channels) == [f"new_{expected}_group"] * 2
 
 
 def test_a_second_engine_is_refused() -> None:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from nanovllm.context import Context, set_context
-from nanovllm.distributed.tensor_parallel import TensorParallel
+from nanovllm.distributed.tensor_parallel import SINGLE_RANK, TensorParallel
 from nanovllm.layers.torch_ops import TORCH_OPS
 from nanovllm.models.decoder import build_model, one_layer_of_each_kind
 from nanovllm.models.loader import load_model
@@ -28,6 +28,20 @@ def config(model_type, **changes):
     return small_config(model_type, **(sizes | changes))
 
 
+def loaded_models(model_config, directory, ranks):
+    """Models of each rank, with random weights, which are written into `directory`."""
+    save_file(checkpoint_tensors(model_config, torch.float64), directory / "model.safetensors")
+    models = [build_model(model_config, TORCH_OPS, rank) for rank in ranks]
+    for model in models:
+        load_model(model, directory, use_tqdm=False)
+    return models
+
+
+BOUNDS = torch.tensor([0, 1, 5, 12]).int()  # of packed prompts of 1, 4 and 7 tokens
+POSITIONS = torch.cat([torch.arange(length) for length in BOUNDS.diff()])
+CONTEXT = Context(True, torch.full((12,), -1), BOUNDS, BOUNDS, 7, 7, BOUNDS.diff(), None)
+
+
 @pytest.mark.parametrize("model_type", architectures())
 @pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("size", [2, 4])
@@ -36,23 +50,15 @@ def test_logits_of_several_ranks_equal_those_of_one(tmp_path, model_type, num_kv
     """D36, D37, D38, D39: replicated kv heads, order of the gathered logits for a batch, biases, vocabulary range."""
     sizes = {"num_key_value_heads": num_kv_heads, "tie_word_embeddings": tied, "dtype": "float64"}
     model_config = config(model_type, **sizes, o_bias=True, mlp_bias=model_type == "llama")
-    save_file(checkpoint_tensors(model_config, torch.float64), tmp_path / "model.safetensors")
-    lengths, input_ids = [1, 4, 7], torch.randint(32, (12,))
-    bounds = torch.tensor([0, 1, 5, 12]).int()
-    context = Context(True, torch.full((12,), -1), bounds, bounds, 7, 7, torch.tensor(lengths).int(), None)
-    positions = torch.cat([torch.arange(length) for length in lengths])
-
-    def loaded_model(tp):
-        model = build_model(model_config, TORCH_OPS, tp)
-        load_model(model, tmp_path, use_tqdm=False)
-        return model
+    one, *ranks = loaded_models(model_config, tmp_path, [SINGLE_RANK, *threaded_ranks(size)])
+    input_ids = torch.randint(32, (12,))
 
     def logits_of(model):
-        with set_context(context), torch.no_grad():  # both belong to the thread
-            return model.compute_logits(model(input_ids, positions))
+        with set_context(CONTEXT), torch.no_grad():  # both belong to the thread
+            return model.compute_logits(model(input_ids, POSITIONS))
 
-    expected = logits_of(loaded_model(TensorParallel()))
-    first, *others = run_together(logits_of, [loaded_model(rank) for rank in threaded_ranks(size)])
+    expected = logits_of(one)
+    first, *others = run_together(logits_of, ranks)
     assert expected.shape == (12, 32)
     assert_close("models: logits of several ranks against those of one", first, expected, rtol=0, atol=1e-10)
     assert others == [None] * (size - 1)
@@ -62,20 +68,15 @@ def test_logits_of_several_ranks_equal_those_of_one(tmp_path, model_type, num_kv
 def test_the_last_layer_computes_what_is_asked_for(tmp_path, model_type):
     """Packed prompts of 1, 4 and 7 tokens: three rows go through its MLP, and equal those among all."""
     model_config = config(model_type, dtype="float64")
-    save_file(checkpoint_tensors(model_config, torch.float64), tmp_path / "model.safetensors")
-    model = build_model(model_config, TORCH_OPS)
-    load_model(model, tmp_path, use_tqdm=False)
-    bounds = torch.tensor([0, 1, 5, 12]).int()
-    context = Context(True, torch.full((12,), -1), bounds, bounds, 7, 7, bounds.diff(), None)
-    positions = torch.cat([torch.arange(length) for length in (1, 4, 7)])
+    (model,) = loaded_models(model_config, tmp_path, [SINGLE_RANK])
     input_ids, last_tokens = torch.randint(32, (12,)), torch.tensor([0, 4, 11])
     num_rows = []
     for layer in model.model.layers:
         layer.mlp.register_forward_hook(lambda module, inputs, output: num_rows.append(len(output[0])))
-    with set_context(context), torch.no_grad():
-        expected = model(input_ids, positions)[last_tokens]
+    with set_context(CONTEXT), torch.no_grad():
+        expected = model(input_ids, POSITIONS)[last_tokens]
         num_rows.clear()
-        actual = model(input_ids, positions, last_tokens)
+        actual = model(input_ids, POSITIONS, last_tokens)
     assert_close("models: rows of the last layer against all rows", actual, expected, rtol=0, atol=1e-10)
     assert num_rows == [12] * (model_config.num_hidden_layers - 1) + [3]
 

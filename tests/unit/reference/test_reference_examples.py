@@ -1,7 +1,6 @@
 """`python -m reference NAME` and `python reference/NAME.py` run the examples of a reference and show what they give."""
 
 import runpy
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +9,7 @@ import pytest
 
 import reference
 from reference.__main__ import main
-from tests.support.limits import HANG_SECONDS
+from tests.support.programs import run_python
 from tests.support.source_tree import ROOT
 
 
@@ -59,8 +58,7 @@ def test_a_file_that_is_run_as_a_script_shows_its_examples(capsys, monkeypatch, 
 
 @pytest.mark.parametrize("arguments", [["reference", "reference/packing.py"], ["reference/packing.py"]], ids=str)
 def test_it_runs_from_any_folder(tmp_path: Path, arguments: list[str]) -> None:
-    command = [sys.executable, "-E", *(str(ROOT / argument) for argument in arguments)]  # -E: not by PYTHONPATH
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=HANG_SECONDS)
+    result = run_python("-E", *(ROOT / argument for argument in arguments), cwd=tmp_path)  # -E: not by PYTHONPATH
     assert result.returncode == 0, result.stderr
     assert "\n(tensor([7, 8, 9, 5, 3, 4]), tensor([0, 3, 4, 6], dtype=torch.int32))\n" in result.stdout
 

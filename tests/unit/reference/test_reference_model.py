@@ -6,8 +6,6 @@ With logits of size 1 to 10 behind two or three layers, 1e-4 bounds what that ca
 bias, norm or scaling changes them by more than 1.
 """
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ from reference.sampling import sampling
 from reference.transformer import transformer
 from tests.support.comparing import assert_close
 from tests.support.hugging_face import hugging_face_logits
-from tests.support.tiny_models import VARIANTS, tiny_model
+from tests.support.tiny_models import VARIANTS, copy_model, tiny_model
 
 BOUND = 1e-4
 THETA = {"rope_theta": 100.0}  # so that the frequencies of a small head differ within 40 positions
@@ -42,14 +40,6 @@ def logits_of(checkpoint: Checkpoint) -> torch.Tensor:
     return transformer(TOKEN_IDS, *checkpoint)
 
 
-def changed_config(folder: Path, copy: Path, **settings: Any) -> Path:
-    """A copy of the model in `folder` with other `settings` in config.json."""
-    shutil.copytree(folder, copy)
-    config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps(config | settings))
-    return copy
-
-
 def check_logits(folder: Path) -> None:
     actual = logits_of(load_checkpoint(folder, torch.float64))
     assert actual.dtype == torch.float64
@@ -65,7 +55,7 @@ def test_logits_are_those_of_transformers(variant: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("options", YARN_OPTIONS, ids=str)
 def test_logits_with_the_options_of_yarn(options: dict[str, Any], tmp_path: Path) -> None:
-    check_logits(changed_config(tiny_model("llama"), tmp_path / "copy", rope_parameters={**YARN, **options}))
+    check_logits(copy_model(tiny_model("llama"), tmp_path / "copy", config={"rope_parameters": {**YARN, **options}}))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -79,9 +69,8 @@ def test_safetensors_are_read_as_their_own_library_reads_them(dtype: str) -> Non
 
 def test_the_ids_that_end_a_text_come_from_both_files(tmp_path: Path) -> None:
     """D70."""
-    folder = changed_config(tiny_model("llama"), tmp_path / "copy", eos_token_id=60)
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 5]}))
-    assert load_checkpoint(folder).config.eos_token_ids == {3, 5, 60}
+    ids = {"config": {"eos_token_id": 60}, "generation_config": {"eos_token_id": [3, 5]}}
+    assert load_checkpoint(copy_model(tiny_model("llama"), tmp_path / "copy", **ids)).config.eos_token_ids == {3, 5, 60}
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,6 @@
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,7 @@ import pytest
 from nanovllm import LLM, SamplingParams, bundled_model_path
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import FinishCause
+from tests.support.programs import run_python
 from tests.support.replay import CALLS, play, record
 from tests.support.scheduling import add_prompt, make_scheduler, run, step, two_bit_hash
 from tests.support.source_tree import ROOT
@@ -75,11 +74,10 @@ def test_a_failure_with_record_leaves_the_last_trace_and_the_command_that_replay
     (tmp_path / "fault.py").write_text(FAULT)
     (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = -p fault -p tests.support.replay\n")
     (tmp_path / "test_planted.py").write_text(TEST)
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}", "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = {"PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}", "PYTHONDONTWRITEBYTECODE": "1"}
 
     def output_of(*arguments: str) -> str:
-        command = [sys.executable, "-m", *arguments]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        done = run_python("-m", *arguments, cwd=tmp_path, **environment)
         assert done.returncode == 1, done.stdout + done.stderr
         return done.stdout + done.stderr
 

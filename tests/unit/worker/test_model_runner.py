@@ -1,6 +1,5 @@
 """ModelRunner's steps with several ranks, without a model: how the tokens of one step reach the next on each rank."""
 
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,11 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from nanovllm.distributed.placement import RankPlacement
-from nanovllm.distributed.process_group import FileStore, destroy_process_group, init_process_group
-from nanovllm.distributed.rendezvous import rendezvous
+from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.layers.torch_ops import TORCH_OPS
 from nanovllm.worker.model_runner import ModelRunner
+from tests.support.parallel_ranks import run_over_gloo
 
 LARGEST = 151935  # beyond what half precision holds
 
@@ -34,17 +32,13 @@ def runner_of(tp: Any, **parts: Any) -> Any:
 
 
 def test_every_rank_gets_the_tokens_that_rank_0_samples(tmp_path: Path) -> None:
-    def work(rank: int) -> list[int]:
-        store = FileStore(str(tmp_path / "store"), 2)
-        tp = init_process_group(RankPlacement(rank, 2, num_ranks_per_device=2), store, rendezvous)
-        logits = torch.eye(3)[:2] if rank == 0 else None
+    def work(tp: TensorParallel) -> list[int]:
+        logits = torch.eye(3)[:2] if tp.rank == 0 else None
         token_ids = runner_of(tp)._sample_for_all_ranks(logits, torch.tensor([LARGEST, 0]))
-        destroy_process_group(tp)
         assert token_ids.dtype == torch.int64
         return token_ids.tolist()
 
-    with ThreadPoolExecutor(2) as threads:
-        assert list(threads.map(work, range(2))) == [[LARGEST, 1]] * 2
+    assert run_over_gloo(tmp_path, work) == [[LARGEST, 1]] * 2
 
 
 def test_a_vocabulary_beyond_what_graphs_exchange_is_refused() -> None:
