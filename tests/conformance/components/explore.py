@@ -143,8 +143,13 @@ class Outcome:
     not_applicable: dict[str, str]
 
 
-def run(path: str, scenario: Scenario, muted: set[str], call_seconds: float = CALL_SECONDS) -> Outcome:
-    """Run `scenario` and finish all of its requests. muted: isolated contracts that are known to be broken."""
+def run(
+    path: str, scenario: Scenario, muted: set[str], call_seconds: float = CALL_SECONDS, is_patient: bool = True
+) -> Outcome:
+    """Run `scenario` and finish all of its requests. muted: isolated contracts that are known to be broken.
+
+    is_patient: as in Target.finish.
+    """
     sizes = {field.name: getattr(scenario.setup, field.name) for field in fields(Setup)}
     target = Target(path, **sizes)
     target.muted, target.call_seconds = muted, call_seconds
@@ -159,7 +164,7 @@ def run(path: str, scenario: Scenario, muted: set[str], call_seconds: float = CA
                 continue
             steps = target.num_steps
             try:
-                target.finish()
+                target.finish(is_patient)
             except Broken as error:
                 is_end = error.contract in ("C04", "C17")
                 done += [("finish",)] if is_end else [("step",)] * (target.num_steps - steps)
