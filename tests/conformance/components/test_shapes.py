@@ -91,6 +91,19 @@ KNOWN = {
             "        seqs, is_prefill = output.scheduled_seqs, output.num_prefills > 0\n"
         ),
     ),
+    "inputs that one method prepares": Fault(
+        "",
+        RUNNER,
+        "def prepare_prefill(",
+        (
+            "def prepare_inputs(self, result):\n"
+            "        return (self.prefill_inputs if result[1] else self.decode_inputs)(result[0])\n\n"
+            "    def prefill_inputs("
+        ),
+        RUNNER,
+        "def prepare_decode(",
+        "def decode_inputs(",
+    ),
     "a Config that refuses to be made here": Fault("", "config.py", "if not os.path.isdir(self.model):", "if True:"),
     "a package that is not installed": Fault(
         "", RUNNER, "import torch.distributed as dist\n", "import torch.distributed as dist\nimport made_up_kernels\n"

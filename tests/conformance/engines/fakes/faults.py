@@ -171,12 +171,26 @@ class OutgrowsMaxModelLen(PlainLLM):
         return self.params[index].max_tokens
 
 
-class RunsOn(PlainLLM):
-    breaks = "E09"
+class ChangesTheParams(PlainLLM):
+    """Its subclasses read one parameter of every request as another value."""
+
+    changes: ClassVar[dict[str, Any]] = {}
 
     def complete(self, index: int) -> dict[str, Any]:
-        self.params = [_changed(params, ignore_eos=True) for params in self.params]
+        self.params = [_changed(params, **self.changes) for params in self.params]
         return super().complete(index)
+
+
+class RunsOn(ChangesTheParams):
+    breaks, changes = "E09", {"ignore_eos": True}
+
+
+class NeverIgnoresTheEnd(ChangesTheParams):
+    breaks, changes = "E09", {"ignore_eos": False}
+
+
+class IgnoresStopTokens(ChangesTheParams):
+    breaks, changes = "E10", {"stop_token_ids": ()}
 
 
 class EndsAtOneTokenOnly(PlainLLM):
@@ -187,22 +201,6 @@ class EndsAtOneTokenOnly(PlainLLM):
     @property
     def ends(self) -> set[int]:
         return {min(super().ends)}
-
-
-class NeverIgnoresTheEnd(PlainLLM):
-    breaks = "E09"
-
-    def complete(self, index: int) -> dict[str, Any]:
-        self.params = [_changed(params, ignore_eos=False) for params in self.params]
-        return super().complete(index)
-
-
-class IgnoresStopTokens(PlainLLM):
-    breaks = "E10"
-
-    def complete(self, index: int) -> dict[str, Any]:
-        self.params = [_changed(params, stop_token_ids=()) for params in self.params]
-        return super().complete(index)
 
 
 class KeepsTheStopString(PlainLLM):
