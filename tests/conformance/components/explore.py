@@ -133,7 +133,7 @@ def _text(rng: random.Random, room: int) -> tuple[int, ...]:
 
 @dataclass
 class Outcome:
-    """contract, message: what was broken first; None if all holds. num_steps: of the scenario and of its finish."""
+    """contract, message: what was broken first; None if all holds. scenario: up to that step."""
 
     contract: str | None
     message: str

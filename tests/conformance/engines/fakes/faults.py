@@ -5,10 +5,12 @@ Why they are one file: each fault is a few lines, and they are read as a list.
 
 import contextlib
 import itertools
+import json
 import os
 import subprocess
 import sys
 import weakref
+from pathlib import Path
 from typing import Any, ClassVar
 
 from tests.conformance.engines.fakes.plain import PlainLLM, SamplingParams
@@ -193,14 +195,20 @@ class IgnoresStopTokens(ChangesTheParams):
     breaks, changes = "E10", {"stop_token_ids": ()}
 
 
-class EndsAtOneTokenOnly(PlainLLM):
+class EndsAtTheFirstTokenOnly(PlainLLM):
     """D70"""
 
     breaks = "E09"
+    place = 0
 
     @property
     def ends(self) -> set[int]:
-        return {min(super().ends)}
+        ids = json.loads((Path(self.model) / "config.json").read_text())["eos_token_id"]
+        return {ids[self.place] if isinstance(ids, list) else ids}
+
+
+class EndsAtTheLastTokenOnly(EndsAtTheFirstTokenOnly):
+    place = -1
 
 
 class KeepsTheStopString(PlainLLM):
