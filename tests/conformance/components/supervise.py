@@ -141,11 +141,14 @@ class _Supervisor:
             self.job.broken["C16"] = (self._shrunk(scenario), message, "")
 
     def _shrunk(self, scenario: Scenario) -> Scenario:
+        """Up to its finish: how far the process came is not known."""
+
         def still_ends(candidate: Scenario) -> Scenario | None:
             is_legal = shrinking.is_legal(candidate, is_chunked=candidate.setup.max_num_batched_tokens < 64)
             return candidate if is_legal and _ends_process(self.job, candidate) else None
 
-        return shrinking.shrink(scenario, still_ends, max_runs=MAX_PROCESSES)
+        smallest = shrinking.shrink(scenario, still_ends, max_runs=MAX_PROCESSES)
+        return Scenario(smallest.setup, (*smallest.steps, ("finish",)))
 
 
 def _cpu_seconds(pid: int) -> float:
@@ -212,7 +215,7 @@ def _ends_process(job: Job, scenario: Scenario) -> bool:
         with suppress(BaseException):
             _detach(-1)
             bounds.confine(str(Path(job.path).parent))
-            explore.run(job.path, shrinking.without_finish(scenario), set(CONTRACTS))
+            explore.run(job.path, scenario, set(CONTRACTS))
         os._exit(ENDED_WELL)
     end = time.monotonic() + STALL_SECONDS / 4
     while time.monotonic() < end:

@@ -55,6 +55,8 @@ def test_target_that_ends_its_process_or_writes_is_a_finding_and_is_left_as_it_w
     assert [names(verdicts, "broken") for verdicts in found] == [["C16"]] * len(HOSTILE)
     assert all(verdicts["C34"]["verdict"] == "holds" for verdicts in found), "the other contracts are checked too"
     assert _contents(tmp_path) == before
+    shown = run_python("-c", f"{found[0]['C16']['script']}print('goes on')", PYTHONPATH=str(ROOT))
+    assert (shown.returncode, shown.stdout) == (0, ""), f"the script ends its process: {shown.stderr}"
 
 
 def _contents(folder: Path) -> dict[Path, bytes]:
