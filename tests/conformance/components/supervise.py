@@ -46,21 +46,21 @@ def examine_target(
     folder = Path(tempfile.mkdtemp(prefix="conformance-"))
     try:
         copy = bounds.copy_source(path.resolve(), folder)
-        return _Supervisor(copy, path, num_scenarios, seed, seconds, progress).run()
+        return _Supervisor(Job(str(copy), str(path), num_scenarios, seed), seconds, progress).run()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 class _Supervisor:
-    def __init__(self, copy: Path, path: Path, num_scenarios: int, seed: int, seconds: float, progress: Any) -> None:
-        self.job = Job(str(copy), str(path), num_scenarios, seed)
+    def __init__(self, job: Job, seconds: float, progress: Callable[[int, int], None]) -> None:
+        self.job = job
         self.deadline = time.monotonic() + seconds
         self.progress = progress
         self.note = mmap.mmap(-1, NOTE_BYTES)
         self.result: dict[str, Any] = {
-            "target": str(path),
-            "seed": seed,
-            "num_scenarios": num_scenarios,
+            "target": job.shown,
+            "seed": job.seed,
+            "num_scenarios": job.num_scenarios,
             "verdicts": {},
         }
 
