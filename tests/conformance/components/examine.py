@@ -54,7 +54,7 @@ class Examination:
 
     def __init__(self, job: Job, report: Report, remember: Callable[..., None], deadline: float) -> None:
         self.job, self.report, self.remember, self.deadline = job, report, remember, deadline
-        self.num_shrunk: Counter[str] = Counter()
+        self.num_shrunk = Counter(dict.fromkeys(job.broken, MAX_SHRUNK))
 
     def run(self) -> None:
         found = loaded(Path(self.job.path))

@@ -1,5 +1,6 @@
 """Draws scenarios, and runs them on a target."""
 
+import itertools
 import json
 import random
 from collections import Counter
@@ -63,13 +64,10 @@ def num_given(setup: Setup) -> int:
 
 
 def _grouped(steps: tuple[Step, ...]) -> Iterator[tuple[Step, int]]:
-    index = 0
-    while index < len(steps):
-        end = index + 1
-        while end < len(steps) and steps[index] == steps[end] == ("step",):
-            end += 1
-        yield steps[index], end - index
-        index = end
+    """Each step and how often it follows itself; what is no step of the engine comes by itself."""
+    for step, same in itertools.groupby(steps):
+        number = len(list(same))
+        yield from [(step, number)] if step == ("step",) else [(step, 1)] * number
 
 
 def _call(step: Step, number: int) -> str:

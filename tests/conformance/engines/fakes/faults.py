@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -29,7 +30,7 @@ class OneSampledRequestSamplesAll(PlainLLM):
 
     def run(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[Any]:
         top_k = 1 if all(one.top_k == 1 for one in params) else None
-        return super().run(prompts, [_changed(one, top_k=top_k) for one in params])
+        return super().run(prompts, [replace(one, top_k=top_k) for one in params])
 
 
 class OutputsAsTheyFinish(PlainLLM):
@@ -135,7 +136,7 @@ class TemperaturesLeaveGreedyRowsOut(PlainLLM):
     def run(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[Any]:
         sampled = [one.temperature for one in params if one.top_k is None]
         sampled += [1.0] * (len(params) - len(sampled))
-        return super().run(prompts, [_changed(one, temperature=t) for one, t in zip(params, sampled, strict=True)])
+        return super().run(prompts, [replace(one, temperature=t) for one, t in zip(params, sampled, strict=True)])
 
 
 class OneSeedForAll(PlainLLM):
@@ -179,7 +180,7 @@ class ChangesTheParams(PlainLLM):
     changes: ClassVar[dict[str, Any]] = {}
 
     def complete(self, index: int) -> dict[str, Any]:
-        self.params = [_changed(params, **self.changes) for params in self.params]
+        self.params = [replace(params, **self.changes) for params in self.params]
         return super().complete(index)
 
 
@@ -355,10 +356,6 @@ class RefusalLeavesTheOthersInTheQueue(AnswersOldRequestsAfterAnError):
             return super().run(prompts, params)
         finally:
             self.queue.clear()
-
-
-def _changed(params: SamplingParams, **changes: Any) -> SamplingParams:
-    return SamplingParams(**{**vars(params), **changes})
 
 
 FAULTS: list[Any] = [value for value in [*globals().values()] if hasattr(value, "breaks")]
