@@ -174,15 +174,7 @@ class Adapter:
 
     def _make_scheduler(self) -> Any:
         setup, manager_class = self.setup, self.found.get("BlockManager")
-        values: dict[str, Any] = {
-            "config": self.config,
-            "max_num_seqs": setup.max_num_seqs,
-            "max_num_batched_tokens": setup.max_num_batched_tokens,
-            "max_model_len": setup.max_model_len,
-            "eos": EOS,
-            "eos_token_id": EOS,
-            "eos_token_ids": frozenset({EOS}),
-        }
+        values = self._config_values() | {"config": self.config, "eos_token_ids": frozenset({EOS})}
         needed = inspect.signature(self.scheduler_class).parameters
         if manager_class is not None and any(name in needed for name in BLOCK_MANAGERS):
             manager = call_with(manager_class, self._manager_values(manager_class), "BlockManager", self.config)
@@ -215,7 +207,6 @@ class Adapter:
             restore()
 
     def make_sequence(self, tokens: list[int], temperature: float, max_tokens: int, ignore_eos: bool) -> Any:
-        values = {"temperature": temperature, "max_tokens": max_tokens, "ignore_eos": ignore_eos}
         params = self._params(temperature, max_tokens, ignore_eos)
         self._num_made += 1
         values: dict[str, Any] = {

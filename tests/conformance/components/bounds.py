@@ -1,6 +1,8 @@
 """Limits of the child process that runs a target: time, memory, files, no network. A copy of its source."""
 
 import ctypes
+import functools
+import gc
 import os
 import resource
 import shutil
@@ -12,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 CALL_SECONDS = 0.5  # of CPU time for one call of the target, which takes less than a millisecond
-SHORT_CALL_SECONDS = 0.05  # the same, while a scenario that hangs is shrunk
+SHORT_CALL_SECONDS = 0.02  # the same, once it is known that some calls hang, and while a scenario is shrunk
 MEMORY_BYTES = 2 * 2**30  # more than the process has when it starts
 FILE_BYTES = 2**20
 MAX_COPIED_BYTES = 2**20  # of one file
@@ -27,18 +29,18 @@ class Hang(BaseException):
 
 @contextmanager
 def bounded(seconds: float) -> Iterator[None]:
-    """Raise Hang in a body that uses more CPU time. Does nothing outside of the main thread."""
-    try:
-        previous = signal.signal(signal.SIGPROF, _raise_hang)
-    except ValueError:
-        yield
-        return
+    """Raise Hang in a body that uses more CPU time. For the main thread."""
+    _watch_time()
     signal.setitimer(signal.ITIMER_PROF, seconds, 0.1)  # again after that, if a bare except has swallowed it
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.signal(signal.SIGPROF, previous)
+
+
+@functools.cache  # once, since a call of the target takes less time than this one
+def _watch_time() -> None:
+    signal.signal(signal.SIGPROF, _raise_hang)
 
 
 def _raise_hang(number: int, frame: Any) -> None:
@@ -47,6 +49,7 @@ def _raise_hang(number: int, frame: Any) -> None:
 
 def confine(folder: str) -> None:
     """Limit this process, which is a child that runs a target: memory, files, network. It works in `folder`."""
+    gc.freeze()  # to collect what torch holds takes longer than SHORT_CALL_SECONDS
     with suppress(OSError):
         size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY_BYTES,) * 2)

@@ -1,5 +1,6 @@
 """Draws scenarios, and runs them on a target."""
 
+import itertools
 import json
 import random
 from collections import Counter
@@ -63,13 +64,10 @@ def num_given(setup: Setup) -> int:
 
 
 def _grouped(steps: tuple[Step, ...]) -> Iterator[tuple[Step, int]]:
-    index = 0
-    while index < len(steps):
-        end = index + 1
-        while end < len(steps) and steps[index] == steps[end] == ("step",):
-            end += 1
-        yield steps[index], end - index
-        index = end
+    """Each step and how often it follows itself; what is no step of the engine comes by itself."""
+    for step, same in itertools.groupby(steps):
+        number = len(list(same))
+        yield from [(step, number)] if step == ("step",) else [(step, 1)] * number
 
 
 def _call(step: Step, number: int) -> str:
@@ -133,7 +131,7 @@ def _text(rng: random.Random, room: int) -> tuple[int, ...]:
 
 @dataclass
 class Outcome:
-    """contract, message: what was broken first; None if all holds. num_steps: of the scenario and of its finish."""
+    """contract, message: what was broken first; None if all holds. scenario: up to that step."""
 
     contract: str | None
     message: str
@@ -143,8 +141,13 @@ class Outcome:
     not_applicable: dict[str, str]
 
 
-def run(path: str, scenario: Scenario, muted: set[str], call_seconds: float = CALL_SECONDS) -> Outcome:
-    """Run `scenario` and finish all of its requests. muted: isolated contracts that are known to be broken."""
+def run(
+    path: str, scenario: Scenario, muted: set[str], call_seconds: float = CALL_SECONDS, is_patient: bool = True
+) -> Outcome:
+    """Run `scenario` and finish all of its requests. muted: isolated contracts that are known to be broken.
+
+    is_patient: as in Target.finish.
+    """
     sizes = {field.name: getattr(scenario.setup, field.name) for field in fields(Setup)}
     target = Target(path, **sizes)
     target.muted, target.call_seconds = muted, call_seconds
@@ -159,7 +162,7 @@ def run(path: str, scenario: Scenario, muted: set[str], call_seconds: float = CA
                 continue
             steps = target.num_steps
             try:
-                target.finish()
+                target.finish(is_patient)
             except Broken as error:
                 is_end = error.contract in ("C04", "C17")
                 done += [("finish",)] if is_end else [("step",)] * (target.num_steps - steps)

@@ -1,5 +1,6 @@
 """The checks of a prepared step: the integers that the model would get, one contract each."""
 
+from itertools import accumulate
 from typing import Any
 
 from tests.conformance.components.adapters import Scheduled
@@ -68,7 +69,4 @@ def _check_tables(target: Any, kind: str, batch: list[Scheduled], tables: list[l
 
 
 def _running_sum(values: list[int]) -> list[int]:
-    result = [0]
-    for value in values:
-        result.append(result[-1] + value)
-    return result
+    return list(accumulate(values, initial=0))

@@ -12,6 +12,7 @@ CONTEXT_MODULES = ("utils.context", "context", "engine.context")
 # prefill first, then decode.
 PREFILL_TABLES = ("prefill_block_tables", "block_tables")
 DECODE_TABLES = ("decode_block_tables", "block_tables")
+MIXED = "prepare_inputs"  # of a ModelRunner that is given what schedule() returned, prefill and decode in one step
 # The preparation of a decode step some of whose tokens are in flight: a function of the sequences and of those that the
 # step in front samples. A ModelRunner prepares it as any other.
 DECODE_BEHIND = "prepare_decode_async"
@@ -52,7 +53,7 @@ class Preparation:
             module = importlib.import_module(f"{package}.engine.model_input")
         except ImportError:
             module = None
-        if module is not None and hasattr(module, "prepare_prefill") and hasattr(module, "prepare_decode"):
+        if module is not None and _has_both(module):
             return lambda result, batch, is_worker=False: self._from_functions(module, batch, is_worker), ""
         runner_class = self.adapter.found.get("ModelRunner")
         if runner_class is None:
@@ -72,13 +73,9 @@ class Preparation:
             "use_cuda": False,
         }.items():
             setattr(runner, name, value)
-        if hasattr(runner, "prepare_prefill") and hasattr(runner, "prepare_decode"):
-            return lambda result, batch, is_worker=False: self._from_runner(runner, context, batch, is_worker), ""
-        if hasattr(runner, "prepare_inputs"):
-            return (
-                lambda result, batch, is_worker=False: self._from_mixed(runner, context, result, batch, is_worker)
-            ), ""
-        return None, "ModelRunner has neither prepare_prefill and prepare_decode nor prepare_inputs"
+        if _has_both(runner) or hasattr(runner, MIXED):
+            return lambda *step, is_worker=False: self._from_runner(runner, context, *step, is_worker), ""
+        return None, f"ModelRunner has neither prepare_prefill and prepare_decode nor {MIXED}"
 
     @staticmethod
     def _from_functions(module: Any, batch: list[Scheduled], is_worker: bool) -> Prepared:
@@ -100,34 +97,25 @@ class Preparation:
             None if is_worker else inputs.sampling.temperature.tolist(),
         )
 
-    def _from_runner(self, runner: Any, context_module: Any, batch: list[Scheduled], is_worker: bool) -> Prepared:
-        if len({item.is_prefill for item in batch}) > 1:
-            raise NotRecognised("a step has prefill and decode, and ModelRunner prepares only one at a time")
-        is_prefill = batch[0].is_prefill
-        sequences = [item.seq for item in batch]
-        other = [name for name in dir(runner) if name.startswith("prepare_") and "async" in name]
-        if other and any(item.is_in_flight for item in batch):
-            raise UnknownStep(f"ModelRunner has {other[0]}, which no table of preparing.py knows")
-        prepared = (runner.prepare_prefill if is_prefill else runner.prepare_decode)(sequences)
-        sampled = None if is_worker else sequences
-        return self._read_context(runner, context_module, prepared, sampled, is_prefill, not is_prefill)
-
-    def _from_mixed(
-        self, runner: Any, context_module: Any, result: Any, batch: list[Scheduled], is_worker: bool
-    ) -> Prepared:
-        prepared = runner.prepare_inputs(result)
-        has_prefill = any(item.is_prefill for item in batch)
-        has_decode = any(not item.is_prefill for item in batch)
-        sampled = None if is_worker else [item.seq for item in batch]
-        return self._read_context(runner, context_module, prepared, sampled, has_prefill, has_decode)
-
     @staticmethod
-    def _read_context(
-        runner: Any, module: Any, prepared: Any, sampled: list[Any] | None, has_prefill: bool, has_decode: bool
+    def _from_runner(
+        runner: Any, context_module: Any, result: Any, batch: list[Scheduled], is_worker: bool
     ) -> Prepared:
+        has_prefill = any(item.is_prefill for item in batch)
+        has_decode = not all(item.is_prefill for item in batch)
+        sequences = [item.seq for item in batch]
+        if not _has_both(runner):
+            prepared = getattr(runner, MIXED)(result)
+        elif has_prefill and has_decode:
+            raise NotRecognised("a step has prefill and decode, and ModelRunner prepares only one at a time")
+        else:
+            other = [name for name in dir(runner) if name.startswith("prepare_") and "async" in name]
+            if other and any(item.is_in_flight for item in batch):
+                raise UnknownStep(f"ModelRunner has {other[0]}, which no table of preparing.py knows")
+            prepared = (runner.prepare_prefill if has_prefill else runner.prepare_decode)(sequences)
         if not isinstance(prepared, tuple) or len(prepared) < 2:
             raise NotRecognised(f"the preparation of a step returns {describe(prepared)}")
-        context = module.get_context()
+        context = context_module.get_context()
 
         def read(names: tuple[str, ...], is_there: bool) -> Any:
             name = first_of(context, names)
@@ -135,8 +123,8 @@ class Preparation:
             return value.tolist() if hasattr(value, "tolist") else value
 
         temperatures = None
-        if sampled is not None and hasattr(runner, "prepare_sample"):
-            rows = runner.prepare_sample(sampled)
+        if not is_worker and hasattr(runner, "prepare_sample"):
+            rows = runner.prepare_sample(sequences)
             temperatures = rows.tolist() if hasattr(rows, "tolist") else None
         return Prepared(
             prepared[0].tolist(),
@@ -149,6 +137,10 @@ class Preparation:
             read(DECODE_TABLES, has_decode),
             temperatures,
         )
+
+
+def _has_both(owner: Any) -> bool:
+    return hasattr(owner, "prepare_prefill") and hasattr(owner, "prepare_decode")
 
 
 def _import(name: str) -> Any:

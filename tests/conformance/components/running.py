@@ -1,30 +1,28 @@
 """Runs the checks as users do: in a process of their own, which has no nanovllm of this project loaded."""
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tests.conformance.components.targets.faults import RIGHT, Fault
-from tests.support.limits import HANG_SECONDS
+from tests.support.programs import run_python
 from tests.support.source_tree import ROOT
 
 
 def run_checks(*arguments: Any) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "tests.conformance.components", *map(str, arguments)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=HANG_SECONDS)
+    return run_python("-m", "tests.conformance.components", *arguments, PYTHONPATH=str(ROOT))
 
 
 def verdicts_of(*paths: Path, scenarios: int, seed: int, seconds: int = 600) -> list[dict[str, dict[str, Any]]]:
-    """{contract: verdict} of each checkout."""
+    """{contract: verdict} of each checkout. The exit code is that of the worst."""
     result = run_checks(*paths, "--json", f"--scenarios={scenarios}", f"--seed={seed}", f"--seconds={seconds}")
-    assert result.stdout, result.stderr
-    return [{row["id"]: row for row in target["contracts"]} for target in json.loads(result.stdout)["targets"]]
+    targets = json.loads(result.stdout)["targets"] if result.stdout else []
+    assert targets, result.stderr
+    assert result.returncode == max(target["exit_code"] for target in targets)
+    return [{row["id"]: row for row in target["contracts"]} for target in targets]
 
 
 def plant(faults: Mapping[str, Fault], folder: Path) -> list[Path]:

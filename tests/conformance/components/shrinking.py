@@ -30,17 +30,17 @@ def shrink(
         while position < len(candidates) and len(runs) < max_runs:
             candidate = candidates[position]
             position += 1
-            if candidate in runs or _size(candidate) >= _size(best):
+            if candidate in runs or size(candidate) >= size(best):
                 continue
             runs.add(candidate)
             found = still_breaks(candidate)
-            if found is not None and _size(found) < _size(best):
+            if found is not None and size(found) < size(best):
                 best, is_smaller = found, True
                 candidates = list(_candidates(best))  # and go on from the same position
     return best
 
 
-def _size(scenario: Scenario) -> tuple[Any, ...]:
+def size(scenario: Scenario) -> tuple[Any, ...]:
     adds = [step for step in scenario.steps if step[0] == "add"]
     setup = scenario.setup
     return (
@@ -79,12 +79,12 @@ def _candidates(scenario: Scenario) -> Iterator[Scenario]:
         for kept in itertools.combinations(MINIMAL, number):
             sizes = {name: getattr(setup, name) for name in kept}
             for is_async in {False, setup.is_async}:
-                yield _fitting(Setup(weak_hash=setup.weak_hash, is_async=is_async, **sizes), steps)
+                yield from _fitting(Setup(weak_hash=setup.weak_hash, is_async=is_async, **sizes), steps)
     for name, least in MINIMAL.items():
         value = getattr(setup, name)
         for other in sorted({least, value // 2, value - 1, getattr(Setup(), name)}):
             if least <= other != value:
-                yield _fitting(replace(setup, max_model_len=0, **{name: other}), steps)
+                yield from _fitting(replace(setup, max_model_len=0, **{name: other}), steps)
 
 
 def _without(steps: tuple[Step, ...], start: int, end: int) -> tuple[Step, ...]:
@@ -106,16 +106,17 @@ def _without(steps: tuple[Step, ...], start: int, end: int) -> tuple[Step, ...]:
     return tuple(kept)
 
 
-def _fitting(setup: Setup, steps: tuple[Step, ...]) -> Scenario:
-    """The steps with requests that are cut to fit the smaller setup."""
+def _fitting(setup: Setup, steps: tuple[Step, ...]) -> Iterator[Scenario]:
+    """The steps with requests that are cut to fit the smaller setup: their outputs, or their prompts first."""
     room = setup.block_size * setup.num_blocks
-    cut = []
-    for step in steps:
-        if step[0] == "add":
-            tokens = step[1][: max(1, room - 1)]
-            step = ("add", tokens, max(1, min(step[2], room - len(tokens))), step[3])
-        cut.append(step)
-    return Scenario(setup, tuple(cut))
+    for is_prompt_first in (False, True):
+        cut = []
+        for step in steps:
+            if step[0] == "add":
+                tokens = step[1][: max(1, room - (step[2] if is_prompt_first else 1))]
+                step = ("add", tokens, max(1, min(step[2], room - len(tokens))), step[3])
+            cut.append(step)
+        yield Scenario(setup, tuple(cut))
 
 
 def without_finish(scenario: Scenario) -> Scenario:

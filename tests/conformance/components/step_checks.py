@@ -5,6 +5,7 @@ the key of a deeper layer depends on.
 """
 
 from collections import Counter
+from itertools import accumulate
 from typing import Any
 
 from tests.conformance.components.adapters import EOS, Scheduled
@@ -12,11 +13,7 @@ from tests.conformance.components.adapters import EOS, Scheduled
 
 def chains(tokens: list[int]) -> list[int]:
     """Digest of each prefix, in every process the same."""
-    result, value = [], 0
-    for token in tokens:
-        value = hash((value, token))
-        result.append(value)
-    return result
+    return list(accumulate(tokens, lambda value, token: hash((value, token)), initial=0))[1:]
 
 
 class SymbolicCache:

@@ -46,21 +46,21 @@ def examine_target(
     folder = Path(tempfile.mkdtemp(prefix="conformance-"))
     try:
         copy = bounds.copy_source(path.resolve(), folder)
-        return _Supervisor(copy, path, num_scenarios, seed, seconds, progress).run()
+        return _Supervisor(Job(str(copy), str(path), num_scenarios, seed), seconds, progress).run()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 class _Supervisor:
-    def __init__(self, copy: Path, path: Path, num_scenarios: int, seed: int, seconds: float, progress: Any) -> None:
-        self.job = Job(str(copy), str(path), num_scenarios, seed)
+    def __init__(self, job: Job, seconds: float, progress: Callable[[int, int], None]) -> None:
+        self.job = job
         self.deadline = time.monotonic() + seconds
         self.progress = progress
         self.note = mmap.mmap(-1, NOTE_BYTES)
         self.result: dict[str, Any] = {
-            "target": str(path),
-            "seed": seed,
-            "num_scenarios": num_scenarios,
+            "target": job.shown,
+            "seed": job.seed,
+            "num_scenarios": job.num_scenarios,
             "verdicts": {},
         }
 
@@ -141,11 +141,14 @@ class _Supervisor:
             self.job.broken["C16"] = (self._shrunk(scenario), message, "")
 
     def _shrunk(self, scenario: Scenario) -> Scenario:
+        """Up to its finish: how far the process came is not known."""
+
         def still_ends(candidate: Scenario) -> Scenario | None:
             is_legal = shrinking.is_legal(candidate, is_chunked=candidate.setup.max_num_batched_tokens < 64)
             return candidate if is_legal and _ends_process(self.job, candidate) else None
 
-        return shrinking.shrink(scenario, still_ends, max_runs=MAX_PROCESSES)
+        smallest = shrinking.shrink(scenario, still_ends, max_runs=MAX_PROCESSES)
+        return Scenario(smallest.setup, (*smallest.steps, ("finish",)))
 
 
 def _cpu_seconds(pid: int) -> float:
@@ -212,7 +215,7 @@ def _ends_process(job: Job, scenario: Scenario) -> bool:
         with suppress(BaseException):
             _detach(-1)
             bounds.confine(str(Path(job.path).parent))
-            explore.run(job.path, shrinking.without_finish(scenario), set(CONTRACTS))
+            explore.run(job.path, scenario, set(CONTRACTS))
         os._exit(ENDED_WELL)
     end = time.monotonic() + STALL_SECONDS / 4
     while time.monotonic() < end:

@@ -75,10 +75,7 @@ _SWAPPING = (
     ),
     (SCHEDULER, "[*self.running, *self.waiting]", "[*self.running, *self.waiting, *self.swapped]"),
 )
-_LOST = (
-    "        self.free_places += seq.places\n        return list(zip(seq.places",
-    "        self.free_places += seq.places\n        return list(zip(seq.places[::-1]",
-)
+_LOST = ("return list(zip(seq.places, seq.block_table", "return list(zip(seq.places[::-1], seq.block_table")
 # Clean, though they are not upstream's.
 KNOWN = {
     "blocks that are moved to the CPU": Fault("", *chain(*_SWAPPING)),
@@ -93,6 +90,19 @@ KNOWN = {
             "def postprocess(self, output, token_ids: list[int]):\n"
             "        seqs, is_prefill = output.scheduled_seqs, output.num_prefills > 0\n"
         ),
+    ),
+    "inputs that one method prepares": Fault(
+        "",
+        RUNNER,
+        "def prepare_prefill(",
+        (
+            "def prepare_inputs(self, result):\n"
+            "        return (self.prefill_inputs if result[1] else self.decode_inputs)(result[0])\n\n"
+            "    def prefill_inputs("
+        ),
+        RUNNER,
+        "def prepare_decode(",
+        "def decode_inputs(",
     ),
     "a Config that refuses to be made here": Fault("", "config.py", "if not os.path.isdir(self.model):", "if True:"),
     "a package that is not installed": Fault(
@@ -146,38 +156,31 @@ UNKNOWN = {
 }
 
 
-def test_known_shapes_are_checked_whole(tmp_path: Path) -> None:
-    """They have no scheduler that runs ahead."""
-    paths = plant(KNOWN, tmp_path)
-    for path in paths:
+def test_known_shapes_are_checked_whole_and_unknown_ones_not_applicable(tmp_path: Path) -> None:
+    """Those of KNOWN have no scheduler that runs ahead."""
+    lost = Fault("", *chain(*((file, old, new.replace(*_LOST)) for file, old, new in _SWAPPING)))
+    shapes = KNOWN | AHEAD_SHAPES | {name: fault for name, (fault, _) in UNKNOWN.items()} | {"lost": lost}
+    paths = plant(shapes, tmp_path)
+    for path in paths[: len(KNOWN)]:
         (path / "smallvllm" / ASYNC).unlink()
-    found = verdicts_of(*paths, scenarios=60, seed=SEED)
+    found = dict(zip(shapes, verdicts_of(*paths, scenarios=60, seed=SEED), strict=True))
+
     ahead = [name for name, contract in CONTRACTS.items() if contract.group == AHEAD]
-    assert [names(verdicts, NOT_APPLICABLE) for verdicts in found] == [ahead] * len(KNOWN)
-    assert [names(verdicts, "broken") for verdicts in found] == [[]] * len(KNOWN)
-    assert found[0]["C42"]["reason"].startswith("Scheduler chooses no step ahead in a way that is known")
+    for name in KNOWN:
+        assert (names(found[name], NOT_APPLICABLE), names(found[name], "broken")) == (ahead, []), name
+        assert found[name]["C42"]["reason"].startswith("Scheduler chooses no step ahead in a way that is known")
 
-
-def test_steps_ahead_are_checked_where_it_is_known_how_they_are_chosen(tmp_path: Path) -> None:
-    known, unknown = verdicts_of(*plant(AHEAD_SHAPES, tmp_path), scenarios=200, seed=SEED)
+    known, unknown = (found[name] for name in AHEAD_SHAPES)
     assert names(known, "holds") == list(CONTRACTS)
     assert unknown["C41"]["verdict"] == NOT_APPLICABLE
     assert "AsyncScheduler" in unknown["C41"]["reason"]
 
-
-def test_block_that_comes_back_to_the_wrong_place_is_found(tmp_path: Path) -> None:
-    fault = Fault("", *chain(*((file, old, new.replace(*_LOST)) for file, old, new in _SWAPPING)))
-    (verdicts,) = verdicts_of(*plant({"": fault}, tmp_path), scenarios=60, seed=SEED)
-    assert "C06" in names(verdicts, "broken")
-
-
-def test_unknown_shapes_are_not_applicable_and_never_passed(tmp_path: Path) -> None:
-    paths = plant({name: fault for name, (fault, _) in UNKNOWN.items()}, tmp_path)
-    found = verdicts_of(*paths, scenarios=20, seed=SEED)
     drawn = {name for name, contract in CONTRACTS.items() if not contract.script}
-    for (name, (_, reason)), verdicts in zip(UNKNOWN.items(), found, strict=True):
-        assert {verdicts[contract]["verdict"] for contract in drawn} == {NOT_APPLICABLE}, name
-        assert all(reason in verdicts[contract]["reason"] for contract in drawn), verdicts["C01"]["reason"]
+    for name, (_, reason) in UNKNOWN.items():
+        assert {found[name][contract]["verdict"] for contract in drawn} == {NOT_APPLICABLE}, name
+        assert all(reason in found[name][contract]["reason"] for contract in drawn), found[name]["C01"]["reason"]
+
+    assert "C06" in names(found["lost"], "broken"), "a block that comes back to the wrong place"
 
 
 def test_package_is_found_by_its_scheduler(tmp_path: Path) -> None:

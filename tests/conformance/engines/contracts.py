@@ -85,7 +85,7 @@ CONTRACTS = [
         [
             partial(scenarios.end_of_sequence, end=EOS_TOKEN_ID),
             partial(scenarios.end_of_sequence, end=OTHER_END, ends=(EOS_TOKEN_ID, OTHER_END)),
-            partial(scenarios.end_of_sequence, end=EOS_TOKEN_ID, ends=(OTHER_END, EOS_TOKEN_ID)),
+            partial(scenarios.end_of_sequence, end=EOS_TOKEN_ID, ends=(EOS_TOKEN_ID, OTHER_END)),
         ]),
     Contract("E10", "A text ends at the first of its stop_token_ids.",
         "A chat model goes on and writes the user's next message.",

@@ -5,10 +5,13 @@ Why they are one file: each fault is a few lines, and they are read as a list.
 
 import contextlib
 import itertools
+import json
 import os
 import subprocess
 import sys
 import weakref
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 from tests.conformance.engines.fakes.plain import PlainLLM, SamplingParams
@@ -27,7 +30,7 @@ class OneSampledRequestSamplesAll(PlainLLM):
 
     def run(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[Any]:
         top_k = 1 if all(one.top_k == 1 for one in params) else None
-        return super().run(prompts, [_changed(one, top_k=top_k) for one in params])
+        return super().run(prompts, [replace(one, top_k=top_k) for one in params])
 
 
 class OutputsAsTheyFinish(PlainLLM):
@@ -133,7 +136,7 @@ class TemperaturesLeaveGreedyRowsOut(PlainLLM):
     def run(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[Any]:
         sampled = [one.temperature for one in params if one.top_k is None]
         sampled += [1.0] * (len(params) - len(sampled))
-        return super().run(prompts, [_changed(one, temperature=t) for one, t in zip(params, sampled, strict=True)])
+        return super().run(prompts, [replace(one, temperature=t) for one, t in zip(params, sampled, strict=True)])
 
 
 class OneSeedForAll(PlainLLM):
@@ -171,38 +174,42 @@ class OutgrowsMaxModelLen(PlainLLM):
         return self.params[index].max_tokens
 
 
-class RunsOn(PlainLLM):
-    breaks = "E09"
+class ChangesTheParams(PlainLLM):
+    """Its subclasses read one parameter of every request as another value."""
+
+    changes: ClassVar[dict[str, Any]] = {}
 
     def complete(self, index: int) -> dict[str, Any]:
-        self.params = [_changed(params, ignore_eos=True) for params in self.params]
+        self.params = [replace(params, **self.changes) for params in self.params]
         return super().complete(index)
 
 
-class EndsAtOneTokenOnly(PlainLLM):
+class RunsOn(ChangesTheParams):
+    breaks, changes = "E09", {"ignore_eos": True}
+
+
+class NeverIgnoresTheEnd(ChangesTheParams):
+    breaks, changes = "E09", {"ignore_eos": False}
+
+
+class IgnoresStopTokens(ChangesTheParams):
+    breaks, changes = "E10", {"stop_token_ids": ()}
+
+
+class EndsAtTheFirstTokenOnly(PlainLLM):
     """D70"""
 
     breaks = "E09"
+    place = 0
 
     @property
     def ends(self) -> set[int]:
-        return {min(super().ends)}
+        ids = json.loads((Path(self.model) / "config.json").read_text())["eos_token_id"]
+        return {ids[self.place] if isinstance(ids, list) else ids}
 
 
-class NeverIgnoresTheEnd(PlainLLM):
-    breaks = "E09"
-
-    def complete(self, index: int) -> dict[str, Any]:
-        self.params = [_changed(params, ignore_eos=False) for params in self.params]
-        return super().complete(index)
-
-
-class IgnoresStopTokens(PlainLLM):
-    breaks = "E10"
-
-    def complete(self, index: int) -> dict[str, Any]:
-        self.params = [_changed(params, stop_token_ids=()) for params in self.params]
-        return super().complete(index)
+class EndsAtTheLastTokenOnly(EndsAtTheFirstTokenOnly):
+    place = -1
 
 
 class KeepsTheStopString(PlainLLM):
@@ -349,10 +356,6 @@ class RefusalLeavesTheOthersInTheQueue(AnswersOldRequestsAfterAnError):
             return super().run(prompts, params)
         finally:
             self.queue.clear()
-
-
-def _changed(params: SamplingParams, **changes: Any) -> SamplingParams:
-    return SamplingParams(**{**vars(params), **changes})
 
 
 FAULTS: list[Any] = [value for value in [*globals().values()] if hasattr(value, "breaks")]
