@@ -6,7 +6,7 @@
 Up to four stages, each of which stops at its first failure and prints it at once:
 
 1. the tests named after the file (tests/ mirrors nanovllm/; for a kernel, its cases),
-2. the other unit tests that import its module,
+2. the unit tests of all commands or models, and the others that import its module,
 3. the rest of the same folder of unit tests,
 4. the campaigns: tests/e2e, and tests/distributed where ranks could be concerned.
 
@@ -22,6 +22,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+# Unit tests of all files of a folder, which they reach through the command line or by listing the package.
+OF_FOLDER = {
+    "nanovllm/commands/": ["tests/unit/test_cli.py", "tests/unit/test_console.py"],
+    "nanovllm/models/": ["tests/unit/test_model_config.py"],
+}
 RANKS = ("nanovllm/worker/", "nanovllm/executor/", "nanovllm/distributed/", "nanovllm/layers/")
 
 
@@ -36,6 +41,7 @@ def stages(files: Iterable[str]) -> list[list[str]]:
         if "kernels" in path.parts:
             kernels.append(path.stem)
         named += _tests(folder, f"test_{path.stem}.py") + _tests(folder, f"test_{path.stem}_*.py")
+        importing += [test for start, tests in OF_FOLDER.items() if file.startswith(start) for test in tests]
         importing += [test for test in _tests(Path("tests/unit"), "**/test_*.py") if _imports(test, _module(path))]
         neighbours += _tests(folder, "test_*.py")
         if file.startswith(RANKS) and "tests/distributed" not in campaigns:

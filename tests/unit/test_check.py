@@ -22,6 +22,16 @@ def test_a_kernels_own_cases_come_first() -> None:
     assert first == ["tests/kernels/test_kernels.py", "-k", "rms_norm"]
 
 
+@pytest.mark.parametrize(
+    ("file", "test"),
+    [("commands/generate.py", "tests/unit/test_cli.py"), ("models/llama.py", "tests/unit/test_model_config.py")],
+)
+def test_what_runs_every_file_of_a_folder_comes_before_the_campaigns(file: str, test: str) -> None:
+    *_, found, campaigns = [stage for stage in stages([f"nanovllm/{file}"]) if test in stage or "tests/e2e" in stage]
+    assert test in found
+    assert "tests/e2e" in campaigns
+
+
 def test_every_file_has_a_stage_whose_tests_exist() -> None:
     for file in (path.relative_to(ROOT).as_posix() for path in python_files("nanovllm")):
         paths = [argument for stage in stages([file]) for argument in stage if argument.startswith("tests/")]

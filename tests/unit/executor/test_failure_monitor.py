@@ -100,6 +100,14 @@ def test_rank_0_fails_itself(start: Start) -> None:
     assert workers.monitor.wait_for_root_cause(HANG_SECONDS) is None
 
 
+def test_rank_0_fails_while_the_workers_end(start: Start) -> None:
+    """The executor terminates them then, and does not ask them to end once more."""
+    monitor = start(1).monitor
+    assert monitor.stop() is State.STOPPING
+    monitor.fail()
+    assert monitor.stop() is State.FAILED
+
+
 def test_a_closed_monitor_stays_closed(start: Start) -> None:
     monitor = start(1).monitor
     for change in (monitor.close, monitor.fail, monitor.stop, monitor.close):
