@@ -134,10 +134,9 @@ def check_near_ties(device: str) -> None:
 
     The logit of one is the noise it lacks, rounded to float32; all others are -inf.
     """
-    num_rows = 8
-    rows = make_rows(num_rows, 1.0, seed=5) | {"is_greedy": torch.zeros(num_rows, dtype=torch.bool)}
-    rows["temperature"] = torch.ones(num_rows)
-    for vocab_size, tile_size, tokens in ((4, 4, (0, 1)), (9, 4, (1, 6)), (1000, 1024, (3, 700))):
+    for num_rows, vocab_size, tile_size, tokens in ((20, 4, 4, (0, 1)), (8, 9, 4, (1, 6)), (8, 1000, 1024, (3, 700))):
+        rows = make_rows(num_rows, 1.0, seed=5) | {"is_greedy": torch.zeros(num_rows, dtype=torch.bool)}
+        rows["temperature"] = torch.ones(num_rows)
         logits = torch.full((num_rows, vocab_size), -torch.inf)
         for row in range(num_rows):
             key, position = (int(rows["seed_low"][row]), int(rows["seed_high"][row])), int(rows["position"][row])
