@@ -168,7 +168,7 @@ KERNEL = Kernel(
         tiles=st.sampled_from([None, (16, 32, 32), (64, 64, 32)]),
         seed=st.integers(0, 2**16),
     ),
-    compiled={f"{n} tokens": Compilation.everywhere(partial(launch, n)) for n in NUM_TOKENS},
+    compiled={f"{n} tokens": Compilation(lambda dtype, _, n=n: launch(n, dtype)) for n in NUM_TOKENS},
     refused=Refused(
         launch_refused,
         lambda: {

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 from tests.support.counts import COMPILED, count_kernel_comparisons
@@ -27,8 +28,7 @@ MAX_SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 class Compiled:
     """One kernel as compiled. registers: of a thread; stack_bytes: of a thread, 0 unless it spills.
 
-    file: the last part of its module's name. dtype: of what its first pointer points to. variant: what Triton tells it
-    from other compilations of the same kernel by.
+    file: the last part of its module's name. dtype: of what its first pointer points to.
     """
 
     name: str
@@ -40,12 +40,14 @@ class Compiled:
     stack_bytes: int
     shared_bytes: int
     ptx: str = field(repr=False)
-    variant: str = field(repr=False)
 
 
 @contextmanager
-def gpu_that_need_not_be_there(capability: int) -> Iterator[None]:
-    """Triton compiles for a GPU of this capability, into a folder of its own."""
+def gpu_that_need_not_be_there(capability: int, device: str = "") -> Iterator[None]:
+    """Triton compiles for a GPU of this capability, into a folder of its own.
+
+    device: Triton keeps what it compiled for each device of another name, in this process.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -56,7 +58,7 @@ def gpu_that_need_not_be_there(capability: int) -> Iterator[None]:
             return GPUTarget("cuda", capability, 32)
 
         def get_current_device(self) -> str:
-            return f"sm_{capability}"
+            return device or f"sm_{capability}"
 
         def get_current_stream(self, device: str) -> int:
             return 0
@@ -112,18 +114,25 @@ def compile_own_launches(launch: Callable[[], object], capability: int, name: st
     return compiled
 
 
-def names_of_launches(launch: Callable[[], object]) -> set[str]:
-    """Names of the kernels that launch() launches. It must use meta tensors; nothing is compiled."""
-    from triton.runtime.jit import JITFunction
+def variants_of_launches(launch: Callable[[], object]) -> list[tuple[str, str]]:
+    """(kernel, variant) of all that launch() launches, in order. It must use meta tensors; nothing is compiled.
 
-    names = set()
+    variant: Triton compiles a kernel once for each.
+    """
+    from triton import knobs
 
-    def note(self, *args, **kwargs):
-        names.add(self.fn.__name__)
+    variants = []
 
-    with patch.object(JITFunction, "run", note):
+    def note(*, key: str, fn: Any, **_: Any) -> bool:
+        variants.append((fn.name, key))
+        return True  # Triton need not compile it
+
+    with (
+        gpu_that_need_not_be_there(90, "a GPU for which nothing is compiled"),
+        patch.object(knobs.runtime, "jit_cache_hook", note),
+    ):
         launch()
-    return names
+    return variants
 
 
 def assert_fits(compiled: Compiled, limits: Limits) -> None:
@@ -164,5 +173,4 @@ def _read_resources(kernel, file: str, capability: int) -> Compiled:
         stack_bytes=usage["STACK"] + usage["LOCAL"],
         shared_bytes=kernel.metadata.shared,
         ptx=kernel.asm["ptx"],
-        variant=kernel.hash,
     )

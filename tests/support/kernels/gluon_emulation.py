@@ -15,7 +15,7 @@ It is one file, since each stand-in is understood only with the others.
 import importlib
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from math import prod
@@ -30,9 +30,9 @@ from tests.support.source_tree import module_name, python_files
 GLUON = "triton.experimental.gluon"
 
 
-def ordered(count: int) -> list[int]:
+def ordered(count: int) -> Sequence[int]:
     """In which order programs, and the parts of one, run; tests.support.kernels.interpreting replaces it."""
-    return list(range(count))
+    return range(count)
 
 
 # --- values ---

@@ -2,18 +2,17 @@
 
 The interpreter is chosen before triton's first import, and an access far out of bounds kills the process: so cases run
 in a process beside pytest's, one at a time, and a new one is started when it died. A case runs with the programs of
-each grid in order, then reversed, then shuffled.
+each grid in order, then reversed, so each of two programs comes before the other once: what one writes and the other
+reads or writes too would differ.
 """
 
 import atexit
 import importlib
 import multiprocessing
 import os
-import random
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -21,8 +20,6 @@ from tests.support.counts import add_counts, counting
 from tests.support.kernels import gluon_emulation, own_kernels
 from tests.support.kernels.registry import Check
 from tests.support.limits import HANG_SECONDS
-
-ORDERS = ("in order", "reversed", "shuffled")
 
 
 class Outcome(NamedTuple):
@@ -107,8 +104,8 @@ def run_case(module: str, case: str, own_specs: Sequence[str] = ()) -> Outcome:
     check = importlib.import_module(module).KERNEL.cases[case]
     failure = ""
     with counting() as counts, recorded_functions() as functions:
-        for order in ORDERS:
-            with program_order(order):
+        for order, context in (("in order", nullcontext()), ("reversed", programs_reversed())):
+            with context:
                 try:
                     failure = failure_of(check, "cpu")
                 except own_kernels.NotJudged as reason:
@@ -140,31 +137,20 @@ def failure_of(check: Check, device: str) -> str:
 
 
 @contextmanager
-def program_order(order: str) -> Iterator[None]:
-    """Within it, the interpreter runs the programs of every grid in one of ORDERS."""
+def programs_reversed() -> Iterator[None]:
+    """Within it, the interpreter and the emulation run the last program of every grid first."""
     from triton.runtime.interpreter import interpreter_builder
 
     set_grid_index = interpreter_builder.set_grid_idx
 
-    def set_other_index(x: int, y: int, z: int) -> None:
-        # The interpreter counts through the grid, last axis fastest; give it the program at another place instead.
-        _, num_y, num_z = grid = interpreter_builder.grid_dim
-        count = grid[0] * num_y * num_z
-        place = ordered(count, order)[(x * num_y + y) * num_z + z]
-        set_grid_index(place // (num_y * num_z), place // num_z % num_y, place % num_z)
+    def set_mirrored_index(*places: int) -> None:  # of the program that is next, as the interpreter counts
+        set_grid_index(*(size - 1 - place for size, place in zip(interpreter_builder.grid_dim, places, strict=True)))
 
     with (
-        patch.object(interpreter_builder, "set_grid_idx", set_other_index),
-        patch.object(gluon_emulation, "ordered", partial(ordered, order=order)),
+        patch.object(interpreter_builder, "set_grid_idx", set_mirrored_index),
+        patch.object(gluon_emulation, "ordered", lambda count: range(count)[::-1]),
     ):
         yield
-
-
-def ordered(count: int, order: str) -> list[int]:
-    """The numbers below `count` in one of ORDERS."""
-    if order == "shuffled":
-        return random.Random(count).sample(range(count), count)
-    return list(range(count))[:: -1 if order == "reversed" else 1]
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cache, partial
+from functools import partial
 from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -18,10 +18,9 @@ from tests.support.kernels.interpreting import INTERPRETER, recorded_functions
 
 # Names of LLM configurations: (architecture, attention_backend, kv_cache_block_size).
 CONFIGURATIONS = {
-    "llama": ("llama", "triton", 16),
+    "llama": ("llama", "triton", 16),  # in half precision, which skinny_linear is for; the others in float32
     "qwen3_moe": ("qwen3_moe", "triton", 16),
     "flash_attn": ("qwen3", "flash_attn", 256),
-    "half precision": ("llama", "triton", 16),
     "shared prefix": ("llama", "triton", 16),  # of prompts that begin alike
     "peer memory": ("llama", "triton", 16),  # of a single rank: for several, see tests/distributed/test_gpu_ranks.py
 }
@@ -30,7 +29,6 @@ PROMPTS_THAT_BEGIN_ALIKE = [list(range(5, 45)), [*range(5, 40), 7, 8, 9]]
 LONG_PROMPT = [5 + index % 300 for index in range(600)]  # long enough for the kernels of long prompts
 
 
-@cache
 def kernels_of_interpreted_llm(configuration: str) -> frozenset[str]:
     """Names of the @triton.jit functions that run, in the process that interprets. Compares tokens with PyTorch's."""
     names = INTERPRETER.call(_run_interpreted, configuration)
@@ -44,7 +42,7 @@ def _run_interpreted(configuration: str) -> frozenset[str]:
     from nanovllm.layers.triton_ops import TRITON_OPS
     from nanovllm.worker import model_runner
 
-    dtype = "float16" if configuration == "half precision" else "float32"
+    dtype = "float16" if configuration == "llama" else "float32"
     ops = flash_attn_ops(TRITON_OPS, is_fused=False) if configuration == "flash_attn" else TRITON_OPS
     with (
         flash_attn_stand_in(),
@@ -57,7 +55,6 @@ def _run_interpreted(configuration: str) -> frozenset[str]:
     return frozenset(names)
 
 
-@cache
 def kernels_of_llm_on_a_gpu(configuration: str) -> frozenset[str]:
     """Names of the @triton.jit functions that are launched."""
     from triton.runtime.jit import JITFunction

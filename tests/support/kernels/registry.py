@@ -21,8 +21,8 @@ Check = Callable[[str], None]  # runs on a device, "cpu" if interpreted or "cuda
 Inputs = dict[str, Any]  # a launcher's arguments
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# (capability, dtype) of a compilation: every dtype where kernels are tuned, the usual one on the other generations.
-TARGETS = (*((90, dtype) for dtype in DTYPES), (80, torch.bfloat16), (100, torch.bfloat16))
+# (capability, dtype) of a compilation: every dtype and every generation, float32 where kernels are tuned.
+TARGETS = ((90, torch.float32), (90, torch.bfloat16), (80, torch.bfloat16), (100, torch.float16))
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,6 @@ class Compilation:
     launch: Callable[[torch.dtype, int], object]
     targets: tuple[tuple[int, torch.dtype], ...] = TARGETS
     also: Callable[[Any], None] = lambda compiled: None
-
-    @classmethod
-    def everywhere(cls, launch: Callable[[torch.dtype], object]) -> "Compilation":
-        """launch(dtype) for every dtype on every generation."""
-        return cls(lambda dtype, _: launch(dtype), tuple(product((80, 90, 100), DTYPES)))
 
 
 @dataclass(frozen=True)
