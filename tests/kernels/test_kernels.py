@@ -1,6 +1,7 @@
 """Every registered kernel in every common way: interpreted, compiled, refusing, on a GPU, launched by an LLM.
 
 What a kernel declares is in NAME_cases.py; docs/adding_a_kernel.md shows how one is added.
+It is one file, so that all that a kernel must keep stands in one place.
 """
 
 import ast
