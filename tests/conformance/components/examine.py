@@ -71,7 +71,7 @@ class Examination:
             )
         for contract in CONTRACTS.values():
             causes = [name for name in contract.implied_by if verdicts[name]["verdict"] == BROKEN]
-            if causes:
+            if causes and verdicts[contract.id]["verdict"] != NOT_APPLICABLE:
                 reason = f"{causes[0]} is broken, and with it this one"
                 verdicts[contract.id] = {"verdict": NOT_APPLICABLE, "reason": reason}
             self.report({"event": "verdict", "id": contract.id, **verdicts[contract.id]})
@@ -142,8 +142,9 @@ class Examination:
         if contract in job.not_applicable or hidden:
             return {"verdict": NOT_APPLICABLE, "reason": job.not_applicable.get(contract, hidden)}
         if not job.checked[contract]:
-            broken = ", ".join(job.broken) or "nothing"
-            return {"verdict": NOT_APPLICABLE, "reason": f"no scenario came to the check (broken before it: {broken})"}
+            before = [name for name in job.broken if not CONTRACTS[name].is_isolated]
+            why = f"these are broken before it: {', '.join(before)}" if before else CONTRACTS[contract].is_about
+            return {"verdict": NOT_APPLICABLE, "reason": f"no scenario came to the check: {why or 'none had the case'}"}
         return {"verdict": HOLDS, "checked": job.checked[contract]}
 
     def _run_script(self, contract: Contract) -> dict[str, Any]:

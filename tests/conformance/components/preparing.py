@@ -1,6 +1,7 @@
 """Adapters of input preparation: ModelRunner's methods without a model, or functions of sequences."""
 
 import importlib
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,6 +15,8 @@ PREFILL_TABLES = ("prefill_block_tables", "block_tables")
 DECODE_TABLES = ("decode_block_tables", "block_tables")
 # The preparation of a decode step some of whose tokens are in flight: a function of the sequences and of those that the
 # step in front samples. A ModelRunner prepares it as any other.
+# Methods of a ModelRunner that prepare prefill and decode as one: of what schedule() returns, or of the sequences.
+UNIFIED = ("prepare_batch", "prepare_model_input")
 DECODE_BEHIND = "prepare_decode_async"
 UNKNOWN_STEPS = "inputs of steps that are scheduled ahead"
 
@@ -30,6 +33,7 @@ class Prepared(NamedTuple):
     prefill_tables: list[list[int]] | None
     decode_tables: list[list[int]] | None
     temperatures: list[float] | None
+    is_unified: bool = False  # cu_seqlens, context_lens and tables are of all rows, as if all were prefilled
 
 
 class UnknownStep(Exception):
@@ -62,7 +66,9 @@ class Preparation:
         context = next((found for found in map(_import, contexts) if hasattr(found, "get_context")), None)
         if context is None:
             return None, f"no module of {CONTEXT_MODULES} has get_context()"
-        for name, value in {
+        options = inspect.signature(runner_class.__init__).parameters.values()
+        defaults = {option.name: option.default for option in options if option.default is not option.empty}
+        values = defaults | {
             "config": self.adapter.config,
             "block_size": self.adapter.setup.block_size,
             "world_size": 1,
@@ -70,7 +76,8 @@ class Preparation:
             "enforce_eager": True,
             "device": "cpu",
             "use_cuda": False,
-        }.items():
+        }
+        for name, value in values.items():
             setattr(runner, name, value)
         if hasattr(runner, "prepare_prefill") and hasattr(runner, "prepare_decode"):
             return lambda result, batch, is_worker=False: self._from_runner(runner, context, batch, is_worker), ""
@@ -78,7 +85,15 @@ class Preparation:
             return (
                 lambda result, batch, is_worker=False: self._from_mixed(runner, context, result, batch, is_worker)
             ), ""
-        return None, "ModelRunner has neither prepare_prefill and prepare_decode nor prepare_inputs"
+        name = first_of(runner, UNIFIED)
+        if name is not None:
+            return (
+                lambda result, batch, is_worker=False: self._from_unified(
+                    runner, getattr(runner, name), context, result, batch, is_worker
+                )
+            ), ""
+        known = ("prepare_inputs", *UNIFIED)
+        return None, f"ModelRunner has neither prepare_prefill and prepare_decode nor one of {known}"
 
     @staticmethod
     def _from_functions(module: Any, batch: list[Scheduled], is_worker: bool) -> Prepared:
@@ -120,6 +135,17 @@ class Preparation:
         has_decode = any(not item.is_prefill for item in batch)
         sampled = None if is_worker else [item.seq for item in batch]
         return self._read_context(runner, context_module, prepared, sampled, has_prefill, has_decode)
+
+    def _from_unified(
+        self, runner: Any, prepare: Any, context_module: Any, result: Any, batch: list[Scheduled], is_worker: bool
+    ) -> Prepared:
+        sequences = [item.seq for item in batch]
+        prepared = prepare(sequences if isinstance(result, tuple | list) else result)
+        sampled = None if is_worker else sequences
+        found = self._read_context(runner, context_module, prepared, sampled, True, True)
+        if found.temperatures is None and not is_worker and len(prepared) > 2 and hasattr(prepared[2], "tolist"):
+            found = found._replace(temperatures=prepared[2].tolist())
+        return found._replace(is_unified=True)
 
     @staticmethod
     def _read_context(

@@ -279,17 +279,18 @@ def check_whole(target: Any) -> None:
     """C04, once every request has ended: all blocks are free, or a request that needs all of them is served."""
     check_blocks(target)
     target.check("C04")
-    free = target.adapter.free_blocks()
+    empty = target.adapter.empty_blocks()
     num_blocks, size = target.setup.num_blocks, target.setup.block_size
-    if free is not None and len(set(free)) == num_blocks:
+    if empty is not None and len(set(empty)) == num_blocks:
         return
+    why = ""
     request = target.add([5] * min(num_blocks * size, target.setup.max_model_len - 1), max_tokens=1)
     try:
         for _ in range(len(request.prompt) + 4):
             if request.is_finished:
                 return
             target.step()
-    except AssertionError:
-        pass
+    except AssertionError as error:
+        why = f" ({getattr(error, 'message', error)})"
     if not request.is_finished:
-        target.broken("C04", f"no request is left, and one that needs all {num_blocks} blocks is not served")
+        target.broken("C04", f"no request is left, and one that needs all {num_blocks} blocks is not served{why}")

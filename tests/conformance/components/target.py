@@ -27,6 +27,8 @@ from tests.conformance.components.preparing import UNKNOWN_STEPS, Preparation, U
 
 TEMPERATURES = (0.5, 1.0, 0.25)
 JUNK_TOKEN = 61  # given to a sequence that must not take a token
+# What a script is about may break these; another contract says nothing of the script's.
+OUTCOMES = ("C16", "C17", "C20", "C21", "C22")
 _loaded: dict[Path, dict[str, Any]] = {}
 
 
@@ -130,6 +132,7 @@ class Target:
         self.cache = step_checks.SymbolicCache(self.setup.num_blocks, self.setup.block_size)
         self.adapter.watch_moves(self.cache.move)
         self.num_steps = 0
+        self.ended_by: Broken | None = None  # of try_steps
         self.flight: Flight | None = None  # the step in front of the next one, if that is scheduled ahead
         self.call_seconds = CALL_SECONDS
         self.checked: Counter[str] = Counter()  # how often each contract was checked
@@ -148,7 +151,8 @@ class Target:
         number = len(self.requests)
         temperature = TEMPERATURES[number % len(TEMPERATURES)] if temperature is None else temperature
         seq = self.adapter.add(list(tokens), temperature, max_tokens, ignore_eos)
-        request = Request(seq, list(tokens), max_tokens, ignore_eos, temperature, number)
+        # The token that a step computes anyway is the last one of a request that asked for none.
+        request = Request(seq, list(tokens), max(max_tokens, 1), ignore_eos, temperature, number)
         self.requests.append(request)
         return request
 
@@ -179,14 +183,16 @@ class Target:
             self._step()
 
     def try_steps(self, number: int) -> None:
-        """Steps of a script whose verdict is about what comes of it: an exception ends them."""
+        """Steps of a script whose verdict is about what comes of it: an exception ends them, and expect() says it."""
         try:
             for _ in range(number):
                 if all(request.is_finished for request in self.requests):
                     return
                 self._step()
-        except Broken:
-            return
+        except Broken as error:
+            if error.contract not in OUTCOMES:
+                raise
+            self.ended_by = error
 
     def finish(self) -> None:
         """Step until every request has ended, and check that the cache is whole again."""
@@ -205,7 +211,8 @@ class Target:
     def expect(self, contract: str, holds: bool, message: str) -> None:
         self.check(contract)
         if not holds:
-            self._broken_at_admission(contract, message)
+            why = f" ({self.ended_by.message})" if self.ended_by is not None else ""
+            self._broken_at_admission(contract, message + why)
 
     def expect_refused(
         self, contract: str, what: str, action: Callable[[], Any], kind: type[Exception] = ValueError
@@ -354,7 +361,12 @@ class Target:
     def _check_pickle(self, result: Any, batch: list[Scheduled]) -> None:
         tokens = [list(getattr(item.seq, "token_ids", [])) for item in batch]
         self.check("C29")
-        copies = self.guarded(lambda: pickle.loads(pickle.dumps([item.seq for item in batch])), "pickle")
+        sequences = [item.seq for item in batch]
+        self.copied_result: Any = None
+        if isinstance(result, tuple | list):
+            copies = self.guarded(lambda: pickle.loads(pickle.dumps(sequences)), "pickle")
+        else:  # the workers get it whole
+            self.copied_result, copies = self.guarded(lambda: pickle.loads(pickle.dumps((result, sequences))), "pickle")
         if tokens != [list(getattr(item.seq, "token_ids", [])) for item in batch]:
             self.broken("C29", "token_ids of the sequence have changed")
         self.copies = [item._replace(seq=copy) for item, copy in zip(batch, copies, strict=True)]
@@ -368,13 +380,14 @@ class Target:
         input_checks.check_inputs(self, batch, prepared)
         self.check("C30")
         try:
-            copied = self.prepare(_with_copies(result, self.copies), self.copies, is_worker=True)
-        except (NotRecognised, AttributeError) as error:
-            if isinstance(error, NotRecognised):
-                return self.skip("C30", str(error))
-            return self.broken("C30", f"the step cannot be prepared from the pickled sequences: {error}")
+            copied = self.prepare(
+                result if self.copied_result is None else self.copied_result, self.copies, is_worker=True
+            )
+        except NotRecognised as error:
+            return self.skip("C30", str(error))
         except Exception as error:
-            return self.broken("C30", f"the pickled sequences: {type(error).__name__}: {error}")
+            what = f"{type(error).__name__}: {error}"
+            return self.broken("C30", f"the step cannot be prepared from the pickled sequences: {what}")
         if copied != prepared._replace(temperatures=None):
             self.broken("C30", "the step that a worker prepares from the pickled sequences is another one")
 
@@ -401,18 +414,3 @@ def loaded(path: Path) -> dict[str, Any]:
             raise NotRecognised(f"this process has loaded {next(iter(_loaded))}; start another one for {path}")
         _loaded[path] = load(find_package(path))
     return _loaded[path]
-
-
-def _with_copies(result: Any, copies: list[Scheduled]) -> Any:
-    """What schedule() returned, with the pickled sequences in it, for a runner that prepares from that."""
-    if isinstance(result, tuple | list):
-        return result
-    import copy
-
-    from tests.conformance.components.adapters import BATCH_SEQUENCES, first_of
-
-    changed = copy.copy(result)
-    name = first_of(result, BATCH_SEQUENCES)
-    if name is not None:
-        object.__setattr__(changed, name, [item.seq for item in copies])
-    return changed

@@ -62,6 +62,14 @@ def test_text_names_what_is_broken_and_why_the_rest_is_not_applicable() -> None:
     assert "not applicable: no part" in text
 
 
+def test_long_picture_is_cut_after_its_first_blocks_and_requests() -> None:
+    blocks = [f"block {number} |0 .|  free" for number in range(20)]
+    requests = [f"r{number}: prompt 0; waits" for number in range(report.MAX_LINES + 1)]
+    lines = report.short("\n".join([*blocks, *requests])).splitlines()
+    assert lines[: report.MAX_LINES + 1] == [*blocks[: report.MAX_LINES], "(8 more blocks)"]
+    assert lines[report.MAX_LINES + 1 :] == requests, "one line is not worth a line that says so"
+
+
 def test_page_escapes_what_the_target_says() -> None:
     page = report.as_html([result(C02="broken")])
     assert "&lt;b&gt;" in page
