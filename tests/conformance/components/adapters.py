@@ -329,6 +329,10 @@ class Adapter:
         return self.queue(self.swapped_name)
 
     @property
+    def can_swap(self) -> bool:
+        return self.swapped_name is not None or hasattr(self.manager, "swap_out")
+
+    @property
     def is_first_come_first_served(self) -> bool:
         queue = getattr(self.scheduler, self.waiting_name or "")
         return hasattr(queue, "popleft") and hasattr(queue, "appendleft")
@@ -406,7 +410,7 @@ class Adapter:
     def _read(self, result: Any) -> list[Scheduled]:
         if isinstance(result, tuple) and len(result) in (2, 4) and isinstance(result[1], bool):
             if len(result) == 4 and self.swapped_name is None:
-                raise NotRecognised(f"schedule() returns {describe(result)}")
+                raise NotRecognised(f"schedule() returns {describe(result)}; no table of adapters.py knows that")
             return [self._scheduled(seq, result[1]) for seq in result[0]]
         if isinstance(result, tuple) and len(result) == 2 and all(isinstance(part, list) for part in result):
             return [self._scheduled(seq, part is result[0]) for part in result for seq in part]
@@ -414,7 +418,7 @@ class Adapter:
             return [self._scheduled(seq, None) for seq in result]
         name = first_of(result, BATCH_SEQUENCES)
         if name is None or isinstance(result, tuple):
-            raise NotRecognised(f"schedule() returns {describe(result)}")
+            raise NotRecognised(f"schedule() returns {describe(result)}; no table of adapters.py knows that")
         sequences = list(getattr(result, name))
         if hasattr(result, "is_prefill"):
             return [self._scheduled(seq, result.is_prefill) for seq in sequences]

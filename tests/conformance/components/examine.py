@@ -14,7 +14,7 @@ from tests.conformance.components.bounds import SHORT_CALL_SECONDS
 from tests.conformance.components.contracts import AHEAD, CONTRACTS, Contract
 from tests.conformance.components.explore import Scenario
 from tests.conformance.components.picture import picture
-from tests.conformance.components.target import Broken, Target, loaded
+from tests.conformance.components.target import MOVES, Broken, Target, loaded
 
 HOLDS, BROKEN, NOT_APPLICABLE = "holds", "broken", "not applicable"
 Report = Callable[[dict[str, Any]], None]
@@ -97,6 +97,8 @@ class Examination:
                 break
             self._report_progress(number)
             self._run_one(scenario)
+        if explore.probe_swap(job.path) and not job.checked[MOVES]:
+            job.not_applicable[MOVES] = "no scenario has one, with the defaults of the fork's Config"
         self._report_progress(job.num_scenarios)
 
     def _run_one(self, scenario: Scenario) -> None:

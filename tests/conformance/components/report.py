@@ -24,11 +24,14 @@ def exit_code(result: dict[str, Any]) -> int:
 
 def as_text(result: dict[str, Any]) -> str:
     lines = [f"{result['target']}: {summary(result)}", *_notes(result), ""]
+    said: dict[str, str] = {}
     for name, verdict in result["verdicts"].items():
         contract = CONTRACTS[name]
         lines.append(f"{name} {MARKS[verdict['verdict']]:6}  {contract.rule}")
         if verdict["verdict"] == NOT_APPLICABLE:
-            lines.append(f"            not applicable: {verdict['reason']}")
+            first = said.setdefault(verdict["reason"], name)
+            reason = verdict["reason"] if first == name else f"as {first}"
+            lines.append(f"            not applicable: {reason}")
         if verdict["verdict"] == BROKEN:
             lines += [f"            {verdict['message']}", f"            users see: {contract.users_see}"]
             lines += [f"            from: {contract.report}", "            the smallest scenario that was found:", ""]

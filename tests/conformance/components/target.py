@@ -29,6 +29,7 @@ TEMPERATURES = (0.5, 1.0, 0.25)
 JUNK_TOKEN = 61  # given to a sequence that must not take a token
 # What a script is about may break these; another contract says nothing of the script's.
 OUTCOMES = ("C16", "C17", "C20", "C21", "C22")
+MOVES = "blocks that are swapped to the CPU"
 _loaded: dict[Path, dict[str, Any]] = {}
 
 
@@ -130,7 +131,7 @@ class Target:
         self.adapter = Adapter(loaded(Path(path)), self.setup)
         self.requests: list[Request] = []
         self.cache = step_checks.SymbolicCache(self.setup.num_blocks, self.setup.block_size)
-        self.adapter.watch_moves(self.cache.move)
+        self.adapter.watch_moves(self._move)
         self.num_steps = 0
         self.ended_by: Broken | None = None  # of try_steps
         self.flight: Flight | None = None  # the step in front of the next one, if that is scheduled ahead
@@ -252,6 +253,10 @@ class Target:
     def _skip_inputs(self, reason: str) -> None:
         for contract in input_checks.INPUT_CONTRACTS:
             self.skip(contract, reason)
+
+    def _move(self, is_out: bool, pairs: list[tuple[int, int]]) -> None:
+        self.check(MOVES)
+        self.cache.move(is_out, pairs)
 
     # --- one step ---
 

@@ -1,12 +1,13 @@
 """Shapes that real forks have and that were once misread: each is clean, and a fault in it is found."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 from tests.conformance.components.contracts import AHEAD, CONTRACTS
 from tests.conformance.components.document import SEED
 from tests.conformance.components.examine import NOT_APPLICABLE
-from tests.conformance.components.running import names, plant, verdicts_of
+from tests.conformance.components.running import names, plant, run_checks, verdicts_of
 from tests.conformance.components.targets.faults import (
     ASYNC,
     BLOCKS,
@@ -191,6 +192,18 @@ def test_faults_in_these_shapes_are_found(tmp_path: Path) -> None:
     assert "IndexError" in blocks["C04"]["message"]
     assert names(pickled, "broken") == ["C30"]
     assert names(chunked, "broken") == ["C20"]
+
+
+def test_swapping_that_no_scenario_comes_to_is_said(tmp_path: Path) -> None:
+    methods = (
+        "    def swap_out(self, seq: Sequence):\n        return []\n\n    swap_in = swap_out\n\n    def can_append("
+    )
+    queue = "self.num_prefills = 0\n        self.swapped = deque()\n\n"
+    never = Fault("", BLOCKS, "    def can_append(", methods, SCHEDULER, "self.num_prefills = 0\n\n", queue)
+    (found,) = json.loads(run_checks(*plant({"": never}, tmp_path), "--json", "--scenarios=5").stdout)["targets"]
+    assert found["notes"] == [
+        "blocks that are swapped to the CPU: no scenario has one, with the defaults of the fork's Config"
+    ]
 
 
 def test_script_says_nothing_where_another_contract_ends_it(tmp_path: Path) -> None:

@@ -56,10 +56,11 @@ def test_exit_code(verdicts: dict[str, str], code: int) -> None:
 
 
 def test_text_names_what_is_broken_and_why_the_rest_is_not_applicable() -> None:
-    text = report.as_text(result(C01="holds", C02="broken", C03="not applicable"))
-    assert "1 contracts hold, 1 are broken, 1 are not applicable" in text
+    text = report.as_text(result(C01="holds", C02="broken", C03="not applicable", C04="not applicable"))
+    assert "1 contracts hold, 1 are broken, 2 are not applicable" in text
     assert CONTRACTS["C02"].users_see in text
-    assert "not applicable: no part" in text
+    assert text.count("not applicable: no part") == 1
+    assert "not applicable: as C03" in text
 
 
 def test_long_picture_is_cut_after_its_first_blocks_and_requests() -> None:
