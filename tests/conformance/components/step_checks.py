@@ -201,6 +201,10 @@ def _check_no_reader(target: Any, item: Scheduled, slot: int, position: int, rea
             table.index(slot // target.setup.block_size) * target.setup.block_size + position % target.setup.block_size
         )
         if index < len(request.tokens) - 1 and old == _values(request.tokens)[index]:
+            if request in target.admitted and index < request.num_hit_tokens:
+                writer, block = target.request_of(item.seq).number, slot // target.setup.block_size
+                what = f"request {request.number} shares block {block}, which request {writer} fills in the same step"
+                target.broken("C07" if target.setup.weak_hash else "C06", what)
             target.broken("C01", f"slot {slot} is overwritten, and request {request.number} reads it")
 
 

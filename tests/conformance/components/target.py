@@ -133,6 +133,7 @@ class Target:
         self.cache = step_checks.SymbolicCache(self.setup.num_blocks, self.setup.block_size)
         self.adapter.watch_moves(self._move)
         self.num_steps = 0
+        self.admitted: list[Request] = []  # in the latest step
         self.ended_by: Broken | None = None  # of try_steps
         self.flight: Flight | None = None  # the step in front of the next one, if that is scheduled ahead
         self.call_seconds = CALL_SECONDS
@@ -345,7 +346,7 @@ class Target:
         step_checks.check_tokens(self, rows.live)
 
     def _note_admissions(self, before: "step_checks.Before", batch: list[Scheduled]) -> None:
-        admitted: list[Request] = []
+        admitted = self.admitted = []
         for request in self.live:
             if not request.table:
                 request.was_preempted |= request.is_admitted

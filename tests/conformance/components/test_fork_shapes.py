@@ -1,6 +1,9 @@
 """Shapes that real forks have and that were once misread: each is clean, and a fault in it is found."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from tests.conformance.components.targets.faults import (
     SEQUENCE,
     Fault,
 )
+from tests.support.source_tree import ROOT
 
 CONFIG = "config.py"
 COUNT = "num_scheduled_tokens"
@@ -81,6 +85,28 @@ _UNIFIED = (
     RUNNER,
     "            cu_seqlens_q=self.tensor(cu_seqlens_q),\n",
     "            cu_seqlens_q=self.tensor(cu_seqlens_q),\n            context_lens=self.tensor(lengths),\n",
+)
+# Upstream's block manager of 2025: a block is entered when it is allocated, and its old entry stays.
+_ENTERS_EARLY = (
+    BLOCKS,
+    "            seq.block_table.append(self._take_free_block())\n\n    def deallocate",
+    """\
+            block = self.blocks[self._take_free_block()]
+            index, parent = len(seq.block_table), -1
+            seq.block_table.append(block.block_id)
+            if len(seq.block(index)) == self.block_size:
+                for before in range(index + 1):
+                    parent = self.compute_hash(seq.block(before), parent)
+                block.hash, block.token_ids, block.prefix = parent, seq.block(index), seq.prefix(index + 1)
+                self.hash_to_block_id[parent] = block.block_id
+
+    def deallocate""",
+    BLOCKS,
+    "if self.hash_to_block_id.get(block.hash) == block_id:",
+    "if False:",
+    BLOCKS,
+    "self.blocks[block_id].prefix != seq.prefix(index + 1)",
+    "self.blocks[block_id].token_ids != seq.block(index)",
 )
 _ROWS = """\
 def postprocess(self, seqs: list[Sequence], token_ids: list[int], seq_need_compute_logits: list[int]):
@@ -192,6 +218,21 @@ def test_faults_in_these_shapes_are_found(tmp_path: Path) -> None:
     assert "IndexError" in blocks["C04"]["message"]
     assert names(pickled, "broken") == ["C30"]
     assert names(chunked, "broken") == ["C20"]
+
+
+def test_wrong_hit_on_a_block_that_the_same_step_fills_is_one(tmp_path: Path) -> None:
+    """And no slot that is overwritten: the block is entered under an old hash, which nothing forgets."""
+    path = shape(tmp_path, Fault("", *_ENTERS_EARLY))
+    script = f"""
+from tests.conformance.components.target import Target
+target = Target({str(path)!r}, num_blocks=7)
+for tokens in ([1, 1], [0] * 7, [1, 0, 0, 0, 1, 1], [1, 1, 0]):
+    target.add(tokens, max_tokens=1)
+target.step(2)
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert "Broken: C06: request 3 shares block 0, which request 2 fills in the same step" in result.stderr
 
 
 def test_swapping_that_no_scenario_comes_to_is_said(tmp_path: Path) -> None:

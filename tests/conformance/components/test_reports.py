@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,10 +12,12 @@ from nanovllm import cli
 from nanovllm.cli_errors import USER_ERROR
 from nanovllm.commands import conformance
 from tests.conformance.components import report
+from tests.conformance.components.__main__ import BROKEN_PIPE
 from tests.conformance.components.contracts import CONTRACTS
 from tests.conformance.components.drawing import drawing
 from tests.conformance.components.running import plant, run_checks
 from tests.conformance.components.targets.faults import FAULTS, RIGHT
+from tests.support.source_tree import ROOT
 from tools.docs.svg import MAX_WIDTH
 
 FAULT = "C34 is one position ahead"
@@ -104,6 +108,15 @@ def test_both_commands_print_a_finding_and_write_a_page(
 def test_wrong_arguments_are_refused_with_a_remedy(arguments: list[str], words: str) -> None:
     printed = run_checks(*arguments)
     assert (printed.returncode, words in printed.stderr) == (USER_ERROR, True), printed.stderr
+
+
+def test_reader_that_goes_away_is_no_traceback() -> None:
+    command = [sys.executable, "-m", "tests.conformance.components", str(RIGHT), "--scenarios=5"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait()) == ("", BROKEN_PIPE)
 
 
 def test_installed_package_says_that_a_checkout_is_needed(
