@@ -376,7 +376,8 @@ class Adapter:
     def is_ahead(self, batch: list[Scheduled]) -> bool:
         """Whether the next step may be scheduled before the tokens of this one are known: all have placeholders."""
         names = [first_of(item.seq, PLACEHOLDERS) for item in batch]
-        return all(name is not None and getattr(item.seq, name) for name, item in zip(names, batch, strict=True))
+        have = [name is not None and getattr(item.seq, name) for name, item in zip(names, batch, strict=True)]
+        return bool(have) and all(have)
 
     def schedule_next(self, front: Any) -> tuple[Any, list[Scheduled]]:
         """The step behind `front`, which schedule_next returned or schedule did; (None, []) if there is none yet."""

@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from tests.conformance.components.adapters import Adapter, Scheduled, describe, first_of
+from tests.conformance.components.adapters import STEP_SEQUENCES, Adapter, Scheduled, describe, first_of
 from tests.conformance.components.loading import NotRecognised
 
 CONTEXT_MODULES = ("utils.context", "context", "engine.context")
@@ -130,7 +130,7 @@ class Preparation:
     def _from_mixed(
         self, runner: Any, context_module: Any, result: Any, batch: list[Scheduled], is_worker: bool
     ) -> Prepared:
-        prepared = runner.prepare_inputs(result)
+        prepared = runner.prepare_inputs(_argument(runner.prepare_inputs, result, [item.seq for item in batch]))
         has_prefill = any(item.is_prefill for item in batch)
         has_decode = any(not item.is_prefill for item in batch)
         sampled = None if is_worker else [item.seq for item in batch]
@@ -140,7 +140,7 @@ class Preparation:
         self, runner: Any, prepare: Any, context_module: Any, result: Any, batch: list[Scheduled], is_worker: bool
     ) -> Prepared:
         sequences = [item.seq for item in batch]
-        prepared = prepare(sequences if isinstance(result, tuple | list) else result)
+        prepared = prepare(_argument(prepare, result, sequences))
         sampled = None if is_worker else sequences
         found = self._read_context(runner, context_module, prepared, sampled, True, True)
         if found.temperatures is None and not is_worker and len(prepared) > 2 and hasattr(prepared[2], "tolist"):
@@ -175,6 +175,12 @@ class Preparation:
             read(DECODE_TABLES, has_decode),
             temperatures,
         )
+
+
+def _argument(prepare: Callable[..., Any], result: Any, sequences: list[Any]) -> Any:
+    """What a preparation is given: the sequences of the step, or what schedule() returned."""
+    first = next(iter(inspect.signature(prepare).parameters), "")
+    return sequences if isinstance(result, tuple | list) or first in STEP_SEQUENCES else result
 
 
 def _import(name: str) -> Any:

@@ -140,7 +140,6 @@ _BATCH = (
     "def prepare_batch(self, step):\n        seqs = step.sequences\n",
 )
 _DERIVED = (
-    *_BATCH,
     SCHEDULER,
     "class Scheduler:\n",
     _STEP,
@@ -195,7 +194,13 @@ def shapes(tmp_path: Path) -> dict[str, Path]:
             prepare_decode="prepare_other",
         ),
         "a step whose sequences are derived": shape(
-            tmp_path / "6", Fault("", *_UNIFIED, *_DERIVED), prepare_decode="prepare_other"
+            tmp_path / "6", Fault("", *_UNIFIED, *_BATCH, *_DERIVED), prepare_decode="prepare_other"
+        ),
+        "such a step, and a preparation of its sequences": shape(
+            tmp_path / "7",
+            Fault("", *_UNIFIED, *_DERIVED),
+            prepare_prefill="prepare_model_input",
+            prepare_decode="prepare_other",
         ),
     }
 
@@ -210,7 +215,7 @@ def test_shapes_of_forks_are_checked_whole_and_clean(tmp_path: Path) -> None:
 def test_faults_in_these_shapes_are_found(tmp_path: Path) -> None:
     """Cached blocks that nothing takes again; a worker that gets one token and reads all; a token after each chunk."""
     lost = shape(tmp_path / "1", Fault("", *_CACHED), **{"self.cached": "self.cached_block_ids"})
-    last = shape(tmp_path / "2", Fault("", *_UNIFIED[3:], *_DERIVED), prepare_decode="prepare_other")
+    last = shape(tmp_path / "2", Fault("", *_UNIFIED[3:], *_BATCH, *_DERIVED), prepare_decode="prepare_other")
     chunks = Fault("", *_CHUNKS, *_texts(FAULTS["C20 takes a token after each chunk"]))
     paths = (lost, last, shape(tmp_path / "3", chunks))
     blocks, pickled, chunked = verdicts_of(*paths, scenarios=60, seed=SEED)
@@ -233,6 +238,26 @@ target.step(2)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert "Broken: C06: request 3 shares block 0, which request 2 fills in the same step" in result.stderr
+
+
+def test_step_that_only_swaps_is_a_step(tmp_path: Path) -> None:
+    """A schedule() moves a block to the CPU and back and chooses nothing; the next one goes on."""
+    moves = "\n    def swap_out(self, seq):\n        return [(0, 0)]\n\n    swap_in = swap_out\n\n    def can_append("
+    choose = """\
+    def schedule(self) -> tuple[list[Sequence], bool]:
+        if self.running and not self.has_swapped:
+            self.has_swapped = bool(self.block_manager.swap_out(None) and self.block_manager.swap_in(None))
+            return [], True
+        return self.choose()
+
+    def choose("""
+    lines = "self.num_prefills = 0\n\n", "self.num_prefills = 0\n        self.has_swapped = False\n\n"
+    swapping = (BLOCKS, "\n    def can_append(", moves, SCHEDULER, "    def schedule(", choose, SCHEDULER, *lines)
+    nothing = [text.replace("return [(0, 0)]", "return []").replace("bool(", "not bool(") for text in swapping]
+    paths = shape(tmp_path / "1", Fault("", *swapping)), shape(tmp_path / "2", Fault("", *nothing))
+    swaps, idles = verdicts_of(*paths, scenarios=20, seed=SEED)
+    assert names(swaps, "broken") == []
+    assert "C16" in names(idles, "broken")
 
 
 def test_swapping_that_no_scenario_comes_to_is_said(tmp_path: Path) -> None:
