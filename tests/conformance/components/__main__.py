@@ -1,6 +1,7 @@
 """python -m tests.conformance.components PATH ...: examines checkouts of nano-vllm and of its forks."""
 
 import argparse
+import os
 import random
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from tests.conformance.components.loading import NotRecognised, find_package
 DEFAULT_SCENARIOS = 1500
 DEFAULT_SECONDS = 90.0
 WIDTH = 30
+BROKEN_PIPE = 141  # 128 + SIGPIPE
 
 
 def parser(prog: str) -> argparse.ArgumentParser:
@@ -29,6 +31,16 @@ def parser(prog: str) -> argparse.ArgumentParser:
 
 def main(arguments: list[str], prog: str = "python -m tests.conformance.components") -> int:
     """Exit code: 0 nothing is broken; 1 a contract is; 2 a checkout that cannot be examined, or wrong arguments."""
+    try:
+        code = _examine_all(arguments, prog)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # of `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+
+
+def _examine_all(arguments: list[str], prog: str) -> int:
     options = parser(prog)
     given = options.parse_args(arguments)
     if given.scenarios < 1 or given.seconds <= 0:

@@ -6,7 +6,7 @@ reported as not applicable, with the reason, and never as passed. It is one file
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -22,11 +22,18 @@ SWAPPED = ("swapped", "swapped_queue", "swapped_out")
 # Attribute of the scheduler -> its block manager.
 BLOCK_MANAGERS = ("block_manager", "kvcache_manager", "kv_cache_manager", "cache_manager")
 FREE_BLOCKS = ("free_block_ids", "_free_block_ids", "free_blocks", "free_list")
+# Blocks that hold a cached prefix and may be taken as the free ones are: their ids, or a mapping to them.
+EVICTABLE_BLOCKS = ("cached_block_ids", "cached_blocks", "evictable_block_ids", "evictable_blocks")
 BLOCK_LISTS = ("blocks",)
+# Attribute of a sequence -> how many tokens it computes in the step, if the scheduler sets it.
+COUNTS = ("num_scheduled_tokens", "num_new_tokens")
 # Attribute of what schedule() returns -> its sequences, and which of them prefill.
 BATCH_SEQUENCES = ("sequences", "seqs", "scheduled_seqs", "scheduled")
 PREFILL_COUNTS = ("num_prefill_seqs", "num_prefills")
 PROMPTS = ("prompt", "prompt_token_ids", "token_ids", "inputs")  # of LLMEngine.add_request
+# Parameters of postprocess(): the sequences of the step, and which of them were sampled.
+STEP_SEQUENCES = ("seqs", "sequences")
+SAMPLED_ROWS = ("seq_need_compute_logits",)
 ABORTS = ("abort", "abort_request", "abort_seq", "cancel")
 HASH_FUNCTIONS = ("compute_hash",)
 # Of a scheduler that runs ahead of the model: a sequence's number of tokens in flight; or the scheduler's method that
@@ -51,6 +58,10 @@ class Scheduled(NamedTuple):
 
 def first_of(owner: Any, names: tuple[str, ...]) -> str | None:
     return next((name for name in names if hasattr(owner, name)), None)
+
+
+def first_of_names(names: Iterable[str], known: tuple[str, ...]) -> str | None:
+    return next((name for name in names if name in known), None)
 
 
 def call_with(function: Callable[..., Any], values: dict[str, Any], what: str, fallback: Any = None) -> Any:
@@ -79,13 +90,21 @@ def call_with(function: Callable[..., Any], values: dict[str, Any], what: str, f
 
 
 def make_config(config_class: Any, folder: str, values: dict[str, Any]) -> Any:
-    """The target's Config: its own defaults, then `values`. Small block sizes are set behind its validation.
+    """The target's Config, made of `values` as far as its validation lets it: it may derive options from them.
 
+    The others are its own defaults. Then all of `values` are set, since a block size of 2 is refused by most.
     folder: any folder that exists, for a Config that checks that its model does.
     """
-    try:
-        config = call_with(config_class, {"model": folder, "model_path": folder}, "Config")
-    except Exception:
+    model = {"model": folder, "model_path": folder}
+    large = {name: value for name, value in values.items() if "block_size" not in name}
+    config = None
+    for given in (model | values, model | large, model):
+        try:
+            config = call_with(config_class, given, "Config")
+            break
+        except Exception:
+            continue
+    if config is None:
         config = _defaults(config_class)
     for name, value in values.items():
         if name in _names(config_class) or not hasattr(config, name):
@@ -144,7 +163,7 @@ class Adapter:
         self.manager = getattr(self.scheduler, manager)
         self._num_made = 0
         self.no_step = ""  # why the steps of this scheduler cannot be followed
-        self.postprocess_names = list(inspect.signature(self.scheduler.postprocess).parameters)
+        self.postprocess_parameters = inspect.signature(self.scheduler.postprocess).parameters
 
     # --- construction ---
 
@@ -302,6 +321,10 @@ class Adapter:
         return self.queue(self.swapped_name)
 
     @property
+    def can_swap(self) -> bool:
+        return self.swapped_name is not None or hasattr(self.manager, "swap_out")
+
+    @property
     def is_first_come_first_served(self) -> bool:
         queue = getattr(self.scheduler, self.waiting_name or "")
         return hasattr(queue, "popleft") and hasattr(queue, "appendleft")
@@ -320,6 +343,16 @@ class Adapter:
         return [block.ref_count for block in blocks]
 
     def free_blocks(self) -> list[int] | None:
+        """Blocks that a new request may take, also those that hold a cached prefix until then."""
+        empty = self.empty_blocks()
+        other = first_of(self.manager, EVICTABLE_BLOCKS)
+        if empty is None or other is None:
+            return empty
+        blocks = getattr(self.manager, other)
+        ids = blocks.values() if isinstance(blocks, Mapping) else blocks
+        return empty + [getattr(block, "block_id", block) for block in ids]
+
+    def empty_blocks(self) -> list[int] | None:
         name = first_of(self.manager, FREE_BLOCKS)
         return list(getattr(self.manager, name)) if name else None
 
@@ -335,7 +368,8 @@ class Adapter:
     def is_ahead(self, batch: list[Scheduled]) -> bool:
         """Whether the next step may be scheduled before the tokens of this one are known: all have placeholders."""
         names = [first_of(item.seq, PLACEHOLDERS) for item in batch]
-        return all(name is not None and getattr(item.seq, name) for name, item in zip(names, batch, strict=True))
+        have = [name is not None and getattr(item.seq, name) for name, item in zip(names, batch, strict=True)]
+        return bool(have) and all(have)
 
     def schedule_next(self, front: Any) -> tuple[Any, list[Scheduled]]:
         """The step behind `front`, which schedule_next returned or schedule did; (None, []) if there is none yet."""
@@ -369,34 +403,55 @@ class Adapter:
     def _read(self, result: Any) -> list[Scheduled]:
         if isinstance(result, tuple) and len(result) in (2, 4) and isinstance(result[1], bool):
             if len(result) == 4 and self.swapped_name is None:
-                raise NotRecognised(f"schedule() returns {describe(result)}")
+                raise NotRecognised(f"schedule() returns {describe(result)}; no table of adapters.py knows that")
             return [self._scheduled(seq, result[1]) for seq in result[0]]
         if isinstance(result, tuple) and len(result) == 2 and all(isinstance(part, list) for part in result):
             return [self._scheduled(seq, part is result[0]) for part in result for seq in part]
         if isinstance(result, list):
-            return [self._scheduled(seq, self._prefills(seq)) for seq in result]
+            return [self._scheduled(seq, None) for seq in result]
         name = first_of(result, BATCH_SEQUENCES)
         if name is None or isinstance(result, tuple):
-            raise NotRecognised(f"schedule() returns {describe(result)}")
+            raise NotRecognised(f"schedule() returns {describe(result)}; no table of adapters.py knows that")
         sequences = list(getattr(result, name))
         if hasattr(result, "is_prefill"):
             return [self._scheduled(seq, result.is_prefill) for seq in sequences]
         count = first_of(result, PREFILL_COUNTS)
         if count is not None:
             return [self._scheduled(seq, index < getattr(result, count)) for index, seq in enumerate(sequences)]
-        return [self._scheduled(seq, self._prefills(seq)) for seq in sequences]
+        return [self._scheduled(seq, None) for seq in sequences]
 
     def _prefills(self, seq: Any) -> bool:
         value = getattr(seq, "is_prefill", None)
-        if value is None:
+        if value is not None:
+            return bool(value() if callable(value) else value)
+        if self.count_name is None:
             raise NotRecognised("nothing says which sequences of a step are in prefill")
-        return bool(value() if callable(value) else value)
+        return seq.num_cached_tokens < max(seq.num_prompt_tokens, len(seq) - 1)
 
-    def _scheduled(self, seq: Any, is_prefill: bool) -> Scheduled:
-        if hasattr(seq, "num_scheduled_tokens"):
-            return Scheduled(seq, seq.num_cached_tokens, seq.num_scheduled_tokens, is_prefill)
+    def _scheduled(self, seq: Any, is_prefill: bool | None) -> Scheduled:
+        """is_prefill: None if the sequence itself has to say it."""
+        if is_prefill is None:
+            is_prefill = self._prefills(seq)
+        if self.count_name is not None:
+            return Scheduled(seq, seq.num_cached_tokens, getattr(seq, self.count_name), is_prefill)
         start = seq.num_cached_tokens if is_prefill else len(seq) - 1
         return Scheduled(seq, start, len(seq) - start, is_prefill)
+
+    @property
+    def count_name(self) -> str | None:
+        """Which of COUNTS the scheduler sets. Found out once a process, with another scheduler.
+
+        A Sequence may have one that nothing sets: of a branch that was merged in part.
+        """
+        if "count_name" not in self.found:
+            trial = Adapter(self.found, dataclasses.replace(self.setup, weak_hash=False))
+            seq = trial.add([1], 1.0, 1, False)
+            try:
+                trial.scheduler.schedule()
+                self.found["count_name"] = next((name for name in COUNTS if getattr(seq, name, 0)), None)
+            except Exception:
+                self.found["count_name"] = first_of(seq, COUNTS)
+        return self.found["count_name"]
 
     def first_stored(self, item: Scheduled) -> int:
         """The first position whose key the step stores; what lies before is in a shared block."""
@@ -404,19 +459,28 @@ class Adapter:
 
     def postprocess(self, result: Any, batch: list[Scheduled], tokens: list[int]) -> None:
         """tokens: one for each sequence of the batch, also for those that get none in this step."""
-        names = self.postprocess_names
+        parameters = self.postprocess_parameters
+        is_object = not isinstance(result, tuple | list)
         is_sampled = [item.start + item.count == len(item.seq) for item in batch]
-        sampled = getattr(result, "sampled_sequences", None)
+        rows = [row for row, wanted in enumerate(is_sampled) if wanted]
         needs_sampling = all(hasattr(item.seq, "needs_sampling") for item in batch)
-        if sampled is not None or (not isinstance(result, tuple | list) and needs_sampling):
-            tokens = [token for token, wanted in zip(tokens, is_sampled, strict=True) if wanted]
-        if isinstance(result, tuple) or "is_prefill" in names:
-            rest = result[1:] if isinstance(result, tuple) else [getattr(result, "is_prefill", batch[0].is_prefill)]
-            values = [[item.seq for item in batch], tokens, *rest][: len(names)]
-            if len(values) != len(names):
-                raise NotRecognised(f"postprocess takes {names}")
-        else:
-            values = [result, tokens]
+        takes_rows = first_of_names(parameters, SAMPLED_ROWS)
+        if hasattr(result, "sampled_sequences") or takes_rows or (is_object and needs_sampling):
+            tokens = [tokens[row] for row in rows]
+        takes_sequences = not is_object or first_of_names(list(parameters)[:1], STEP_SEQUENCES)
+        values: list[Any] = [[item.seq for item in batch] if takes_sequences else result, tokens]
+        rest = list(result[1:]) if isinstance(result, tuple) else []
+        for name, parameter in list(parameters.items())[2:]:
+            if name in SAMPLED_ROWS:
+                values.append(rows)
+            elif name == "is_prefill" and takes_sequences and not rest:
+                values.append(getattr(result, "is_prefill", batch[0].is_prefill))
+            elif rest:
+                values.append(rest.pop(0))
+            elif parameter.default is not parameter.empty or parameter.kind is not parameter.POSITIONAL_OR_KEYWORD:
+                break
+            else:
+                raise NotRecognised(f"postprocess takes {list(parameters)}, and no table knows {name!r}")
         self.scheduler.postprocess(*values)
 
     def abort_name(self) -> str | None:

@@ -74,8 +74,9 @@ has one name.
 How forks differ stands in the tables of
 [tests/conformance/components/adapters.py](../tests/conformance/components/adapters.py): how a scheduler is
 constructed, what `schedule()` returns, what `postprocess()` takes, whether the block size is an attribute of the
-class Sequence, what the queues are called. Options that a fork adds to its Config have the fork's own defaults. Blocks
-that are swapped to the CPU are followed where `swap_out` and `swap_in` of the block manager return which they move.
+class Sequence, what the queues are called, whether one method prepares prefill and decode. Options that a fork adds to
+its Config have the fork's own defaults, or follow from the sizes of the scenario. Blocks that are swapped to the CPU
+are followed where `swap_out` and `swap_in` of the block manager return which they move.
 Steps with several new tokens a sequence (speculative decoding) are not modelled: their contracts are not applicable.
 
 **Async scheduling.** A class AsyncScheduler is examined beside the class Scheduler, and half of the scenarios schedule

@@ -14,7 +14,7 @@ from tests.conformance.components.bounds import CALL_SECONDS, SHORT_CALL_SECONDS
 from tests.conformance.components.contracts import AHEAD, CONTRACTS, Contract
 from tests.conformance.components.explore import Scenario
 from tests.conformance.components.picture import picture
-from tests.conformance.components.target import Broken, Target, loaded
+from tests.conformance.components.target import MOVES, Broken, Target, loaded
 
 HOLDS, BROKEN, NOT_APPLICABLE = "holds", "broken", "not applicable"
 Report = Callable[[dict[str, Any]], None]
@@ -73,7 +73,7 @@ class Examination:
             )
         for contract in CONTRACTS.values():
             causes = [name for name in contract.implied_by if verdicts[name]["verdict"] == BROKEN]
-            if causes:
+            if causes and verdicts[contract.id]["verdict"] != NOT_APPLICABLE:
                 reason = f"{causes[0]} is broken, and with it this one"
                 verdicts[contract.id] = {"verdict": NOT_APPLICABLE, "reason": reason}
             self.report({"event": "verdict", "id": contract.id, **verdicts[contract.id]})
@@ -99,6 +99,8 @@ class Examination:
                 break
             self._report_progress(number)
             self._run_one(scenario)
+        if explore.probe_swap(job.path) and not job.checked[MOVES]:
+            job.not_applicable[MOVES] = "no scenario has one, with the defaults of the fork's Config"
         self._report_progress(job.num_scenarios)
 
     def _run_one(self, scenario: Scenario) -> None:
@@ -150,8 +152,9 @@ class Examination:
         if contract in job.not_applicable or hidden:
             return {"verdict": NOT_APPLICABLE, "reason": job.not_applicable.get(contract, hidden)}
         if not job.checked[contract]:
-            broken = ", ".join(job.broken) or "nothing"
-            return {"verdict": NOT_APPLICABLE, "reason": f"no scenario came to the check (broken before it: {broken})"}
+            before = [name for name in job.broken if not CONTRACTS[name].is_isolated]
+            why = f"these are broken before it: {', '.join(before)}" if before else CONTRACTS[contract].is_about
+            return {"verdict": NOT_APPLICABLE, "reason": f"no scenario came to the check: {why or 'none had the case'}"}
         return {"verdict": HOLDS, "checked": job.checked[contract]}
 
     def _run_script(self, contract: Contract) -> dict[str, Any]:

@@ -35,16 +35,20 @@ def check_inputs(target: Any, batch: list[Scheduled], got: Prepared) -> None:
         for slot, right, is_stored in zip(got.slots, slots, stored, strict=False)
     ]
     same("C35", "slot_mapping", got.slots, expected if len(expected) == len(slots) else slots)
-    prefill = [item for item in batch if item.is_prefill]
-    decode = [item for item in batch if not item.is_prefill]
+    prefill = [item for item in batch if item.is_prefill or got.is_unified]
+    decode = [item for item in batch if not item.is_prefill or (got.is_unified and got.context_lens)]
     if prefill:
         same("C36", "cu_seqlens_q", got.cu_seqlens_q, _running_sum([item.count for item in prefill]))
         same("C37", "cu_seqlens_k", got.cu_seqlens_k, _running_sum([item.start + item.count for item in prefill]))
         if any(item.start for item in prefill):
             _check_tables(target, "prefill", prefill, got.prefill_tables)
     if decode:
-        same("C38", "context_lens", got.context_lens, [len(target.request_of(item.seq).tokens) for item in decode])
-        _check_tables(target, "decode", decode, got.decode_tables)
+        ends = [
+            item.start + item.count if got.is_unified else len(target.request_of(item.seq).tokens) for item in decode
+        ]
+        same("C38", "context_lens", got.context_lens, ends)
+        if not got.is_unified:
+            _check_tables(target, "decode", decode, got.decode_tables)
     if got.temperatures is None:
         target.skip("C40", "ModelRunner has no prepare_sample that returns temperatures")
         return

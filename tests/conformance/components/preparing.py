@@ -1,10 +1,11 @@
 """Adapters of input preparation: ModelRunner's methods without a model, or functions of sequences."""
 
 import importlib
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from tests.conformance.components.adapters import Adapter, Scheduled, describe, first_of
+from tests.conformance.components.adapters import STEP_SEQUENCES, Adapter, Scheduled, describe, first_of
 from tests.conformance.components.loading import NotRecognised
 
 CONTEXT_MODULES = ("utils.context", "context", "engine.context")
@@ -12,7 +13,10 @@ CONTEXT_MODULES = ("utils.context", "context", "engine.context")
 # prefill first, then decode.
 PREFILL_TABLES = ("prefill_block_tables", "block_tables")
 DECODE_TABLES = ("decode_block_tables", "block_tables")
-MIXED = "prepare_inputs"  # of a ModelRunner that is given what schedule() returned, prefill and decode in one step
+# Methods of a ModelRunner that prepare a whole step, of what schedule() returned or of the sequences. The unified ones
+# have cu_seqlens, context_lens and tables of all rows, as if all were prefilled.
+UNIFIED = ("prepare_batch", "prepare_model_input")
+WHOLE_STEP = ("prepare_inputs", *UNIFIED)
 # The preparation of a decode step some of whose tokens are in flight: a function of the sequences and of those that the
 # step in front samples. A ModelRunner prepares it as any other.
 DECODE_BEHIND = "prepare_decode_async"
@@ -31,6 +35,7 @@ class Prepared(NamedTuple):
     prefill_tables: list[list[int]] | None
     decode_tables: list[list[int]] | None
     temperatures: list[float] | None
+    is_unified: bool = False  # cu_seqlens, context_lens and tables are of all rows, as if all were prefilled
 
 
 class UnknownStep(Exception):
@@ -63,7 +68,9 @@ class Preparation:
         context = next((found for found in map(_import, contexts) if hasattr(found, "get_context")), None)
         if context is None:
             return None, f"no module of {CONTEXT_MODULES} has get_context()"
-        for name, value in {
+        options = inspect.signature(runner_class.__init__).parameters.values()
+        defaults = {option.name: option.default for option in options if option.default is not option.empty}
+        values = defaults | {
             "config": self.adapter.config,
             "block_size": self.adapter.setup.block_size,
             "world_size": 1,
@@ -71,11 +78,12 @@ class Preparation:
             "enforce_eager": True,
             "device": "cpu",
             "use_cuda": False,
-        }.items():
+        }
+        for name, value in values.items():
             setattr(runner, name, value)
-        if _has_both(runner) or hasattr(runner, MIXED):
+        if _has_both(runner) or first_of(runner, WHOLE_STEP):
             return lambda *step, is_worker=False: self._from_runner(runner, context, *step, is_worker), ""
-        return None, f"ModelRunner has neither prepare_prefill and prepare_decode nor {MIXED}"
+        return None, f"ModelRunner has neither prepare_prefill and prepare_decode nor one of {WHOLE_STEP}"
 
     @staticmethod
     def _from_functions(module: Any, batch: list[Scheduled], is_worker: bool) -> Prepared:
@@ -104,8 +112,13 @@ class Preparation:
         has_prefill = any(item.is_prefill for item in batch)
         has_decode = not all(item.is_prefill for item in batch)
         sequences = [item.seq for item in batch]
+        is_unified = False
         if not _has_both(runner):
-            prepared = getattr(runner, MIXED)(result)
+            name = first_of(runner, WHOLE_STEP)
+            prepare = getattr(runner, name or "")
+            prepared = prepare(_argument(prepare, result, sequences))
+            if is_unified := name in UNIFIED:
+                has_prefill = has_decode = True
         elif has_prefill and has_decode:
             raise NotRecognised("a step has prefill and decode, and ModelRunner prepares only one at a time")
         else:
@@ -126,6 +139,8 @@ class Preparation:
         if not is_worker and hasattr(runner, "prepare_sample"):
             rows = runner.prepare_sample(sequences)
             temperatures = rows.tolist() if hasattr(rows, "tolist") else None
+        if temperatures is None and not is_worker and is_unified and len(prepared) > 2:
+            temperatures = prepared[2].tolist() if hasattr(prepared[2], "tolist") else None
         return Prepared(
             prepared[0].tolist(),
             prepared[1].tolist(),
@@ -136,11 +151,18 @@ class Preparation:
             read(PREFILL_TABLES, has_prefill),
             read(DECODE_TABLES, has_decode),
             temperatures,
+            is_unified,
         )
 
 
 def _has_both(owner: Any) -> bool:
     return hasattr(owner, "prepare_prefill") and hasattr(owner, "prepare_decode")
+
+
+def _argument(prepare: Callable[..., Any], result: Any, sequences: list[Any]) -> Any:
+    """What a preparation is given: the sequences of the step, or what schedule() returned."""
+    first = next(iter(inspect.signature(prepare).parameters), "")
+    return sequences if isinstance(result, tuple | list) or first in STEP_SEQUENCES else result
 
 
 def _import(name: str) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 from tests.conformance.components.contracts import CONTRACTS
 from tests.conformance.components.examine import BROKEN, HOLDS, NOT_APPLICABLE
 
+MAX_LINES = 12
 MARKS = {HOLDS: "holds", BROKEN: "BROKEN", NOT_APPLICABLE: "n/a"}
 
 
@@ -23,20 +24,35 @@ def exit_code(result: dict[str, Any]) -> int:
 
 def as_text(result: dict[str, Any]) -> str:
     lines = [f"{result['target']}: {summary(result)}", *_notes(result), ""]
+    said: dict[str, str] = {}
     for name, verdict in result["verdicts"].items():
         contract = CONTRACTS[name]
         lines.append(f"{name} {MARKS[verdict['verdict']]:6}  {contract.rule}")
         if verdict["verdict"] == NOT_APPLICABLE:
-            lines.append(f"            not applicable: {verdict['reason']}")
+            first = said.setdefault(verdict["reason"], name)
+            reason = verdict["reason"] if first == name else f"as {first}"
+            lines.append(f"            not applicable: {reason}")
         if verdict["verdict"] == BROKEN:
             lines += [f"            {verdict['message']}", f"            users see: {contract.users_see}"]
             lines += [f"            from: {contract.report}", "            the smallest scenario that was found:", ""]
-            text = f"{verdict['script']}\n{verdict['picture']}".rstrip()
+            text = f"{verdict['script']}\n{short(verdict['picture'])}".rstrip()
             lines += [f"                {line}".rstrip() for line in text.splitlines()]
             lines.append("")
     if any(verdict["verdict"] == BROKEN for verdict in result["verdicts"].values()):
         lines.append("Run a scenario with python from the root of the checkout that has tests/conformance.")
     return "\n".join(lines)
+
+
+def short(picture: str) -> str:
+    """The first MAX_LINES of its blocks, and of its requests, and how many there are more."""
+    lines = picture.splitlines()
+    blocks = [line for line in lines if line.startswith("block ")]
+    parts = (("blocks", blocks), ("requests", lines[len(blocks) :]))
+    shown = []
+    for name, part in parts:
+        left_out = len(part) - MAX_LINES
+        shown += part if left_out < 2 else [*part[:MAX_LINES], f"({left_out} more {name})"]
+    return "".join(f"{line}\n" for line in shown)
 
 
 def summary(result: dict[str, Any]) -> str:
@@ -90,7 +106,9 @@ def as_html(results: list[dict[str, Any]]) -> str:
                 cell += f"<br>{html.escape(verdict['reason'])}"
             if kind == BROKEN:
                 cell += f"<br>{html.escape(verdict['message'])}<br>Users see: {html.escape(CONTRACTS[name].users_see)}"
-                cell += f"<pre>{html.escape(verdict['script'])}</pre><pre>{html.escape(verdict['picture'])}</pre>"
+                cell += (
+                    f"<pre>{html.escape(verdict['script'])}</pre><pre>{html.escape(short(verdict['picture']))}</pre>"
+                )
             parts.append(f"<tr><td>{name}</td><td class='{kind.split()[0]}'>{kind}</td><td>{cell}</td></tr>")
         parts.append("</table>")
     return "<!doctype html><html lang='en'><meta charset='utf-8'>" + "\n".join(parts) + "</html>\n"

@@ -198,6 +198,10 @@ def _check_no_reader(target: Any, item: Scheduled, slot: int, position: int, rea
             table.index(slot // target.setup.block_size) * target.setup.block_size + position % target.setup.block_size
         )
         if index < len(request.tokens) - 1 and old == _values(request.tokens)[index]:
+            if request in target.admitted and index < request.num_hit_tokens:
+                writer, block = target.request_of(item.seq).number, slot // target.setup.block_size
+                what = f"request {request.number} shares block {block}, which request {writer} fills in the same step"
+                target.broken("C07" if target.setup.weak_hash else "C06", what)
             target.broken("C01", f"slot {slot} is overwritten, and request {request.number} reads it")
 
 
@@ -276,17 +280,18 @@ def check_whole(target: Any) -> None:
     """C04, once every request has ended: all blocks are free, or a request that needs all of them is served."""
     check_blocks(target)
     target.check("C04")
-    free = target.adapter.free_blocks()
+    empty = target.adapter.empty_blocks()
     num_blocks, size = target.setup.num_blocks, target.setup.block_size
-    if free is not None and len(set(free)) == num_blocks:
+    if empty is not None and len(set(empty)) == num_blocks:
         return
+    why = ""
     request = target.add([5] * min(num_blocks * size, target.setup.max_model_len - 1), max_tokens=1)
     try:
         for _ in range(len(request.prompt) + 4):
             if request.is_finished:
                 return
             target.step()
-    except AssertionError:
-        pass
+    except AssertionError as error:
+        why = f" ({getattr(error, 'message', error)})"
     if not request.is_finished:
-        target.broken("C04", f"no request is left, and one that needs all {num_blocks} blocks is not served")
+        target.broken("C04", f"no request is left, and one that needs all {num_blocks} blocks is not served{why}")

@@ -1,6 +1,8 @@
 """What a report says, its exit codes, and the two commands that print it."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,10 +11,12 @@ from nanovllm import cli
 from nanovllm.cli_errors import USER_ERROR
 from nanovllm.commands import conformance
 from tests.conformance.components import report
+from tests.conformance.components.__main__ import BROKEN_PIPE
 from tests.conformance.components.contracts import CONTRACTS
 from tests.conformance.components.drawing import drawing
 from tests.conformance.components.running import plant, run_checks
 from tests.conformance.components.targets.faults import FAULTS, RIGHT
+from tests.support.source_tree import ROOT
 from tools.docs.svg import MAX_WIDTH
 
 FAULT = "C34 is one position ahead"
@@ -55,10 +59,19 @@ def test_exit_code(verdicts: dict[str, str], code: int) -> None:
 
 
 def test_text_names_what_is_broken_and_why_the_rest_is_not_applicable() -> None:
-    text = report.as_text(result(C01="holds", C02="broken", C03="not applicable"))
-    assert "1 contracts hold, 1 are broken, 1 are not applicable" in text
+    text = report.as_text(result(C01="holds", C02="broken", C03="not applicable", C04="not applicable"))
+    assert "1 contracts hold, 1 are broken, 2 are not applicable" in text
     assert CONTRACTS["C02"].users_see in text
-    assert "not applicable: no part" in text
+    assert text.count("not applicable: no part") == 1
+    assert "not applicable: as C03" in text
+
+
+def test_long_picture_is_cut_after_its_first_blocks_and_requests() -> None:
+    blocks = [f"block {number} |0 .|  free" for number in range(20)]
+    requests = [f"r{number}: prompt 0; waits" for number in range(report.MAX_LINES + 1)]
+    lines = report.short("\n".join([*blocks, *requests])).splitlines()
+    assert lines[: report.MAX_LINES + 1] == [*blocks[: report.MAX_LINES], "(8 more blocks)"]
+    assert lines[report.MAX_LINES + 1 :] == requests, "one line is not worth a line that says so"
 
 
 def test_page_escapes_what_the_target_says() -> None:
@@ -92,6 +105,15 @@ def test_nanovllm_conformance_prints_a_finding_and_writes_a_page(
 def test_wrong_arguments_are_refused_with_a_remedy(arguments: list[str], words: str) -> None:
     printed = run_checks(*arguments)
     assert (printed.returncode, words in printed.stderr) == (USER_ERROR, True), printed.stderr
+
+
+def test_reader_that_goes_away_is_no_traceback() -> None:
+    command = [sys.executable, "-m", "tests.conformance.components", str(RIGHT), "--scenarios=5"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait()) == ("", BROKEN_PIPE)
 
 
 def test_installed_package_says_that_a_checkout_is_needed(

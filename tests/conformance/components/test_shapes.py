@@ -96,8 +96,8 @@ KNOWN = {
         RUNNER,
         "def prepare_prefill(",
         (
-            "def prepare_inputs(self, result):\n"
-            "        return (self.prefill_inputs if result[1] else self.decode_inputs)(result[0])\n\n"
+            "def prepare_inputs(self, seqs):\n"
+            "        return (self.prefill_inputs if seqs[0].is_prefill else self.decode_inputs)(seqs)\n\n"
             "    def prefill_inputs("
         ),
         RUNNER,
