@@ -12,7 +12,9 @@ from tests.e2e.conftest import GREEDY, PARAMS, PROMPTS, contents, joined, run_to
 def test_the_items_of_a_stream_join_to_the_outputs(engine: LLM) -> None:
     """D82: this holds for requests that end by their length, a stop token or a stop string."""
     prompts = list(DEMO_PROMPTS[: len(PARAMS)])
-    expected = contents(engine.generate(prompts, PARAMS, use_tqdm=False))
+    outputs = engine.generate(prompts, PARAMS, use_tqdm=False)
+    assert all(output["text"] for output in outputs)
+    expected = contents(outputs)
     assert joined(engine.generate_stream(prompts, PARAMS)) == expected
 
 

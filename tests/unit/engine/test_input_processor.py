@@ -1,4 +1,4 @@
-"""input_processor: prompts and parameters in every form users give them, and the seeds of requests without one."""
+"""input_processor: prompts and parameters in every form users give them, and what a request gets: number and seed."""
 
 import struct
 from array import array
@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import xxhash
 
-from nanovllm import SamplingParams
+from nanovllm import Config, SamplingParams
 from nanovllm.engine.chat import as_conversations
-from nanovllm.engine.input_processor import as_params_list, as_prompt_list, as_token_ids, request_seed
+from nanovllm.engine.input_processor import InputProcessor, as_params_list, as_prompt_list, as_token_ids, request_seed
 
 GREEDY = SamplingParams.greedy()
 
@@ -164,6 +164,7 @@ def test_token_ids_are_plain_ints_in_a_list_of_their_own(prompt: Any, expected: 
         ("", "at least one token, got ''"),
         ([1, 2**70], "got 1180591620717411303424 at position 1"),
         ([np.int64(1), np.uint64(2**63)], "at position 1$"),
+        ([1, [2]], r"got \[2\] at position 1$"),
         ([1, np.bool_(True)], "at position 1$"),
         ([1, True], "got True at position 1"),
         ([0, 10], r"from 0 to 9 \(the model's vocabulary\), got 10 at position 1"),
@@ -195,6 +196,24 @@ def test_a_text_needs_a_tokenizer() -> None:
     with pytest.raises(ValueError, match=r"a text prompt needs a tokenizer .* add tokenizer\.json"):
         as_token_ids("text", None, 10)
     assert as_token_ids([1], None, 10) == [1]
+
+
+def test_a_text_that_no_tokenizer_accepts_is_refused() -> None:
+    with pytest.raises(ValueError, match="a text prompt must be valid Unicode"):
+        as_token_ids("In \udc80", WordTokenizer(), 10)
+
+
+def test_a_request_has_the_next_number_and_its_own_seed_or_one_of_the_engines() -> None:
+    """D58: a request that is refused takes no number."""
+    processor = InputProcessor(Config("a model", seed=7, kv_cache_block_size=256), None, 10, lambda seq: None)
+    params = [GREEDY, SamplingParams(seed=5), GREEDY]
+    with pytest.raises(ValueError, match="prompt 2: a token id must be an integer from 0 to 9 "):
+        processor.make_requests([[1], [2], [10]], params)
+    sequences = [request.sequence for request in processor.make_requests([[1], [2], [3]], params)]
+    assert [(seq.seq_id, seq.seed) for seq in sequences] == [(0, request_seed(7, 0)), (1, 5), (2, request_seed(7, 2))]
+    assert [(seq.token_ids, seq.block_size) for seq in sequences] == [([1], 256), ([2], 256), ([3], 256)]
+    with pytest.raises(ValueError, match=r"^prompt 0: stop strings need a tokenizer .* got stop=\('x',\)$"):
+        processor.make_requests([[1]], SamplingParams(stop="x"))
 
 
 def test_the_seed_of_a_request_is_a_hash_of_engine_seed_and_arrival() -> None:
