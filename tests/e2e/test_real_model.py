@@ -3,10 +3,9 @@
 `make real-model` makes the model's directory, `python -m pytest -m real_model` runs these tests. A tiny random model
 has no end-of-sequence token that it expects, no text that a user would read and no long context that matters; this one
 has. transformers reads each prompt with our tokens after it, in one forward pass: it would have generated the same if
-each of our tokens is its argmax. Where one is not, it may fall short of the best of the exact logits by twice the bound
-of a logit: FACTORS times the error of transformers' own logits, and half a unit in the last place of the dtype. Exact
-are float64's logits for float32, and for bfloat16 float32's: their unit in the last place is 2**-16 of bfloat16's, and
-they take a fraction of the time.
+each of our tokens is its argmax. Where one is not, it may fall short of the best of the exact logits by what
+allowed_shortfall says. Exact are float64's logits for float32, and for bfloat16 float32's: their unit in the last place
+is 2**-16 of bfloat16's, and they take a fraction of the time.
 """
 
 from collections.abc import Iterator
@@ -20,14 +19,12 @@ from nanovllm import LLM, SamplingParams
 from tests.e2e.conftest import contents, joined
 from tests.e2e.real_model_prompts import CHINESE, PLAIN_TEXTS, QUESTIONS, forty_prompts
 from tests.support.counts import count_comparisons, count_event, record_error
-from tests.support.hugging_face import load_hugging_face
-from tests.support.oracle import ERROR_RATIO
+from tests.support.hugging_face import allowed_shortfall, load_hugging_face
 from tests.support.row_by_row import row_by_row
 from tools.real_model import REAL_MODEL
 
 pytestmark = pytest.mark.real_model
 
-FACTORS = {"float32": ERROR_RATIO, "bfloat16": 2.0}
 EXACT = {"float32": torch.float64, "bfloat16": torch.float32}
 MAX_TOKENS = 32
 WITH_PRESSURE: dict[str, Any] = {  # the longest prompt takes 73 blocks
@@ -69,8 +66,7 @@ def num_excused(model: Path, prompt: list[int], token_ids: list[int], dtype: str
     excused = int((rounded.argmax(dim=1) != torch.tensor(token_ids)).sum())
     if excused:
         exact = logits_before(model, prompt, token_ids, EXACT[dtype])
-        half_place = torch.finfo(getattr(torch, dtype)).eps * float(exact.abs().max()) / 2
-        allowed = 2 * (FACTORS[dtype] * float((rounded - exact).abs().max()) + half_place)
+        allowed = allowed_shortfall(rounded, exact, getattr(torch, dtype))
         chosen = exact.gather(1, torch.tensor(token_ids)[:, None])[:, 0]
         shortfall = float((exact.amax(dim=1) - chosen).max())
         record_error(f"greedy choices of a real model, {dtype}", shortfall, allowed)
