@@ -30,7 +30,6 @@ class ModelInput:
     sequence_order: [num_seqs] int32, the order in which a kernel starts the sequences: the longest keys first, so that
         the kernel does not end with a single long sequence.
     block_tables: [num_seqs, max_blocks] int32 padded with PADDING_BLOCK; None in a prefill without cached keys.
-    last_tokens: [num_seqs] int64, the index of each sequence's last token among the packed ones.
     sample_indices: [num_samples] int64, the sequences that have no token left to compute after this step: the logits of
         their last tokens are sampled.
     sampling: the SamplingMetadata of these num_samples rows.
@@ -50,7 +49,6 @@ class ModelInput:
     context_lens: np.ndarray
     sequence_order: np.ndarray
     block_tables: np.ndarray | None
-    last_tokens: np.ndarray
     sample_indices: np.ndarray
     sampling: SamplingMetadata[np.ndarray]
     input_ids_source: np.ndarray | None = None
@@ -166,7 +164,6 @@ def _prepare(
         context_lens=context_lens.astype(np.int32),
         sequence_order=np.argsort(-context_lens, kind="stable").astype(np.int32),
         block_tables=block_tables if needs_block_tables else None,
-        last_tokens=query_ends - 1,
         sample_indices=np.array(sampled, dtype=np.int64),
         sampling=prepare_sample([sequences[index] for index in sampled], context_lens[sampled]),
     )

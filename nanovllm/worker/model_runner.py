@@ -341,7 +341,9 @@ class ModelRunner:
 
     def _compute_logits(self, model_input: ModelInput, previous_token_ids: torch.Tensor | None) -> torch.Tensor | None:
         """[num_samples, vocab_size]; None on ranks but 0, and if no sequence is sampled in this step."""
-        last_tokens = self._tensor(model_input.last_tokens) if model_input.is_prefill else None
+        last_tokens = None
+        if model_input.is_prefill:
+            last_tokens = self._tensor(model_input.cu_seqlens_q[1:].astype(np.int64) - 1)
         hidden_states = self.run_model(model_input, self._input_ids(model_input, previous_token_ids), last_tokens)
         if not len(model_input.sample_indices):
             return None
@@ -362,8 +364,8 @@ class ModelRunner:
     ) -> torch.Tensor:
         """Hidden states [num_tokens, hidden_size] of one forward pass, which writes the KV cache.
 
-        input_ids: [num_tokens] int64 on the device, in place of model_input.input_ids. last_tokens: those of
-            model_input on the device; then the hidden states are those of [num_seqs] last tokens only.
+        input_ids: [num_tokens] int64 on the device, in place of model_input.input_ids. last_tokens: as in
+            DecoderForCausalLM.forward.
         """
         if input_ids is None:
             input_ids = self._tensor(model_input.input_ids)

@@ -58,7 +58,7 @@ class SymbolicModel:
             (rows.seed_low + (rows.seed_high << 32)).view("uint64"),
             rows.position,
         )
-        sampled = [keys[index] for index in inputs.last_tokens[inputs.sample_indices].tolist()]
+        sampled = [keys[index] for index in (inputs.cu_seqlens_q[1:] - 1)[inputs.sample_indices].tolist()]
         return [digest(row) for row in zip(sampled, *(column.tolist() for column in columns), strict=True)]
 
     def _attend(self, layer: list[int], keys: list[int], inputs: ModelInput) -> list[int]:

@@ -57,7 +57,6 @@ def test_prefill_of_whole_prompts_by_hand() -> None:
         "context_lens": [3, 5],
         "sequence_order": [1, 0],
         "block_tables": None,
-        "last_tokens": [2, 7],
         "sample_indices": [0, 1],
         "input_ids_source": None,
         "shared_prefixes": None,
@@ -124,7 +123,7 @@ def test_each_sampled_row_has_its_own_parameters() -> None:
 
 
 def test_dtypes_are_those_that_are_documented() -> None:
-    int64 = ["input_ids", "positions", "slot_mapping", "last_tokens", "sample_indices"]
+    int64 = ["input_ids", "positions", "slot_mapping", "sample_indices"]
     int32 = ["context_lens", "sequence_order", "block_tables", "cu_seqlens_q", "cu_seqlens_k"]
     model_input = prepare_prefill([scheduled(5, 2, 2, [0, 1]), scheduled(3, 0, 3, [2])])
     assert {getattr(model_input, name).dtype.name for name in int64} == {"int64"}
@@ -171,7 +170,6 @@ def check_definition(model_input: ModelInput, sequences: list[Sequence]) -> None
     assert model_input.max_seqlen_k == max(map(len, keys))
     assert model_input.max_seqlen_q == max(seq.num_scheduled_tokens for seq in sequences)
     ends = [row for row, (seq, item) in enumerate(zip(sequences, keys, strict=True)) if len(item) == len(seq)]
-    assert model_input.last_tokens.tolist() == (model_input.cu_seqlens_q[1:] - 1).tolist()
     assert model_input.sample_indices.tolist() == ends
     assert model_input.sampling.position.tolist() == [len(sequences[row]) for row in ends]
     if model_input.block_tables is None:
