@@ -6,7 +6,7 @@ reported as not applicable, with the reason, and never as passed. It is one file
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -58,10 +58,6 @@ class Scheduled(NamedTuple):
 
 def first_of(owner: Any, names: tuple[str, ...]) -> str | None:
     return next((name for name in names if hasattr(owner, name)), None)
-
-
-def first_of_names(names: Iterable[str], known: tuple[str, ...]) -> str | None:
-    return next((name for name in names if name in known), None)
 
 
 def call_with(function: Callable[..., Any], values: dict[str, Any], what: str, fallback: Any = None) -> Any:
@@ -464,10 +460,10 @@ class Adapter:
         is_sampled = [item.start + item.count == len(item.seq) for item in batch]
         rows = [row for row, wanted in enumerate(is_sampled) if wanted]
         needs_sampling = all(hasattr(item.seq, "needs_sampling") for item in batch)
-        takes_rows = first_of_names(parameters, SAMPLED_ROWS)
+        takes_rows = any(name in SAMPLED_ROWS for name in parameters)
         if hasattr(result, "sampled_sequences") or takes_rows or (is_object and needs_sampling):
             tokens = [tokens[row] for row in rows]
-        takes_sequences = not is_object or first_of_names(list(parameters)[:1], STEP_SEQUENCES)
+        takes_sequences = not is_object or next(iter(parameters), "") in STEP_SEQUENCES
         values: list[Any] = [[item.seq for item in batch] if takes_sequences else result, tokens]
         rest = list(result[1:]) if isinstance(result, tuple) else []
         for name, parameter in list(parameters.items())[2:]:

@@ -99,7 +99,7 @@ class Examination:
                 break
             self._report_progress(number)
             self._run_one(scenario)
-        if explore.probe_swap(job.path) and not job.checked[MOVES]:
+        if Target(job.path).adapter.can_swap and not job.checked[MOVES]:
             job.not_applicable[MOVES] = "no scenario has one, with the defaults of the fork's Config"
         self._report_progress(job.num_scenarios)
 

@@ -231,7 +231,3 @@ def probe_ahead(path: str) -> str:
 def probe_abort(path: str) -> bool:
     target = Target(path)
     return target.adapter.abort_name() is not None
-
-
-def probe_swap(path: str) -> bool:
-    return Target(path).adapter.can_swap
