@@ -48,6 +48,8 @@ class TorchAttentionBackend(AttentionBackend):
         q_bounds = pairwise(context.cu_seqlens_q.tolist())
         k_bounds = pairwise(context.cu_seqlens_k.tolist())
         for index, ((q_start, q_end), (k_start, k_end)) in enumerate(zip(q_bounds, k_bounds, strict=True)):
+            if q_start == q_end:
+                continue
             if context.block_tables is None:
                 keys, values = key[k_start:k_end], value[k_start:k_end]
             else:

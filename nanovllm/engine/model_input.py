@@ -29,7 +29,8 @@ class ModelInput:
     context_lens: [num_seqs] int32, key lengths.
     sequence_order: [num_seqs] int32, the order in which a kernel starts the sequences: the longest keys first, so that
         the kernel does not end with a single long sequence.
-    block_tables: [num_seqs, max_blocks] int32 padded with PADDING_BLOCK; None in a prefill without cached keys.
+    block_tables: [num_seqs, max_blocks] int32 padded with PADDING_BLOCK.
+    reads_cache: False in a prefill in which no sequence has cached keys: then the keys are exactly this step's.
     sample_indices: [num_samples] int64, the sequences that have no token left to compute after this step: the logits of
         their last tokens are sampled.
     sampling: the SamplingMetadata of these num_samples rows.
@@ -48,7 +49,8 @@ class ModelInput:
     max_seqlen_k: int
     context_lens: np.ndarray
     sequence_order: np.ndarray
-    block_tables: np.ndarray | None
+    block_tables: np.ndarray
+    reads_cache: bool
     sample_indices: np.ndarray
     sampling: SamplingMetadata[np.ndarray]
     input_ids_source: np.ndarray | None = None
@@ -98,7 +100,6 @@ def prepare_decode_async(
 
 
 def _shared_prefixes(model_input: ModelInput, block_size: int) -> SharedPrefixes | None:
-    assert model_input.block_tables is not None
     return find_shared_prefixes(model_input.block_tables, model_input.context_lens, block_size)
 
 
@@ -151,7 +152,6 @@ def _prepare(
     row = np.repeat(np.arange(len(sequences)), query_lens)  # the sequence of each token
     positions = np.arange(num_tokens) + (context_lens - query_ends)[row]
     block_tables = _block_tables(sequences)
-    needs_block_tables = not is_prefill or bool(starts.any())  # a prefill reads cached keys only if there are some
     return ModelInput(
         is_prefill=is_prefill,
         input_ids=np.fromiter(token_ids, np.int64, num_tokens),
@@ -163,7 +163,8 @@ def _prepare(
         max_seqlen_k=int(context_lens.max()),
         context_lens=context_lens.astype(np.int32),
         sequence_order=np.argsort(-context_lens, kind="stable").astype(np.int32),
-        block_tables=block_tables if needs_block_tables else None,
+        block_tables=block_tables,
+        reads_cache=not is_prefill or bool(starts.any()),
         sample_indices=np.array(sampled, dtype=np.int64),
         sampling=prepare_sample([sequences[index] for index in sampled], context_lens[sampled]),
     )

@@ -38,6 +38,34 @@ def _capture_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
+def capture(
+    compute: Callable[[], torch.Tensor | None],
+    shortened: Callable[[], AbstractContextManager[object]],
+    device: torch.device,
+    pool: Any,
+) -> tuple[torch.cuda.CUDAGraph, torch.Tensor | None]:
+    """A graph of compute(), and what compute returned, which each replay overwrites.
+
+    Before, compute() runs once while `shortened` is active, because compiling kernels and creating library handles are
+    forbidden in a capture. pool: the memory to use; None for memory of its own.
+    """
+    graph, stream = torch.cuda.CUDAGraph(), _capture_stream(device)
+    with gpu_lock:
+        with shortened():
+            _warm_up(compute, stream)
+        # thread_local: GPU calls of the program's other threads do not invalidate the capture.
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            output = compute()
+    return graph, output
+
+
+def _warm_up(compute: Callable[[], object], stream: torch.cuda.Stream) -> None:
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        compute()
+    torch.cuda.current_stream().wait_stream(stream)
+
+
 def graph_batch_sizes(max_num_seqs: int) -> list[int]:
     """Ascending: 1, 2, 4, 8, the multiples of 16, and the largest: max_num_seqs, at most MAX_GRAPH_BATCH_SIZE."""
     largest = min(max_num_seqs, MAX_GRAPH_BATCH_SIZE)
@@ -144,38 +172,24 @@ class CUDAGraphRunner:
         self._cu_seqlens = torch.arange(capacity + 1, dtype=torch.int32, device=device)
         self._graphs: dict[GraphKey, torch.cuda.CUDAGraph] = {}
         self._logits: dict[GraphKey, torch.Tensor | None] = {}
-        self._capture(forward, sample, shortened, _capture_stream(device), use_tqdm)
+        self.pool: Any = None  # the graphs' memory
+        self._capture(forward, sample, shortened, device, use_tqdm)
 
     def _capture(
         self,
         forward: Forward,
         sample: Sample,
         shortened: Callable[[], AbstractContextManager[object]],
-        stream: torch.cuda.Stream,
+        device: torch.device,
         use_tqdm: bool,
     ) -> None:
-        pool: Any = None
         keys = [(size, False) for size in self.batch_sizes] + [(size, True) for size in self.shared_prefix_sizes]
         with Progress("Capturing CUDA graphs", len(keys), is_shown=use_tqdm) as progress:
             for key in sorted(keys, reverse=True):  # the largest first: the smaller graphs reuse its memory
-                graph = torch.cuda.CUDAGraph()
-                with gpu_lock:
-                    with shortened():
-                        self._warm_up(functools.partial(self._compute, forward, sample, *key), stream)
-                    # thread_local: GPU calls of the program's other threads do not invalidate the capture.
-                    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                        logits = self._compute(forward, sample, *key)
-                pool = pool or graph.pool()
-                self._graphs[key], self._logits[key] = graph, logits
+                compute = functools.partial(self._compute, forward, sample, *key)
+                self._graphs[key], self._logits[key] = capture(compute, shortened, device, self.pool)
+                self.pool = self.pool or self._graphs[key].pool()
                 progress.update()
-
-    @staticmethod
-    def _warm_up(compute: Callable[[], object], stream: torch.cuda.Stream) -> None:
-        """Compile kernels and create library handles before the capture, which forbids both."""
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            compute()
-        torch.cuda.current_stream().wait_stream(stream)
 
     def _compute(self, forward: Forward, sample: Sample, size: int, shares_prefix: bool) -> torch.Tensor | None:
         """The logits of a step of `size` sequences; their tokens go to self.sampled."""
@@ -242,7 +256,6 @@ class CUDAGraphRunner:
         num_seqs, source = len(model_input.input_ids), model_input.input_ids_source
         own_tokens = self._own_tokens[:num_seqs]
         padding_rows = np.arange(num_seqs, size)
-        assert block_tables is not None
 
         def fill(column: np.ndarray, values: np.ndarray, padding: int | np.ndarray) -> None:
             column[:num_seqs] = values

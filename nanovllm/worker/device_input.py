@@ -11,7 +11,7 @@ from nanovllm.engine.model_input import ModelInput
 
 def make_context(model_input: ModelInput, to_device: Callable[[np.ndarray], torch.Tensor]) -> Context:
     """The Context of a step that no CUDA graph computes."""
-    block_tables, shared = model_input.block_tables, model_input.shared_prefixes
+    shared = model_input.shared_prefixes
     return Context(
         is_prefill=model_input.is_prefill,
         slot_mapping=to_device(model_input.slot_mapping),
@@ -20,7 +20,7 @@ def make_context(model_input: ModelInput, to_device: Callable[[np.ndarray], torc
         max_seqlen_q=model_input.max_seqlen_q,
         max_seqlen_k=model_input.max_seqlen_k,
         context_lens=to_device(model_input.context_lens),
-        block_tables=None if block_tables is None else to_device(block_tables),
+        block_tables=to_device(model_input.block_tables) if model_input.reads_cache else None,
         sequence_order=to_device(model_input.sequence_order),
         shared_prefix_order=None if shared is None else to_device(shared.order),
         shared_prefix_lens=None if shared is None else to_device(shared.lens),

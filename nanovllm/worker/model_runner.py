@@ -10,7 +10,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import psutil
@@ -31,10 +31,11 @@ from nanovllm.model_config import ModelConfig
 from nanovllm.models.decoder import build_model, one_layer_of_each_kind
 from nanovllm.models.loader import load_model
 from nanovllm.worker.async_output import AsyncModelOutput
-from nanovllm.worker.cpu_threads import choose_num_threads, torch_threads
+from nanovllm.worker.cpu_threads import choose_num_threads, mean_layer_parameters, torch_threads
 from nanovllm.worker.cuda_graph import CUDAGraphRunner, graph_batch_sizes, shared_prefix_batch_sizes
 from nanovllm.worker.device_input import make_context
 from nanovllm.worker.kv_cache import block_bytes, empty_cache, num_blocks_on_cpu, num_blocks_that_fit
+from nanovllm.worker.prefill_graph import PrefillGraphRunner, prefill_graph_sizes
 from nanovllm.worker.torch_state import gpu_lock, plain_torch_state
 from nanovllm.worker.warmup import dummy_decode, dummy_prefill, prefill_warmup_shapes, prepare_profile_run
 
@@ -52,7 +53,7 @@ class ModelRunner:
     on_tensor_loaded: called after each tensor that is loaded; may raise.
     num_kv_cache_blocks: the user's; else the minimum over all ranks of what fits.
     kv_cache: [2, num_layers, num_kv_cache_blocks, block_size, num_kv_heads, head_dim], this rank's keys and values.
-    graphs: None if decode runs eagerly.
+    graphs, prefill_graphs: None if decode, or every prefill, runs eagerly.
     Raises ValueError for a device that does not exist and for too little memory; errors of load_model pass through.
     The caller's torch settings neither change the result nor are changed (see plain_torch_state).
     """
@@ -73,6 +74,7 @@ class ModelRunner:
         self.device = resolve_device(config.device)
         self.dtype: torch.dtype = getattr(torch, self.model_config.dtype)
         self.graphs: CUDAGraphRunner | None = None
+        self.prefill_graphs: PrefillGraphRunner | None = None
         self._has_shared_tokens = False  # whether the graphs of every rank hold the tokens of the step before
         with plain_torch_state(self.device, is_inference=False):
             self.load_model(model_dir, on_tensor_loaded)
@@ -85,6 +87,8 @@ class ModelRunner:
                 self.warmup_model()
             if self.can_capture:
                 self.graphs = self.capture_graphs(graph_batch_sizes(config.max_num_seqs))
+                if sizes := self._prefill_sizes():
+                    self.prefill_graphs = self.capture_prefill_graphs(sizes, self.graphs.pool)
             if self.device.type == "cuda":
                 gc.collect()  # 0.2 s of import-time garbage; otherwise the first automatic collection delays a request
 
@@ -104,6 +108,7 @@ class ModelRunner:
         self.sampler = Sampler(ops.sample_unfiltered)
         self.all_reduce = ops.all_reduce
         self.shares_prefixes = ops.attention.shares_prefixes
+        self.can_capture_prefill = ops.attention.is_prefill_graph_safe
         self.compile_ahead = ops.compile_ahead
         self.default_block_size = ops.attention.default_block_size
         is_graph_safe = self.tp.is_graph_safe and ops.is_graph_safe
@@ -173,21 +178,31 @@ class ModelRunner:
 
     def _measure_graph_bytes(self) -> int:
         """Device memory of all graphs: that of the largest, whose pool the others share, and the driver's of each."""
-        batch_sizes = graph_batch_sizes(self.config.max_num_seqs)
-        num_graphs = len(batch_sizes) + len(self._shared_prefix_sizes(batch_sizes))
+        batch_sizes, prefill_sizes = graph_batch_sizes(self.config.max_num_seqs), self._prefill_sizes()
+        num_graphs = len(batch_sizes) + len(self._shared_prefix_sizes(batch_sizes)) + len(prefill_sizes)
         with gpu_lock:
             cache = self.allocate_kv_cache(1)
             free_before, _ = torch.cuda.mem_get_info(self.device)
-            graphs = self.capture_graphs(batch_sizes[-1:], use_tqdm=False)
+            graphs: list[CUDAGraphRunner | PrefillGraphRunner] = []
+            graphs += [decode_graphs := self.capture_graphs(batch_sizes[-1:], use_tqdm=False)]
+            if prefill_sizes:
+                graphs += [self.capture_prefill_graphs(prefill_sizes[-1:], decode_graphs.pool, use_tqdm=False)]
             torch.cuda.synchronize(self.device)
             free_after, _ = torch.cuda.mem_get_info(self.device)
-            graphs.close()
-            del cache, graphs
+            for each in graphs:
+                each.close()
+            del cache, graphs, decode_graphs, each
             torch.cuda.empty_cache()
         return free_before - free_after + DRIVER_BYTES_PER_GRAPH * num_graphs
 
     def _shared_prefix_sizes(self, batch_sizes: list[int]) -> list[int]:
         return shared_prefix_batch_sizes(batch_sizes) if self.shares_prefixes else []
+
+    def _prefill_sizes(self) -> list[int]:
+        if not self.can_capture_prefill:
+            return []
+        parameters_per_layer = mean_layer_parameters(self.model_config) / self.tp.size
+        return prefill_graph_sizes(self.config.max_num_batched_tokens, parameters_per_layer)
 
     def _num_blocks_that_fit(self, graph_bytes: int) -> int:
         model, config, block_size = self.model_config, self.config, self.block_size
@@ -240,27 +255,43 @@ class ModelRunner:
                 f"vocab_size must be at most {MAX_EXACT_FLOAT32} for CUDA graphs on several ranks, got "
                 f"{self.model_config.vocab_size}; set enforce_eager=True, or tensor_parallel_size=1"
             )
-        max_model_len = self.config.max_model_len
-        max_blocks_per_seq = math.ceil(max_model_len / self.block_size)
-        use_tqdm = use_tqdm and self.tp.rank == 0
-        shared_sizes = self._shared_prefix_sizes(batch_sizes)
         return CUDAGraphRunner(
-            self._decode_logits,
+            self._logits,
             self.sampler.sample_unfiltered if self.tp.size == 1 else self._sample_for_all_ranks,
             partial(one_layer_of_each_kind, self.model),
             batch_sizes,
-            shared_sizes,
+            self._shared_prefix_sizes(batch_sizes),
             self.config.max_num_seqs,
-            max_blocks_per_seq,
-            max_model_len,
+            math.ceil(self.config.max_model_len / self.block_size),
+            self.config.max_model_len,
             self.device,
-            use_tqdm,
+            use_tqdm and self.tp.rank == 0,
         )
 
-    def _decode_logits(self, input_ids: torch.Tensor, positions: torch.Tensor, context: Context) -> torch.Tensor | None:
+    @torch.inference_mode()
+    def capture_prefill_graphs(self, sizes: list[int], pool: Any, use_tqdm: bool = True) -> PrefillGraphRunner:
+        """Graphs of short prefills over the KV cache that is bound now. pool: the memory of the decode graphs."""
+        return PrefillGraphRunner(
+            self._logits,
+            partial(one_layer_of_each_kind, self.model),
+            sizes,
+            math.ceil(self.config.max_model_len / self.block_size),
+            self.config.max_model_len,
+            self.device,
+            pool,
+            use_tqdm and self.tp.rank == 0,
+        )
+
+    def _logits(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        context: Context,
+        last_tokens: torch.Tensor | None = None,
+    ) -> torch.Tensor | None:
         # A method, not a closure: a traceback keeps the closures of its functions, and with them the model's memory.
         with set_context(context):
-            return self.model.compute_logits(self.model(input_ids, positions))
+            return self.model.compute_logits(self.model(input_ids, positions, last_tokens))
 
     def _sample_for_all_ranks(self, logits: torch.Tensor | None, *columns: torch.Tensor) -> torch.Tensor:
         """sample_unfiltered of rank 0's logits, on every rank; they are None on the others.
@@ -341,13 +372,17 @@ class ModelRunner:
 
     def _compute_logits(self, model_input: ModelInput, previous_token_ids: torch.Tensor | None) -> torch.Tensor | None:
         """[num_samples, vocab_size]; None on ranks but 0, and if no sequence is sampled in this step."""
+        sampled = model_input.sample_indices
+        if self.prefill_graphs is not None and self.prefill_graphs.can_replay(model_input):
+            logits = self.prefill_graphs.replay(model_input)
+            return logits[self._tensor(sampled)] if logits is not None and len(sampled) else None
         last_tokens = None
         if model_input.is_prefill:
             last_tokens = self._tensor(model_input.cu_seqlens_q[1:].astype(np.int64) - 1)
         hidden_states = self.run_model(model_input, self._input_ids(model_input, previous_token_ids), last_tokens)
-        if not len(model_input.sample_indices):
+        if not len(sampled):
             return None
-        return self.model.compute_logits(hidden_states[self._tensor(model_input.sample_indices)])
+        return self.model.compute_logits(hidden_states[self._tensor(sampled)])
 
     def _input_ids(self, model_input: ModelInput, previous_token_ids: torch.Tensor | None) -> torch.Tensor | None:
         """model_input.input_ids on the device, with previous_token_ids for placeholders; None if there are none."""
@@ -383,9 +418,10 @@ class ModelRunner:
             if is_gpu and self.tp.size == 1:
                 with suppress(RuntimeError):  # the error of a submitted step, which token_ids() raises
                     torch.cuda.synchronize(self.device)  # a submitted step may still use the model and the cache
-            if self.graphs is not None:
-                self.graphs.close()
-                self.graphs = None
+            for graphs in (self.graphs, self.prefill_graphs):
+                if graphs is not None:
+                    graphs.close()
+            self.graphs = self.prefill_graphs = None
             del self.model, self.kv_cache
             gc.collect()  # modules refer to each other in cycles
             if is_gpu:

@@ -1,6 +1,7 @@
-"""Decode in CUDA graphs against eager decode and against float64, at every batch size."""
+"""Decode and short prefills in CUDA graphs against eager steps and against float64, at every size of a graph."""
 
 import functools
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from nanovllm.engine.model_input import ModelInput, prepare_decode, prepare_pref
 from nanovllm.engine.sequence import Sequence
 from nanovllm.layers.sampler import to_device
 from nanovllm.worker.model_runner import ModelRunner
+from nanovllm.worker.prefill_graph import MAX_GRAPH_SEQS
 from reference.checkpoint import load_checkpoint
 from reference.transformer import transformer
 from tests.e2e.conftest import tokens
@@ -100,6 +102,52 @@ def test_graph_and_eager_agree_at_every_batch_size(architecture: str, backend: s
         assert is_written[:, :, block, : len(prompt)].all()
         assert not is_written[:, :, block, len(prompt) :].any()
     assert not is_written[:, :, MAX_NUM_SEQS:].any()
+    runner.close()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "qwen3_moe"])
+@torch.inference_mode()
+def test_graph_and_eager_agree_in_short_prefills(architecture: str, dtype: str) -> None:
+    """New prompts and ends of cached ones; wide, narrow, wide again; no further from float64 than eager, as above."""
+    model_dir = tiny_model(architecture, head_dim=64, initializer_range=0.1)  # a head_dim with a kernel for Hopper GPUs
+    runner = make_runner(
+        model_dir, device="cuda", dtype=dtype, attention_backend="triton", max_model_len=512,
+        num_kv_cache_blocks=MAX_GRAPH_SEQS + 1, kv_cache_block_size=BLOCK_SIZE,
+    )  # fmt: skip
+    graphs = runner.prefill_graphs
+    assert graphs is not None
+    exact = exact_logits(model_dir)
+    ulp = torch.finfo(getattr(torch, dtype)).eps * exact.abs().max()
+    cached_parts = [0.0, 0.5, 0.9]
+    sizes = (MAX_GRAPH_SEQS, 1, 2, 5, 3, MAX_GRAPH_SEQS)
+    for num_seqs, cached_part in itertools.product(sizes, cached_parts):
+        runner.kv_cache.fill_(torch.nan)
+        sequences = []
+        for index, prompt in enumerate(prompts()[:num_seqs]):
+            seq = Sequence(prompt, SamplingParams.greedy(), block_size=BLOCK_SIZE)
+            seq.block_table = [index]
+            seq.num_scheduled_tokens = int(cached_part * len(prompt)) if index % 3 else 0
+            sequences.append(seq)
+        if cached := [seq for seq in sequences if seq.num_scheduled_tokens]:
+            runner.run_model(prepare_prefill(cached))
+        for seq in sequences:
+            seq.num_cached_tokens = seq.num_tokens_with_kv = seq.num_scheduled_tokens
+            seq.num_scheduled_tokens = len(seq) - seq.num_cached_tokens
+        model_input = prepare_prefill(sequences)
+        assert graphs.can_replay(model_input)
+        from_graph = graphs.replay(model_input)
+        count_event("prefill graph replay")
+        assert from_graph is not None
+        is_written = ~runner.kv_cache.isnan().any(dim=-1).any(dim=-1)
+        for seq in sequences:
+            assert is_written[:, :, seq.block_table[0]].sum(dim=-1).eq(len(seq)).all()
+        assert is_written.sum() == 2 * len(runner.kv_cache[0]) * sum(map(len, sequences)), "padding stored something"
+        last_tokens = torch.as_tensor(model_input.cu_seqlens_q[1:] - 1, device="cuda").long()
+        from_eager = runner.model.compute_logits(runner.run_model(model_input, None, last_tokens))
+        assert from_eager is not None
+        error, eager_error = ((x.double().cpu() - exact[:num_seqs]).norm() for x in (from_graph, from_eager))
+        assert error <= 2 * eager_error + ulp * num_seqs**0.5, (num_seqs, cached_part)
     runner.close()
 
 

@@ -104,6 +104,8 @@ class Poison:
         ]
         if self._runner.graphs is not None:
             wrappers.append((self._runner.graphs, "replay", self._replay))
+        if self._runner.prefill_graphs is not None:
+            wrappers.append((self._runner.prefill_graphs, "replay", self._replay_prefill))
         for owner, name, wrapper in wrappers:
             stack.enter_context(mock.patch.object(owner, name, partial(wrapper, getattr(owner, name))))
 
@@ -151,20 +153,33 @@ class Poison:
     def _run_model(
         self, run_model: Callable[..., torch.Tensor], model_input: ModelInput, input_ids: Any, last_tokens: Any
     ) -> torch.Tensor:
-        if (tables := model_input.block_tables) is not None:
-            padded = np.where(tables == PADDING_BLOCK, self._block_of_nan(), tables).astype(tables.dtype)
-            model_input = replace(model_input, block_tables=padded)
-        hidden_states = run_model(model_input, input_ids, last_tokens)
+        hidden_states = run_model(self._padded_with_nan(model_input), input_ids, last_tokens)
         self._check(hidden_states, model_input)
         return hidden_states
+
+    def _padded_with_nan(self, model_input: ModelInput) -> ModelInput:
+        tables = model_input.block_tables
+        padded = np.where(tables == PADDING_BLOCK, self._block_of_nan(), tables).astype(tables.dtype)
+        return replace(model_input, block_tables=padded)
+
+    def _replay_prefill(self, replay: Callable[..., Any], model_input: ModelInput) -> torch.Tensor | None:
+        self._forget_logits(self._runner.prefill_graphs)
+        logits = replay(self._padded_with_nan(model_input))
+        if logits is not None:
+            self._check(logits, model_input)
+        return logits
+
+    @staticmethod
+    def _forget_logits(graphs: Any) -> None:
+        for logits in graphs._logits.values():
+            if logits is not None:
+                logits.fill_(torch.nan)
 
     def _replay(self, replay: Callable[..., Any], model_input: ModelInput, *others: Any) -> Any:
         """Rows that pad the batch, and columns behind each table, name a block of NaN; logits begin as NaN."""
         graphs = self._runner.graphs
         graphs._host.block_tables[:] = self._block_of_nan()
-        for logits in graphs._logits.values():
-            if logits is not None:
-                logits.fill_(torch.nan)
+        self._forget_logits(graphs)
         output = replay(model_input, *others)
         if output is not None:
             logits, _ = output

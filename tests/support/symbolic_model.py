@@ -62,7 +62,7 @@ class SymbolicModel:
         return [digest(row) for row in zip(sampled, *(column.tolist() for column in columns), strict=True)]
 
     def _attend(self, layer: list[int], keys: list[int], inputs: ModelInput) -> list[int]:
-        """What each query reads: of a prefill without block tables the keys of this step, else those in the cache."""
+        """What each query reads: of a prefill without cached keys the keys of this step, else those in the cache."""
         query_bounds = list(pairwise(inputs.cu_seqlens_q.tolist()))
         key_bounds = list(pairwise(inputs.cu_seqlens_k.tolist()))
         reads = [NEVER_COMPUTED] * len(keys)
@@ -72,7 +72,7 @@ class SymbolicModel:
             num_keys = key_bounds[row][1] - key_bounds[row][0]
             assert num_keys == inputs.context_lens[row], "two ways to say how many keys there are"
             num_keys = min(num_keys, inputs.max_seqlen_k)
-            if inputs.block_tables is None:
+            if not inputs.reads_cache:
                 seen = keys[slice(*key_bounds[row])]
             else:
                 table, size = inputs.block_tables[row].tolist(), self.block_size

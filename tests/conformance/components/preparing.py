@@ -92,7 +92,7 @@ class Preparation:
             inputs = getattr(module, DECODE_BEHIND)(sequences, [item.seq for item in batch if item.is_in_flight])
         else:
             inputs = (module.prepare_prefill if is_prefill else module.prepare_decode)(sequences)
-        tables = None if inputs.block_tables is None else inputs.block_tables.tolist()
+        tables = inputs.block_tables.tolist() if inputs.reads_cache else None
         return Prepared(
             inputs.input_ids.tolist(),
             inputs.positions.tolist(),

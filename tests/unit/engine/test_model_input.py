@@ -56,7 +56,8 @@ def test_prefill_of_whole_prompts_by_hand() -> None:
         "max_seqlen_k": 5,
         "context_lens": [3, 5],
         "sequence_order": [1, 0],
-        "block_tables": None,
+        "block_tables": [[5, -1], [2, 0]],
+        "reads_cache": False,
         "sample_indices": [0, 1],
         "input_ids_source": None,
         "shared_prefixes": None,
@@ -79,8 +80,8 @@ def test_a_fully_cached_prompt_computes_its_last_token_and_stores_nothing() -> N
     assert model_input.sample_indices.tolist() == [0]
 
 
-def test_a_first_decode_has_block_tables_too() -> None:
-    assert prepare_decode([scheduled(1, 0, 1, [3])]).block_tables is not None
+def test_a_first_decode_reads_the_cache() -> None:
+    assert prepare_decode([scheduled(1, 0, 1, [3])]).reads_cache
 
 
 def test_slots_beyond_2_31() -> None:
@@ -172,12 +173,10 @@ def check_definition(model_input: ModelInput, sequences: list[Sequence]) -> None
     ends = [row for row, (seq, item) in enumerate(zip(sequences, keys, strict=True)) if len(item) == len(seq)]
     assert model_input.sample_indices.tolist() == ends
     assert model_input.sampling.position.tolist() == [len(sequences[row]) for row in ends]
-    if model_input.block_tables is None:
-        assert model_input.is_prefill
-        assert not any(seq.num_cached_tokens for seq in sequences)
-    else:
-        tables = [[int(block) for block in row if block != -1] for row in model_input.block_tables]
-        assert tables == [seq.block_table for seq in sequences]
+    tables = [[int(block) for block in row if block != -1] for row in model_input.block_tables]
+    assert tables == [seq.block_table for seq in sequences]
+    has_cached_keys = any(seq.num_cached_tokens for seq in sequences)
+    assert model_input.reads_cache == (has_cached_keys or not model_input.is_prefill)
 
 
 @given(sequences=scheduled_sequences(is_decode=False))

@@ -41,7 +41,7 @@ FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "the longest key length too short": lambda patch: change_input(patch, max_seqlen_k=lambda x: x.max_seqlen_k - 1),
     "a sequence left out": lambda patch: change_input(patch, sequence_order=lambda x: x.sequence_order[:-1]),
     "block tables in another order": lambda patch: change_input(
-        patch, block_tables=lambda x: None if x.block_tables is None else np.roll(x.block_tables, 1, axis=0)
+        patch, block_tables=lambda x: np.roll(x.block_tables, 1, axis=0)
     ),
     "seeds of the neighbour (D57)": lambda patch: change_input(
         patch, sampling=lambda x: replace(x.sampling, seed_low=np.roll(x.sampling.seed_low, 1))

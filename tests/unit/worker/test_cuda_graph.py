@@ -6,12 +6,10 @@ graphs do the same.
 
 import itertools
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -29,6 +27,7 @@ from tests.support.counts import count_comparisons
 from tests.support.model_probe import make_runner
 from tests.support.scheduling import make_sequence
 from tests.support.tiny_models import tiny_model
+from tests.unit.worker.conftest import Captures
 
 BATCH_SIZES = [1, 2, 4, 7]
 SHARED_PREFIX_SIZES = [4]
@@ -52,45 +51,6 @@ def test_every_batch_size_has_a_graph_or_is_above_the_limit() -> None:
         assert sizes == sorted(set(sizes))
         assert sizes[-1] == min(max_num_seqs, MAX_GRAPH_BATCH_SIZE)
         assert all(larger - smaller <= 16 for smaller, larger in itertools.pairwise(sizes))
-
-
-Captures = list[tuple[Mock, Any]]  # each graph, with the memory pool that it was captured into
-
-
-@pytest.fixture
-def captures(monkeypatch: pytest.MonkeyPatch) -> Captures:
-    captures: Captures = []
-
-    @contextmanager
-    def capture(graph: Mock, pool: Any, stream: Any, capture_error_mode: str) -> Iterator[None]:
-        assert (stream, capture_error_mode) == ("the capture stream of cpu", "thread_local")
-        captures.append((graph, pool))
-        yield
-
-    zeros, to = torch.zeros, torch.Tensor.to
-    monkeypatch.setattr(torch, "zeros", lambda *shape, pin_memory=False, **kwargs: zeros(*shape, **kwargs))
-    monkeypatch.setattr(torch.Tensor, "to", lambda self, *args: to(self, *args).clone())  # a device's own memory
-    monkeypatch.setattr(torch.cuda, "Event", Mock)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Mock(**{"pool.return_value": "the pool of the largest"}))
-    monkeypatch.setattr(torch.cuda, "graph", capture)
-    monkeypatch.setattr(CUDAGraphRunner, "_warm_up", staticmethod(lambda compute, stream: None))
-    compute = CUDAGraphRunner._compute
-
-    def record(runner: CUDAGraphRunner, *arguments: Any) -> torch.Tensor | None:
-        logits = compute(runner, *arguments)
-        graph, _ = captures[-1]
-
-        def replay() -> None:
-            new_logits = compute(runner, *arguments)
-            if logits is not None:
-                logits.copy_(new_logits)
-
-        graph.replay.side_effect = replay
-        return logits
-
-    monkeypatch.setattr(CUDAGraphRunner, "_compute", record)
-    monkeypatch.setattr(cuda_graph, "_capture_stream", "the capture stream of {}".format)
-    return captures
 
 
 Inputs = list[tuple[torch.Tensor, torch.Tensor, Context]]
@@ -260,7 +220,7 @@ def test_an_error_keeps_nothing_of_the_model(
     model = weakref.ref(runner.model)
     monkeypatch.setattr(RowParallelLinear, "forward", fail)
     if during == "warm-up":
-        monkeypatch.setattr(CUDAGraphRunner, "_warm_up", staticmethod(lambda compute, stream: compute()))
+        monkeypatch.setattr(cuda_graph, "_warm_up", lambda compute, stream: compute())
     with pytest.raises(RuntimeError, match="planted") as failure:
         runner.capture_graphs([1], use_tqdm=False)
     del runner

@@ -9,7 +9,9 @@ import psutil
 import pytest
 import torch
 
-from nanovllm import Config
+from nanovllm import Config, bundled_model_path
+from nanovllm.distributed.tensor_parallel import SINGLE_RANK
+from nanovllm.models.registry import load_model_config
 from nanovllm.worker.kv_cache import block_bytes, empty_cache, num_blocks_on_cpu, num_blocks_that_fit
 from nanovllm.worker.model_runner import DRIVER_BYTES_PER_GRAPH, ModelRunner
 from tests.support.source_tree import ROOT, imported_packages, parse, python_files
@@ -137,18 +139,30 @@ def test_the_block_size_is_the_users_or_serves_all_ranks(
     assert runner._choose_block_size() == expected
 
 
-@pytest.mark.parametrize(("shares_prefixes", "num_graphs"), [(False, 20), (True, 24)])
+@pytest.mark.parametrize(("has_all_graphs", "num_graphs"), [(False, 20), (True, 24 + 10)])
 def test_the_drivers_memory_of_every_graph_counts(
-    shares_prefixes: bool, num_graphs: int, monkeypatch: pytest.MonkeyPatch
+    has_all_graphs: bool, num_graphs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """1, 2, 4, 8, the multiples of 16 to 240, and 256 sequences; for a shared prefix also 64, 128, 192 and 256."""
+    """1, 2, 4, 8, the multiples of 16 to 240, and 256 sequences; for a shared prefix also 64, 128, 192 and 256; for
+    prefill all sizes, since the model is small.
+    """
     runner: Any = object.__new__(ModelRunner)
     runner.device, runner.config = torch.device("cuda:0"), Config("any", max_num_seqs=256)
-    runner.shares_prefixes = shares_prefixes
+    runner.model_config, runner.tp = load_model_config(bundled_model_path()), SINGLE_RANK
+    runner.shares_prefixes = runner.can_capture_prefill = has_all_graphs
     runner.allocate_kv_cache = lambda num_blocks: None
-    runner.capture_graphs = lambda batch_sizes, use_tqdm: SimpleNamespace(close=lambda: None)
+    closed: list[str] = []
+    decode = SimpleNamespace(close=lambda: closed.append("decode"), pool="a pool")
+    runner.capture_graphs = lambda batch_sizes, use_tqdm: decode
+
+    def capture_prefill_graphs(sizes: list[int], pool: str, use_tqdm: bool) -> SimpleNamespace:
+        assert (sizes, pool) == ([4096], "a pool")
+        return SimpleNamespace(close=lambda: closed.append("prefill"))
+
+    runner.capture_prefill_graphs = capture_prefill_graphs
     free = iter([(1000, 2000), (400, 2000)])
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: next(free))
     for name in ("synchronize", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: None)
     assert runner._measure_graph_bytes() == 600 + num_graphs * DRIVER_BYTES_PER_GRAPH
+    assert closed == ["decode", "prefill"][: 1 + has_all_graphs]

@@ -25,6 +25,7 @@ def runner_of(tp: Any, **parts: Any) -> Any:
         model_config=SimpleNamespace(vocab_size=LARGEST + 1),
         all_reduce=TORCH_OPS.all_reduce,
         sampler=SimpleNamespace(sample_unfiltered=lambda logits, *columns: logits.argmax(dim=1) + columns[0].long()),
+        prefill_graphs=None,
         _has_shared_tokens=False,
         **parts,
     )

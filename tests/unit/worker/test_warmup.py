@@ -35,7 +35,7 @@ def test_no_step_within_the_limits_is_larger_than_the_profiled_one(
     assert (model_input.sampling.top_p < 1).all()
     assert (model_input.sampling.min_p > 0).all()
     assert set(model_input.slot_mapping.tolist()) == {PADDING_SLOT}, "there is no cache yet"
-    assert model_input.block_tables is None
+    assert not model_input.reads_cache
 
 
 @given(
@@ -54,9 +54,8 @@ def test_prefill_warmup_shapes_keep_the_limits_and_include_each_shape_that_fits(
         model_input = dummy_prefill(query_lens, num_cached_tokens, block_size)
         assert model_input.is_prefill
         assert (model_input.slot_mapping == PADDING_SLOT).all()
-        if model_input.block_tables is not None:
-            assert model_input.block_tables.max() < num_blocks
-            assert model_input.block_tables.shape[1] * block_size >= model_input.max_seqlen_k
+        assert model_input.block_tables.max() < num_blocks
+        assert model_input.block_tables.shape[1] * block_size >= model_input.max_seqlen_k
         assert len(model_input.input_ids) == sum(query_lens) <= budget
         assert model_input.positions[0] == num_cached_tokens
         assert model_input.max_seqlen_k <= max_context_len
