@@ -32,15 +32,14 @@ class AttentionBackend(ABC):
 
     name: the value of Config.attention_backend that selects this backend.
     default_block_size: tokens per KV block where the user chose none.
-    is_graph_safe: whether a CUDA graph can capture decode(), which then never synchronises with the device.
-    is_prefill_graph_safe: likewise prefill(), with grids that depend on shapes and max_seqlen_q only.
+    is_graph_safe: whether a CUDA graph can capture prefill() and decode(): they never synchronise with the device, and
+        what they launch depends on shapes, max_seqlen_q and max_seqlen_k only.
     shares_prefixes: whether decode() reads the keys of a shared prefix once, if context.shared_prefix_order is set.
     """
 
     name: ClassVar[str]
     default_block_size: ClassVar[int] = 256
     is_graph_safe: ClassVar[bool]
-    is_prefill_graph_safe: ClassVar[bool] = False
     shares_prefixes: ClassVar[bool] = False
 
     @classmethod

@@ -19,7 +19,6 @@ class TritonAttentionBackend(AttentionBackend):
     name = "triton"
     default_block_size = 64  # on an H200 as fast as 256 or faster, and the prefix cache finds more
     is_graph_safe = True
-    is_prefill_graph_safe = True
     shares_prefixes = True
 
     varlen_attention: Callable[..., Tensor]

@@ -108,7 +108,6 @@ class ModelRunner:
         self.sampler = Sampler(ops.sample_unfiltered)
         self.all_reduce = ops.all_reduce
         self.shares_prefixes = ops.attention.shares_prefixes
-        self.can_capture_prefill = ops.attention.is_prefill_graph_safe
         self.compile_ahead = ops.compile_ahead
         self.default_block_size = ops.attention.default_block_size
         is_graph_safe = self.tp.is_graph_safe and ops.is_graph_safe
@@ -199,8 +198,6 @@ class ModelRunner:
         return shared_prefix_batch_sizes(batch_sizes) if self.shares_prefixes else []
 
     def _prefill_sizes(self) -> list[int]:
-        if not self.can_capture_prefill:
-            return []
         parameters_per_layer = mean_layer_parameters(self.model_config) / self.tp.size
         return prefill_graph_sizes(self.config.max_num_batched_tokens, parameters_per_layer)
 

@@ -105,14 +105,14 @@ def test_graph_and_eager_agree_at_every_batch_size(architecture: str, backend: s
     runner.close()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("backend", "dtype"), SETUPS)
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "qwen3_moe"])
 @torch.inference_mode()
-def test_graph_and_eager_agree_in_short_prefills(architecture: str, dtype: str) -> None:
+def test_graph_and_eager_agree_in_short_prefills(architecture: str, backend: str, dtype: str) -> None:
     """New prompts and ends of cached ones; wide, narrow, wide again; no further from float64 than eager, as above."""
     model_dir = tiny_model(architecture, head_dim=64, initializer_range=0.1)  # a head_dim with a kernel for Hopper GPUs
     runner = make_runner(
-        model_dir, device="cuda", dtype=dtype, attention_backend="triton", max_model_len=512,
+        model_dir, device="cuda", dtype=dtype, attention_backend=backend, max_model_len=512,
         num_kv_cache_blocks=MAX_GRAPH_SEQS + 1, kv_cache_block_size=BLOCK_SIZE,
     )  # fmt: skip
     graphs = runner.prefill_graphs

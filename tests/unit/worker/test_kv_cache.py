@@ -139,9 +139,9 @@ def test_the_block_size_is_the_users_or_serves_all_ranks(
     assert runner._choose_block_size() == expected
 
 
-@pytest.mark.parametrize(("has_all_graphs", "num_graphs"), [(False, 20), (True, 24 + 10)])
+@pytest.mark.parametrize(("shares_prefixes", "num_graphs"), [(False, 20 + 10), (True, 24 + 10)])
 def test_the_drivers_memory_of_every_graph_counts(
-    has_all_graphs: bool, num_graphs: int, monkeypatch: pytest.MonkeyPatch
+    shares_prefixes: bool, num_graphs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """1, 2, 4, 8, the multiples of 16 to 240, and 256 sequences; for a shared prefix also 64, 128, 192 and 256; for
     prefill all sizes, since the model is small.
@@ -149,7 +149,7 @@ def test_the_drivers_memory_of_every_graph_counts(
     runner: Any = object.__new__(ModelRunner)
     runner.device, runner.config = torch.device("cuda:0"), Config("any", max_num_seqs=256)
     runner.model_config, runner.tp = load_model_config(bundled_model_path()), SINGLE_RANK
-    runner.shares_prefixes = runner.can_capture_prefill = has_all_graphs
+    runner.shares_prefixes = shares_prefixes
     runner.allocate_kv_cache = lambda num_blocks: None
     closed: list[str] = []
     decode = SimpleNamespace(close=lambda: closed.append("decode"), pool="a pool")
@@ -165,4 +165,4 @@ def test_the_drivers_memory_of_every_graph_counts(
     for name in ("synchronize", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: None)
     assert runner._measure_graph_bytes() == 600 + num_graphs * DRIVER_BYTES_PER_GRAPH
-    assert closed == ["decode", "prefill"][: 1 + has_all_graphs]
+    assert closed == ["decode", "prefill"]
