@@ -32,22 +32,21 @@ class Detokenizer:
         self._searches = stop_string_searches(stop, decoder.special_tokens)
         self._num_emitted = 0  # characters that next_text has returned
 
-    def append(self, token_id: int) -> None:
-        """Add one token. If it completes a stop string, set is_stopped and cut the text."""
-        if token_id in self._special_tokens:
-            self._add_special_token(token_id)
-        else:
-            self._add_text(self._incremental.extend([token_id]))
-
     def extend(self, token_ids: list[int]) -> None:
-        """Append `token_ids` up to a stop string, with one call of the tokenizer if there are no stop strings."""
+        """Add `token_ids` up to a stop string, with one call of the tokenizer if there are no stop strings.
+
+        A complete stop string sets is_stopped and cuts the text.
+        """
         if not self._searches:
             self._add_text(self._incremental.extend([i for i in token_ids if i not in self._special_tokens]))
             return
         for token_id in token_ids:
-            self.append(token_id)
             if self.is_stopped:
                 return
+            if token_id in self._special_tokens:
+                self._add_special_token(token_id)
+            else:
+                self._add_text(self._incremental.extend([token_id]))
 
     def close(self) -> None:
         """End the text: an incomplete character becomes one U+FFFD, as with bytes.decode(errors="replace")."""

@@ -31,8 +31,6 @@ class RequestState:
         """The output of a finished request."""
         seq, detokenizer = self.sequence, self._decode_new_tokens()
         assert seq.finish_reason is not None
-        if detokenizer is not None:
-            detokenizer.close()
         return RequestOutput(
             text="" if detokenizer is None else detokenizer.text,
             token_ids=seq.completion_token_ids,
@@ -47,18 +45,17 @@ class RequestState:
         token_ids = seq.token_ids[self._num_streamed_tokens :]
         self._num_streamed_tokens = seq.num_tokens
         self.is_stream_finished = seq.is_finished
-        text = ""
         detokenizer = self._decode_new_tokens()
-        if detokenizer is not None:
-            if seq.is_finished:
-                detokenizer.close()
-            text = detokenizer.next_text(is_last=seq.is_finished)
+        text = "" if detokenizer is None else detokenizer.next_text(is_last=seq.is_finished)
         return StreamOutput(
             index=self.index, text=text, token_ids=token_ids, finish_reason=seq.finish_reason, seq_id=seq.seq_id
         )
 
     def _decode_new_tokens(self) -> Detokenizer | None:
-        """Pass the tokens since the last call to the detokenizer, which is made at the first call."""
+        """Pass the tokens since the last call to the detokenizer, which is made at the first call.
+
+        It is closed once the request has finished.
+        """
         seq = self.sequence
         if self._decoder is None:
             return None
@@ -69,4 +66,6 @@ class RequestState:
         if end > self._num_decoded_tokens:
             self._detokenizer.extend(seq.token_ids[self._num_decoded_tokens : end])
             self._num_decoded_tokens = end
+        if seq.is_finished:
+            self._detokenizer.close()
         return self._detokenizer

@@ -26,8 +26,7 @@ class FinishCause(Enum):
     STOP_STRING = 4, "stop", False
     LENGTH = 5, "length", False
 
-    def __init__(self, precedence: int, reason: FinishReason, hides_last_token: bool) -> None:
-        self.precedence = precedence
+    def __init__(self, _precedence: int, reason: FinishReason, hides_last_token: bool) -> None:
         self.reason: FinishReason = reason
         self.hides_last_token = hides_last_token
 

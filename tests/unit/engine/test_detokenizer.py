@@ -36,7 +36,7 @@ def stream(
     """The text after each token, and at the end, as generate_stream yields it."""
     detokenizer, pieces = Detokenizer(decoder_of(tokenizer), stop, prompt), []
     for token_id in token_ids:
-        detokenizer.append(token_id)
+        detokenizer.extend([token_id])
         if detokenizer.is_stopped:
             break
         pieces.append(detokenizer.next_text(is_last=False))
@@ -80,7 +80,7 @@ def test_text_that_may_begin_a_stop_string_is_held_back_until_it_is_decided() ->
 def test_a_stop_string_within_a_token_cuts_it_at_its_first_occurrence() -> None:
     assert stream(WordTokenizer(), [0, 1, 2], ("b c",))[1].text == "a "
     detokenizer = Detokenizer(TokenDecoder(WordTokenizer()), ("#",))
-    detokenizer.append(3)
+    detokenizer.extend([3])
     assert (detokenizer.text, detokenizer.is_stopped) == ("x", True)
     assert detokenizer.next_text(is_last=False) == "x", "decided text is not held back"
 

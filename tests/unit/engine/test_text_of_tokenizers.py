@@ -116,7 +116,7 @@ def test_work_is_linear_in_the_number_of_invalid_bytes(known: KnownTokenizer, by
     detokenizer = Detokenizer(decoder_of(tokenizer))  # finds out about the tokenizer's byte tokens, once
     decode.reset_mock()
     for token_id in completion:
-        detokenizer.append(token_id)
+        detokenizer.extend([token_id])
         detokenizer.next_text(is_last=False)
     detokenizer.close()
     assert detokenizer.text == bytes([byte] * 2000).decode(errors="replace")
