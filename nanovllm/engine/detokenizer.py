@@ -139,13 +139,10 @@ class _IncrementalDecoder:
         text = self._utf8.decode(b"", final=True) + window_text[self._num_settled : settled]
         self._num_settled = max(self._num_settled, settled)
         if len(window) > _MAX_WINDOW:
-            self._shorten_window()
+            is_incomplete = self._num_settled < len(window_text)
+            self._start_window(window[-_NUM_CONTEXT_TOKENS:])
+            self._num_settled = max(0, self._num_settled - is_incomplete)
         return text
-
-    def _shorten_window(self) -> None:
-        is_incomplete = self._num_settled < len(self._window_text)
-        self._start_window(self._window[-_NUM_CONTEXT_TOKENS:])
-        self._num_settled = max(0, self._num_settled - is_incomplete)
 
     def _start_window(self, token_ids: list[int]) -> None:
         self._window, self._window_text = token_ids, self._decoder.decode(token_ids) if token_ids else ""
