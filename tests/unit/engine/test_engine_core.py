@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from nanovllm.engine.engine_core import EngineCore
-from nanovllm.engine.request_registry import GenerateCall
+from nanovllm.engine.request_registry import RequestOwner
 from nanovllm.engine.request_state import RequestState
 from nanovllm.engine.scheduler import ScheduledBatch
 from nanovllm.engine.token_decoder import TokenDecoder
@@ -52,7 +52,7 @@ def test_a_signal_handler_that_closes_the_engine_within_a_step_tells_only_the_re
 ) -> None:
     core = make_core(ScriptedExecutor())
     request = RequestState(make_sequence([1], stop="END"), TokenDecoder(ByteTokenizer()))
-    core.enqueue(request, call := GenerateCall([request]))
+    core.enqueue(request, call := RequestOwner("", [request]))
 
     def close(self: RequestState) -> bool:
         core.close()
