@@ -8,6 +8,7 @@ a prefix are reused before its first ones.
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import count
 
 import numpy as np
 import xxhash
@@ -65,7 +66,7 @@ class BlockManager:
         self.num_evictions = 0
         self._hash = hash_function
         self._free_block_ids: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))  # in order of reuse
-        self._num_prefix_ids = 0
+        self._prefix_ids = count(1)
 
     @property
     def num_free_blocks(self) -> int:
@@ -180,9 +181,7 @@ class BlockManager:
 
     def _cache(self, block: Block, hash_value: int, token_ids: list[int], parent: int | None) -> None:
         duplicate = self._find(hash_value, token_ids, parent)
-        if duplicate is None:
-            self._num_prefix_ids += 1
-        block.prefix_id = self._num_prefix_ids if duplicate is None else duplicate.prefix_id
+        block.prefix_id = next(self._prefix_ids) if duplicate is None else duplicate.prefix_id
         block.parent_prefix_id = parent
         block.hash = hash_value
         block.token_ids = token_ids
