@@ -18,16 +18,12 @@ def lossless_console() -> Iterator[None]:
         if sys.stderr is None:
             sys.stderr = restore.enter_context(open(os.devnull, "w"))
             restore.callback(setattr, sys, "stderr", None)
-        for stream in (sys.stdout, sys.stderr):
-            _escape(stream, restore)
+        streams: tuple[Any, ...] = (sys.stdout, sys.stderr)
+        for stream in streams:
+            if hasattr(stream, "reconfigure") and stream.errors != "backslashreplace":  # a StringIO has no encoding
+                restore.callback(stream.reconfigure, errors=stream.errors)
+                stream.reconfigure(errors="backslashreplace")
         yield
-
-
-def _escape(stream: Any, restore: ExitStack) -> None:
-    """Set the error handler of a text stream. Streams that are no files of the system (StringIO) hold any character."""
-    if hasattr(stream, "reconfigure") and stream.errors != "backslashreplace":
-        restore.callback(stream.reconfigure, errors=stream.errors)
-        stream.reconfigure(errors="backslashreplace")
 
 
 def require_stdout() -> None:

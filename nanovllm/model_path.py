@@ -55,12 +55,9 @@ def _remedy(model_id: str, error: Exception) -> str:
         return f"accept the model's licence at {page}, then log in with `hf auth login` or set HF_TOKEN"
     if "RepositoryNotFoundError" in kinds:
         return "check the spelling; for a private model, log in with `hf auth login` or set HF_TOKEN"
-    if _is_set("HF_HUB_OFFLINE") or _is_set("TRANSFORMERS_OFFLINE"):
+    offline = (os.environ.get(name, "") for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
+    if any(value.upper() in ("1", "ON", "YES", "TRUE") for value in offline):
         return "unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE to download it, or give a local directory"
     if "HF_ENDPOINT" in os.environ:
         return f"check HF_ENDPOINT={os.environ['HF_ENDPOINT']!r} or unset it, or give a local directory"
     return "check the network connection, or give a local directory"
-
-
-def _is_set(variable: str) -> bool:
-    return os.environ.get(variable, "").upper() in ("1", "ON", "YES", "TRUE")

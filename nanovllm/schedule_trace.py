@@ -91,17 +91,15 @@ class _Recorder:
 
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
-        self._blocks = scheduler.block_manager.blocks
+        self._manager = scheduler.block_manager
         self._schedule = scheduler.schedule
         self._commit_async_batch = scheduler.commit_async_batch
         self._preempt = scheduler.preempt
         self._finish = scheduler.finish
         self._was_running = {seq.seq_id for seq in scheduler.running}
         self._preempted: list[int] = []
-        self._num_evictions = scheduler.block_manager.num_evictions
-        # Only blocks that some sequence has owned can be cached; a pool may have many more.
-        self._used_blocks = {block.block_id for block in self._blocks if block.is_cached}
-        self.trace = ScheduleTrace(len(self._blocks), scheduler.block_manager.block_size)
+        self._num_evictions = self._manager.num_evictions
+        self.trace = ScheduleTrace(len(self._manager.blocks), self._manager.block_size)
 
     def schedule(self) -> ScheduledBatch:
         return self._add_step(self._schedule())
@@ -124,9 +122,8 @@ class _Recorder:
             return batch
         running = self._scheduler.running
         tables = {seq.seq_id: tuple(seq.block_table) for seq in running}
-        self._used_blocks.update(*tables.values())
-        cached = (self._blocks[block_id] for block_id in self._used_blocks)
-        num_evictions = self._scheduler.block_manager.num_evictions
+        cached = (block_id for block_ids in self._manager.hash_to_block_ids.values() for block_id in block_ids)
+        num_evictions = self._manager.num_evictions
         step = TracedStep(
             is_prefill=batch.is_prefill,
             computed={seq.seq_id: (seq.num_cached_tokens, seq.num_scheduled_tokens) for seq in batch.sequences},
@@ -135,7 +132,7 @@ class _Recorder:
             admitted={seq.seq_id: seq.num_cached_tokens for seq in running if seq.seq_id not in self._was_running},
             preempted=tuple(self._preempted),
             block_tables=tables,
-            cached_blocks=frozenset(block.block_id for block in cached if block.is_cached and not block.ref_count),
+            cached_blocks=frozenset(block_id for block_id in cached if not self._manager.blocks[block_id].ref_count),
             num_evictions=num_evictions - self._num_evictions,
         )
         self._was_running, self._preempted, self._num_evictions = set(tables), [], num_evictions

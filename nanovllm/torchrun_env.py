@@ -5,7 +5,6 @@ import re
 from dataclasses import dataclass
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_UNSET = "start the program with torchrun, or unset RANK"
 
 
 @dataclass(frozen=True)
@@ -25,23 +24,15 @@ def read_torchrun_env() -> TorchrunEnv | None:
     """
     if any(name not in os.environ for name in _VARIABLES):
         return None
-    numbers = {name: _read_number(name) for name in _VARIABLES[:4]}
-    env = TorchrunEnv(*numbers.values())
-    if env.size == 1:  # some clusters set the variables for every program
-        return None
-    if not (env.rank < env.size and env.local_rank < env.local_size <= env.size):
-        values = ", ".join(f"{name}={number}" for name, number in numbers.items())
-        raise ValueError(
-            "RANK must be below WORLD_SIZE, and LOCAL_RANK below LOCAL_WORLD_SIZE, as torchrun sets them, got "
-            f"{values}; {_UNSET}"
-        )
-    return env
-
-
-def _read_number(name: str) -> int:
-    text = os.environ[name]
-    if not re.fullmatch("[0-9]{1,9}", text):
-        raise ValueError(
-            f"the environment variable {name} must be an integer, as torchrun sets it, got {text!r}; {_UNSET}"
-        )
-    return int(text)
+    values = {name: os.environ[name] for name in _VARIABLES[:4]}
+    if all(re.fullmatch("[0-9]{1,9}", value) for value in values.values()):
+        env = TorchrunEnv(*map(int, values.values()))
+        if env.size == 1:  # some clusters set the variables for every program
+            return None
+        if env.rank < env.size and env.local_rank < env.local_size <= env.size:
+            return env
+    given = ", ".join(f"{name}={value!r}" for name, value in values.items())
+    raise ValueError(
+        "RANK must be an integer below WORLD_SIZE, and LOCAL_RANK one below LOCAL_WORLD_SIZE, as torchrun sets them, "
+        f"got {given}; start the program with torchrun, or unset RANK"
+    )

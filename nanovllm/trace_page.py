@@ -4,13 +4,12 @@ The picture is SVG, made here. assets/trace_page.html holds the style, and the s
 """
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
 from typing import Any, NamedTuple
 
-from nanovllm.outputs import FinishReason
+from nanovllm.outputs import RequestOutput
 from nanovllm.schedule_trace import ScheduleTrace
 
 ROW_HEIGHT = 18  # pixels, as are all lengths here
@@ -34,15 +33,6 @@ class Span(NamedTuple):
     last: int
 
 
-@dataclass(frozen=True)
-class TracedRequest:
-    """finish_reason: None if the request has not finished."""
-
-    prompt: str
-    text: str
-    finish_reason: FinishReason | None
-
-
 def spans_of(trace: ScheduleTrace, seq_id: int) -> list[Span]:
     """What the sequence did, in order. Each prefill step is a span of its own; other equal states are joined."""
     spans: list[Span] = []
@@ -64,14 +54,18 @@ def spans_of(trace: ScheduleTrace, seq_id: int) -> list[Span]:
     return spans
 
 
-def trace_page(trace: ScheduleTrace, requests: Mapping[int, TracedRequest], subtitle: str) -> str:
-    """The HTML text. requests: by seq_id. Raises ValueError if nothing was recorded."""
+def trace_page(trace: ScheduleTrace, prompts: Sequence[str], outputs: Sequence[RequestOutput], subtitle: str) -> str:
+    """The HTML text. outputs: of the prompts, in their order. Raises ValueError if nothing was recorded."""
     if not trace.steps:
         raise ValueError(
             "a trace must have at least one step to be drawn, and it has none: generate within recording()"
         )
-    prompts = {seq_id: escape(request.prompt[:MAX_LABEL]) for seq_id, request in requests.items()}
-    labels = "".join(f'<li title="{prompts[id]}"><b>{id}</b> {prompts[id]}</li>' for id in trace.seq_ids)
+    requests = {
+        output["seq_id"]: {"prompt": prompt, "text": output["text"], "reason": output["finish_reason"]}
+        for prompt, output in zip(prompts, outputs, strict=True)
+    }
+    shown = {seq_id: escape(request["prompt"][:MAX_LABEL]) for seq_id, request in requests.items()}
+    labels = "".join(f'<li title="{shown[id]}"><b>{id}</b> {shown[id]}</li>' for id in trace.seq_ids)
     slots = {
         "subtitle": escape(subtitle),
         "facts": "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in _facts(trace).items()),
@@ -81,7 +75,7 @@ def trace_page(trace: ScheduleTrace, requests: Mapping[int, TracedRequest], subt
         "picture": _picture(trace),
         "last_step": f"{len(trace.steps) - 1}",
         # "<" would end the script element in "</script>"
-        "data": json.dumps(_data(trace, requests), separators=(",", ":")).replace("<", "\\u003c"),
+        "data": json.dumps({**_data(trace), "requests": requests}, separators=(",", ":")).replace("<", "\\u003c"),
     }
     page = (files("nanovllm.assets") / "trace_page.html").read_text(encoding="utf-8")
     parts = page.split("@@")  # text, name of a slot, text, ...
@@ -110,8 +104,8 @@ def _most_tokens(trace: ScheduleTrace) -> int:
     return max(step.num_tokens for step in trace.steps)
 
 
-def _data(trace: ScheduleTrace, requests: Mapping[int, TracedRequest]) -> dict[str, Any]:
-    """What the script reads. Block tables and cached blocks are given where they changed since the step before."""
+def _data(trace: ScheduleTrace) -> dict[str, Any]:
+    """For the script. Block tables and cached blocks are given where they changed since the step before."""
     steps = []
     tables: dict[int, tuple[int, ...]] = {}
     cached: frozenset[int] = frozenset()
@@ -129,10 +123,6 @@ def _data(trace: ScheduleTrace, requests: Mapping[int, TracedRequest]) -> dict[s
         "num_blocks": trace.num_blocks,
         "block_size": trace.block_size,
         "step_width": _step_width(trace),
-        "requests": {
-            seq_id: {"prompt": request.prompt, "text": request.text, "reason": request.finish_reason}
-            for seq_id, request in requests.items()
-        },
         "steps": steps,
     }
 

@@ -29,19 +29,12 @@ def measure_ceilings(device: torch.device, dtype: str) -> Ceilings:
         ceilings = Ceilings(measure_read(), measure_matmul(torch_dtype))
         torch.cuda.empty_cache()  # the engine sizes its cache from free memory
         return ceilings
-    return Ceilings(_cpu_memory(), _cpu_matmul(torch_dtype))
-
-
-def _cpu_memory() -> float:
-    """Bytes a second: the better of reading and of copying, where a copy reads and writes."""
     source = torch.rand(CPU_BYTES // 4)
     target = torch.empty_like(source)
-    return max(CPU_BYTES / _cpu_seconds(source.sum), 2 * CPU_BYTES / _cpu_seconds(lambda: target.copy_(source)))
-
-
-def _cpu_matmul(dtype: torch.dtype) -> float:
-    left, right = (torch.randn(CPU_MATMUL_SIZE, CPU_MATMUL_SIZE).to(dtype) for _ in range(2))
-    return 2 * CPU_MATMUL_SIZE**3 / _cpu_seconds(lambda: left @ right)
+    reading = CPU_BYTES / _cpu_seconds(source.sum)
+    copying = 2 * CPU_BYTES / _cpu_seconds(lambda: target.copy_(source))  # it reads and writes
+    left, right = (torch.randn(CPU_MATMUL_SIZE, CPU_MATMUL_SIZE).to(torch_dtype) for _ in range(2))
+    return Ceilings(max(reading, copying), 2 * CPU_MATMUL_SIZE**3 / _cpu_seconds(lambda: left @ right))
 
 
 def _cpu_seconds(call: Callable[[], object]) -> float:

@@ -1,21 +1,7 @@
 """The physical limit of a scenario: how fast any engine could serve it on a device with given ceilings.
 
-The counts are a minimum for every engine. Letters: E hidden size, H query heads, K key/value heads, D head_dim, L
-layers, V vocabulary, I intermediate size; a multiplication and an addition are two operations.
-
-    parameters of a layer's matrices   E D (H + 2K) + H D E + 3 E I       (experts: 3 E I each, and E X for the router)
-    operations of a token              2 x (those that it is multiplied with), and 2 E V where it is sampled
-    operations of attention            4 H D for each query and each key that it attends to, in each layer
-    of a token that is not sampled     the last layer needs its key and value, 2 x 2 E K D operations, and no more
-    bytes of a step                    the matrices once, and 2 K D for each key and value of the context, in each layer
-
-    prefill   one step: every prompt token that is not shared, and the shared ones once; one sampled row a request
-    decode    max(output length) - 1 steps, in which all requests that are not finished take part
-    seconds   the sum over the steps of max(bytes / memory ceiling, operations / matrix-product ceiling)
-
-Norms, biases, activations, embedding rows, sampling, launches and the host are left out, since they are small or could
-be avoided. Prefill and decode are counted one after the other; an engine that computes both in one step can at most
-hide the smaller part behind the larger one.
+docs/performance.md, "The physical limit", has the formulas, what they leave out and what they assume. A multiplication
+and an addition are two operations.
 """
 
 from collections.abc import Iterable, Iterator

@@ -56,8 +56,7 @@ def table(result: Result) -> str:
 
 def _aligned(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    alignments = ["<" if title in _LEFT_ALIGNED else ">" for title in header]
-    formats = [f"{alignment}{width}" for alignment, width in zip(alignments, widths, strict=True)]
+    formats = [f"{'<' if title in _LEFT_ALIGNED else '>'}{width}" for title, width in zip(header, widths, strict=True)]
     return [" ".join(map(format, cells, formats)).rstrip() for cells in (header, *rows)]
 
 

@@ -97,10 +97,8 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ValueError(f"a scenario has lengths of its own: leave out {wrong}, or use --scale for shorter ones")
     if arguments.like is not None and arguments.model is not None:
         raise ValueError(f"--like {arguments.like} makes a model and --model names one: leave out one of the two")
-    if arguments.num_layers is not None:
-        require_int("num_layers", arguments.num_layers, 1)
-        if arguments.like is None:
-            raise ValueError("--num-layers sets the layers of the model that --like makes: add --like, or leave it out")
+    if arguments.num_layers is not None and arguments.like is None:
+        raise ValueError("--num-layers sets the layers of the model that --like makes: add --like, or leave it out")
     if arguments.like is not None and read_torchrun_env() is not None:
         raise ValueError(
             "--like makes a model that only this process could read, and torchrun has started several: write one with "
@@ -109,10 +107,8 @@ def _check(arguments: argparse.Namespace) -> None:
     require_int("seed", arguments.seed, 0)
     for rate in arguments.rate or ():
         require_number("rate", rate, "a number above 0, in requests a second", lambda value: value > 0)
-    if arguments.repeat is not None:
-        require_int("repeat", arguments.repeat, 1)
-    if arguments.num_seqs is not None:
-        require_int("num_seqs", arguments.num_seqs, 1)
+    for name, number in given(arguments, ("num_layers", "repeat", "num_seqs")).items():
+        require_int(name, number, 1)
     if arguments.results is not None:
         if arguments.results.exists() and not arguments.results.is_dir():
             raise ValueError(f"results must be a directory, got the file {str(arguments.results)!r}; give another name")
@@ -147,7 +143,11 @@ def _run_scenarios(arguments: argparse.Namespace) -> None:
     from nanovllm.bench.scenarios import bench_scenarios
     from nanovllm.bench.session import Plan
 
-    scenarios = choose_scenarios(arguments.scenario, arguments.scale, arguments.num_seqs)
+    scale = 1.0 if arguments.scale is None else arguments.scale
+    chosen = [name for name in SCENARIOS if name in arguments.scenario or ALL in arguments.scenario]
+    scenarios = {name: SCENARIOS[name].scaled(scale) for name in chosen}
+    if arguments.num_seqs is not None:
+        scenarios = {name: dataclasses.replace(s, num_seqs=arguments.num_seqs) for name, s in scenarios.items()}
     plan = Plan(scenarios, arguments.rate or (), arguments.repeat or _DEFAULT_REPETITIONS, arguments.seed)
     engine = given(arguments, CONFIG_HELP)
     config = Config(arguments.model or str(bundled_model_path()), **engine)
@@ -158,13 +158,3 @@ def _run_scenarios(arguments: argparse.Namespace) -> None:
     if arguments.results is not None:
         for path in write(result, arguments.results):
             print(f"written: {path}")
-
-
-def choose_scenarios(names: list[str], scale: float | None, num_seqs: int | None) -> dict[str, Scenario]:
-    """The scenarios of these names, in their usual order, scaled, and with num_seqs requests if that is given."""
-    chosen = {name: scenario for name, scenario in SCENARIOS.items() if name in names or ALL in names}
-    if scale is not None:
-        chosen = {name: scenario.scaled(scale) for name, scenario in chosen.items()}
-    if num_seqs is not None:
-        chosen = {name: dataclasses.replace(scenario, num_seqs=num_seqs) for name, scenario in chosen.items()}
-    return chosen

@@ -4,14 +4,7 @@ import argparse
 import json
 from typing import Any
 
-from nanovllm.commands.options import (
-    add_command,
-    add_generation_options,
-    model_inputs,
-    open_llm,
-    read_prompts,
-    sampling_params,
-)
+from nanovllm.commands.options import add_command, add_generation_options, open_generation
 
 
 def add_parser(commands: Any) -> None:
@@ -25,10 +18,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    params = sampling_params(arguments)
-    prompts = read_prompts(arguments.prompts)
-    with open_llm(arguments) as llm:
-        inputs = model_inputs(llm, prompts, arguments)
+    with open_generation(arguments) as (llm, prompts, inputs, params):
         if len(prompts) == 1 and not arguments.json:
             for item in llm.generate_stream(inputs, params):
                 print(item["text"], end="", flush=True)

@@ -3,6 +3,8 @@
 import argparse
 import dataclasses
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from nanovllm.config import ATTENTION_BACKENDS, DEVICES, DTYPES, Config
@@ -149,7 +151,15 @@ def add_generation_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--chat", action="store_true", help="apply the model's chat template to each prompt")
 
 
-def read_prompts(prompts: list[str]) -> list[str]:
+@contextmanager
+def open_generation(arguments: argparse.Namespace) -> Iterator[tuple[Any, list[str], list[Any], SamplingParams]]:
+    """The LLM of these options, the prompts, what LLM.generate gets for each of them, and the sampling parameters."""
+    params, prompts = sampling_params(arguments), _read_prompts(arguments.prompts)
+    with open_llm(arguments) as llm:
+        yield llm, prompts, _model_inputs(llm, prompts, arguments), params
+
+
+def _read_prompts(prompts: list[str]) -> list[str]:
     """The prompts of the command line; "-" stands for the lines of standard input, blank ones left out."""
     read = []
     for prompt in prompts:
@@ -161,8 +171,8 @@ def read_prompts(prompts: list[str]) -> list[str]:
     return read
 
 
-def model_inputs(llm: Any, prompts: list[str], arguments: argparse.Namespace) -> list[Any]:
-    """What LLM.generate gets for `prompts`: with --chat, the token ids of a conversation of one message each."""
+def _model_inputs(llm: Any, prompts: list[str], arguments: argparse.Namespace) -> list[Any]:
+    """With --chat, the token ids of a conversation of one message for each prompt; else the prompts."""
     if llm.tokenizer is None:
         raise ValueError(f"model must have a tokenizer to read prompts, got {arguments.model!r}; add tokenizer.json")
     if not arguments.chat:

@@ -5,14 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from nanovllm.commands.options import (
-    add_command,
-    add_generation_options,
-    model_inputs,
-    open_llm,
-    read_prompts,
-    sampling_params,
-)
+from nanovllm.commands.options import add_command, add_generation_options, open_generation
 
 _EXAMPLE = """\
 example, in which a small pool makes sequences share blocks and lose them:
@@ -33,23 +26,15 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from nanovllm.schedule_trace import recording
-    from nanovllm.trace_page import TracedRequest, trace_page
+    from nanovllm.trace_page import trace_page
 
-    params = sampling_params(arguments)
-    prompts = read_prompts(arguments.prompts)
     path = _checked_output(arguments.output)
-    with open_llm(arguments) as llm:
-        inputs = model_inputs(llm, prompts, arguments)
-        with recording(llm.scheduler) as trace:
-            outputs = llm.generate(inputs, params)
-    requests = {
-        output["seq_id"]: TracedRequest(prompt, output["text"], output["finish_reason"])
-        for prompt, output in zip(prompts, outputs, strict=True)
-    }
+    with open_generation(arguments) as (llm, prompts, inputs, params), recording(llm.scheduler) as trace:
+        outputs = llm.generate(inputs, params)
     limits = ", ".join(f"{name} {getattr(llm.config, name)}" for name in ("max_num_seqs", "max_num_batched_tokens"))
-    path.write_text(trace_page(trace, requests, f"{llm.config.model}; {limits}"), encoding="utf-8")
+    path.write_text(trace_page(trace, prompts, outputs, f"{llm.config.model}; {limits}"), encoding="utf-8")
     print(
-        f"requests: {len(requests)}, steps: {len(trace.steps)}, preemptions: {trace.num_preemptions}, "
+        f"requests: {len(prompts)}, steps: {len(trace.steps)}, preemptions: {trace.num_preemptions}, "
         f"tokens found in the prefix cache: {trace.num_hit_tokens}"
     )
     print(f"written: {path}; open it in a browser")

@@ -6,8 +6,9 @@ a prefix are reused before its first ones.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import count
 
 import numpy as np
 import xxhash
@@ -59,15 +60,13 @@ class BlockManager:
             raise ValueError(f"num_blocks and block_size must be at least 1, got {num_blocks} and {block_size}")
         self.block_size = block_size
         self.blocks = [Block(block_id) for block_id in range(num_blocks)]
-        self.hash_to_block_id: dict[int, int] = {}
+        # Several cached blocks have one hash if equal prompts were computed in the same step, and if hashes collide.
+        self.hash_to_block_ids: dict[int, list[int]] = {}
         self.num_hit_blocks = 0
         self.num_evictions = 0
         self._hash = hash_function
-        # Cached blocks whose hash is mapped to another block: duplicates (equal prompts computed in the same step) and
-        # collisions. When the mapped block is evicted, the first of these takes its place.
-        self._same_hash: dict[int, list[int]] = {}
         self._free_block_ids: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))  # in order of reuse
-        self._num_prefix_ids = 0
+        self._prefix_ids = count(1)
 
     @property
     def num_free_blocks(self) -> int:
@@ -171,15 +170,9 @@ class BlockManager:
         for index in range(len(hashes), len(seq) // self.block_size):
             hashes.append(self._hash(seq.block_token_ids(index), hashes[-1] if hashes else None))
 
-    def _candidates(self, hash_value: int) -> Iterator[Block]:
-        if hash_value in self.hash_to_block_id:
-            yield self.blocks[self.hash_to_block_id[hash_value]]
-            for block_id in self._same_hash.get(hash_value, ()):
-                yield self.blocks[block_id]
-
     def _find(self, hash_value: int, token_ids: list[int], parent: int | None) -> Block | None:
         free: Block | None = None
-        for block in self._candidates(hash_value):
+        for block in (self.blocks[block_id] for block_id in self.hash_to_block_ids.get(hash_value, ())):
             if block.parent_prefix_id == parent and block.token_ids == token_ids:
                 if block.ref_count > 0:  # sharing an owned block leaves the number of free blocks as it is
                     return block
@@ -188,26 +181,18 @@ class BlockManager:
 
     def _cache(self, block: Block, hash_value: int, token_ids: list[int], parent: int | None) -> None:
         duplicate = self._find(hash_value, token_ids, parent)
-        if duplicate is None:
-            self._num_prefix_ids += 1
-        block.prefix_id = self._num_prefix_ids if duplicate is None else duplicate.prefix_id
+        block.prefix_id = next(self._prefix_ids) if duplicate is None else duplicate.prefix_id
         block.parent_prefix_id = parent
         block.hash = hash_value
         block.token_ids = token_ids
-        if self.hash_to_block_id.setdefault(hash_value, block.block_id) != block.block_id:
-            self._same_hash.setdefault(hash_value, []).append(block.block_id)
+        self.hash_to_block_ids.setdefault(hash_value, []).append(block.block_id)
 
     def _evict(self, block: Block) -> None:
         assert block.hash is not None
-        others = self._same_hash.get(block.hash, [])
-        if self.hash_to_block_id[block.hash] != block.block_id:
-            others.remove(block.block_id)
-        elif others:
-            self.hash_to_block_id[block.hash] = others.pop(0)
-        else:
-            del self.hash_to_block_id[block.hash]
-        if not others:
-            self._same_hash.pop(block.hash, None)
+        same_hash = self.hash_to_block_ids[block.hash]
+        same_hash.remove(block.block_id)
+        if not same_hash:
+            del self.hash_to_block_ids[block.hash]
         block.hash = block.prefix_id = block.parent_prefix_id = None
         block.token_ids = []
         self.num_evictions += 1

@@ -4,12 +4,11 @@ Decoding all tokens at once (generate) and decoding them one by one (generate_st
 """
 
 import codecs
-from collections.abc import Sequence
-from itertools import groupby
-from typing import Any
+from collections.abc import Iterable, Sequence
+from itertools import groupby, islice
 
 from nanovllm.engine.stop_strings import stop_string_searches
-from nanovllm.engine.token_decoder import TokenDecoder, token_decoder
+from nanovllm.engine.token_decoder import TokenDecoder
 
 _REPLACEMENT = "\ufffd"  # replaces invalid UTF-8 and an incomplete character
 _NUM_CONTEXT_TOKENS = 4  # an incomplete character has at most three bytes, so at most three tokens
@@ -19,43 +18,35 @@ _MAX_WINDOW = 2 * _NUM_CONTEXT_TOKENS
 class Detokenizer:
     """The generated text of one request. It continues the text of the prompt and ends before a stop string.
 
-    tokenizer: a tokenizer of transformers, or any object with its `decode`.
+    text: the text so far, without an incomplete character.
     stop: stop strings, see SamplingParams.
     prompt_token_ids: the prompt; its last tokens decide, for instance, whether the text begins with a space. If the
         prompt ends with an incomplete character and the text completes it, the character is part of the text.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = (), prompt_token_ids: Sequence[int] = ()) -> None:
+    def __init__(self, decoder: TokenDecoder, stop: Sequence[str] = (), prompt_token_ids: Sequence[int] = ()) -> None:
+        self.text = ""
         self.is_stopped = False
-        decoder = token_decoder(tokenizer)
         self._special_tokens = decoder.special_tokens
         self._incremental = _IncrementalDecoder(decoder, prompt_token_ids)
         self._searches = stop_string_searches(stop, decoder.special_tokens)
-        self._emitted: list[str] = []  # pieces that next_text has returned
-        self._pending: list[str] = []  # pieces that next_text has not returned
-        self._num_emitted = self._num_characters = 0
-
-    @property
-    def text(self) -> str:
-        """The text so far, without an incomplete character."""
-        return "".join(self._emitted) + "".join(self._pending)
-
-    def append(self, token_id: int) -> None:
-        """Add one token. If it completes a stop string, set is_stopped and cut the text."""
-        if token_id in self._special_tokens:
-            self._add_special_token(token_id)
-        else:
-            self._add_text(self._incremental.extend([token_id]))
+        self._num_emitted = 0  # characters that next_text has returned
 
     def extend(self, token_ids: list[int]) -> None:
-        """Append `token_ids` up to a stop string, with one call of the tokenizer if there are no stop strings."""
+        """Add `token_ids` up to a stop string, with one call of the tokenizer if there are no stop strings.
+
+        A complete stop string sets is_stopped and cuts the text.
+        """
         if not self._searches:
             self._add_text(self._incremental.extend([i for i in token_ids if i not in self._special_tokens]))
             return
         for token_id in token_ids:
-            self.append(token_id)
             if self.is_stopped:
                 return
+            if token_id in self._special_tokens:
+                self._add_special_token(token_id)
+            else:
+                self._add_text(self._incremental.extend([token_id]))
 
     def close(self) -> None:
         """End the text: an incomplete character becomes one U+FFFD, as with bytes.decode(errors="replace")."""
@@ -64,23 +55,17 @@ class Detokenizer:
 
     def next_text(self, is_last: bool) -> str:
         """The text added since the last call. Text that may begin a stop string is held back unless is_last."""
-        pending = "".join(self._pending)
-        end = len(pending)
+        start, end = self._num_emitted, len(self.text)
         if not is_last and not self.is_stopped:
             undecided = [position for search in self._searches if (position := search.first_undecided()) is not None]
-            end = min([end, *(position - self._num_emitted for position in undecided)])
-        self._emitted.append(pending[:end])
-        self._pending = [pending[end:]]
-        self._num_emitted += end
-        return pending[:end]
+            end = min([end, *undecided])
+        self._num_emitted = end
+        return self.text[start:end]
 
     def _add_text(self, text: str) -> None:
-        if not text:
-            return
-        positions = range(self._num_characters, self._num_characters + len(text))
-        self._num_characters += len(text)
-        self._pending.append(text)
-        self._cut_at([cut for search in self._searches if (cut := search.add(text, positions)) is not None])
+        positions = range(len(self.text), len(self.text) + len(text))
+        self.text += text
+        self._cut_at(search.add(text, positions) for search in self._searches)
 
     def _add_special_token(self, token_id: int) -> None:
         """Search for stop strings that contain the token's text. The token ends an incomplete character."""
@@ -90,13 +75,14 @@ class Detokenizer:
         self._add_text(self._incremental.flush())
         if not self.is_stopped:
             text = self._special_tokens[token_id]
-            positions = [self._num_characters] * len(text)
-            self._cut_at([cut for search in searches if (cut := search.add(text, positions)) is not None])
+            positions = [len(self.text)] * len(text)
+            self._cut_at(search.add(text, positions) for search in searches)
 
-    def _cut_at(self, cuts: list[int]) -> None:
+    def _cut_at(self, cuts: Iterable[int | None]) -> None:
         """End the text at the first of `cuts`, the positions at which complete stop strings begin."""
-        if cuts:
-            self._pending = ["".join(self._pending)[: min(cuts) - self._num_emitted]]
+        found = [cut for cut in cuts if cut is not None]
+        if found:
+            self.text = self.text[: min(found)]
             self.is_stopped = True
 
 
@@ -116,7 +102,8 @@ class _IncrementalDecoder:
         self._window_text = ""
         self._num_settled = 0  # characters of _window_text that have been returned
         self._is_prompt_incomplete = False
-        context = _last_text_tokens(prompt_token_ids, decoder)
+        text_tokens = (token_id for token_id in reversed(prompt_token_ids) if token_id not in decoder.special_tokens)
+        context = list(islice(text_tokens, _MAX_WINDOW))[::-1]
         if context:
             self.extend(context)
             self._is_prompt_incomplete = self._num_settled < len(self._window_text) or self._utf8.getstate()[0] != b""
@@ -152,13 +139,10 @@ class _IncrementalDecoder:
         text = self._utf8.decode(b"", final=True) + window_text[self._num_settled : settled]
         self._num_settled = max(self._num_settled, settled)
         if len(window) > _MAX_WINDOW:
-            self._shorten_window()
+            is_incomplete = self._num_settled < len(window_text)
+            self._start_window(window[-_NUM_CONTEXT_TOKENS:])
+            self._num_settled = max(0, self._num_settled - is_incomplete)
         return text
-
-    def _shorten_window(self) -> None:
-        is_incomplete = self._num_settled < len(self._window_text)
-        self._start_window(self._window[-_NUM_CONTEXT_TOKENS:])
-        self._num_settled = max(0, self._num_settled - is_incomplete)
 
     def _start_window(self, token_ids: list[int]) -> None:
         self._window, self._window_text = token_ids, self._decoder.decode(token_ids) if token_ids else ""
@@ -177,14 +161,3 @@ class _IncrementalDecoder:
             self._is_prompt_incomplete = False
             return text.removeprefix(_REPLACEMENT)
         return text
-
-
-def _last_text_tokens(token_ids: Sequence[int], decoder: TokenDecoder) -> list[int]:
-    """The last tokens that are not special, in order; at most _MAX_WINDOW."""
-    tokens: list[int] = []
-    for token_id in reversed(token_ids):
-        if len(tokens) == _MAX_WINDOW:
-            break
-        if token_id not in decoder.special_tokens:
-            tokens.append(token_id)
-    return tokens[::-1]

@@ -18,7 +18,7 @@ class EngineCore:
         self.requests = RequestRegistry()
         self._async_scheduling = async_scheduling
         self._ahead: PendingTokens | None = None  # of the step after the current one
-        self._why_closed = ""
+        self._closed_message = "this engine is closed: make a new one"
 
     def enqueue(self, request: RequestState, owner: RequestOwner) -> None:
         self.check_open()
@@ -44,7 +44,8 @@ class EngineCore:
         try:
             token_ids = self._execute(batch, pending)
             is_computed = True
-            self._process_tokens(batch, token_ids)
+            self.scheduler.postprocess(batch, token_ids, self.requests.process_new_token)
+            self.requests.add_updates(batch.sampled_sequences)
         except BaseException as error:
             self._end_failed_step(batch, error, caller, is_computed)
             raise
@@ -70,11 +71,6 @@ class EngineCore:
         tokens = dict(zip(pending.batch.sampled_sequences, pending.token_ids(), strict=True))
         return [tokens[seq] for seq in batch.sampled_sequences]  # sequences that have finished meanwhile are left out
 
-    def _process_tokens(self, batch: ScheduledBatch, token_ids: list[int]) -> None:
-        """Append the new tokens, finish the sequences that they end, and inform the owners."""
-        self.scheduler.postprocess(batch, token_ids, self.requests.process_new_token)
-        self.requests.add_updates(batch.sampled_sequences)
-
     def _end_failed_step(
         self, batch: ScheduledBatch, error: BaseException, caller: RequestOwner, is_computed: bool
     ) -> None:
@@ -91,7 +87,7 @@ class EngineCore:
                 self.scheduler.abort(seq.seq_id)
                 owner.error = f"a step of another call failed: {_one_line(error)}; {owner.remedy}"
         if self.executor.is_closed:
-            self._why_closed = f", since a step failed: {_one_line(error)}"
+            self._closed_message += f", since a step failed: {_one_line(error)}"
         self.scheduler.preempt_failed(batch)
 
     # --- close ---
@@ -108,10 +104,6 @@ class EngineCore:
         self._ahead = None
         if not self.executor.is_closed:
             self.executor.close()
-
-    @property
-    def _closed_message(self) -> str:
-        return f"this engine is closed: make a new one{self._why_closed}"
 
 
 def _one_line(error: BaseException) -> str:

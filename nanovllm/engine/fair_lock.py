@@ -6,16 +6,10 @@ from contextlib import suppress
 from queue import SimpleQueue
 
 
-class _Ticket:
-    """A thread's place in the queue.
+class _Ticket(SimpleQueue[None]):
+    """A thread's place in the queue of a lock. It gets an item when it is at the head."""
 
-    depth: how often the thread has acquired the lock and not released it. wake_ups: gets an item when the ticket is at
-    the head of the queue.
-    """
-
-    def __init__(self) -> None:
-        self.depth = 0
-        self.wake_ups: SimpleQueue[None] = SimpleQueue()
+    depth = 0  # how often the thread has acquired the lock and not released it
 
 
 class FairLock:
@@ -39,7 +33,7 @@ class FairLock:
                 self._own.ticket = ticket
                 self._queue.append(ticket)
             while self._queue[0] is not ticket:
-                ticket.wake_ups.get()
+                ticket.get()
         except BaseException:
             self.release()
             raise
@@ -66,4 +60,4 @@ class FairLock:
             del self._own.ticket
             self._queue.remove(ticket)
         with suppress(IndexError):  # the queue is empty
-            self._queue[0].wake_ups.put(None)  # a thread that gets a second item checks the queue again
+            self._queue[0].put(None)  # a thread that gets a second item checks the queue again

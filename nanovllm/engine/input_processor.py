@@ -14,6 +14,7 @@ from nanovllm.config import Config
 from nanovllm.engine.chat import TWO_BOS_WARNING, begins_with_two_bos, chat_prompts
 from nanovllm.engine.request_state import RequestState
 from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.token_decoder import TokenDecoder
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.validation import as_ints, is_int, require_unicode
 
@@ -36,6 +37,7 @@ class InputProcessor:
         self.num_requests = 0
         self._config = config
         self._tokenizer = tokenizer
+        self._decoder = None if tokenizer is None else TokenDecoder(tokenizer)
         self._vocab_size = vocab_size
         self._validate_request = validate_request
         self._tokenizer_lock = threading.Lock()
@@ -53,7 +55,7 @@ class InputProcessor:
                 seq = self._make_sequence(prompt, params)
             except ValueError as error:
                 raise ValueError(f"prompt {index}: {error}") from error
-            requests.append(RequestState(seq, self._tokenizer, index))
+            requests.append(RequestState(seq, self._decoder, index))
         with self._number_lock:  # only now: requests that are refused get no number
             for seq in (request.sequence for request in requests):
                 seq.seq_id, seed = self.num_requests, seq.sampling_params.seed

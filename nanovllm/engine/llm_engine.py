@@ -11,7 +11,7 @@ from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.engine_core import EngineCore
 from nanovllm.engine.fair_lock import FairLock
 from nanovllm.engine.input_processor import InputProcessor, Prompt, as_prompt_list
-from nanovllm.engine.request_registry import GenerateCall
+from nanovllm.engine.request_registry import RequestOwner
 from nanovllm.engine.request_state import RequestState
 from nanovllm.engine.scheduler import ScheduledBatch, Scheduler
 from nanovllm.engine.throughput import GenerationProgress
@@ -126,7 +126,7 @@ class LLMEngine:
         Tokens that steps of other threads have brought are yielded at once, with an empty batch. At the end, and when
         the generator is closed early, `requests` leave the engine; unfinished ones are aborted.
         """
-        call = GenerateCall(requests)
+        call = RequestOwner("call generate again", requests)
         try:
             self._check_process()
             with self._lock:

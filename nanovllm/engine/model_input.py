@@ -5,7 +5,7 @@ Pure functions of the sequences. Every rank calls them, so the ranks compute the
 
 from collections.abc import Iterable
 from collections.abc import Sequence as Sequences
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
@@ -67,10 +67,7 @@ def prepare_decode(sequences: Sequences[Sequence], shares_prefixes: bool = False
 
     shares_prefixes: whether to look for sequences that begin with the same blocks.
     """
-    model_input = _prepare_scheduled(sequences, is_prefill=False)
-    if not shares_prefixes:
-        return model_input
-    return replace(model_input, shared_prefixes=_shared_prefixes(model_input, sequences[0].block_size))
+    return _prepare_scheduled(sequences, is_prefill=False, shares_prefixes=shares_prefixes)
 
 
 def prepare_decode_async(
@@ -83,24 +80,16 @@ def prepare_decode_async(
     """
     row_of = {seq: row for row, seq in enumerate(sampled)}
     source = np.array([row_of.get(seq, -1) for seq in sequences], dtype=np.int64)
-    model_input = _prepare(
+    return _prepare(
         sequences,
         is_prefill=False,
+        shares_prefixes=shares_prefixes,
         starts=_column(sequences, "num_cached_tokens_after_step"),
         query_lens=np.ones(len(sequences), dtype=np.int64),
-        num_stored=_column(sequences, "num_tokens_with_kv"),
         token_ids=[PLACEHOLDER_TOKEN if seq in row_of else seq.last_token for seq in sequences],
         sampled=list(range(len(sequences))),
-    )
-    return replace(
-        model_input,
         input_ids_source=source if (source >= 0).any() else None,
-        shared_prefixes=_shared_prefixes(model_input, sequences[0].block_size) if shares_prefixes else None,
     )
-
-
-def _shared_prefixes(model_input: ModelInput, block_size: int) -> SharedPrefixes | None:
-    return find_shared_prefixes(model_input.block_tables, model_input.context_lens, block_size)
 
 
 def prepare_sample(sequences: Sequences[Sequence], positions: np.ndarray) -> SamplingMetadata[np.ndarray]:
@@ -120,13 +109,13 @@ def _column(sequences: Sequences[Sequence], name: str) -> np.ndarray:
     return np.fromiter((getattr(seq, name) for seq in sequences), np.int64, len(sequences))
 
 
-def _prepare_scheduled(sequences: Sequences[Sequence], is_prefill: bool) -> ModelInput:
+def _prepare_scheduled(sequences: Sequences[Sequence], is_prefill: bool, shares_prefixes: bool = False) -> ModelInput:
     return _prepare(
         sequences,
         is_prefill,
+        shares_prefixes,
         starts=_column(sequences, "num_cached_tokens"),
         query_lens=_column(sequences, "num_scheduled_tokens"),
-        num_stored=_column(sequences, "num_tokens_with_kv"),
         token_ids=chain.from_iterable(seq.scheduled_token_ids for seq in sequences),
         sampled=[index for index, seq in enumerate(sequences) if seq.is_sampled],
     )
@@ -135,14 +124,15 @@ def _prepare_scheduled(sequences: Sequences[Sequence], is_prefill: bool) -> Mode
 def _prepare(
     sequences: Sequences[Sequence],
     is_prefill: bool,
+    shares_prefixes: bool,
     *,
     starts: np.ndarray,
     query_lens: np.ndarray,
-    num_stored: np.ndarray,
     token_ids: Iterable[int],
     sampled: list[int],
+    input_ids_source: np.ndarray | None = None,
 ) -> ModelInput:
-    """query_lens tokens of each sequence from position starts on; tokens before num_stored are not stored again.
+    """query_lens tokens of each sequence from position starts on.
 
     Array operations over all sequences, because a Python loop over hundreds of them takes longer than the GPU's step.
     """
@@ -151,12 +141,12 @@ def _prepare(
     num_tokens = int(query_ends[-1])
     row = np.repeat(np.arange(len(sequences)), query_lens)  # the sequence of each token
     positions = np.arange(num_tokens) + (context_lens - query_ends)[row]
-    block_tables = _block_tables(sequences)
+    block_tables, block_size = _block_tables(sequences), sequences[0].block_size
     return ModelInput(
         is_prefill=is_prefill,
         input_ids=np.fromiter(token_ids, np.int64, num_tokens),
         positions=positions,
-        slot_mapping=_slots(block_tables, row, positions, num_stored, sequences[0].block_size),
+        slot_mapping=_slots(block_tables, row, positions, _column(sequences, "num_tokens_with_kv"), block_size),
         cu_seqlens_q=_running_sum(query_lens),
         cu_seqlens_k=_running_sum(context_lens),
         max_seqlen_q=int(query_lens.max()),
@@ -167,6 +157,8 @@ def _prepare(
         reads_cache=not is_prefill or bool(starts.any()),
         sample_indices=np.array(sampled, dtype=np.int64),
         sampling=prepare_sample([sequences[index] for index in sampled], context_lens[sampled]),
+        input_ids_source=input_ids_source,
+        shared_prefixes=find_shared_prefixes(block_tables, context_lens, block_size) if shares_prefixes else None,
     )
 
 

@@ -10,37 +10,26 @@ _ABORT = FinishCause.ABORT  # looking up an Enum's member takes longer than the 
 
 
 class RequestOwner:
-    """The caller that gets the outputs of some requests. This class stands for step(), which owns those of add_request.
+    """The caller that gets the outputs of some requests: step() those of add_request, a call of generate its own.
 
     A step computes requests of several owners, and when it fails, only the caller that computed it gets the exception.
     If another owner's requests are lost, its error is set, and raised at its next call.
+    remedy: what to do then. requests: of a call of generate or generate_stream, in the order of the prompts. updated:
+    those of them with tokens since take_updates; a dict as an ordered set.
     """
 
-    remedy = "add the requests again"
-
-    def __init__(self) -> None:
+    def __init__(self, remedy: str, requests: list[RequestState]) -> None:
+        self.remedy = remedy
+        self.requests = requests
+        self.updated: dict[RequestState, None] = {}
         self.error = ""
+        self._unfinished = requests[::-1]
 
     def raise_error(self) -> None:
         """Raise RuntimeError once, if there is an error."""
         if self.error:
             error, self.error = self.error, ""
             raise RuntimeError(error)
-
-
-class GenerateCall(RequestOwner):
-    """One running call of generate or generate_stream.
-
-    requests: in the order of the prompts. updated: those with tokens since take_updates; a dict as an ordered set.
-    """
-
-    remedy = "call generate again"
-
-    def __init__(self, requests: list[RequestState]) -> None:
-        super().__init__()
-        self.requests = requests
-        self.updated: dict[RequestState, None] = {}
-        self._unfinished = requests[::-1]
 
     @property
     def is_finished(self) -> bool:
@@ -60,9 +49,9 @@ class RequestRegistry:
     """All requests in the engine, in order of arrival. The engine's lock guards every method except end_call."""
 
     def __init__(self) -> None:
-        self.step_owner = RequestOwner()
+        self.step_owner = RequestOwner("add the requests again", [])
         self._requests: dict[int, RequestState] = {}  # by seq_id
-        self._calls: dict[int, GenerateCall] = {}  # by seq_id of their requests; step_owner owns all others
+        self._calls: dict[int, RequestOwner] = {}  # by seq_id of their requests; step_owner owns all others
         self._ended: deque[RequestState] = deque()  # requests of calls that have ended
 
     @property
@@ -71,7 +60,7 @@ class RequestRegistry:
 
     def add(self, request: RequestState, owner: RequestOwner) -> None:
         self._requests[request.sequence.seq_id] = request
-        if isinstance(owner, GenerateCall):
+        if owner is not self.step_owner:
             self._calls[request.sequence.seq_id] = owner
 
     def owner_of(self, seq: Sequence) -> RequestOwner | None:
@@ -99,7 +88,7 @@ class RequestRegistry:
             del self._requests[request.sequence.seq_id]
         return finished
 
-    def end_call(self, call: GenerateCall) -> None:
+    def end_call(self, call: RequestOwner) -> None:
         """Note that `call` has ended. Needs no lock: the garbage collector may run this in any thread at any time."""
         self._ended.extend(call.requests)
 

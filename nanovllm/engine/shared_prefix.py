@@ -28,8 +28,8 @@ def find_shared_prefixes(
     """The shared prefixes of a decode step; None if sharing saves reading fewer than min_saved_tokens keys
     (MIN_SAVED_TOKENS by default).
 
-    block_tables: [num_seqs, max_blocks] int32, context_lens: [num_seqs] int32, the new token included. Equal block ids
-    hold equal tokens, since only the prefix cache gives one block to two sequences.
+    block_tables: [num_seqs, max_blocks] int32, context_lens: [num_seqs] int32 or int64, the new token included. Equal
+    block ids hold equal tokens, since only the prefix cache gives one block to two sequences.
 
     In the lexicographic order of the tables, what the first and the last row of a tile have in common at their
     beginning, all rows between them have too.

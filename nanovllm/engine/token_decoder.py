@@ -1,6 +1,5 @@
 """TokenDecoder: a tokenizer's decode method, special tokens and byte tokens."""
 
-import weakref
 from typing import Any
 
 _ANY_ASCII_BYTE = 0x41
@@ -47,14 +46,3 @@ class TokenDecoder:
             if self.decode([token_id]) != name:
                 found[byte] = token_id
         return found
-
-
-_cache: weakref.WeakKeyDictionary[Any, TokenDecoder] = weakref.WeakKeyDictionary()
-
-
-def token_decoder(tokenizer: Any) -> TokenDecoder:
-    """The TokenDecoder of `tokenizer`; one for each tokenizer object."""
-    decoder = _cache.get(tokenizer)
-    if decoder is None:
-        decoder = _cache[tokenizer] = TokenDecoder(tokenizer)
-    return decoder

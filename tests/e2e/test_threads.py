@@ -99,9 +99,9 @@ def test_requests_that_come_during_a_step_join_the_next_one(
     calls += [threads.submit(tokens, engine, prompt) for prompt in PROMPTS[1:]]
     step.wait(num_waiting=3)
     sizes: list[int] = []
-    take_in = engine._core._process_tokens
+    take_in = engine.scheduler.postprocess
     monkeypatch.setattr(
-        engine._core, "_process_tokens", lambda batch, ids: sizes.append(len(ids)) or take_in(batch, ids)
+        engine.scheduler, "postprocess", lambda batch, ids, check: sizes.append(len(ids)) or take_in(batch, ids, check)
     )
     step.resume()
     for call in calls:

@@ -13,15 +13,15 @@ def check_invariants(manager: BlockManager, sequences: Iterable[Sequence]) -> No
 
 
 def _broken_invariants(manager: BlockManager) -> Iterator[str]:
-    mapped = [block_id for hash_value in manager.hash_to_block_id for block_id in _ids_with_hash(manager, hash_value)]
+    mapped = [block_id for block_ids in manager.hash_to_block_ids.values() for block_id in block_ids]
     cached = [block.block_id for block in manager.blocks if block.is_cached]
     if sorted(mapped) != cached:
         yield f"blocks found by hash {sorted(mapped)} are not the cached blocks {cached}"
-    if not set(manager._same_hash) <= set(manager.hash_to_block_id) or [] in manager._same_hash.values():
-        yield "a hash has further blocks but no first one, or an empty list of them"
+    if [] in manager.hash_to_block_ids.values():
+        yield "a hash has an empty list of blocks"
     prefix_of: dict[tuple[int | None, tuple[int, ...]], int | None] = {}
     for block in (manager.blocks[block_id] for block_id in cached):
-        if block.hash is None or block.block_id not in _ids_with_hash(manager, block.hash):
+        if block.hash is None or block.block_id not in manager.hash_to_block_ids.get(block.hash, ()):
             yield f"cached block {block.block_id} is not found by its hash"
         if len(block.token_ids) != manager.block_size:
             yield f"cached block {block.block_id} holds {len(block.token_ids)} tokens, not {manager.block_size}"
@@ -45,7 +45,3 @@ def _broken_ownership(manager: BlockManager, sequences: list[Sequence]) -> Itera
     for block in manager.blocks:
         if block.ref_count != owners[block.block_id]:
             yield f"block {block.block_id} has ref_count {block.ref_count} and {owners[block.block_id]} owners"
-
-
-def _ids_with_hash(manager: BlockManager, hash_value: int) -> list[int]:
-    return [block.block_id for block in manager._candidates(hash_value)]

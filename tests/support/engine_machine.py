@@ -278,8 +278,8 @@ class EngineMachine(RuleBasedStateMachine):
     @invariant()
     def limits_and_invariants_hold(self) -> None:
         check_invariants(self.manager, self.scheduler.running)
-        for hash_value in self.manager._same_hash:
-            prefixes = {block.prefix_id for block in self.manager._candidates(hash_value)}
+        for block_ids in self.manager.hash_to_block_ids.values():
+            prefixes = {self.manager.blocks[block_id].prefix_id for block_id in block_ids}
             self.count("hash collision", len(prefixes) > 1)
         assert len(self.scheduler.running) <= self.scheduler.max_num_seqs, "D16"
         order = [seq.seq_id for seq in (*self.scheduler.running, *self.scheduler.waiting)]

@@ -13,7 +13,8 @@ import pytest
 from nanovllm import LLM, SamplingParams, bundled_model_path, cli
 from nanovllm.bench.workload import draw_requests
 from nanovllm.cli_errors import USER_ERROR
-from nanovllm.commands import demo, generate
+from nanovllm.commands import demo
+from nanovllm.commands import options as command_options
 from nanovllm.commands.options import given, sampling_params
 from tests.support.limits import HANG_SECONDS
 from tests.support.source_tree import ROOT
@@ -83,14 +84,14 @@ def test_json_prints_one_object_a_line_for_each_line_of_stdin(texts, capsys, mon
 
 def test_chat_applies_the_models_template(texts, capsys, monkeypatch) -> None:
     """A template that is the message itself makes a chat of PROMPT the same as PROMPT."""
-    original = generate.open_llm
+    original = command_options.open_llm
 
     def open_with_template(arguments: Any) -> LLM:
         llm = original(arguments)
         llm.tokenizer.chat_template = "{{ messages[0]['content'] }}"
         return llm
 
-    monkeypatch.setattr(generate, "open_llm", open_with_template)
+    monkeypatch.setattr(command_options, "open_llm", open_with_template)
     assert cli.main(["generate", *SMALL, "--chat", PROMPT]) == 0
     assert capsys.readouterr().out == texts[PROMPT] + "\n"
 

@@ -116,12 +116,13 @@ def test_of_a_file_given_as_a_model(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("values", [{"RANK": "x"}, {"RANK": "2"}, {"LOCAL_RANK": "3"}, {"RANK": "-1"}])
 def test_of_variables_that_torchrun_would_set_otherwise(values: dict[str, str], monkeypatch) -> None:
-    """int() would say that its literal is invalid."""
+    """All values are shown. int() would say that its literal is invalid."""
     given = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "x"}
     for name, value in {**given, "MASTER_PORT": "1", **values}.items():
         monkeypatch.setenv(name, value)
     text = message(read_torchrun_env)
-    assert next(iter(values)) in text
+    ((name, value),) = values.items()
+    assert f"{name}={value!r}" in text
     assert text.endswith("; start the program with torchrun, or unset RANK")
     monkeypatch.delenv("RANK")
     assert read_torchrun_env() is None

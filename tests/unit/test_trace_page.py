@@ -7,8 +7,9 @@ from xml.etree import ElementTree
 
 import pytest
 
+from nanovllm.outputs import RequestOutput
 from nanovllm.schedule_trace import ScheduleTrace, recording
-from nanovllm.trace_page import Span, TracedRequest, spans_of, trace_page
+from nanovllm.trace_page import Span, spans_of, trace_page
 from tests.support.scheduling import add_prompt, make_scheduler, run, step
 
 PROMPT = '</script> & "quotes" <b>@@data@@</b>'
@@ -30,8 +31,11 @@ def trace() -> ScheduleTrace:
 
 @pytest.fixture(scope="module")
 def page(trace: ScheduleTrace) -> str:
-    requests = {seq_id: TracedRequest(PROMPT, "text", "length") for seq_id in trace.seq_ids}
-    return trace_page(trace, requests, "a <model>")
+    outputs = [
+        RequestOutput(text="text", token_ids=[1], finish_reason="length", num_cached_tokens=0, seq_id=seq_id)
+        for seq_id in trace.seq_ids
+    ]
+    return trace_page(trace, [PROMPT] * len(outputs), outputs, "a <model>")
 
 
 @pytest.fixture(scope="module")
@@ -133,4 +137,4 @@ def test_the_changes_in_its_data_add_up_to_the_tables_and_cached_blocks_of_each_
 
 def test_a_trace_without_steps_is_refused() -> None:
     with pytest.raises(ValueError, match="must have at least one step to be drawn"):
-        trace_page(ScheduleTrace(4, 4), {}, "")
+        trace_page(ScheduleTrace(4, 4), [], [], "")

@@ -1,5 +1,6 @@
 """Detokenizer: stop strings and held-back text. test_text_of_tokenizers.py has real tokenizers."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +9,9 @@ from hypothesis import strategies as st
 
 from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.engine.stop_strings import StopStringSearch
+from nanovllm.engine.token_decoder import TokenDecoder
+
+decoder_of = functools.lru_cache(maxsize=8)(TokenDecoder)
 
 
 class ByteTokenizer:
@@ -30,9 +34,9 @@ def stream(
     tokenizer: Any, token_ids: list[int], stop: tuple[str, ...] = (), prompt: Sequence[int] = ()
 ) -> tuple[list[str], Detokenizer]:
     """The text after each token, and at the end, as generate_stream yields it."""
-    detokenizer, pieces = Detokenizer(tokenizer, stop, prompt), []
+    detokenizer, pieces = Detokenizer(decoder_of(tokenizer), stop, prompt), []
     for token_id in token_ids:
-        detokenizer.append(token_id)
+        detokenizer.extend([token_id])
         if detokenizer.is_stopped:
             break
         pieces.append(detokenizer.next_text(is_last=False))
@@ -75,8 +79,8 @@ def test_text_that_may_begin_a_stop_string_is_held_back_until_it_is_decided() ->
 
 def test_a_stop_string_within_a_token_cuts_it_at_its_first_occurrence() -> None:
     assert stream(WordTokenizer(), [0, 1, 2], ("b c",))[1].text == "a "
-    detokenizer = Detokenizer(WordTokenizer(), ("#",))
-    detokenizer.append(3)
+    detokenizer = Detokenizer(TokenDecoder(WordTokenizer()), ("#",))
+    detokenizer.extend([3])
     assert (detokenizer.text, detokenizer.is_stopped) == ("x", True)
     assert detokenizer.next_text(is_last=False) == "x", "decided text is not held back"
 

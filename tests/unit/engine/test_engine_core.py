@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 
 from nanovllm.engine.engine_core import EngineCore
-from nanovllm.engine.request_registry import GenerateCall
+from nanovllm.engine.request_registry import RequestOwner
 from nanovllm.engine.request_state import RequestState
 from nanovllm.engine.scheduler import ScheduledBatch
+from nanovllm.engine.token_decoder import TokenDecoder
 from tests.support.scheduling import make_scheduler, make_sequence
 from tests.unit.engine.test_detokenizer import ByteTokenizer
 
@@ -50,8 +51,8 @@ def test_a_signal_handler_that_closes_the_engine_within_a_step_tells_only_the_re
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     core = make_core(ScriptedExecutor())
-    request = RequestState(make_sequence([1], stop="END"), ByteTokenizer())
-    core.enqueue(request, call := GenerateCall([request]))
+    request = RequestState(make_sequence([1], stop="END"), TokenDecoder(ByteTokenizer()))
+    core.enqueue(request, call := RequestOwner("", [request]))
 
     def close(self: RequestState) -> bool:
         core.close()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from nanovllm.engine.fair_lock import FairLock
+from nanovllm.engine.fair_lock import FairLock, _Ticket
 from tests.support.limits import HANG_SECONDS, wait_until
 
 
@@ -56,16 +56,13 @@ def test_an_exception_in_the_waiting_gives_the_place_up(monkeypatch: pytest.Monk
             assert may_leave.wait(HANG_SECONDS)
 
     def be_interrupted() -> None:
-        class Interrupted:
-            def get(self) -> None:
+        class Interrupted(_Ticket):
+            def get(self, *_: object) -> None:
                 events.append("waits")
                 raise KeyboardInterrupt
 
-            def put(self, _: None) -> None:
-                pass
-
         with monkeypatch.context() as planted:
-            planted.setattr("nanovllm.engine.fair_lock.SimpleQueue", Interrupted)
+            planted.setattr("nanovllm.engine.fair_lock._Ticket", Interrupted)
             with pytest.raises(KeyboardInterrupt), lock:
                 events.append("inside")
 

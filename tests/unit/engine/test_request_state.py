@@ -6,15 +6,18 @@ import pytest
 
 from nanovllm.engine.request_state import RequestState
 from nanovllm.engine.sequence import FinishCause
+from nanovllm.engine.token_decoder import TokenDecoder
 from tests.support.scheduling import make_scheduler, make_sequence
 from tests.unit.engine.test_detokenizer import ByteTokenizer
 
 
-def generated(text: str, tokenizer: Any = None, **params: Any) -> tuple[RequestState, list[dict[str, Any]]]:
+def generated(
+    text: str, decoder: TokenDecoder | None = None, **params: Any
+) -> tuple[RequestState, list[dict[str, Any]]]:
     """A request whose model generates the letters of `text`, and its stream; "." is the end-of-sequence token."""
     scheduler = make_scheduler(eos_token_ids=frozenset({ord(".")}))
     seq = make_sequence([1, 2], **{"max_tokens": len(text), **params})
-    request, streamed = RequestState(seq, tokenizer, 3), RequestState(seq, tokenizer, 3)
+    request, streamed = RequestState(seq, decoder, 3), RequestState(seq, decoder, 3)
     scheduler.add(seq)
     items: list[Any] = []
     while not scheduler.is_finished:
@@ -47,7 +50,7 @@ def test_text_tokens_and_cause(
     said: str, params: dict[str, Any], text: str, num_tokens: int, cause: FinishCause
 ) -> None:
     """A token that ends the request is not in its text. The stream, joined, is the output."""
-    request, items = generated(said, ByteTokenizer(), **params)
+    request, items = generated(said, TokenDecoder(ByteTokenizer()), **params)
     assert request.sequence.finish_cause is cause
     output = request.output()
     assert output == request.output()
@@ -67,20 +70,19 @@ def test_without_a_tokenizer_there_are_tokens_and_no_text() -> None:
 
 
 def test_tokens_of_several_steps_are_streamed_together_and_text_is_held_back_until_the_end() -> None:
-    request = RequestState(make_sequence([1], stop="END"), ByteTokenizer())
+    request = RequestState(make_sequence([1], stop="END"), TokenDecoder(ByteTokenizer()))
     texts = []
     for letters in ("ab", "E", ""):
         for letter in letters:
             request.sequence.append_token(ord(letter))
         texts.append(request.next_stream_output()["text"])
     request.sequence.finish_cause = FinishCause.LENGTH
-    request.sequence.status = request.sequence.status.FINISHED
     assert [*texts, request.next_stream_output()["text"]] == ["ab", "", "", "E"]
 
 
 def test_an_abort_is_streamed_without_tokens() -> None:
     scheduler = make_scheduler()
-    request = RequestState(make_sequence([1]), ByteTokenizer())
+    request = RequestState(make_sequence([1]), TokenDecoder(ByteTokenizer()))
     scheduler.add(request.sequence)
     scheduler.abort(0)
     item = request.next_stream_output()

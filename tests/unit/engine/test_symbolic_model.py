@@ -27,7 +27,8 @@ def change_input(monkeypatch: pytest.MonkeyPatch, **changes: Callable[[ModelInpu
 
 
 def find_without_parent(self: BlockManager, hash_value: int, token_ids: list[int], parent: int | None) -> Any:
-    return next((block for block in self._candidates(hash_value) if block.token_ids == token_ids), None)
+    candidates = (self.blocks[block_id] for block_id in self.hash_to_block_ids.get(hash_value, ()))
+    return next((block for block in candidates if block.token_ids == token_ids), None)
 
 
 def last_tokens(seq: Sequence) -> list[int]:

@@ -14,10 +14,10 @@ from transformers import PreTrainedTokenizerFast
 
 from nanovllm import bundled_model_path
 from nanovllm.engine.detokenizer import Detokenizer
-from nanovllm.engine.token_decoder import TokenDecoder, token_decoder
+from nanovllm.engine.token_decoder import TokenDecoder
 from nanovllm.engine.tokenizer import load_tokenizer
 from tests.support.counts import count_comparisons
-from tests.unit.engine.test_detokenizer import stream
+from tests.unit.engine.test_detokenizer import decoder_of, stream
 from tests.unit.engine.text_tokenizers import SPECIAL, KnownTokenizer, byte_fallback, byte_level, word_tokenizer
 
 KINDS = {"byte-fallback": byte_fallback, "byte-level": byte_level}
@@ -35,7 +35,7 @@ def known(request: pytest.FixtureRequest) -> KnownTokenizer:
 
 def at_once(tokenizer: Any, prompt: list[int], completion: list[int]) -> str:
     """As generate."""
-    detokenizer = Detokenizer(tokenizer, (), prompt)
+    detokenizer = Detokenizer(decoder_of(tokenizer), (), prompt)
     detokenizer.extend(completion)
     detokenizer.close()
     return detokenizer.text
@@ -85,8 +85,7 @@ def test_text_of_the_bundled_tokenizer_follows_its_prompt(prompt: list[int], com
 def test_byte_tokens_are_those_that_decode_to_a_byte() -> None:
     """D82: other vocabularies have the unknown token for "<0x41>", or none, or these six characters."""
     known = byte_fallback()
-    decoder = token_decoder(known.tokenizer)
-    assert decoder is token_decoder(known.tokenizer), "it takes hundreds of calls of the tokenizer to make"
+    decoder = TokenDecoder(known.tokenizer)
     assert decoder.byte_tokens == {known.id_of(bytes([byte])): byte for byte in range(0x80, 0x100)}
     assert decoder.ascii_token == known.id_of(b"A")
     names = {name: token_id for token_id, name in enumerate(["<unk>", "<0x41>", "<0xE2>"])}
@@ -114,10 +113,10 @@ def test_work_is_linear_in_the_number_of_invalid_bytes(known: KnownTokenizer, by
     completion = [known.id_of(bytes([byte]))] * 2000
     tokenizer = copy.copy(known.tokenizer)
     tokenizer.decode = decode = mock.Mock(wraps=known.tokenizer.decode)
-    detokenizer = Detokenizer(tokenizer)  # finds out about the tokenizer's byte tokens, once
+    detokenizer = Detokenizer(decoder_of(tokenizer))  # finds out about the tokenizer's byte tokens, once
     decode.reset_mock()
     for token_id in completion:
-        detokenizer.append(token_id)
+        detokenizer.extend([token_id])
         detokenizer.next_text(is_last=False)
     detokenizer.close()
     assert detokenizer.text == bytes([byte] * 2000).decode(errors="replace")
@@ -197,7 +196,7 @@ def test_stop_strings_with_special_tokens(
 ) -> None:
     """D83: a stop string is found with the special tokens that it contains written out, and others left out."""
     completion = [known.id_of(token) for token in completion]
-    detokenizer = Detokenizer(known.tokenizer, stop, [known.id_of(b"b")])
+    detokenizer = Detokenizer(decoder_of(known.tokenizer), stop, [known.id_of(b"b")])
     detokenizer.extend(completion)
     detokenizer.close()
     assert (detokenizer.text, detokenizer.is_stopped) == (text, is_stopped)

@@ -1,4 +1,4 @@
-"""ThroughputMeter: tokens over the time since the step before; the forms of the details beside the bar."""
+"""GenerationProgress: tokens over the time since the step before; the forms of the details beside the bar."""
 
 import itertools
 
@@ -7,8 +7,8 @@ import pytest
 from nanovllm.engine import throughput as module
 from nanovllm.engine.request_state import RequestState
 from nanovllm.engine.scheduler import ScheduledBatch
-from nanovllm.engine.sequence import SequenceStatus
-from nanovllm.engine.throughput import GenerationProgress, ThroughputMeter
+from nanovllm.engine.sequence import FinishCause
+from nanovllm.engine.throughput import GenerationProgress
 from tests.support.scheduling import make_sequence
 
 
@@ -19,17 +19,12 @@ def batch(is_prefill: bool, *num_tokens: int) -> ScheduledBatch:
 def test_rates_are_tokens_over_seconds_by_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([10.0, 12.0, 12.5, 13.0])
     monkeypatch.setattr(module, "perf_counter", lambda: next(times))
-    throughput = ThroughputMeter()
-    throughput.add(batch(True, 3000, 1000))
-    throughput.add(batch(False, 2))
-    throughput.add(batch(False, 2, 4))
-    assert throughput.rate(is_prefill=True) == 2000
-    assert throughput.rate(is_prefill=False) == 8
-    assert str(throughput) == "prefill 2,000 tok/s, decode 8 tok/s"
-
-
-def test_before_the_first_step_rates_are_zero() -> None:
-    assert str(ThroughputMeter()) == "prefill 0 tok/s, decode 0 tok/s"
+    progress = GenerationProgress([], 100, is_shown=False)
+    assert ", prefill 0 tok/s, decode 0 tok/s" in progress.details(), "before the first step"
+    progress.add(batch(True, 3000, 1000), ())
+    progress.add(batch(False, 2), ())
+    progress.add(batch(False, 2, 4), ())
+    assert ", prefill 2,000 tok/s, decode 8 tok/s" in progress.details()
 
 
 def test_details_come_in_forms_from_long_to_short(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,7 +55,7 @@ def test_requests_that_end_in_one_step_count_with_their_maximum() -> None:
     progress = GenerationProgress(requests, 100, is_shown=False)
     for seq in (first, second, third):
         seq.append_token(7)
-        seq.status = SequenceStatus.FINISHED
+        seq.finish_cause = FinishCause.LENGTH
     progress.add(batch(False, 1), [first])
     assert (progress.count(), progress.n) == ("1/3 prompts", 5)
     progress.add(batch(False, 3), [first, second, third])
