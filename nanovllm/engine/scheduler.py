@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.finish_check import finish_cause, has_full_length
-from nanovllm.engine.sequence import FinishCause, Sequence
+from nanovllm.engine.sequence import FinishCause, Sequence, SequenceStatus
 
 MAX_CONSECUTIVE_PREFILLS = 8
 
@@ -156,7 +156,7 @@ class Scheduler:
         while budget and self._can_admit():
             seq = self.waiting.popleft()
             self.block_manager.allocate(seq)
-            seq.is_running = True
+            seq.status = SequenceStatus.RUNNING
             self.running.append(seq)
             schedule_chunk(seq)
         return scheduled
@@ -181,7 +181,7 @@ class Scheduler:
     def _schedule_decode(self) -> list[Sequence]:
         scheduled: list[Sequence] = []
         for seq in tuple(self.running):
-            if not (seq.is_running and seq.is_decodable):
+            if seq.status is not SequenceStatus.RUNNING or not seq.is_decodable:
                 continue
             while not self.block_manager.can_append(seq):
                 lowest = self.running[-1]
@@ -199,7 +199,7 @@ class Scheduler:
         self.running.remove(seq)
         self.block_manager.deallocate(seq)
         seq.num_scheduled_tokens = 0
-        seq.is_running = False
+        seq.status = SequenceStatus.WAITING
         self.waiting.appendleft(seq)
         self.num_preemptions += 1
 
@@ -297,7 +297,7 @@ class Scheduler:
 
     def commit_async_batch(self, async_batch: ScheduledBatch) -> ScheduledBatch:
         """The step that schedule_next_async chose, without the sequences that no longer run. May be empty."""
-        sequences = [seq for seq in async_batch.sequences if seq.is_running]
+        sequences = [seq for seq in async_batch.sequences if seq.status is SequenceStatus.RUNNING]
         if not async_batch.is_prefill:
             for seq in sequences:
                 seq.num_scheduled_tokens = 1
@@ -315,10 +315,10 @@ class Scheduler:
 
     def finish(self, seq: Sequence, cause: FinishCause) -> None:
         """End a waiting or running sequence and free its blocks."""
-        (self.running if seq.is_running else self.waiting).remove(seq)
+        (self.running if seq.status is SequenceStatus.RUNNING else self.waiting).remove(seq)
         self.block_manager.deallocate(seq)
         seq.num_scheduled_tokens = 0
-        seq.is_running = False
+        seq.status = SequenceStatus.FINISHED
         seq.finish_cause = cause
 
     def abort(self, seq_id: int) -> bool:

@@ -1,10 +1,16 @@
 """Sequence: the tokens of one request, its KV blocks, and how many of the tokens have been computed."""
 
-from enum import Enum
+from enum import Enum, auto
 from typing import Any
 
 from nanovllm.outputs import FinishReason
 from nanovllm.sampling_params import SamplingParams
+
+
+class SequenceStatus(Enum):
+    WAITING = auto()
+    RUNNING = auto()
+    FINISHED = auto()
 
 
 class FinishCause(Enum):
@@ -34,7 +40,7 @@ class Sequence:
     num_cached_prompt_tokens: prompt tokens found in the prefix cache at the first admission; None before.
     block_hashes: chained hashes of the leading full blocks, as far as the BlockManager has needed them.
     seed: the sampling seed, 0 .. 2**64-1.
-    is_running: False while the sequence waits, and once it has finished. finish_cause: None until then.
+    finish_cause: None until the sequence has finished.
 
     Four counters divide the num_tokens tokens. All count from the first token on:
         num_cached_tokens             tokens that no step computes any more; the scheduled step starts at this position
@@ -60,7 +66,7 @@ class Sequence:
         self.block_size = block_size
         self.sampling_params = sampling_params or SamplingParams()
         self.seed = seed
-        self.is_running = False
+        self.status = SequenceStatus.WAITING
         self.finish_cause: FinishCause | None = None
         self.token_ids = list(token_ids)
         self.num_tokens = len(self.token_ids)
@@ -77,15 +83,14 @@ class Sequence:
         return self.num_tokens
 
     def __repr__(self) -> str:
-        state = self.finish_reason or ("running" if self.is_running else "waiting")
         return (
-            f"Sequence(seq_id={self.seq_id}, {state}, tokens={self.num_tokens}, "
+            f"Sequence(seq_id={self.seq_id}, {self.status.name}, tokens={self.num_tokens}, "
             f"cached={self.num_cached_tokens}, block_table={self.block_table})"
         )
 
     @property
     def is_finished(self) -> bool:
-        return self.finish_cause is not None
+        return self.status is SequenceStatus.FINISHED
 
     @property
     def finish_reason(self) -> FinishReason | None:
@@ -166,7 +171,7 @@ class Sequence:
             setattr(self, name, value)
         self.token_ids = token_ids
         self._first_token = self.num_cached_tokens
-        self.is_running = True
+        self.status = SequenceStatus.RUNNING
         self.finish_cause = None
         self.num_cached_prompt_tokens = None
         self.block_hashes = []

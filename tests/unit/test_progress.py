@@ -19,7 +19,7 @@ from nanovllm import LLM, SamplingParams, bundled_model_path, progress
 from nanovllm.engine import throughput
 from nanovllm.engine.request_state import RequestState
 from nanovllm.engine.scheduler import ScheduledBatch
-from nanovllm.engine.sequence import FinishCause
+from nanovllm.engine.sequence import SequenceStatus
 from nanovllm.engine.throughput import GenerationProgress
 from nanovllm.progress import Progress
 from tests.support.scheduling import make_sequence
@@ -68,7 +68,7 @@ def advance(bar: GenerationProgress, advanced: list[RequestState], is_prefill=Fa
     for request in advanced:
         request.sequence.append_token(7)
         if finish:
-            request.sequence.finish_cause = FinishCause.LENGTH
+            request.sequence.status = SequenceStatus.FINISHED
     sequences = tuple(request.sequence for request in advanced)
     bar.add(ScheduledBatch(is_prefill, sequences, (1,) * len(sequences), sequences), sequences)
 

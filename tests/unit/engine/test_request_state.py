@@ -77,6 +77,7 @@ def test_tokens_of_several_steps_are_streamed_together_and_text_is_held_back_unt
             request.sequence.append_token(ord(letter))
         texts.append(request.next_stream_output()["text"])
     request.sequence.finish_cause = FinishCause.LENGTH
+    request.sequence.status = request.sequence.status.FINISHED
     assert [*texts, request.next_stream_output()["text"]] == ["ab", "", "", "E"]
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from nanovllm.engine.scheduler import MAX_CONSECUTIVE_PREFILLS, Scheduler
-from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.sequence import Sequence, SequenceStatus
 from tests.support.scheduling import add_prompt, make_scheduler, run, step
 
 
@@ -99,7 +99,7 @@ def test_preemptions_are_counted_and_bounded_and_leave_no_trace_in_the_tokens() 
     while not scheduler.is_finished:
         before = list(scheduler.running)
         step(scheduler)
-        num_preemptions += sum(seq in scheduler.waiting for seq in before)
+        num_preemptions += sum(seq.status is SequenceStatus.WAITING for seq in before)
     assert 1 < num_preemptions <= len(seqs) * 12 // 2
     assert scheduler.num_preemptions == num_preemptions
     roomy_scheduler, roomy = outgrowing(num_blocks=100)
@@ -116,6 +116,6 @@ def test_the_last_admitted_is_preempted_and_goes_to_the_front_of_waiting() -> No
         assert [*scheduler.running, *scheduler.waiting] == [*seqs, late]
     victim = scheduler.waiting[0]
     assert victim is not late
-    assert (victim.is_running, victim.block_table, victim.num_cached_tokens) == (False, [], 0)
+    assert (victim.status, victim.block_table, victim.num_cached_tokens) == (SequenceStatus.WAITING, [], 0)
     assert victim.num_completion_tokens > 0
     assert {seq.num_scheduled_tokens for seq in (*scheduler.running, *scheduler.waiting)} == {0}

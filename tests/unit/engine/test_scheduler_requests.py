@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from nanovllm.engine.sequence import SequenceStatus
 from tests.support.scheduling import add_prompt, make_scheduler, run, step
 
 # --- admission ---
@@ -65,7 +66,7 @@ def test_finish_reasons(params: dict[str, Any], tokens: list[int], reason: str, 
     scheduler = make_scheduler(max_model_len=10, eos_token_ids=frozenset({7, 8}))
     seq = add_prompt(scheduler, 4, **params)
     run(scheduler, lambda seq: tokens[seq.num_completion_tokens])
-    assert (seq.finish_reason, seq.num_completion_tokens, seq.is_running) == (reason, num_tokens, False)
+    assert (seq.finish_reason, seq.num_completion_tokens, seq.status) == (reason, num_tokens, SequenceStatus.FINISHED)
     assert scheduler.block_manager.num_free_blocks == 64
 
 
@@ -86,7 +87,7 @@ def test_abort_ends_a_request_in_every_state(num_steps: int, is_between: bool, i
         if is_preempted and seq in scheduler.running:
             scheduler.preempt(seq)
         assert scheduler.abort(0)
-    assert (seq.finish_reason, seq.is_running, len(seq)) == ("abort", False, num_tokens)
+    assert (seq.finish_reason, seq.status, len(seq)) == ("abort", SequenceStatus.FINISHED, num_tokens)
     assert (seq.block_table, seq.num_scheduled_tokens) == ([], 0)
     assert not scheduler.abort(0)
     run(scheduler)

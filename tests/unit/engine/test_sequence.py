@@ -8,7 +8,7 @@ import pytest
 
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.model_input import prepare_decode_async
-from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.sequence import Sequence, SequenceStatus
 from nanovllm.sampling_params import SamplingParams
 from tests.support.scheduling import make_scheduler, make_sequence, step
 
@@ -30,7 +30,7 @@ def test_a_new_sequence_waits_with_nothing_computed() -> None:
     prompt = [5, 6, 7]
     seq = Sequence(prompt)
     assert (len(seq), seq.num_prompt_tokens, seq.num_completion_tokens, seq.num_uncached_tokens) == (3, 3, 0, 3)
-    assert (seq.is_running, seq.block_table, seq.block_size) == (False, [], 256)
+    assert (seq.status, seq.block_table, seq.block_size) == (SequenceStatus.WAITING, [], 256)
     assert seq.sampling_params == SamplingParams()
     assert (seq.seq_id, seq.seed, seq.num_tokens_with_kv, seq.num_scheduled_tokens) == (0, 0, 0, 0)
     assert not seq.is_finished
@@ -92,7 +92,7 @@ def test_a_workers_copy_has_the_counters_blocks_and_parameters() -> None:
         assert getattr(copy, name) == getattr(seq, name), name
     assert len(copy) == 300
     assert copy.token_ids == [299]
-    assert (copy.is_running, copy.finish_reason) == (True, None)
+    assert (copy.status, copy.finish_reason) == (SequenceStatus.RUNNING, None)
     assert (copy.num_cached_prompt_tokens, copy.block_hashes) == (None, [])
 
 

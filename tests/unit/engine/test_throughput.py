@@ -7,7 +7,7 @@ import pytest
 from nanovllm.engine import throughput as module
 from nanovllm.engine.request_state import RequestState
 from nanovllm.engine.scheduler import ScheduledBatch
-from nanovllm.engine.sequence import FinishCause
+from nanovllm.engine.sequence import SequenceStatus
 from nanovllm.engine.throughput import GenerationProgress
 from tests.support.scheduling import make_sequence
 
@@ -55,7 +55,7 @@ def test_requests_that_end_in_one_step_count_with_their_maximum() -> None:
     progress = GenerationProgress(requests, 100, is_shown=False)
     for seq in (first, second, third):
         seq.append_token(7)
-        seq.finish_cause = FinishCause.LENGTH
+        seq.status = SequenceStatus.FINISHED
     progress.add(batch(False, 1), [first])
     assert (progress.count(), progress.n) == ("1/3 prompts", 5)
     progress.add(batch(False, 3), [first, second, third])
