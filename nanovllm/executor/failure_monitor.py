@@ -5,12 +5,12 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass
 from enum import Enum, auto
 from multiprocessing import Pipe, connection
 from multiprocessing.connection import Connection
-from typing import Any
 
 from nanovllm.executor.base import RankError, RankValueError
 
@@ -51,7 +51,7 @@ class FailureMonitor:
     """Watches ranks 1, 2, ... from construction until stop(), fail(), close() or the first failure.
 
     pipes: by rank, the receiving end of a pipe into which the worker sends READY and, when it fails, a RankFailure. The
-        pipe closes when the worker's process ends.
+        pipe closes when the worker's process ends. Without pipes (under torchrun) only fail() records a failure.
     exit_code: returns the exit code of a rank whose pipe closed without a report; None if unknown.
     terminate: kills the workers. Called in the monitor's thread on a failure, before the state is FAILED.
     unblock: unblocks rank 0. Called in the monitor's thread when the state is FAILED, so that rank 0 does not mistake
@@ -72,7 +72,8 @@ class FailureMonitor:
         self._root_cause: RankError | None = None
         self._wake, self._wake_sender = Pipe(duplex=False)
         self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
+        if pipes:
+            self._thread.start()
 
     @property
     def state(self) -> State:
@@ -131,7 +132,9 @@ class FailureMonitor:
             for pipe in connection.wait([*ranks, self._wake], timeout):
                 if pipe is self._wake:
                     return
-                report = _receive(pipe)
+                report = None
+                with suppress(EOFError, OSError):  # the process has ended
+                    report = pipe.recv()  # type: ignore[union-attr]
                 if report == READY:
                     num_starting -= 1
                     if num_starting == 0:
@@ -172,11 +175,3 @@ def _describe_exit(code: int | None, is_starting: bool) -> str:
         f"ended with exit code {code} while it started; its own output says more. A program that starts an engine "
         'with several ranks does so under `if __name__ == "__main__":`, since the ranks import it too'
     )
-
-
-def _receive(pipe: Any) -> Any:
-    """READY, a RankFailure, or None when the process has ended."""
-    try:
-        return pipe.recv()
-    except (EOFError, OSError):
-        return None

@@ -22,8 +22,7 @@ from nanovllm.distributed.message_queue import MessageQueueWriter
 from nanovllm.distributed.placement import local_placements, resolve_device
 from nanovllm.distributed.process_group import DaemonThread
 from nanovllm.distributed.tensor_parallel import TensorParallel
-from nanovllm.executor.base import RankError
-from nanovllm.executor.failure_monitor import FailureMonitor, State
+from nanovllm.executor.failure_monitor import FailureMonitor
 from nanovllm.executor.multi_rank import ROOT_CAUSE_TIMEOUT_S, SHUTDOWN_TIMEOUT_S, MultiRankExecutor
 from nanovllm.executor.worker_main import StepMessage, WorkerSpec, join_local_group, worker_main
 
@@ -66,14 +65,13 @@ class MultiprocExecutor(MultiRankExecutor):
             receivers: dict[int, Connection] = {}
             self._senders: dict[int, Connection] = {}
             for worker in self._worker_placements:
-                receivers[worker.rank], self._senders[worker.rank] = context.Pipe(duplex=False)
-                stack.callback(receivers[worker.rank].close)
-                stack.callback(self._senders[worker.rank].close)
-            self._monitor = FailureMonitor(
+                ends = map(stack.enter_context, context.Pipe(duplex=False))
+                receivers[worker.rank], self._senders[worker.rank] = ends
+            monitor = FailureMonitor(
                 receivers, lambda rank: _exit_code(self._processes[rank - 1]), self._kill_workers, self._unblock
             )
             self._resources = stack.pop_all()  # _release() closes them after the processes have ended
-        super().__init__(spec, placement)
+        super().__init__(spec, placement, monitor)
 
     def _connect(self, spec: WorkerSpec) -> TensorParallel:
         self._start_workers(spec)
@@ -108,18 +106,7 @@ class MultiprocExecutor(MultiRankExecutor):
     def _send(self, message: StepMessage) -> None:
         self._queue.enqueue(message, self._monitor.check)
 
-    def _check(self) -> None:
-        self._monitor.check()
-
     # --- failures ---
-
-    def _wait_for_root_cause(self, timeout: float) -> RankError | None:
-        return self._monitor.wait_for_root_cause(timeout)
-
-    def _terminate(self) -> None:
-        self._monitor.fail()
-        self._kill_workers()
-        self._abort_group()
 
     def _kill_workers(self) -> None:
         for process in self._processes:
@@ -130,9 +117,6 @@ class MultiprocExecutor(MultiRankExecutor):
             self._abort_group()  # only an abort ends an NCCL kernel that waits for other GPUs
 
     # --- shutdown ---
-
-    def _stop_monitoring(self) -> State:
-        return self._monitor.stop()
 
     def _request_shutdown(self) -> None:
         self._shutdown_deadline = time.monotonic() + SHUTDOWN_TIMEOUT_S
@@ -159,7 +143,6 @@ class MultiprocExecutor(MultiRankExecutor):
                 process.close()
         self._processes.clear()
         self._resources.close()
-        self._monitor.close()
 
 
 def require_importable_program() -> None:

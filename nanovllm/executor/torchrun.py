@@ -1,7 +1,8 @@
 """TorchrunExecutor: all ranks were started by torchrun, on one or several machines.
 
-torchrun watches the processes and ends them all when one fails, so this executor neither watches nor kills them. A rank
-that fails writes its failure to the store through which the ranks connected, so that rank 0 can raise it.
+torchrun watches the processes and ends them all when one fails, so this executor neither watches nor kills them. When
+rank 0 aborts its group, the closed connections end the other ranks. A rank that fails writes its failure to the store
+through which the ranks connected, so that rank 0 can raise it.
 """
 
 import pickle
@@ -18,7 +19,7 @@ from nanovllm.distributed.placement import RankPlacement, torchrun_placement
 from nanovllm.distributed.process_group import PrefixStore, init_process_group, new_gloo_group, new_nccl_group
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.executor.base import RankError
-from nanovllm.executor.failure_monitor import RankFailure, State
+from nanovllm.executor.failure_monitor import FailureMonitor, RankFailure
 from nanovllm.executor.multi_rank import MultiRankExecutor
 from nanovllm.executor.worker_main import StepMessage, WorkerSpec, worker_busy_loop
 from nanovllm.torchrun_env import TorchrunEnv
@@ -90,9 +91,8 @@ class TorchrunExecutor(MultiRankExecutor):
 
     def __init__(self, spec: WorkerSpec, env: TorchrunEnv) -> None:
         placement = torchrun_placement(spec.config.device, env)
-        self._state = State.STARTING
         self._channel = TorchrunChannel(placement)
-        super().__init__(spec, placement)
+        super().__init__(spec, placement, FailureMonitor({}))
 
     def _connect(self, spec: WorkerSpec) -> TensorParallel:
         self._tp = self._channel.connect()
@@ -101,20 +101,8 @@ class TorchrunExecutor(MultiRankExecutor):
     def _send(self, message: StepMessage) -> None:
         self._channel.send(message)
 
-    def _check(self) -> None:
-        """torchrun ends this process when another one fails."""
-
     def _wait_for_root_cause(self, timeout: float) -> RankError | None:
         return self._channel.reported_failure(timeout)
-
-    def _terminate(self) -> None:
-        self._state = State.FAILED
-        self._abort_group()  # its closed connections end the other ranks
-
-    def _stop_monitoring(self) -> State:
-        if self._state is State.STARTING:
-            self._state = State.STOPPING
-        return self._state
 
     def _request_shutdown(self) -> None:
         with suppress(RuntimeError):  # a rank has ended already
@@ -122,7 +110,6 @@ class TorchrunExecutor(MultiRankExecutor):
 
     def _release(self) -> None:
         self._channel.close()
-        self._state = State.CLOSED
 
 
 def run_torchrun_worker(spec: WorkerSpec, env: TorchrunEnv) -> None:

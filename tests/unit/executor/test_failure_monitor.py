@@ -108,6 +108,17 @@ def test_rank_0_fails_while_the_workers_end(start: Start) -> None:
     assert monitor.stop() is State.FAILED
 
 
+def test_without_pipes_it_has_no_thread_and_keeps_the_state(start: Start) -> None:
+    """As under torchrun."""
+    monitor = start(0).monitor
+    assert not monitor._thread.is_alive()
+    monitor.check()
+    assert monitor.stop() is State.STOPPING
+    monitor.fail()
+    assert monitor.stop() is State.FAILED
+    assert monitor.wait_for_root_cause(HANG_SECONDS) is None
+
+
 def test_a_closed_monitor_stays_closed(start: Start) -> None:
     monitor = start(1).monitor
     for change in (monitor.close, monitor.fail, monitor.stop, monitor.close):
