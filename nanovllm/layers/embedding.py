@@ -6,7 +6,7 @@ from torch.nn import functional
 
 from nanovllm.distributed.tensor_parallel import SINGLE_RANK, TensorParallel
 from nanovllm.layers.ops import LayerOps
-from nanovllm.layers.parameter import load_shard, make_parameter
+from nanovllm.layers.parameter import load_shard, make_parameter, parameter_dtype
 from nanovllm.layers.torch_ops import TORCH_OPS, linear
 
 
@@ -54,7 +54,8 @@ class ParallelLMHead(nn.Module):
 
     def untie(self) -> None:
         """Replace the embedding's Parameter with one of the same shape, dtype and device, uninitialised."""
-        self.weight = make_parameter(tuple(self.weight.shape), self.weight_loader, like=self.weight)
+        with self.weight.device, parameter_dtype(self.weight.dtype):
+            self.weight = make_parameter(tuple(self.weight.shape), self.weight_loader)
 
     def weight_loader(self, param: nn.Parameter, loaded_weight: torch.Tensor) -> None:
         load_shard(param, loaded_weight, 0, self.tp.rank, self.tp.size)

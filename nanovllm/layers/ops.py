@@ -18,7 +18,7 @@ class LayerOps:
     """One implementation of each operation. Inputs are left as they are, but for the caches.
 
     T tokens, H query heads, K kv heads, D head_dim, E hidden size, F intermediate size, N experts, V vocabulary.
-    waits_for_device: an operation other than attention copies from the device, so that a CUDA graph cannot record it.
+    Where attention.is_graph_safe, no other operation waits for the device either, so a CUDA graph can record a step.
     """
 
     attention: AttentionBackend
@@ -35,14 +35,8 @@ class LayerOps:
     moe: Callable[..., Tensor]  # (x, router_logits [T, N], gate_up_proj, down_proj, top_k, norm_topk_prob) -> [T, E]
     # (logits [T, V], temperature [T], seed_low [T], seed_high [T], position [T], takes_argmax [T]) -> token ids [T]
     sample_unfiltered: Callable[..., Tensor]
-    waits_for_device: bool
     # (run) calls run, which runs the model, and compiles the kernels and launches none; None if that cannot be.
     compile_ahead: Callable[[Callable[[], None]], None] | None = None
-
-    @property
-    def is_graph_safe(self) -> bool:
-        """Whether a CUDA graph can record a decode step."""
-        return self.attention.is_graph_safe and not self.waits_for_device
 
 
 def separate_steps(

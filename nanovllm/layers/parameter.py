@@ -37,22 +37,16 @@ class ShapeError(ValueError):
 
 
 def make_parameter(
-    shape: tuple[int, ...],
-    weight_loader: WeightLoader,
-    shard_ids: tuple[Hashable, ...] = WHOLE,
-    like: torch.Tensor | None = None,
+    shape: tuple[int, ...], weight_loader: WeightLoader, shard_ids: tuple[Hashable, ...] = WHOLE
 ) -> nn.Parameter:
-    """An uninitialised parameter without gradient.
-
-    It has `like`'s dtype and device; without `like`, the dtype of parameter_dtype (else torch's default) and the
+    """An uninitialised parameter without gradient, of the dtype of parameter_dtype (else torch's default) and on the
     default device.
 
     weight_loader(param, loaded_weight[, shard_id]) copies this rank's shard of a checkpoint's tensor, cast to the
     parameter's dtype. shard_ids: every value of shard_id with which weight_loader must be called to load the whole
     parameter; (None,) means one call without shard_id.
     """
-    dtype, device = (_dtype.get(), None) if like is None else (like.dtype, like.device)
-    param: Any = nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
+    param: Any = nn.Parameter(torch.empty(shape, dtype=_dtype.get()), requires_grad=False)
     param.weight_loader = weight_loader
     param.shard_ids = shard_ids
     return param

@@ -91,10 +91,13 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     """Attention and MLP, each with the norm before it, which adds the previous output to the residual stream."""
 
-    def __init__(self, config: ModelConfig, self_attn: SelfAttention, mlp: MLP | SparseMoeBlock, ops: LayerOps) -> None:
+    def __init__(self, config: ModelConfig, layer_index: int, ops: LayerOps, tp: TensorParallel) -> None:
         super().__init__()
-        self.self_attn = self_attn
-        self.mlp = mlp
+        self.self_attn = SelfAttention(config, ops, tp)
+        if config.moe is not None and layer_index in config.moe.layers:
+            self.mlp = SparseMoeBlock(config.hidden_size, config.moe, ops, tp)
+        else:
+            self.mlp = MLP(config, ops, tp)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
 
@@ -114,11 +117,11 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """Embedding, layers and last norm: the part of a checkpoint whose names begin with `model.`."""
 
-    def __init__(self, config: ModelConfig, layers: list[DecoderLayer], ops: LayerOps, tp: TensorParallel) -> None:
+    def __init__(self, config: ModelConfig, ops: LayerOps, tp: TensorParallel) -> None:
         super().__init__()
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, tp, ops)
         self.rotary_emb = RotaryEmbedding(config.head_dim, config.rope)
-        self.layers = nn.ModuleList(layers)
+        self.layers = nn.ModuleList(DecoderLayer(config, index, ops, tp) for index in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
 
     def forward(
@@ -152,11 +155,7 @@ class DecoderForCausalLM(nn.Module):
     def __init__(self, config: ModelConfig, ops: LayerOps, tp: TensorParallel = SINGLE_RANK) -> None:
         super().__init__()
         self.config = config
-        layers = [
-            DecoderLayer(config, SelfAttention(config, ops, tp), _build_mlp(config, index, ops, tp), ops)
-            for index in range(config.num_hidden_layers)
-        ]
-        self.model = Decoder(config, layers, ops, tp)
+        self.model = Decoder(config, ops, tp)
         tied_to = self.model.embed_tokens if config.tie_word_embeddings else None
         self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, tp, tied_to)
 
@@ -192,12 +191,6 @@ def one_layer_of_each_kind(model: DecoderForCausalLM) -> Iterator[None]:
         yield
     finally:
         decoder.layers = layers
-
-
-def _build_mlp(config: ModelConfig, layer_index: int, ops: LayerOps, tp: TensorParallel) -> MLP | SparseMoeBlock:
-    if config.moe is not None and layer_index in config.moe.layers:
-        return SparseMoeBlock(config.hidden_size, config.moe, ops, tp)
-    return MLP(config, ops, tp)
 
 
 def build_model(config: ModelConfig, ops: LayerOps, tp: TensorParallel = SINGLE_RANK) -> DecoderForCausalLM:

@@ -112,7 +112,7 @@ class ModelRunner:
         pack_weights(self.model.eval(), ops)
         self.sampler = Sampler(ops.sample_unfiltered)
         self.shares_prefixes = ops.attention.shares_prefixes
-        is_graph_safe = self.tp.is_graph_safe and ops.is_graph_safe
+        is_graph_safe = self.tp.is_graph_safe and ops.attention.is_graph_safe
         self.can_capture = self.device.type == "cuda" and not config.enforce_eager and is_graph_safe
 
     def _attention_layers(self) -> list[Attention]:
