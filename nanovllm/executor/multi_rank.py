@@ -63,12 +63,14 @@ class MultiRankExecutor(Executor):
         self._aborted: DaemonThread | None = None
         self._outputs: deque[AsyncModelOutput] = deque(maxlen=2)  # of the step in flight and the one before
         try:
-            self._runner = spec.make_runner(placement, self._connect(spec), monitor.check)
+            self._connect(spec)
+            assert self._tp is not None
+            self._runner = spec.make_runner(placement, self._tp, monitor.check)
         except BaseException as error:
             self._fail(error)
         self.num_kv_cache_blocks = self._runner.num_kv_cache_blocks
         self.kv_cache_block_size = self._runner.block_size
-        self.supports_async_scheduling = self._tp is not None and self._tp.is_nccl
+        self.supports_async_scheduling = self._tp.is_nccl
 
     def execute(self, batch: ScheduledBatch, previous: PendingTokens | None = None) -> MultiRankPendingTokens:
         if self._runner is None:
@@ -156,8 +158,8 @@ class MultiRankExecutor(Executor):
     # --- what an implementation provides ---
 
     @abstractmethod
-    def _connect(self, spec: WorkerSpec) -> TensorParallel:
-        """Wait until all ranks have connected. Returns rank 0's end of the group, and stores it as self._tp."""
+    def _connect(self, spec: WorkerSpec) -> None:
+        """Wait until all ranks have connected, and store rank 0's end of the group as self._tp."""
 
     @abstractmethod
     def _send(self, message: StepMessage) -> None: ...

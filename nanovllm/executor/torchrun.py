@@ -94,9 +94,8 @@ class TorchrunExecutor(MultiRankExecutor):
         self._channel = TorchrunChannel(placement)
         super().__init__(spec, placement, FailureMonitor({}))
 
-    def _connect(self, spec: WorkerSpec) -> TensorParallel:
+    def _connect(self, spec: WorkerSpec) -> None:
         self._tp = self._channel.connect()
-        return self._tp
 
     def _send(self, message: StepMessage) -> None:
         self._channel.send(message)

@@ -353,22 +353,17 @@ class ModelRunner:
         if self.prefill_graphs is not None and self.prefill_graphs.can_replay(model_input):
             logits = self.prefill_graphs.replay(model_input)
             return logits[self._tensor(sampled)] if logits is not None and len(sampled) else None
-        last_tokens = None
+        input_ids, last_tokens = self._tensor(model_input.input_ids), None
+        if model_input.input_ids_source is not None:
+            assert previous_token_ids is not None
+            source = self._tensor(model_input.input_ids_source)
+            input_ids = torch.where(source >= 0, previous_token_ids[source.clamp(min=0)], input_ids)
         if model_input.is_prefill:
             last_tokens = self._tensor(model_input.cu_seqlens_q[1:].astype(np.int64) - 1)
-        hidden_states = self.run_model(model_input, self._input_ids(model_input, previous_token_ids), last_tokens)
+        hidden_states = self.run_model(model_input, input_ids, last_tokens)
         if not len(sampled):
             return None
         return self.model.compute_logits(hidden_states[self._tensor(sampled)])
-
-    def _input_ids(self, model_input: ModelInput, previous_token_ids: torch.Tensor | None) -> torch.Tensor | None:
-        """model_input.input_ids on the device, with previous_token_ids for placeholders; None if there are none."""
-        if model_input.input_ids_source is None:
-            return None
-        assert previous_token_ids is not None
-        source = self._tensor(model_input.input_ids_source)
-        previous = previous_token_ids[source.clamp(min=0)]
-        return torch.where(source >= 0, previous, self._tensor(model_input.input_ids))
 
     @torch.inference_mode()
     def run_model(

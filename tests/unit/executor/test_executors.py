@@ -88,9 +88,8 @@ class Ranks(MultiRankExecutor):
         self.parts = parts
         super().__init__(parts, PLACEMENT, Monitor(parts))  # type: ignore[arg-type]
 
-    def _connect(self, spec: Any) -> Any:
+    def _connect(self, spec: Any) -> None:
         self._tp = self.parts
-        return self._tp
 
     def _send(self, message: StepMessage) -> None:
         self.parts.call("send", message)
