@@ -12,6 +12,8 @@ from torch import Tensor
 from nanovllm.attention.backend import AttentionBackend
 from nanovllm.distributed.tensor_parallel import TensorParallel
 
+Operation = Callable[..., Any]
+
 
 @dataclass(frozen=True)
 class LayerOps:
@@ -39,9 +41,7 @@ class LayerOps:
     compile_ahead: Callable[[Callable[[], None]], None] | None = None
 
 
-def separate_steps(
-    rms_norm: Callable[..., Any], rotary_embedding: Callable[..., Any], store_kvcache: Callable[..., Any]
-) -> Callable[..., tuple[Tensor, Any]]:
+def separate_steps(rms_norm: Operation, rotary_embedding: Operation, store_kvcache: Operation) -> Operation:
     """LayerOps.qk_norm_rope_store as three operations, with the contract of kernels.qk_norm_rope_store."""
 
     def qk_norm_rope_store(
@@ -72,11 +72,8 @@ def separate_steps(
 
 
 def norm_then_linear(
-    rms_norm: Callable[..., Any],
-    add_rms_norm: Callable[..., Any],
-    linear: Callable[..., Any],
-    silu_and_mul: Callable[..., Any],
-) -> Callable[..., tuple[Tensor, Tensor]]:
+    rms_norm: Operation, add_rms_norm: Operation, linear: Operation, silu_and_mul: Operation
+) -> Operation:
     """LayerOps.norm_linear as separate operations, with the contract of kernels.skinny_linear.norm_skinny_linear."""
 
     def norm_linear(

@@ -16,7 +16,7 @@ import numpy as np
 import psutil
 import torch
 
-from nanovllm.attention.backend import AttentionBackend, AttentionRequirements
+from nanovllm.attention.backend import AttentionBackend, AttentionRequirements, KVCache
 from nanovllm.config import Config
 from nanovllm.context import Context, set_context
 from nanovllm.distributed.placement import resolve_device
@@ -39,7 +39,6 @@ from nanovllm.worker.cuda_graph import (
     graph_batch_sizes,
     shared_prefix_batch_sizes,
 )
-from nanovllm.worker.device_input import make_context
 from nanovllm.worker.kv_cache import empty_cache, num_blocks_on_cpu, num_blocks_that_fit
 from nanovllm.worker.prefill_graph import PrefillGraphRunner, prefill_graph_sizes
 from nanovllm.worker.torch_state import gpu_lock, plain_torch_state
@@ -221,7 +220,7 @@ class ModelRunner:
         is_given = self.config.num_kv_cache_blocks is not None
         kv_cache = empty_cache(self._cache_shape(num_blocks), self.dtype, self.device, is_given)
         for layer, k_cache, v_cache in zip(self._attention_layers(), kv_cache[0], kv_cache[1], strict=True):
-            layer.bind_kv_cache(k_cache, v_cache)
+            layer.kv_cache = KVCache(k_cache, v_cache)
         return kv_cache
 
     def warmup_model(self) -> None:
@@ -376,8 +375,24 @@ class ModelRunner:
         """
         if input_ids is None:
             input_ids = self._tensor(model_input.input_ids)
-        with set_context(make_context(model_input, self._tensor)):
+        with set_context(self._context(model_input)):
             return self.model(input_ids, self._tensor(model_input.positions), last_tokens)
+
+    def _context(self, model_input: ModelInput) -> Context:
+        shared = model_input.shared_prefixes
+        return Context(
+            is_prefill=model_input.is_prefill,
+            slot_mapping=self._tensor(model_input.slot_mapping),
+            cu_seqlens_q=self._tensor(model_input.cu_seqlens_q),
+            cu_seqlens_k=self._tensor(model_input.cu_seqlens_k),
+            max_seqlen_q=model_input.max_seqlen_q,
+            max_seqlen_k=model_input.max_seqlen_k,
+            context_lens=self._tensor(model_input.context_lens),
+            block_tables=self._tensor(model_input.block_tables) if model_input.reads_cache else None,
+            sequence_order=self._tensor(model_input.sequence_order),
+            shared_prefix_order=None if shared is None else self._tensor(shared.order),
+            shared_prefix_lens=None if shared is None else self._tensor(shared.lens),
+        )
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         tensor = torch.from_numpy(array)
