@@ -5,8 +5,7 @@ Paper: Shazeer et al. 2017 (arXiv 1701.06538). Every rank holds a shard of every
 
 from collections.abc import Hashable
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nanovllm.distributed.tensor_parallel import SINGLE_RANK, TensorParallel
 from nanovllm.layers.layernorm import RMSNorm
@@ -43,7 +42,7 @@ class Experts(nn.Module):
         self.down_proj = PackedExperts(shape, self.down_loader, tuple((expert,) for expert in range(num_experts)))
 
     def gate_up_loader(
-        self, param: nn.Parameter, loaded_weight: torch.Tensor, shard_id: tuple[int, int] | None = None
+        self, param: nn.Parameter, loaded_weight: Tensor, shard_id: tuple[int, int] | None = None
     ) -> None:
         if shard_id is None:
             num_experts, num_rows, hidden_size = param.shape
@@ -55,7 +54,7 @@ class Experts(nn.Module):
         target = param[expert].narrow(0, half * self.shard_size, self.shard_size)
         load_shard(target, loaded_weight, 0, self.tp.rank, self.tp.size)
 
-    def down_loader(self, param: nn.Parameter, loaded_weight: torch.Tensor, shard_id: tuple[int] | None = None) -> None:
+    def down_loader(self, param: nn.Parameter, loaded_weight: Tensor, shard_id: tuple[int] | None = None) -> None:
         target = param if shard_id is None else param[shard_id[0]]
         load_shard(target, loaded_weight, target.ndim - 1, self.tp.rank, self.tp.size)
 
@@ -74,14 +73,12 @@ class SparseMoeBlock(nn.Module):
         self.gate = ReplicatedLinear(hidden_size, moe.num_experts, ops=ops)
         self.experts = Experts(moe.num_experts, hidden_size, moe.moe_intermediate_size, tp)
 
-    def forward(
-        self, hidden_states: torch.Tensor, residual: torch.Tensor, norm: RMSNorm
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, hidden_states: Tensor, residual: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
         """(output [T, E] of the normalised sum, hidden_states + residual, to which it is to be added)."""
         x, residual = norm(hidden_states, residual)
         return self.compute(x), residual
 
-    def compute(self, x: torch.Tensor) -> torch.Tensor:
+    def compute(self, x: Tensor) -> Tensor:
         """[T, E] -> [T, E], without the norm."""
         gate_up_proj, down_proj = self.experts.gate_up_proj.weight, self.experts.down_proj.weight
         output = self.ops.moe(x, self.gate(x), gate_up_proj, down_proj, self.top_k, self.norm_topk_prob)

@@ -10,7 +10,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 WeightLoader = Callable[..., None]
 WHOLE = (None,)  # shard_ids of a parameter that is one tensor in the checkpoint
@@ -52,13 +52,13 @@ def make_parameter(
     return param
 
 
-def require_shape(loaded_weight: torch.Tensor, expected: list[int]) -> None:
+def require_shape(loaded_weight: Tensor, expected: list[int]) -> None:
     """Raise ShapeError unless loaded_weight has the shape `expected`."""
     if list(loaded_weight.shape) != expected:
         raise ShapeError(f"expected shape {expected}, got {list(loaded_weight.shape)}")
 
 
-def load_shard(target: torch.Tensor, loaded_weight: torch.Tensor, dim: int = 0, index: int = 0, count: int = 1) -> None:
+def load_shard(target: Tensor, loaded_weight: Tensor, dim: int = 0, index: int = 0, count: int = 1) -> None:
     """Copy shard `index` of `count` equal shards of loaded_weight, divided along dim, into target.
 
     Raises ShapeError unless loaded_weight has target's shape with dimension dim `count` times as long: nothing is
@@ -70,6 +70,6 @@ def load_shard(target: torch.Tensor, loaded_weight: torch.Tensor, dim: int = 0, 
     target.copy_(loaded_weight.narrow(dim, index * target.shape[dim], target.shape[dim]))
 
 
-def load_replicated(param: nn.Parameter, loaded_weight: torch.Tensor) -> None:
+def load_replicated(param: nn.Parameter, loaded_weight: Tensor) -> None:
     """The weight_loader of a parameter that every rank holds in full."""
     load_shard(param, loaded_weight)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from nanovllm.layers.parameter import ShapeError
 from nanovllm.model_config import WEIGHT_DTYPES
@@ -170,7 +170,7 @@ def _checkpoint_name(param_name: str, shard_id: Hashable, originals: dict[tuple[
     return ".".join([*path, module, leaf])
 
 
-def _load(target: Target, loaded_weight: torch.Tensor) -> None:
+def _load(target: Target, loaded_weight: Tensor) -> None:
     dtype = str(loaded_weight.dtype).removeprefix("torch.")
     if dtype not in WEIGHT_DTYPES:
         raise ValueError(f"weights must be {', '.join(WEIGHT_DTYPES)}, got {dtype}")
@@ -232,7 +232,7 @@ def _tensor_files(files: list[Path]) -> dict[str, Path]:
     return sources
 
 
-def _read(file: Path, name: str) -> torch.Tensor:
+def _read(file: Path, name: str) -> Tensor:
     with safe_open(file, framework="pt") as tensors:
         return tensors.get_tensor(name)
 
