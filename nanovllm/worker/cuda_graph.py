@@ -15,6 +15,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from nanovllm.context import Context
 from nanovllm.engine.model_input import PADDING_SLOT, ModelInput
@@ -23,9 +24,9 @@ from nanovllm.worker.torch_state import gpu_lock
 
 MAX_GRAPH_BATCH_SIZE = 512  # larger batches run eagerly: their kernels take longer than the launches
 
-Array = TypeVar("Array")  # np.ndarray on the host, torch.Tensor on the device
-Forward = Callable[..., torch.Tensor | None]
-Sample = Callable[..., torch.Tensor]
+Array = TypeVar("Array")  # np.ndarray on the host, Tensor on the device
+Forward = Callable[..., Tensor | None]
+Sample = Callable[..., Tensor]
 
 
 @cache
@@ -38,11 +39,11 @@ def _capture_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def capture(
-    compute: Callable[[], torch.Tensor | None],
+    compute: Callable[[], Tensor | None],
     shortened: Callable[[], AbstractContextManager[object]],
     device: torch.device,
     pool: Any,
-) -> tuple[torch.cuda.CUDAGraph, torch.Tensor | None]:
+) -> tuple[torch.cuda.CUDAGraph, Tensor | None]:
     """A graph of compute(), and what compute returned, which each replay overwrites.
 
     Before, compute() runs once while `shortened` is active, because compiling kernels and creating library handles are
@@ -90,7 +91,7 @@ class GraphRunner:
     def __init__(self, pool: Any = None) -> None:
         self.pool = pool
         self._graphs: dict[Any, torch.cuda.CUDAGraph] = {}
-        self._logits: dict[Any, torch.Tensor | None] = {}
+        self._logits: dict[Any, Tensor | None] = {}
 
     def _capture(self, what: str, keys: list[Any], compute: Forward, options: CaptureOptions) -> None:
         """Capture compute(key) for each key; `what` is the title of the progress."""
@@ -100,7 +101,7 @@ class GraphRunner:
                 self._graphs[key], self.pool = graph, self.pool or graph.pool()
                 progress.update()
 
-    def _replay(self, key: Any, num_seqs: int) -> torch.Tensor | None:
+    def _replay(self, key: Any, num_seqs: int) -> Tensor | None:
         self._graphs[key].replay()
         logits = self._logits[key]
         return None if logits is None else logits[:num_seqs]
@@ -170,7 +171,7 @@ def _round_up(capacity: int) -> int:
     return -(-capacity // 16) * 16
 
 
-def _views(packed: torch.Tensor, capacity: int) -> DecodeBuffers[torch.Tensor]:
+def _views(packed: Tensor, capacity: int) -> DecodeBuffers[Tensor]:
     """The DecodeBuffers in `packed`, a uint8 tensor."""
     columns, block_tables = packed.tensor_split((_COLUMN_BYTES * capacity,))
     parts = columns.split([dtype.itemsize * capacity for dtype in _DTYPES])
@@ -211,7 +212,7 @@ class CUDAGraphRunner(GraphRunner):
         keys = [(size, False) for size in sizes.decode] + [(size, True) for size in sizes.shared_prefix]
         self._capture("Capturing CUDA graphs", keys, partial(self._compute, options, sample), options)
 
-    def _compute(self, options: CaptureOptions, sample: Sample, key: tuple[int, bool]) -> torch.Tensor | None:
+    def _compute(self, options: CaptureOptions, sample: Sample, key: tuple[int, bool]) -> Tensor | None:
         """The logits; the tokens go to self.sampled. key: the batch size, and whether shared prefixes are read once."""
         (size, shares_prefix), buffers = key, self._buffers
         context = Context(
@@ -243,9 +244,7 @@ class CUDAGraphRunner(GraphRunner):
         """Whether model_input is a decode step of a batch size that a graph holds."""
         return not model_input.is_prefill and len(model_input.input_ids) <= self.batch_sizes[-1]
 
-    def replay(
-        self, model_input: ModelInput, previous_token_ids: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+    def replay(self, model_input: ModelInput, previous_token_ids: Tensor | None = None) -> tuple[Tensor | None, Tensor]:
         """Logits [num_seqs, V] (None on ranks but 0) and token ids [num_seqs] int64 of a decode step.
 
         The next replay overwrites both. The token ids of filtered rows are those of the largest logits.

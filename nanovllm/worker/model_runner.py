@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import psutil
 import torch
+from torch import Tensor
 
 from nanovllm.attention.backend import AttentionBackend, AttentionRequirements, KVCache
 from nanovllm.config import Config
@@ -215,7 +216,7 @@ class ModelRunner:
         model = self.model_config
         return (2, model.num_hidden_layers, num_blocks, self.block_size, self.num_kv_heads, model.head_dim)
 
-    def allocate_kv_cache(self, num_blocks: int) -> torch.Tensor:
+    def allocate_kv_cache(self, num_blocks: int) -> Tensor:
         """The cache tensor, bound to the model's attention layers. Slots that were never written are uninitialised."""
         is_given = self.config.num_kv_cache_blocks is not None
         kv_cache = empty_cache(self._cache_shape(num_blocks), self.dtype, self.device, is_given)
@@ -261,17 +262,13 @@ class ModelRunner:
         self.graphs = self.prefill_graphs = None
 
     def _logits(
-        self,
-        input_ids: torch.Tensor,
-        positions: torch.Tensor,
-        context: Context,
-        last_tokens: torch.Tensor | None = None,
-    ) -> torch.Tensor | None:
+        self, input_ids: Tensor, positions: Tensor, context: Context, last_tokens: Tensor | None = None
+    ) -> Tensor | None:
         # A method, not a closure: a traceback keeps the closures of its functions, and with them the model's memory.
         with set_context(context):
             return self.model.compute_logits(self.model(input_ids, positions, last_tokens))
 
-    def _sample_for_all_ranks(self, logits: torch.Tensor | None, *columns: torch.Tensor) -> torch.Tensor:
+    def _sample_for_all_ranks(self, logits: Tensor | None, *columns: Tensor) -> Tensor:
         """sample_unfiltered of rank 0's logits, on every rank; they are None on the others.
 
         The next step reads its input ids from them, and a broadcast by the host would take longer. Exact, since
@@ -289,7 +286,7 @@ class ModelRunner:
         self,
         batch: ScheduledBatch,
         previous_sequences: "tuple[Sequence, ...] | None" = None,
-        previous_token_ids: torch.Tensor | None = None,
+        previous_token_ids: Tensor | None = None,
     ) -> AsyncModelOutput:
         """Compute the new token ids of batch.sampled_sequences, in their order (none on ranks other than 0), without
         waiting for the device.
@@ -310,7 +307,7 @@ class ModelRunner:
             return AsyncModelOutput(batch, self._execute(model_input, previous_token_ids))
 
     @torch.inference_mode()
-    def _execute(self, model_input: ModelInput, previous_token_ids: torch.Tensor | None = None) -> torch.Tensor:
+    def _execute(self, model_input: ModelInput, previous_token_ids: Tensor | None = None) -> Tensor:
         """Token ids [num_samples] int64 on the device, which may still be computing them.
 
         previous_token_ids: those of the previous step, for the rows that model_input.input_ids_source names; rank 0's
@@ -330,9 +327,7 @@ class ModelRunner:
                 return torch.empty(0, dtype=torch.int64)
             return self.sampler(logits, to_device(model_input.sampling, self.device))
 
-    def _replay(
-        self, graphs: CUDAGraphRunner, model_input: ModelInput, previous_token_ids: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _replay(self, graphs: CUDAGraphRunner, model_input: ModelInput, previous_token_ids: Tensor | None) -> Tensor:
         logits, token_ids = graphs.replay(model_input, previous_token_ids)
         self._has_shared_tokens = not len(model_input.sampling.filtered_rows)
         if logits is None:
@@ -341,7 +336,7 @@ class ModelRunner:
             self.sampler.sample_filtered(logits, to_device(model_input.sampling, self.device), token_ids)
         return token_ids
 
-    def _compute_logits(self, model_input: ModelInput, previous_token_ids: torch.Tensor | None) -> torch.Tensor | None:
+    def _compute_logits(self, model_input: ModelInput, previous_token_ids: Tensor | None) -> Tensor | None:
         """[num_samples, vocab_size]; None on ranks but 0, and if no sequence is sampled in this step."""
         sampled = model_input.sample_indices
         if self.prefill_graphs is not None and self.prefill_graphs.can_replay(model_input):
@@ -361,8 +356,8 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run_model(
-        self, model_input: ModelInput, input_ids: torch.Tensor | None = None, last_tokens: torch.Tensor | None = None
-    ) -> torch.Tensor:
+        self, model_input: ModelInput, input_ids: Tensor | None = None, last_tokens: Tensor | None = None
+    ) -> Tensor:
         """Hidden states [num_tokens, hidden_size] of one forward pass, which writes the KV cache.
 
         input_ids: [num_tokens] int64 on the device, in place of model_input.input_ids. last_tokens: as in
@@ -389,7 +384,7 @@ class ModelRunner:
             shared_prefix_lens=None if shared is None else self._tensor(shared.lens),
         )
 
-    def _tensor(self, array: np.ndarray) -> torch.Tensor:
+    def _tensor(self, array: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(array)
         return tensor if self.device.type == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)
 
