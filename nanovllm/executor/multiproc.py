@@ -17,14 +17,12 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnContext
 from typing import Any
 
-from nanovllm.distributed.message_queue import MessageQueueWriter
+from nanovllm.distributed.message_queue import CHECK_INTERVAL_S, MessageQueueWriter
 from nanovllm.distributed.placement import local_placements, resolve_device
 from nanovllm.distributed.process_group import DaemonThread
 from nanovllm.executor.failure_monitor import FailureMonitor
 from nanovllm.executor.multi_rank import ROOT_CAUSE_TIMEOUT_S, SHUTDOWN_TIMEOUT_S, MultiRankExecutor
 from nanovllm.executor.worker_main import StepMessage, WorkerSpec, join_local_group, worker_main
-
-CHECK_INTERVAL_S = 0.05
 
 _all_processes: "weakref.WeakSet[Any]" = weakref.WeakSet()  # workers of all engines of this process
 
