@@ -74,11 +74,6 @@ class FailureMonitor:
         if pipes:
             self._thread.start()
 
-    @property
-    def state(self) -> State:
-        with self._changed:
-            return self._state
-
     def check(self) -> None:
         """Raise the root cause if a rank has failed; RuntimeError if rank 0 itself has.
 

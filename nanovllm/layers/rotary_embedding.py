@@ -35,15 +35,13 @@ def inverse_frequencies(head_dim: int, rope: RopeConfig) -> Tensor:
     inv_freq = 1.0 / rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim)
     if rope.rope_type == "default":
         return inv_freq
+    if rope.rope_type == "linear":
+        return inv_freq / rope.factor
     keep = _UNSCALED_FRACTION[rope.rope_type](inv_freq, head_dim, rope)
     return inv_freq / rope.factor * (1 - keep) + inv_freq * keep
 
 
-# A scaling divides a pair's frequency by factor, leaves it, or mixes both: `keep`, in [0, 1], is how much is left.
-
-
-def _keep_linear(inv_freq: Tensor, head_dim: int, rope: RopeConfig) -> Tensor:
-    return torch.zeros_like(inv_freq)
+# These divide a pair's frequency by factor, leave it, or mix both: `keep`, in [0, 1], is how much is left.
 
 
 def _keep_llama3(inv_freq: Tensor, head_dim: int, rope: RopeConfig) -> Tensor:
@@ -70,4 +68,4 @@ def _keep_yarn(inv_freq: Tensor, head_dim: int, rope: RopeConfig) -> Tensor:
     return 1 - ((index - first) / max(last - first, 0.001)).clamp(0, 1)
 
 
-_UNSCALED_FRACTION = {"linear": _keep_linear, "llama3": _keep_llama3, "yarn": _keep_yarn}
+_UNSCALED_FRACTION = {"llama3": _keep_llama3, "yarn": _keep_yarn}

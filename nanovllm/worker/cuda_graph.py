@@ -38,34 +38,6 @@ def _capture_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def capture(
-    compute: Callable[[], Tensor | None],
-    shortened: Callable[[], AbstractContextManager[object]],
-    device: torch.device,
-    pool: Any,
-) -> tuple[torch.cuda.CUDAGraph, Tensor | None]:
-    """A graph of compute(), and what compute returned, which each replay overwrites.
-
-    Before, compute() runs once while `shortened` is active, because compiling kernels and creating library handles are
-    forbidden in a capture. pool: the memory to use; None for memory of its own.
-    """
-    graph, stream = torch.cuda.CUDAGraph(), _capture_stream(device)
-    with gpu_lock:
-        with shortened():
-            _warm_up(compute, stream)
-        # thread_local: GPU calls of the program's other threads do not invalidate the capture.
-        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            output = compute()
-    return graph, output
-
-
-def _warm_up(compute: Callable[[], object], stream: torch.cuda.Stream) -> None:
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        compute()
-    torch.cuda.current_stream().wait_stream(stream)
-
-
 @dataclass(frozen=True)
 class CaptureOptions:
     """What the graphs of decode and of prefill are captured with.
@@ -85,6 +57,31 @@ class CaptureOptions:
     use_tqdm: bool
 
 
+def capture(
+    compute: Callable[[], Tensor | None], options: CaptureOptions, pool: Any
+) -> tuple[torch.cuda.CUDAGraph, Tensor | None]:
+    """A graph of compute(), and what compute returned, which each replay overwrites.
+
+    Before, compute() runs once while options.shortened is active, because compiling kernels and creating library
+    handles are forbidden in a capture. pool: the memory to use; None for memory of its own.
+    """
+    graph, stream = torch.cuda.CUDAGraph(), _capture_stream(options.device)
+    with gpu_lock:
+        with options.shortened():
+            _warm_up(compute, stream)
+        # thread_local: GPU calls of the program's other threads do not invalidate the capture.
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            output = compute()
+    return graph, output
+
+
+def _warm_up(compute: Callable[[], object], stream: torch.cuda.Stream) -> None:
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        compute()
+    torch.cuda.current_stream().wait_stream(stream)
+
+
 class GraphRunner:
     """The graphs of one kind of step, and the logits that each computes. pool: the memory that they share."""
 
@@ -97,7 +94,7 @@ class GraphRunner:
         """Capture compute(key) for each key; `what` is the title of the progress."""
         with Progress(what, len(keys), is_shown=options.use_tqdm) as progress:
             for key in sorted(keys, reverse=True):  # the largest first: the smaller graphs reuse its memory
-                graph, self._logits[key] = capture(partial(compute, key), options.shortened, options.device, self.pool)
+                graph, self._logits[key] = capture(partial(compute, key), options, self.pool)
                 self._graphs[key], self.pool = graph, self.pool or graph.pool()
                 progress.update()
 

@@ -28,7 +28,7 @@ class Workers:
             {rank: receiver for rank, (receiver, _) in pipes.items()},
             exit_code=lambda rank: 3,
             terminate=lambda: self.calls.append("terminate"),
-            unblock=lambda: self.calls.append(("unblock", self.monitor.state)),
+            unblock=lambda: self.calls.append(("unblock", self.monitor._state)),
         )
 
     def root_cause(self) -> str:
@@ -57,7 +57,7 @@ def test_a_worker_that_ends_when_it_is_asked_to_has_not_failed(start: Start) -> 
     for sender in workers.senders.values():
         sender.send(READY)
     workers.monitor.check()
-    assert workers.monitor.state is State.RUNNING
+    assert workers.monitor._state is State.RUNNING
     assert workers.monitor.stop() is State.STOPPING
     workers.senders[1].close()
     assert workers.monitor.wait_for_root_cause(0.1) is None
@@ -130,7 +130,7 @@ def test_a_closed_monitor_stays_closed(start: Start) -> None:
     monitor = start(1).monitor
     for change in (monitor.close, monitor.fail, monitor.stop, monitor.close):
         change()
-        assert monitor.state is State.CLOSED
+        assert monitor._state is State.CLOSED
     monitor.check()
 
 
