@@ -11,7 +11,6 @@ from contextlib import suppress
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from nanovllm.distributed.message_queue import encode
@@ -40,31 +39,28 @@ class TorchrunChannel:
             )
         _has_connected = True
         self.placement = placement
-        self._control: Any = None  # gloo: messages are bytes in the host's memory
+        self._control: Any = None  # a TensorParallel over gloo: messages are bytes in the host's memory
         self._store, _, _ = next(rendezvous("env://"))
 
     def connect(self) -> TensorParallel:
         """This rank's end of the group for tensors. Returns when all ranks have connected."""
-        self._control = new_gloo_group(self.placement, PrefixStore("nanovllm/messages", self._store))
-        control = TensorParallel(self.placement.rank, self.placement.size, self._control)
-        has_nccl = control.all_reduce_min(self.placement.has_own_gpu) == 1  # the machines may differ
+        group = new_gloo_group(self.placement, PrefixStore("nanovllm/messages", self._store))
+        self._control = TensorParallel(self.placement.rank, self.placement.size, group)
+        has_nccl = self._control.all_reduce_min(self.placement.has_own_gpu) == 1  # the machines may differ
         new_group = new_nccl_group if has_nccl else new_gloo_group
         return init_process_group(self.placement, PrefixStore("nanovllm/tensors", self._store), new_group)
 
     def send(self, message: StepMessage | None) -> None:
         """On rank 0: broadcast `message`."""
         data = torch.frombuffer(bytearray(encode(message)), dtype=torch.uint8)
-        self._broadcast(torch.tensor([len(data)], device="cpu"))
-        self._broadcast(data)
+        self._control.broadcast(torch.tensor([len(data)], device="cpu"))
+        self._control.broadcast(data)
 
     def receive(self) -> StepMessage | None:
         """On the other ranks: the next message. Blocks until there is one."""
-        num_bytes = int(self._broadcast(torch.empty(1, dtype=torch.int64, device="cpu")))
-        return pickle.loads(self._broadcast(torch.empty(num_bytes, dtype=torch.uint8, device="cpu")).numpy().tobytes())
-
-    def _broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
-        self._control.broadcast([tensor], dist.BroadcastOptions()).wait()
-        return tensor
+        num_bytes = int(self._control.broadcast(torch.empty(1, dtype=torch.int64, device="cpu")))
+        data = self._control.broadcast(torch.empty(num_bytes, dtype=torch.uint8, device="cpu"))
+        return pickle.loads(data.numpy().tobytes())
 
     def report_failure(self, error: BaseException) -> None:
         """Let rank 0 raise `error`, unless another rank has reported one before."""
