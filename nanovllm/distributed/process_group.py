@@ -83,19 +83,16 @@ class DaemonThread(threading.Thread):
     """
 
     def __init__(self, work: Callable[[], object]) -> None:
-        super().__init__(daemon=True)
-        self._work = work
+        super().__init__(target=work, daemon=True)
         self._error: BaseException | None = None
         self.start()
 
     def run(self) -> None:
         try:
-            self._work()
+            super().run()  # drops its reference to work
         except BaseException as error:
             traceback.clear_frames(error.__traceback__)
             self._error = error
-        finally:
-            del self._work
 
     def check(self) -> None:
         """Raise what work() raised, if the thread has ended."""
