@@ -28,6 +28,10 @@ class RankPlacement:
         if self.gpu is not None:
             torch.cuda.set_device(self.gpu)
 
+    def initialize_device(self) -> None:
+        """Create the CUDA context of the rank's GPU."""
+        torch.cuda.synchronize()
+
 
 def resolve_device(name: str) -> torch.device:
     """torch.device of Config.device; a GPU is the current one. Raises ValueError for cuda where torch finds no GPU."""

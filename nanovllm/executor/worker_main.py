@@ -12,7 +12,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from tqdm import tqdm
 
 from nanovllm.config import Config
@@ -93,7 +92,7 @@ def join_local_group(
     placement.set_current_device()
     if placement.has_own_gpu:
         with gpu_lock:
-            torch.cuda.synchronize()  # creates the CUDA context
+            placement.initialize_device()
     store = FileStore(store_path, placement.size)
     return init_process_group(placement, store, lambda placement, store: rendezvous(placement, store, check))
 
