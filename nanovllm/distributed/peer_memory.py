@@ -49,7 +49,7 @@ class PeerBuffers:
     is_aborted: torch.Tensor
 
 
-class _Handle(ctypes.Structure):  # a structure, since cuIpcOpenMemHandle takes it by value
+class _Handle(ctypes.Structure):  # opens a buffer in another process; a structure, since CUDA takes it by value
     _fields_ = (("reserved", ctypes.c_byte * HANDLE_BYTES),)
 
 
@@ -71,17 +71,13 @@ class PeerMemory:
         self._own = ctypes.c_uint64()
         self._opened: list[ctypes.c_uint64] = []
         self.message = b""
+        num_bytes, handle = buffer_bytes(num_ranks), _Handle()
         with suppress(PeerMemoryError):
-            self.message = self._allocate(buffer_bytes(num_ranks)) + BOOT_ID.read_bytes()
-
-    def _allocate(self, num_bytes: int) -> bytes:
-        """The handle by which other processes open this rank's buffer."""
-        self._call("cuMemAlloc_v2", ctypes.byref(self._own), ctypes.c_size_t(num_bytes))
-        self._call("cuMemsetD16_v2", self._own, ctypes.c_ushort(EMPTY), ctypes.c_size_t(num_bytes // 2))
-        self._call("cuCtxSynchronize")
-        handle = _Handle()
-        self._call("cuIpcGetMemHandle", ctypes.byref(handle), self._own)
-        return bytes(handle)
+            self._call("cuMemAlloc_v2", ctypes.byref(self._own), ctypes.c_size_t(num_bytes))
+            self._call("cuMemsetD16_v2", self._own, ctypes.c_ushort(EMPTY), ctypes.c_size_t(num_bytes // 2))
+            self._call("cuCtxSynchronize")
+            self._call("cuIpcGetMemHandle", ctypes.byref(handle), self._own)
+            self.message = bytes(handle) + BOOT_ID.read_bytes()
 
     def connect(self, messages: list[bytes]) -> bool:
         """Whether this rank can write into the buffers of all ranks, whose messages these are, in rank order."""

@@ -82,24 +82,19 @@ class DaemonThread(threading.Thread):
     a traceback keeps those of its functions.
     """
 
-    def __init__(self, work: Callable[[], Any]) -> None:
-        super().__init__(daemon=True)
-        self._work = work
-        self._value: Any = None
+    def __init__(self, work: Callable[[], object]) -> None:
+        super().__init__(target=work, daemon=True)
         self._error: BaseException | None = None
         self.start()
 
     def run(self) -> None:
         try:
-            self._value = self._work()
+            super().run()  # drops its reference to work
         except BaseException as error:
             traceback.clear_frames(error.__traceback__)
             self._error = error
-        finally:
-            del self._work
 
-    def result(self) -> Any:
-        """What work() returned, when the thread has ended. Raises what work() raised."""
+    def check(self) -> None:
+        """Raise what work() raised, if the thread has ended."""
         if self._error is not None:
             raise self._error
-        return self._value

@@ -16,12 +16,8 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
-import torch.distributed
-
 from nanovllm.distributed.placement import RankPlacement
-from nanovllm.distributed.process_group import NO_TIMEOUT, PrefixStore, new_nccl_group
-
-dist: Any = torch.distributed  # its type stubs lack classes that its documentation has
+from nanovllm.distributed.process_group import NO_TIMEOUT, PrefixStore, dist, new_nccl_group
 
 LOOPBACK = "127.0.0.1"
 CONNECT_TIMEOUT_S = 2.0  # of one attempt, for a connection

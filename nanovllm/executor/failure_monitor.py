@@ -5,12 +5,12 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass
 from enum import Enum, auto
 from multiprocessing import Pipe, connection
 from multiprocessing.connection import Connection
-from typing import Any
 
 from nanovllm.executor.base import RankError, RankValueError
 
@@ -38,9 +38,8 @@ class RankFailure:
 
 
 class State(Enum):
-    """STARTING until every worker is READY. STOPPING: the workers are asked to end. FAILED: they are terminated."""
+    """STOPPING: the workers are asked to end. FAILED: they are terminated."""
 
-    STARTING = auto()
     RUNNING = auto()
     STOPPING = auto()
     FAILED = auto()
@@ -51,7 +50,7 @@ class FailureMonitor:
     """Watches ranks 1, 2, ... from construction until stop(), fail(), close() or the first failure.
 
     pipes: by rank, the receiving end of a pipe into which the worker sends READY and, when it fails, a RankFailure. The
-        pipe closes when the worker's process ends.
+        pipe closes when the worker's process ends. Without pipes (under torchrun) only fail() records a failure.
     exit_code: returns the exit code of a rank whose pipe closed without a report; None if unknown.
     terminate: kills the workers. Called in the monitor's thread on a failure, before the state is FAILED.
     unblock: unblocks rank 0. Called in the monitor's thread when the state is FAILED, so that rank 0 does not mistake
@@ -68,16 +67,12 @@ class FailureMonitor:
         self._pipes = pipes
         self._exit_code, self._terminate, self._unblock = exit_code, terminate, unblock
         self._changed = threading.Condition()  # its lock guards the two below
-        self._state = State.STARTING
+        self._state = State.RUNNING
         self._root_cause: RankError | None = None
         self._wake, self._wake_sender = Pipe(duplex=False)
         self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-
-    @property
-    def state(self) -> State:
-        with self._changed:
-            return self._state
+        if pipes:
+            self._thread.start()
 
     def check(self) -> None:
         """Raise the root cause if a rank has failed; RuntimeError if rank 0 itself has.
@@ -97,11 +92,11 @@ class FailureMonitor:
 
     def stop(self) -> State:
         """Stop watching, since the workers are about to be asked to end. Returns STOPPING, FAILED or CLOSED."""
-        return self._leave(State.STARTING, State.RUNNING, to=State.STOPPING)
+        return self._leave(State.RUNNING, to=State.STOPPING)
 
     def fail(self) -> None:
         """Record that rank 0 itself has failed, unless another rank's failure is recorded."""
-        self._leave(State.STARTING, State.RUNNING, State.STOPPING, to=State.FAILED)
+        self._leave(State.RUNNING, State.STOPPING, to=State.FAILED)
 
     def close(self) -> None:
         """Change to CLOSED: the workers have ended and their resources are freed."""
@@ -131,23 +126,20 @@ class FailureMonitor:
             for pipe in connection.wait([*ranks, self._wake], timeout):
                 if pipe is self._wake:
                     return
-                report = _receive(pipe)
+                report = None
+                with suppress(EOFError, OSError):  # the process has ended
+                    report = pipe.recv()  # type: ignore[union-attr]
                 if report == READY:
                     num_starting -= 1
-                    if num_starting == 0:
-                        self._change(State.RUNNING)
                     continue
                 failures[ranks.pop(pipe)] = report  # type: ignore[index]
                 deadline = deadline or time.monotonic() + FAILURE_COLLECT_S
         self._terminate()
         root_cause = find_root_cause(failures, len(self._pipes) + 1, self._exit_code, num_starting > 0)
-        self._change(State.FAILED, root_cause)
-        self._unblock()
-
-    def _change(self, state: State, root_cause: RankError | None = None) -> None:
         with self._changed:
-            self._state, self._root_cause = state, root_cause
+            self._state, self._root_cause = State.FAILED, root_cause
             self._changed.notify_all()
+        self._unblock()
 
 
 def find_root_cause(
@@ -172,11 +164,3 @@ def _describe_exit(code: int | None, is_starting: bool) -> str:
         f"ended with exit code {code} while it started; its own output says more. A program that starts an engine "
         'with several ranks does so under `if __name__ == "__main__":`, since the ranks import it too'
     )
-
-
-def _receive(pipe: Any) -> Any:
-    """READY, a RankFailure, or None when the process has ended."""
-    try:
-        return pipe.recv()
-    except (EOFError, OSError):
-        return None

@@ -14,7 +14,7 @@ from nanovllm.distributed.process_group import DaemonThread, abort_process_group
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.engine.scheduler import ScheduledBatch
 from nanovllm.executor.base import Executor, PendingTokens, RankError, free_frames
-from nanovllm.executor.failure_monitor import State
+from nanovllm.executor.failure_monitor import FailureMonitor, State
 from nanovllm.executor.worker_main import StepMessage, WorkerSpec
 from nanovllm.worker.async_output import AsyncModelOutput
 from nanovllm.worker.model_runner import ModelRunner
@@ -54,20 +54,23 @@ class MultiRankExecutor(Executor):
     failure explains it, that failure is raised.
     """
 
-    def __init__(self, spec: WorkerSpec, placement: RankPlacement) -> None:
+    def __init__(self, spec: WorkerSpec, placement: RankPlacement, monitor: FailureMonitor) -> None:
         self._placement = placement
+        self._monitor = monitor
         self._tp: TensorParallel | None = None
         self._runner: ModelRunner | None = None
         self._abort_lock = threading.Lock()  # guards _aborted: rank 0 and a monitor thread may abort at once
         self._aborted: DaemonThread | None = None
         self._outputs: deque[AsyncModelOutput] = deque(maxlen=2)  # of the step in flight and the one before
         try:
-            self._runner = spec.make_runner(placement, self._connect(spec), self._check)
+            self._connect(spec)
+            assert self._tp is not None
+            self._runner = spec.make_runner(placement, self._tp, monitor.check)
         except BaseException as error:
             self._fail(error)
         self.num_kv_cache_blocks = self._runner.num_kv_cache_blocks
         self.kv_cache_block_size = self._runner.block_size
-        self.supports_async_scheduling = self._tp is not None and self._tp.is_nccl
+        self.supports_async_scheduling = self._tp.is_nccl
 
     def execute(self, batch: ScheduledBatch, previous: PendingTokens | None = None) -> MultiRankPendingTokens:
         if self._runner is None:
@@ -85,7 +88,7 @@ class MultiRankExecutor(Executor):
     def _collect(self, pending: MultiRankPendingTokens) -> list[int]:
         try:
             token_ids = pending.output.token_ids()
-            self._check()  # when a rank has failed, these are not the tokens
+            self._monitor.check()  # when a rank has failed, these are not the tokens
         except BaseException as error:
             self._fail(error)
         return token_ids
@@ -111,7 +114,7 @@ class MultiRankExecutor(Executor):
         raise root_cause from error
 
     def close(self) -> None:
-        state = self._stop_monitoring()
+        state = self._monitor.stop()
         if state is State.CLOSED:
             return
         try:
@@ -129,6 +132,7 @@ class MultiRankExecutor(Executor):
             self._outputs.clear()
             self._free_runner()
             self._release()
+            self._monitor.close()
             if self._aborted is not None:
                 self._aborted.join(SHUTDOWN_TIMEOUT_S)
                 if self._tp is not None:
@@ -146,30 +150,26 @@ class MultiRankExecutor(Executor):
             if self._tp is not None and self._aborted is None:
                 self._aborted = abort_process_group(self._tp)
 
+    def _terminate(self) -> None:
+        self._monitor.fail()
+        self._kill_workers()
+        self._abort_group()
+
     # --- what an implementation provides ---
 
     @abstractmethod
-    def _connect(self, spec: WorkerSpec) -> TensorParallel:
-        """Wait until all ranks have connected. Returns rank 0's end of the group, and stores it as self._tp."""
+    def _connect(self, spec: WorkerSpec) -> None:
+        """Wait until all ranks have connected, and store rank 0's end of the group as self._tp."""
 
     @abstractmethod
     def _send(self, message: StepMessage) -> None: ...
 
-    @abstractmethod
-    def _check(self) -> None:
-        """Raise RankError if another rank is known to have failed."""
-
-    @abstractmethod
-    def _wait_for_root_cause(self, timeout: float) -> BaseException | None:
+    def _wait_for_root_cause(self, timeout: float) -> RankError | None:
         """The failure of another rank; None if there is none after `timeout` seconds."""
+        return self._monitor.wait_for_root_cause(timeout)
 
-    @abstractmethod
-    def _terminate(self) -> None:
-        """Set the state to FAILED, kill the workers that this process started, and abort the group."""
-
-    @abstractmethod
-    def _stop_monitoring(self) -> State:
-        """Stop watching the workers. Returns STOPPING, FAILED or CLOSED."""
+    def _kill_workers(self) -> None:
+        """Kill the workers that this process started."""
 
     @abstractmethod
     def _request_shutdown(self) -> None:
@@ -180,4 +180,4 @@ class MultiRankExecutor(Executor):
 
     @abstractmethod
     def _release(self) -> None:
-        """Free all remaining resources, workers included, and set the state to CLOSED."""
+        """Free all remaining resources, workers included."""

@@ -12,22 +12,17 @@ import sys
 import tempfile
 import time
 import weakref
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnContext
 from typing import Any
 
-from nanovllm.distributed.message_queue import MessageQueueWriter
+from nanovllm.distributed.message_queue import CHECK_INTERVAL_S, MessageQueueWriter
 from nanovllm.distributed.placement import local_placements, resolve_device
 from nanovllm.distributed.process_group import DaemonThread
-from nanovllm.distributed.tensor_parallel import TensorParallel
-from nanovllm.executor.base import RankError
-from nanovllm.executor.failure_monitor import FailureMonitor, State
+from nanovllm.executor.failure_monitor import FailureMonitor
 from nanovllm.executor.multi_rank import ROOT_CAUSE_TIMEOUT_S, SHUTDOWN_TIMEOUT_S, MultiRankExecutor
 from nanovllm.executor.worker_main import StepMessage, WorkerSpec, join_local_group, worker_main
-
-CHECK_INTERVAL_S = 0.05
 
 _all_processes: "weakref.WeakSet[Any]" = weakref.WeakSet()  # workers of all engines of this process
 
@@ -66,34 +61,33 @@ class MultiprocExecutor(MultiRankExecutor):
             receivers: dict[int, Connection] = {}
             self._senders: dict[int, Connection] = {}
             for worker in self._worker_placements:
-                receivers[worker.rank], self._senders[worker.rank] = context.Pipe(duplex=False)
-                stack.callback(receivers[worker.rank].close)
-                stack.callback(self._senders[worker.rank].close)
-            self._monitor = FailureMonitor(
+                ends = map(stack.enter_context, context.Pipe(duplex=False))
+                receivers[worker.rank], self._senders[worker.rank] = ends
+            monitor = FailureMonitor(
                 receivers, lambda rank: _exit_code(self._processes[rank - 1]), self._kill_workers, self._unblock
             )
             self._resources = stack.pop_all()  # _release() closes them after the processes have ended
-        super().__init__(spec, placement)
+        super().__init__(spec, placement, monitor)
 
-    def _connect(self, spec: WorkerSpec) -> TensorParallel:
+    def _connect(self, spec: WorkerSpec) -> None:
         self._start_workers(spec)
         # _join_group runs in a thread, because connecting to a rank that has died cannot be interrupted.
         self._connecting = DaemonThread(self._join_group)
         while self._connecting.is_alive():
             self._connecting.join(CHECK_INTERVAL_S)
             self._monitor.check()
-        tp = self._connecting.result()
+        self._connecting.check()
         self._connecting = None
         self._monitor.check()  # a rank may have failed before the monitor's thread could abort self._tp
-        return tp
 
-    def _join_group(self) -> TensorParallel:
+    def _join_group(self) -> None:
         self._tp = join_local_group(self._placement, self._store_path, self._monitor.check)
-        return self._tp
 
     def _start_workers(self, spec: WorkerSpec) -> None:
         context = SpawnContext()
-        with _sigint_blocked():  # workers inherit the signal mask: rank 0 handles Ctrl-C and ends them
+        # Workers inherit the signal mask: rank 0 handles Ctrl-C and ends them.
+        signal_mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
             for placement, reader in zip(self._worker_placements, self._queue.readers, strict=True):
                 sender = self._senders[placement.rank]
                 arguments = (spec, placement, self._store_path, reader, sender, os.getpid())
@@ -102,24 +96,15 @@ class MultiprocExecutor(MultiRankExecutor):
                 self._processes.append(process)
                 _all_processes.add(process)
                 sender.close()  # only the worker has this end now, so the pipe closes when the worker exits
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, signal_mask)
 
     # --- a step ---
 
     def _send(self, message: StepMessage) -> None:
         self._queue.enqueue(message, self._monitor.check)
 
-    def _check(self) -> None:
-        self._monitor.check()
-
     # --- failures ---
-
-    def _wait_for_root_cause(self, timeout: float) -> RankError | None:
-        return self._monitor.wait_for_root_cause(timeout)
-
-    def _terminate(self) -> None:
-        self._monitor.fail()
-        self._kill_workers()
-        self._abort_group()
 
     def _kill_workers(self) -> None:
         for process in self._processes:
@@ -130,9 +115,6 @@ class MultiprocExecutor(MultiRankExecutor):
             self._abort_group()  # only an abort ends an NCCL kernel that waits for other GPUs
 
     # --- shutdown ---
-
-    def _stop_monitoring(self) -> State:
-        return self._monitor.stop()
 
     def _request_shutdown(self) -> None:
         self._shutdown_deadline = time.monotonic() + SHUTDOWN_TIMEOUT_S
@@ -159,7 +141,6 @@ class MultiprocExecutor(MultiRankExecutor):
                 process.close()
         self._processes.clear()
         self._resources.close()
-        self._monitor.close()
 
 
 def require_importable_program() -> None:
@@ -190,12 +171,3 @@ def _exit_code(process: Any) -> int | None:
         # Another thread has reaped the process, as multiprocessing.active_children() does, and will store exitcode.
         time.sleep(0.01)
     return process.exitcode
-
-
-@contextmanager
-def _sigint_blocked() -> Iterator[None]:
-    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, previous)

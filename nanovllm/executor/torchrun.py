@@ -1,7 +1,8 @@
 """TorchrunExecutor: all ranks were started by torchrun, on one or several machines.
 
-torchrun watches the processes and ends them all when one fails, so this executor neither watches nor kills them. A rank
-that fails writes its failure to the store through which the ranks connected, so that rank 0 can raise it.
+torchrun watches the processes and ends them all when one fails, so this executor neither watches nor kills them. When
+rank 0 aborts its group, the closed connections end the other ranks. A rank that fails writes its failure to the store
+through which the ranks connected, so that rank 0 can raise it.
 """
 
 import pickle
@@ -10,7 +11,6 @@ from contextlib import suppress
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from nanovllm.distributed.message_queue import encode
@@ -18,7 +18,7 @@ from nanovllm.distributed.placement import RankPlacement, torchrun_placement
 from nanovllm.distributed.process_group import PrefixStore, init_process_group, new_gloo_group, new_nccl_group
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.executor.base import RankError
-from nanovllm.executor.failure_monitor import RankFailure, State
+from nanovllm.executor.failure_monitor import FailureMonitor, RankFailure
 from nanovllm.executor.multi_rank import MultiRankExecutor
 from nanovllm.executor.worker_main import StepMessage, WorkerSpec, worker_busy_loop
 from nanovllm.torchrun_env import TorchrunEnv
@@ -39,31 +39,28 @@ class TorchrunChannel:
             )
         _has_connected = True
         self.placement = placement
-        self._control: Any = None  # gloo: messages are bytes in the host's memory
+        self._control: Any = None  # a TensorParallel over gloo: messages are bytes in the host's memory
         self._store, _, _ = next(rendezvous("env://"))
 
     def connect(self) -> TensorParallel:
         """This rank's end of the group for tensors. Returns when all ranks have connected."""
-        self._control = new_gloo_group(self.placement, PrefixStore("nanovllm/messages", self._store))
-        control = TensorParallel(self.placement.rank, self.placement.size, self._control)
-        has_nccl = control.all_reduce_min(self.placement.has_own_gpu) == 1  # the machines may differ
+        group = new_gloo_group(self.placement, PrefixStore("nanovllm/messages", self._store))
+        self._control = TensorParallel(self.placement.rank, self.placement.size, group)
+        has_nccl = self._control.all_reduce_min(self.placement.has_own_gpu) == 1  # the machines may differ
         new_group = new_nccl_group if has_nccl else new_gloo_group
         return init_process_group(self.placement, PrefixStore("nanovllm/tensors", self._store), new_group)
 
     def send(self, message: StepMessage | None) -> None:
         """On rank 0: broadcast `message`."""
         data = torch.frombuffer(bytearray(encode(message)), dtype=torch.uint8)
-        self._broadcast(torch.tensor([len(data)], device="cpu"))
-        self._broadcast(data)
+        self._control.broadcast(torch.tensor([len(data)], device="cpu"))
+        self._control.broadcast(data)
 
     def receive(self) -> StepMessage | None:
         """On the other ranks: the next message. Blocks until there is one."""
-        num_bytes = int(self._broadcast(torch.empty(1, dtype=torch.int64, device="cpu")))
-        return pickle.loads(self._broadcast(torch.empty(num_bytes, dtype=torch.uint8, device="cpu")).numpy().tobytes())
-
-    def _broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
-        self._control.broadcast([tensor], dist.BroadcastOptions()).wait()
-        return tensor
+        num_bytes = int(self._control.broadcast(torch.empty(1, dtype=torch.int64, device="cpu")))
+        data = self._control.broadcast(torch.empty(num_bytes, dtype=torch.uint8, device="cpu"))
+        return pickle.loads(data.numpy().tobytes())
 
     def report_failure(self, error: BaseException) -> None:
         """Let rank 0 raise `error`, unless another rank has reported one before."""
@@ -90,31 +87,17 @@ class TorchrunExecutor(MultiRankExecutor):
 
     def __init__(self, spec: WorkerSpec, env: TorchrunEnv) -> None:
         placement = torchrun_placement(spec.config.device, env)
-        self._state = State.STARTING
         self._channel = TorchrunChannel(placement)
-        super().__init__(spec, placement)
+        super().__init__(spec, placement, FailureMonitor({}))
 
-    def _connect(self, spec: WorkerSpec) -> TensorParallel:
+    def _connect(self, spec: WorkerSpec) -> None:
         self._tp = self._channel.connect()
-        return self._tp
 
     def _send(self, message: StepMessage) -> None:
         self._channel.send(message)
 
-    def _check(self) -> None:
-        """torchrun ends this process when another one fails."""
-
     def _wait_for_root_cause(self, timeout: float) -> RankError | None:
         return self._channel.reported_failure(timeout)
-
-    def _terminate(self) -> None:
-        self._state = State.FAILED
-        self._abort_group()  # its closed connections end the other ranks
-
-    def _stop_monitoring(self) -> State:
-        if self._state is State.STARTING:
-            self._state = State.STOPPING
-        return self._state
 
     def _request_shutdown(self) -> None:
         with suppress(RuntimeError):  # a rank has ended already
@@ -122,7 +105,6 @@ class TorchrunExecutor(MultiRankExecutor):
 
     def _release(self) -> None:
         self._channel.close()
-        self._state = State.CLOSED
 
 
 def run_torchrun_worker(spec: WorkerSpec, env: TorchrunEnv) -> None:

@@ -16,6 +16,8 @@ class Attention(nn.Module):
     """Causal attention of one layer. The only place that reads get_context().
 
     num_heads, num_kv_heads: of this rank; num_kv_heads divides num_heads. scale multiplies the scores.
+    kv_cache: this layer's part of the cache. Without one (in warm-up) nothing is stored, and only a prefill without
+        cached keys is possible.
     """
 
     def __init__(
@@ -28,13 +30,6 @@ class Attention(nn.Module):
         self.num_kv_heads = num_kv_heads
         self.ops = ops
         self.kv_cache: KVCache | None = None
-
-    def bind_kv_cache(self, k_cache: Tensor, v_cache: Tensor) -> None:
-        """Use k_cache and v_cache [num_blocks, block_size, num_kv_heads, head_dim], this layer's part of the cache.
-
-        Without a cache (in warm-up) nothing is stored, and only a prefill without cached keys is possible.
-        """
-        self.kv_cache = KVCache(k_cache, v_cache)
 
     def forward(
         self,
@@ -53,7 +48,7 @@ class Attention(nn.Module):
         context = get_context()
         reads_cache = context.block_tables is not None
         if self.kv_cache is None and reads_cache:
-            raise RuntimeError("attention over cached keys needs bind_kv_cache() first")
+            raise RuntimeError("attention over cached keys needs a kv_cache")
         k_cache, v_cache = self.kv_cache or (None, None)
         slot_mapping = None if k_cache is None else context.slot_mapping
         q_weight, k_weight = (norm.weight for norm in head_norms) if head_norms else (None, None)

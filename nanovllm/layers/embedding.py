@@ -1,12 +1,11 @@
 """Token embedding and output projection; the vocabulary is divided among the ranks."""
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from nanovllm.distributed.tensor_parallel import SINGLE_RANK, TensorParallel
 from nanovllm.layers.ops import LayerOps
-from nanovllm.layers.parameter import load_shard, make_parameter
+from nanovllm.layers.parameter import load_shard, make_parameter, parameter_dtype
 from nanovllm.layers.torch_ops import TORCH_OPS, linear
 
 
@@ -22,10 +21,10 @@ class VocabParallelEmbedding(nn.Module):
         self.num_rows = tp.divide("vocab_size", vocab_size)
         self.weight = make_parameter((self.num_rows, hidden_size), self.weight_loader)
 
-    def weight_loader(self, param: nn.Parameter, loaded_weight: torch.Tensor) -> None:
+    def weight_loader(self, param: nn.Parameter, loaded_weight: Tensor) -> None:
         load_shard(param, loaded_weight, 0, self.tp.rank, self.tp.size)
 
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+    def forward(self, input_ids: Tensor) -> Tensor:
         """[T] ids -> [T, E]. A token outside this rank's rows adds zeros to the sum over ranks."""
         if self.tp.size == 1:
             return functional.embedding(input_ids, self.weight)
@@ -54,11 +53,12 @@ class ParallelLMHead(nn.Module):
 
     def untie(self) -> None:
         """Replace the embedding's Parameter with one of the same shape, dtype and device, uninitialised."""
-        self.weight = make_parameter(tuple(self.weight.shape), self.weight_loader, like=self.weight)
+        with self.weight.device, parameter_dtype(self.weight.dtype):
+            self.weight = make_parameter(tuple(self.weight.shape), self.weight_loader)
 
-    def weight_loader(self, param: nn.Parameter, loaded_weight: torch.Tensor) -> None:
+    def weight_loader(self, param: nn.Parameter, loaded_weight: Tensor) -> None:
         load_shard(param, loaded_weight, 0, self.tp.rank, self.tp.size)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+    def forward(self, hidden_states: Tensor) -> Tensor | None:
         """[T, E] -> logits [T, V] on rank 0, None on the others."""
         return self.tp.gather(linear(hidden_states, self.weight))

@@ -1,7 +1,6 @@
 """RMS normalisation (Zhang and Sennrich 2019, arXiv 1910.07467)."""
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nanovllm.layers.ops import LayerOps
 from nanovllm.layers.parameter import load_replicated, make_parameter
@@ -17,9 +16,7 @@ class RMSNorm(nn.Module):
         self.ops = ops
         self.weight = make_parameter((size,), load_replicated)
 
-    def forward(
-        self, x: torch.Tensor, residual: torch.Tensor | None = None
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """y; with a residual, (y of x + residual, x + residual). Inputs are left as they are."""
         if residual is None:
             return self.ops.rms_norm(x, self.weight, self.eps)

@@ -8,8 +8,7 @@ Paper: Shoeybi et al. 2019 (arXiv 1909.08053).
 
 from collections.abc import Callable, Hashable
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nanovllm.distributed.tensor_parallel import SINGLE_RANK, TensorParallel
 from nanovllm.layers.ops import LayerOps
@@ -44,7 +43,7 @@ class LinearBase(nn.Module):
     def shard_shape(self, output_size: int, input_size: int) -> tuple[int, int]:
         return output_size, input_size
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.ops.linear(x, self.weight, self.bias)
 
 
@@ -60,7 +59,7 @@ class ColumnParallelLinear(LinearBase):
     def shard_shape(self, output_size: int, input_size: int) -> tuple[int, int]:
         return self.tp.divide("output_size", output_size), input_size
 
-    def weight_loader(self, param: nn.Parameter, loaded_weight: torch.Tensor) -> None:
+    def weight_loader(self, param: nn.Parameter, loaded_weight: Tensor) -> None:
         """Loads weight or bias: both are divided along the outputs, dimension 0."""
         load_shard(param, loaded_weight, 0, self.tp.rank, self.tp.size)
 
@@ -83,7 +82,7 @@ class MergedColumnParallelLinear(LinearBase):
         super().__init__(input_size, sum(shard_sizes), bias, tp, ops, tuple(range(len(output_sizes))))
         self.shard_sizes = shard_sizes
 
-    def weight_loader(self, param: nn.Parameter, loaded_weight: torch.Tensor, shard_id: int) -> None:
+    def weight_loader(self, param: nn.Parameter, loaded_weight: Tensor, shard_id: int) -> None:
         load_shard(param.split(self.shard_sizes)[shard_id], loaded_weight, 0, self.tp.rank, self.tp.size)
 
 
@@ -114,7 +113,7 @@ class QKVParallelLinear(LinearBase):
         self.head_dim = head_dim
         self.num_heads, self.num_kv_heads, self.kv_replicas = num_heads, num_kv_heads, kv_replicas
 
-    def weight_loader(self, param: nn.Parameter, loaded_weight: torch.Tensor, shard_id: str) -> None:
+    def weight_loader(self, param: nn.Parameter, loaded_weight: Tensor, shard_id: str) -> None:
         heads = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
         target = param.split([count * self.head_dim for count in heads])["qkv".index(shard_id)]
         replicas = 1 if shard_id == "q" else self.kv_replicas
@@ -130,12 +129,12 @@ class RowParallelLinear(LinearBase):
     def shard_shape(self, output_size: int, input_size: int) -> tuple[int, int]:
         return output_size, self.tp.divide("input_size", input_size)
 
-    def weight_loader(self, param: nn.Parameter, loaded_weight: torch.Tensor) -> None:
+    def weight_loader(self, param: nn.Parameter, loaded_weight: Tensor) -> None:
         if param is self.bias:
             load_replicated(param, loaded_weight)
         else:
             load_shard(param, loaded_weight, 1, self.tp.rank, self.tp.size)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         output = self.ops.linear(x, self.weight, self.bias if self.tp.rank == 0 else None)
         return self.ops.all_reduce(output, self.tp)

@@ -12,13 +12,15 @@ from torch import Tensor
 from nanovllm.attention.backend import AttentionBackend
 from nanovllm.distributed.tensor_parallel import TensorParallel
 
+Operation = Callable[..., Any]
+
 
 @dataclass(frozen=True)
 class LayerOps:
     """One implementation of each operation. Inputs are left as they are, but for the caches.
 
     T tokens, H query heads, K kv heads, D head_dim, E hidden size, F intermediate size, N experts, V vocabulary.
-    waits_for_device: an operation other than attention copies from the device, so that a CUDA graph cannot record it.
+    Where attention.is_graph_safe, no other operation waits for the device either, so a CUDA graph can record a step.
     """
 
     attention: AttentionBackend
@@ -35,19 +37,11 @@ class LayerOps:
     moe: Callable[..., Tensor]  # (x, router_logits [T, N], gate_up_proj, down_proj, top_k, norm_topk_prob) -> [T, E]
     # (logits [T, V], temperature [T], seed_low [T], seed_high [T], position [T], takes_argmax [T]) -> token ids [T]
     sample_unfiltered: Callable[..., Tensor]
-    waits_for_device: bool
     # (run) calls run, which runs the model, and compiles the kernels and launches none; None if that cannot be.
     compile_ahead: Callable[[Callable[[], None]], None] | None = None
 
-    @property
-    def is_graph_safe(self) -> bool:
-        """Whether a CUDA graph can record a decode step."""
-        return self.attention.is_graph_safe and not self.waits_for_device
 
-
-def separate_steps(
-    rms_norm: Callable[..., Any], rotary_embedding: Callable[..., Any], store_kvcache: Callable[..., Any]
-) -> Callable[..., tuple[Tensor, Any]]:
+def separate_steps(rms_norm: Operation, rotary_embedding: Operation, store_kvcache: Operation) -> Operation:
     """LayerOps.qk_norm_rope_store as three operations, with the contract of kernels.qk_norm_rope_store."""
 
     def qk_norm_rope_store(
@@ -78,11 +72,8 @@ def separate_steps(
 
 
 def norm_then_linear(
-    rms_norm: Callable[..., Any],
-    add_rms_norm: Callable[..., Any],
-    linear: Callable[..., Any],
-    silu_and_mul: Callable[..., Any],
-) -> Callable[..., tuple[Tensor, Tensor]]:
+    rms_norm: Operation, add_rms_norm: Operation, linear: Operation, silu_and_mul: Operation
+) -> Operation:
     """LayerOps.norm_linear as separate operations, with the contract of kernels.skinny_linear.norm_skinny_linear."""
 
     def norm_linear(

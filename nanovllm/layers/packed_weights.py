@@ -9,7 +9,7 @@ and with packing: for 1 token 25 and 20 in float32, 18 and 12 in bfloat16; for 8
 import platform
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nanovllm.layers.embedding import ParallelLMHead
 from nanovllm.layers.linear import LinearBase
@@ -35,7 +35,7 @@ def pack_weights(model: nn.Module, ops: LayerOps) -> None:
             module.weight = nn.Parameter(packed, requires_grad=False)
 
 
-def can_pack(weight: torch.Tensor) -> bool:
+def can_pack(weight: Tensor) -> bool:
     """Whether this machine's oneDNN multiplies faster with a packed `weight`. This was measured on x86 only."""
     if not weight.is_cpu or weight.numel() < MIN_SIZE or platform.machine() not in ("x86_64", "AMD64"):
         return False

@@ -4,6 +4,7 @@ Salmon, Moraes, Dror, Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3". 
 """
 
 import torch
+from torch import Tensor
 
 NUM_ROUNDS = 10
 WORDS_PER_CALL = 4
@@ -12,10 +13,10 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _MAX_UNIFORM = 1 - 2**-24
 
-Words = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+Words = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def philox(key: tuple[torch.Tensor, torch.Tensor], counter: Words) -> Words:
+def philox(key: tuple[Tensor, Tensor], counter: Words) -> Words:
     """The four output words of each (key, counter). All inputs are words and broadcast against each other."""
     k0, k1 = key
     c0, c1, c2, c3 = counter
@@ -28,15 +29,13 @@ def philox(key: tuple[torch.Tensor, torch.Tensor], counter: Words) -> Words:
     return c0, c1, c2, c3
 
 
-def _multiply(word: torch.Tensor, multiplier: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _multiply(word: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
     """High and low word of the 64-bit product. int64 wraps, but its 64 bits are those of the unsigned product."""
     product = word * multiplier
     return (product >> 32).bitwise_and_(_WORD_MASK), product.bitwise_and_(_WORD_MASK)
 
 
-def token_words(
-    seed_low: torch.Tensor, seed_high: torch.Tensor, position: torch.Tensor, vocab_size: int
-) -> torch.Tensor:
+def token_words(seed_low: Tensor, seed_high: Tensor, position: Tensor, vocab_size: int) -> Tensor:
     """[num_rows, vocab_size] words, one a token; token v of a row has word v % 4 of counter (v // 4, position, 0, 0).
 
     seed_low, seed_high: [num_rows], the halves of the 64-bit seed; position: [num_rows], below 2**32. All int64.
@@ -48,7 +47,7 @@ def token_words(
     return torch.stack(words, dim=2).flatten(1)[:, :vocab_size]
 
 
-def exponential_from_words(words: torch.Tensor) -> torch.Tensor:
+def exponential_from_words(words: Tensor) -> Tensor:
     """e = -log1p(-u), exponential with rate 1 and float64: positive and finite for every word.
 
     u = min((word + 0.5) * 2**-32, 1 - 2**-24) is exact in float64 and lies strictly between 0 and 1.

@@ -6,7 +6,7 @@ Angles are computed once in a forward pass and shared by all layers, so there is
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nanovllm.rope_config import RopeConfig
 
@@ -23,36 +23,34 @@ class RotaryEmbedding(nn.Module):
         self.attention_factor = rope.attention_factor
         self.inv_freq = inverse_frequencies(head_dim, rope).to(torch.get_default_device())
 
-    def forward(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         angle = positions[:, None].float() * self.inv_freq
         if self.attention_factor == 1:
             return angle.cos(), angle.sin()
         return angle.cos() * self.attention_factor, angle.sin() * self.attention_factor
 
 
-def inverse_frequencies(head_dim: int, rope: RopeConfig) -> torch.Tensor:
+def inverse_frequencies(head_dim: int, rope: RopeConfig) -> Tensor:
     """[head_dim / 2] float32, on the CPU whatever the model's device: the angle of each pair per position."""
     inv_freq = 1.0 / rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim)
     if rope.rope_type == "default":
         return inv_freq
+    if rope.rope_type == "linear":
+        return inv_freq / rope.factor
     keep = _UNSCALED_FRACTION[rope.rope_type](inv_freq, head_dim, rope)
     return inv_freq / rope.factor * (1 - keep) + inv_freq * keep
 
 
-# A scaling divides a pair's frequency by factor, leaves it, or mixes both: `keep`, in [0, 1], is how much is left.
+# These divide a pair's frequency by factor, leave it, or mix both: `keep`, in [0, 1], is how much is left.
 
 
-def _keep_linear(inv_freq: torch.Tensor, head_dim: int, rope: RopeConfig) -> torch.Tensor:
-    return torch.zeros_like(inv_freq)
-
-
-def _keep_llama3(inv_freq: torch.Tensor, head_dim: int, rope: RopeConfig) -> torch.Tensor:
+def _keep_llama3(inv_freq: Tensor, head_dim: int, rope: RopeConfig) -> Tensor:
     """1 for pairs of more than high_freq_factor turns over the trained length, 0 below low_freq_factor, else linear."""
     turns = rope.original_max_position_embeddings / (2 * math.pi / inv_freq)
     return ((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)).clamp(0, 1)
 
 
-def _keep_yarn(inv_freq: torch.Tensor, head_dim: int, rope: RopeConfig) -> torch.Tensor:
+def _keep_yarn(inv_freq: Tensor, head_dim: int, rope: RopeConfig) -> Tensor:
     """Falls linearly with the pair's index from the pair with beta_fast turns to the pair with beta_slow turns.
 
     Paper: Peng et al. 2023 (arXiv 2309.00071).
@@ -70,4 +68,4 @@ def _keep_yarn(inv_freq: torch.Tensor, head_dim: int, rope: RopeConfig) -> torch
     return 1 - ((index - first) / max(last - first, 0.001)).clamp(0, 1)
 
 
-_UNSCALED_FRACTION = {"linear": _keep_linear, "llama3": _keep_llama3, "yarn": _keep_yarn}
+_UNSCALED_FRACTION = {"llama3": _keep_llama3, "yarn": _keep_yarn}

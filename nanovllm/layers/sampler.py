@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nanovllm.layers.philox import exponential_from_words, token_words
 from nanovllm.sampling_metadata import SamplingMetadata
@@ -28,7 +28,7 @@ MAX_BYTES_PER_LOGIT = 64
 _DTYPES = {np.dtype("int64"): torch.int64, np.dtype("float32"): torch.float32, np.dtype("bool"): torch.bool}
 
 
-def to_device(metadata: SamplingMetadata[np.ndarray], device: torch.device | str) -> SamplingMetadata[torch.Tensor]:
+def to_device(metadata: SamplingMetadata[np.ndarray], device: torch.device | str) -> SamplingMetadata[Tensor]:
     """`metadata` as tensors on `device`, with one copy of all its bytes.
 
     A copy to a GPU starts in pinned memory, so the host does not wait for it. The tensors are parts of one buffer, so
@@ -50,20 +50,18 @@ class Sampler(nn.Module):
     sample_unfiltered: of the model's LayerOps; by default in PyTorch.
     """
 
-    def __init__(self, sample_unfiltered: Callable[..., torch.Tensor] | None = None) -> None:
+    def __init__(self, sample_unfiltered: Callable[..., Tensor] | None = None) -> None:
         super().__init__()
         self.sample_unfiltered = sample_unfiltered or sample_unfiltered_in_torch
 
-    def forward(self, logits: torch.Tensor, rows: SamplingMetadata[torch.Tensor]) -> torch.Tensor:
+    def forward(self, logits: Tensor, rows: SamplingMetadata[Tensor]) -> Tensor:
         """[num_rows] int64 token ids of logits [num_rows, vocab_size], any float dtype, which are not changed."""
         columns = (rows.temperature, rows.seed_low, rows.seed_high, rows.position, rows.takes_argmax)
         token_ids = self.sample_unfiltered(logits, *columns)
         self.sample_filtered(logits, rows, token_ids)
         return token_ids
 
-    def sample_filtered(
-        self, logits: torch.Tensor, rows: SamplingMetadata[torch.Tensor], token_ids: torch.Tensor
-    ) -> None:
+    def sample_filtered(self, logits: Tensor, rows: SamplingMetadata[Tensor], token_ids: Tensor) -> None:
         """Write the tokens of rows.filtered_rows into token_ids [num_rows]."""
         for row_ids in _slices(rows.filtered_rows, logits):
             scaled = _scaled(logits[row_ids], rows.temperature[row_ids])
@@ -73,13 +71,8 @@ class Sampler(nn.Module):
 
 
 def sample_unfiltered_in_torch(
-    logits: torch.Tensor,
-    temperature: torch.Tensor,
-    seed_low: torch.Tensor,
-    seed_high: torch.Tensor,
-    position: torch.Tensor,
-    takes_argmax: torch.Tensor,
-) -> torch.Tensor:
+    logits: Tensor, temperature: Tensor, seed_low: Tensor, seed_high: Tensor, position: Tensor, takes_argmax: Tensor
+) -> Tensor:
     """LayerOps.sample_unfiltered: [num_rows] int64, with the columns of SamplingMetadata. Waits for the device."""
     token_ids = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
     for row_ids in _slices(takes_argmax.nonzero()[:, 0], logits):
@@ -90,12 +83,12 @@ def sample_unfiltered_in_torch(
     return token_ids
 
 
-def argmax(scores: torch.Tensor) -> torch.Tensor:
+def argmax(scores: Tensor) -> Tensor:
     """[num_rows] index of the largest score of each row, the lowest on a tie, which torch.max promises."""
     return scores.max(dim=1).indices
 
 
-def allowed_mask(scaled: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
+def allowed_mask(scaled: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
     """[num_rows, vocab_size] bool, the tokens that may be drawn. scaled: [num_rows, vocab_size] float32.
 
     top_k: keeps the k largest and what ties with the k-th; 0 keeps all. top_p: of what is left, keeps a token when the
@@ -120,22 +113,20 @@ def allowed_mask(scaled: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor,
     return keep & (probs >= min_p[:, None] * probs.amax(dim=1, keepdim=True))
 
 
-def _slices(row_ids: torch.Tensor, logits: torch.Tensor) -> Iterator[torch.Tensor]:
+def _slices(row_ids: Tensor, logits: Tensor) -> Iterator[Tensor]:
     if len(row_ids):
         yield from row_ids.split(max(1, MAX_LOGITS_PER_SLICE[logits.device.type] // logits.shape[1]))
 
 
-def _replace_non_finite(scores: torch.Tensor) -> torch.Tensor:
+def _replace_non_finite(scores: Tensor) -> Tensor:
     """NaN becomes -inf, +inf the largest finite number, with which softmax can compute."""
     return scores.nan_to_num(nan=-torch.inf, neginf=-torch.inf)
 
 
-def _scaled(logits: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
+def _scaled(logits: Tensor, temperature: Tensor) -> Tensor:
     return _replace_non_finite(logits.to(torch.float32) / temperature[:, None])
 
 
-def _gumbel_argmax(
-    scaled: torch.Tensor, seed_low: torch.Tensor, seed_high: torch.Tensor, position: torch.Tensor
-) -> torch.Tensor:
+def _gumbel_argmax(scaled: Tensor, seed_low: Tensor, seed_high: Tensor, position: Tensor) -> Tensor:
     noise = exponential_from_words(token_words(seed_low, seed_high, position, scaled.shape[1]))
     return argmax(noise.log_().neg_().add_(scaled))

@@ -102,5 +102,4 @@ TORCH_OPS = LayerOps(
     qk_norm_rope_store=separate_steps(rms_norm, rotary_embedding, store_kvcache),
     moe=moe,
     sample_unfiltered=sample_unfiltered_in_torch,
-    waits_for_device=True,
 )

@@ -84,6 +84,5 @@ TRITON_OPS = LayerOps(
     qk_norm_rope_store=qk_norm_rope_store,
     moe=moe,
     sample_unfiltered=sampling,
-    waits_for_device=False,
     compile_ahead=compile_ahead,
 )

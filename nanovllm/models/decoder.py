@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nanovllm.distributed.tensor_parallel import SINGLE_RANK, TensorParallel
 from nanovllm.layers.attention import Attention
@@ -43,13 +43,13 @@ class SelfAttention(nn.Module):
 
     def forward(
         self,
-        hidden_states: torch.Tensor,
-        residual: torch.Tensor | None,
+        hidden_states: Tensor,
+        residual: Tensor | None,
         norm: RMSNorm,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        last_tokens: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        cos: Tensor,
+        sin: Tensor,
+        last_tokens: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
         """(output [T, E] of the normalised sum, hidden_states + residual, to which it is to be added).
 
         last_tokens: see Decoder.forward; both results have these rows only.
@@ -77,9 +77,7 @@ class MLP(nn.Module):
             config.intermediate_size, config.hidden_size, bias=config.mlp_bias, tp=tp, ops=ops
         )
 
-    def forward(
-        self, hidden_states: torch.Tensor, residual: torch.Tensor, norm: RMSNorm
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, hidden_states: Tensor, residual: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
         """(output [T, E] of the normalised sum, hidden_states + residual, to which it is to be added)."""
         gate_up = self.gate_up_proj
         activated, residual = self.ops.norm_linear(
@@ -91,21 +89,19 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     """Attention and MLP, each with the norm before it, which adds the previous output to the residual stream."""
 
-    def __init__(self, config: ModelConfig, self_attn: SelfAttention, mlp: MLP | SparseMoeBlock, ops: LayerOps) -> None:
+    def __init__(self, config: ModelConfig, layer_index: int, ops: LayerOps, tp: TensorParallel) -> None:
         super().__init__()
-        self.self_attn = self_attn
-        self.mlp = mlp
+        self.self_attn = SelfAttention(config, ops, tp)
+        if config.moe is not None and layer_index in config.moe.layers:
+            self.mlp = SparseMoeBlock(config.hidden_size, config.moe, ops, tp)
+        else:
+            self.mlp = MLP(config, ops, tp)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
 
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        residual: torch.Tensor | None,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        last_tokens: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, hidden_states: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, last_tokens: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """(last output, stream without it) -> the same of this layer. The first layer gets None as the stream."""
         hidden_states, residual = self.self_attn(hidden_states, residual, self.input_layernorm, cos, sin, last_tokens)
         return self.mlp(hidden_states, residual, self.post_attention_layernorm)
@@ -114,16 +110,14 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """Embedding, layers and last norm: the part of a checkpoint whose names begin with `model.`."""
 
-    def __init__(self, config: ModelConfig, layers: list[DecoderLayer], ops: LayerOps, tp: TensorParallel) -> None:
+    def __init__(self, config: ModelConfig, ops: LayerOps, tp: TensorParallel) -> None:
         super().__init__()
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, tp, ops)
         self.rotary_emb = RotaryEmbedding(config.head_dim, config.rope)
-        self.layers = nn.ModuleList(layers)
+        self.layers = nn.ModuleList(DecoderLayer(config, index, ops, tp) for index in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
 
-    def forward(
-        self, input_ids: torch.Tensor, positions: torch.Tensor, last_tokens: torch.Tensor | None
-    ) -> torch.Tensor:
+    def forward(self, input_ids: Tensor, positions: Tensor, last_tokens: Tensor | None) -> Tensor:
         """As DecoderForCausalLM.forward. Of the other tokens the last layer computes keys and values, and no more."""
         hidden_states = self.embed_tokens(input_ids)
         cos, sin = self.rotary_emb(positions)
@@ -152,11 +146,7 @@ class DecoderForCausalLM(nn.Module):
     def __init__(self, config: ModelConfig, ops: LayerOps, tp: TensorParallel = SINGLE_RANK) -> None:
         super().__init__()
         self.config = config
-        layers = [
-            DecoderLayer(config, SelfAttention(config, ops, tp), _build_mlp(config, index, ops, tp), ops)
-            for index in range(config.num_hidden_layers)
-        ]
-        self.model = Decoder(config, layers, ops, tp)
+        self.model = Decoder(config, ops, tp)
         tied_to = self.model.embed_tokens if config.tie_word_embeddings else None
         self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, tp, tied_to)
 
@@ -165,16 +155,14 @@ class DecoderForCausalLM(nn.Module):
         """Whether lm_head and the embedding are one Parameter: as in config.json, unless the files hold two weights."""
         return self.lm_head.weight is self.model.embed_tokens.weight
 
-    def forward(
-        self, input_ids: torch.Tensor, positions: torch.Tensor, last_tokens: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def forward(self, input_ids: Tensor, positions: Tensor, last_tokens: Tensor | None = None) -> Tensor:
         """input_ids [T], positions [T] -> hidden states [T, E], under a Context.
 
         last_tokens: [num_seqs] int64, the index of each sequence's last token: then theirs only, [num_seqs, E].
         """
         return self.model(input_ids, positions, last_tokens)
 
-    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+    def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         """[T, E] -> [T, V] on rank 0; None on the other ranks."""
         return self.lm_head(hidden_states)
 
@@ -192,12 +180,6 @@ def one_layer_of_each_kind(model: DecoderForCausalLM) -> Iterator[None]:
         yield
     finally:
         decoder.layers = layers
-
-
-def _build_mlp(config: ModelConfig, layer_index: int, ops: LayerOps, tp: TensorParallel) -> MLP | SparseMoeBlock:
-    if config.moe is not None and layer_index in config.moe.layers:
-        return SparseMoeBlock(config.hidden_size, config.moe, ops, tp)
-    return MLP(config, ops, tp)
 
 
 def build_model(config: ModelConfig, ops: LayerOps, tp: TensorParallel = SINGLE_RANK) -> DecoderForCausalLM:

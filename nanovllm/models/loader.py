@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from nanovllm.layers.parameter import ShapeError
 from nanovllm.model_config import WEIGHT_DTYPES
@@ -59,10 +59,10 @@ def load_model(
     files = checkpoint_files(Path(model_dir))
     sources = _tensor_files(files)
     names = {name for name in sources if not f".{name}".endswith(_UNUSED_BUFFERS)}
-    is_base_model = _is_base_model(names)
+    prefix = _missing_prefix(names)
     if model.is_tied and LM_HEAD in names:
-        _untie_or_drop_copy(model, names, sources, EMBEDDING.removeprefix(BASE_PREFIX) if is_base_model else EMBEDDING)
-    targets = expected_weights(model, names)
+        _untie_or_drop_copy(model, names, sources, EMBEDDING.removeprefix(prefix))
+    targets = expected_weights(model, names, prefix)
     _refuse("quantised weights are not supported", (name for name in names if name.split(".")[-1] in _QUANTISED))
     _zero_absent_biases(model, targets, names)
     _refuse("the checkpoint lacks weights of this model", targets.keys() - names)
@@ -84,9 +84,10 @@ def load_model(
     _refuse("weights have other shapes than config.json implies", misshapen)
 
 
-def _is_base_model(names: Collection[str]) -> bool:
-    """Whether the checkpoint was saved from a base model (such as Qwen3Model), whose names lack `model.`"""
-    return any(name.startswith("layers.") for name in names) and not any(name.startswith(BASE_PREFIX) for name in names)
+def _missing_prefix(names: Collection[str]) -> str:
+    """BASE_PREFIX if the checkpoint was saved from a base model (such as Qwen3Model), whose names lack it, else ""."""
+    is_present = any(name.startswith(BASE_PREFIX) for name in names)
+    return BASE_PREFIX if not is_present and any(name.startswith("layers.") for name in names) else ""
 
 
 def _untie_or_drop_copy(
@@ -135,16 +136,15 @@ def _warn(model: DecoderForCausalLM, message: str) -> None:
         logger.warning(message)
 
 
-def expected_weights(model: DecoderForCausalLM, names: Collection[str] = ()) -> dict[str, Target]:
+def expected_weights(model: DecoderForCausalLM, names: Collection[str], prefix: str) -> dict[str, Target]:
     """Tensor name -> target, for every tensor of a complete checkpoint of `model`.
 
     names: the names in the checkpoint, which decide how the weights are stored: all experts of a layer in one tensor or
-    one by one, with or without the prefix `model.`, and a tied weight under either of its names. Names are compared as
-    a whole, and a packed module must match a whole component of a name: gate_up_proj does not match up_proj.
+    one by one, and a tied weight under either of its names. Names are compared as a whole, and a packed module must
+    match a whole component of a name: gate_up_proj does not match up_proj. prefix: of our names that theirs lack.
     """
     originals: dict[tuple[str, Hashable], str] = {target: name for name, target in model.packed_modules_mapping.items()}
     targets: dict[str, Target] = {}
-    prefix = BASE_PREFIX if _is_base_model(names) else ""  # our names have it, the files' names do not
     for param_name, param in model.named_parameters():  # a tied parameter appears once
         stored_name = param_name.removeprefix(prefix)
         fused_name = stored_name.removesuffix(".weight")
@@ -170,7 +170,7 @@ def _checkpoint_name(param_name: str, shard_id: Hashable, originals: dict[tuple[
     return ".".join([*path, module, leaf])
 
 
-def _load(target: Target, loaded_weight: torch.Tensor) -> None:
+def _load(target: Target, loaded_weight: Tensor) -> None:
     dtype = str(loaded_weight.dtype).removeprefix("torch.")
     if dtype not in WEIGHT_DTYPES:
         raise ValueError(f"weights must be {', '.join(WEIGHT_DTYPES)}, got {dtype}")
@@ -232,7 +232,7 @@ def _tensor_files(files: list[Path]) -> dict[str, Path]:
     return sources
 
 
-def _read(file: Path, name: str) -> torch.Tensor:
+def _read(file: Path, name: str) -> Tensor:
     with safe_open(file, framework="pt") as tensors:
         return tensors.get_tensor(name)
 

@@ -6,15 +6,16 @@ batch runs in the graph of the next larger batch size. The rows that pad the bat
 attend to nothing (context length 0).
 """
 
-import functools
 from bisect import bisect_left
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from functools import cache, partial
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from nanovllm.context import Context
 from nanovllm.engine.model_input import PADDING_SLOT, ModelInput
@@ -23,13 +24,12 @@ from nanovllm.worker.torch_state import gpu_lock
 
 MAX_GRAPH_BATCH_SIZE = 512  # larger batches run eagerly: their kernels take longer than the launches
 
-Array = TypeVar("Array")  # np.ndarray on the host, torch.Tensor on the device
-Forward = Callable[[torch.Tensor, torch.Tensor, Context], torch.Tensor | None]
-Sample = Callable[..., torch.Tensor]
-GraphKey = tuple[int, bool]  # the batch size, and whether the graph reads a shared prefix once
+Array = TypeVar("Array")  # np.ndarray on the host, Tensor on the device
+Forward = Callable[..., Tensor | None]
+Sample = Callable[..., Tensor]
 
 
-@functools.cache
+@cache
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
     """One stream for all graphs of a device, since cuBLAS keeps a workspace per stream until the process ends.
 
@@ -38,20 +38,36 @@ def _capture_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
+@dataclass(frozen=True)
+class CaptureOptions:
+    """What the graphs of decode and of prefill are captured with.
+
+    forward: (input_ids [T], positions [T], Context, last_tokens [B] or None) -> logits [B, V] (None on ranks but 0). It
+        must not wait for the device, and its memory and launches must depend on T alone.
+    shortened: makes a context in which forward still launches each of its kernels, but in fewer layers.
+    max_model_len: max_seqlen_k of the captured Context, whatever the lengths at a replay.
+    max_blocks_per_seq: max_model_len / block size, rounded up.
+    """
+
+    forward: Forward
+    shortened: Callable[[], AbstractContextManager[object]]
+    max_model_len: int
+    max_blocks_per_seq: int
+    device: torch.device
+    use_tqdm: bool
+
+
 def capture(
-    compute: Callable[[], torch.Tensor | None],
-    shortened: Callable[[], AbstractContextManager[object]],
-    device: torch.device,
-    pool: Any,
-) -> tuple[torch.cuda.CUDAGraph, torch.Tensor | None]:
+    compute: Callable[[], Tensor | None], options: CaptureOptions, pool: Any
+) -> tuple[torch.cuda.CUDAGraph, Tensor | None]:
     """A graph of compute(), and what compute returned, which each replay overwrites.
 
-    Before, compute() runs once while `shortened` is active, because compiling kernels and creating library handles are
-    forbidden in a capture. pool: the memory to use; None for memory of its own.
+    Before, compute() runs once while options.shortened is active, because compiling kernels and creating library
+    handles are forbidden in a capture. pool: the memory to use; None for memory of its own.
     """
-    graph, stream = torch.cuda.CUDAGraph(), _capture_stream(device)
+    graph, stream = torch.cuda.CUDAGraph(), _capture_stream(options.device)
     with gpu_lock:
-        with shortened():
+        with options.shortened():
             _warm_up(compute, stream)
         # thread_local: GPU calls of the program's other threads do not invalidate the capture.
         with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
@@ -64,6 +80,43 @@ def _warm_up(compute: Callable[[], object], stream: torch.cuda.Stream) -> None:
     with torch.cuda.stream(stream):
         compute()
     torch.cuda.current_stream().wait_stream(stream)
+
+
+class GraphRunner:
+    """The graphs of one kind of step, and the logits that each computes. pool: the memory that they share."""
+
+    def __init__(self, pool: Any = None) -> None:
+        self.pool = pool
+        self._graphs: dict[Any, torch.cuda.CUDAGraph] = {}
+        self._logits: dict[Any, Tensor | None] = {}
+
+    def _capture(self, what: str, keys: list[Any], compute: Forward, options: CaptureOptions) -> None:
+        """Capture compute(key) for each key; `what` is the title of the progress."""
+        with Progress(what, len(keys), is_shown=options.use_tqdm) as progress:
+            for key in sorted(keys, reverse=True):  # the largest first: the smaller graphs reuse its memory
+                graph, self._logits[key] = capture(partial(compute, key), options, self.pool)
+                self._graphs[key], self.pool = graph, self.pool or graph.pool()
+                progress.update()
+
+    def _replay(self, key: Any, num_seqs: int) -> Tensor | None:
+        self._graphs[key].replay()
+        logits = self._logits[key]
+        return None if logits is None else logits[:num_seqs]
+
+    def close(self) -> None:
+        """Free the graphs and their memory; required before a process group that they use is destroyed."""
+        for graph in self._graphs.values():
+            graph.reset()
+        self._graphs.clear()
+        self._logits.clear()
+
+
+class GraphSizes(NamedTuple):
+    """What gets a graph, each ascending: batch sizes of decode, the same for shared prefixes, tokens of prefill."""
+
+    decode: list[int]
+    shared_prefix: list[int]
+    prefill: list[int]
 
 
 def graph_batch_sizes(max_num_seqs: int) -> list[int]:
@@ -115,7 +168,7 @@ def _round_up(capacity: int) -> int:
     return -(-capacity // 16) * 16
 
 
-def _views(packed: torch.Tensor, capacity: int) -> DecodeBuffers[torch.Tensor]:
+def _views(packed: Tensor, capacity: int) -> DecodeBuffers[Tensor]:
     """The DecodeBuffers in `packed`, a uint8 tensor."""
     columns, block_tables = packed.tensor_split((_COLUMN_BYTES * capacity,))
     parts = columns.split([dtype.itemsize * capacity for dtype in _DTYPES])
@@ -123,84 +176,49 @@ def _views(packed: torch.Tensor, capacity: int) -> DecodeBuffers[torch.Tensor]:
     return DecodeBuffers(*views, *block_tables.view(torch.int32).view(1, capacity, -1))
 
 
-class CUDAGraphRunner:
-    """Captures a graph of `forward` and `sample` for each of `batch_sizes`; they share a memory pool and the buffers.
+class CUDAGraphRunner(GraphRunner):
+    """Captures a graph of options.forward and `sample` for each of sizes.decode; they share the buffers.
 
-    A second graph for each of shared_prefix_sizes is for batches whose sequences share enough of their beginnings.
+    A second graph for each of sizes.shared_prefix is for batches whose sequences share enough of their beginnings.
     A graph also chooses the input ids, because the tokens of the step before may still be computed when the host
     submits this one: a table holds first the tokens that were sampled last, then those that the host has copied.
 
-    forward: (input_ids [B], positions [B], Context) -> logits [B, V] (None on ranks but 0). It must not wait for the
-    device, and its memory and launches must depend on B alone. sample: LayerOps.sample_unfiltered; likewise. With
-    several ranks it is called on each, and gets None as the logits where there are none.
-    shortened: makes a context in which forward still launches each of its kernels, but in fewer layers.
-    batch_sizes: ascending. max_num_seqs: the most tokens that a step samples.
-    max_blocks_per_seq: max_model_len / block size, rounded up.
-    max_model_len: max_seqlen_k of the captured Context, whatever the lengths at a replay.
+    sample: LayerOps.sample_unfiltered; it must not wait for the device either. With several ranks it is called on each,
+        and gets None as the logits where there are none.
+    max_num_seqs: the most tokens that a step samples.
     """
 
-    def __init__(
-        self,
-        forward: Forward,
-        sample: Sample,
-        shortened: Callable[[], AbstractContextManager[object]],
-        batch_sizes: list[int],
-        shared_prefix_sizes: list[int],
-        max_num_seqs: int,
-        max_blocks_per_seq: int,
-        max_model_len: int,
-        device: torch.device,
-        use_tqdm: bool = True,
-    ) -> None:
-        self.batch_sizes = batch_sizes
-        self.shared_prefix_sizes = shared_prefix_sizes
-        self._max_model_len = max_model_len
-        capacity, num_sampled = _round_up(batch_sizes[-1]), _round_up(max_num_seqs)
-        num_bytes = capacity * (_COLUMN_BYTES + max_blocks_per_seq * 4)
+    def __init__(self, options: CaptureOptions, sample: Sample, sizes: GraphSizes, max_num_seqs: int) -> None:
+        super().__init__()
+        self.batch_sizes, self.shared_prefix_sizes = sizes.decode, sizes.shared_prefix
+        capacity, num_sampled = _round_up(sizes.decode[-1]), _round_up(max_num_seqs)
+        num_bytes = capacity * (_COLUMN_BYTES + options.max_blocks_per_seq * 4)
         self._packed_on_host = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=True)
         views = _views(self._packed_on_host, capacity)
         self._host = DecodeBuffers(*(view.numpy() for view in vars(views).values()))
         self._host.slot_mapping[:] = PADDING_SLOT
         self._copy_done = torch.cuda.Event()  # the host buffers may be filled again
         num_sampled_bytes = num_sampled * torch.int64.itemsize
-        on_device = torch.zeros(num_sampled_bytes + num_bytes, dtype=torch.uint8, device=device)
+        on_device = torch.zeros(num_sampled_bytes + num_bytes, dtype=torch.uint8, device=options.device)
         self._packed = on_device[num_sampled_bytes:]
         self._buffers = _views(self._packed, capacity)
         self._tokens = on_device[: num_sampled_bytes + capacity * torch.int64.itemsize].view(torch.int64)
         self.sampled = self._tokens[:num_sampled]  # of the last step
         self._own_tokens = np.arange(num_sampled, len(self._tokens))  # the places of self._buffers.input_ids
-        self._cu_seqlens = torch.arange(capacity + 1, dtype=torch.int32, device=device)
-        self._graphs: dict[GraphKey, torch.cuda.CUDAGraph] = {}
-        self._logits: dict[GraphKey, torch.Tensor | None] = {}
-        self.pool: Any = None  # the graphs' memory
-        self._capture(forward, sample, shortened, device, use_tqdm)
+        self._cu_seqlens = torch.arange(capacity + 1, dtype=torch.int32, device=options.device)
+        keys = [(size, False) for size in sizes.decode] + [(size, True) for size in sizes.shared_prefix]
+        self._capture("Capturing CUDA graphs", keys, partial(self._compute, options, sample), options)
 
-    def _capture(
-        self,
-        forward: Forward,
-        sample: Sample,
-        shortened: Callable[[], AbstractContextManager[object]],
-        device: torch.device,
-        use_tqdm: bool,
-    ) -> None:
-        keys = [(size, False) for size in self.batch_sizes] + [(size, True) for size in self.shared_prefix_sizes]
-        with Progress("Capturing CUDA graphs", len(keys), is_shown=use_tqdm) as progress:
-            for key in sorted(keys, reverse=True):  # the largest first: the smaller graphs reuse its memory
-                compute = functools.partial(self._compute, forward, sample, *key)
-                self._graphs[key], self._logits[key] = capture(compute, shortened, device, self.pool)
-                self.pool = self.pool or self._graphs[key].pool()
-                progress.update()
-
-    def _compute(self, forward: Forward, sample: Sample, size: int, shares_prefix: bool) -> torch.Tensor | None:
-        """The logits of a step of `size` sequences; their tokens go to self.sampled."""
-        buffers = self._buffers
+    def _compute(self, options: CaptureOptions, sample: Sample, key: tuple[int, bool]) -> Tensor | None:
+        """The logits; the tokens go to self.sampled. key: the batch size, and whether shared prefixes are read once."""
+        (size, shares_prefix), buffers = key, self._buffers
         context = Context(
             is_prefill=False,
             slot_mapping=buffers.slot_mapping[:size],
             cu_seqlens_q=self._cu_seqlens[: size + 1],
             cu_seqlens_k=self._cu_seqlens[: size + 1],  # not read in decode
             max_seqlen_q=1,
-            max_seqlen_k=self._max_model_len,
+            max_seqlen_k=options.max_model_len,
             context_lens=buffers.context_lens[:size],
             block_tables=buffers.block_tables[:size],
             sequence_order=buffers.sequence_order[:size],
@@ -208,7 +226,7 @@ class CUDAGraphRunner:
             shared_prefix_lens=buffers.shared_prefix_lens[:size] if shares_prefix else None,
         )
         input_ids = self._tokens.index_select(0, buffers.input_ids_source[:size])
-        logits = forward(input_ids, buffers.positions[:size], context)
+        logits = options.forward(input_ids, buffers.positions[:size], context)
         columns = (
             buffers.temperature,
             buffers.seed_low,
@@ -223,9 +241,7 @@ class CUDAGraphRunner:
         """Whether model_input is a decode step of a batch size that a graph holds."""
         return not model_input.is_prefill and len(model_input.input_ids) <= self.batch_sizes[-1]
 
-    def replay(
-        self, model_input: ModelInput, previous_token_ids: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+    def replay(self, model_input: ModelInput, previous_token_ids: Tensor | None = None) -> tuple[Tensor | None, Tensor]:
         """Logits [num_seqs, V] (None on ranks but 0) and token ids [num_seqs] int64 of a decode step.
 
         The next replay overwrites both. The token ids of filtered rows are those of the largest logits.
@@ -233,8 +249,7 @@ class CUDAGraphRunner:
         previous_token_ids: those of the step before, which model_input.input_ids_source refers to.
         """
         num_seqs = len(model_input.input_ids)
-        shared = model_input.shared_prefixes
-        shares_prefix = shared is not None and num_seqs <= max(self.shared_prefix_sizes, default=0)
+        shares_prefix = model_input.shared_prefixes is not None and num_seqs <= max(self.shared_prefix_sizes, default=0)
         sizes = self.shared_prefix_sizes if shares_prefix else self.batch_sizes
         size = sizes[bisect_left(sizes, num_seqs)]
         if model_input.input_ids_source is not None:
@@ -246,9 +261,7 @@ class CUDAGraphRunner:
         num_bytes = self._packed.nbytes - self._host.block_tables[size:].nbytes
         self._packed[:num_bytes].copy_(self._packed_on_host[:num_bytes], non_blocking=True)
         self._copy_done.record()
-        self._graphs[size, shares_prefix].replay()
-        logits = self._logits[size, shares_prefix]
-        return None if logits is None else logits[:num_seqs], self.sampled[:num_seqs]
+        return self._replay((size, shares_prefix), num_seqs), self.sampled[:num_seqs]
 
     def _fill(self, model_input: ModelInput, size: int) -> None:
         """Write the first `size` rows of the buffers on the host."""
@@ -281,10 +294,3 @@ class CUDAGraphRunner:
         fill(host.temperature, sampling.temperature, padding=1)
         fill(host.takes_argmax, sampling.takes_argmax, padding=True)
         host.block_tables[:num_seqs, : block_tables.shape[1]] = block_tables
-
-    def close(self) -> None:
-        """Free the graphs and their memory; required before a process group that they use is destroyed."""
-        for graph in self._graphs.values():
-            graph.reset()
-        self._graphs.clear()
-        self._logits.clear()

@@ -8,30 +8,22 @@ import torch
 CPU_KV_CACHE_SHARE = 0.25  # fraction of the memory that is available when the engine starts
 
 
-def block_bytes(num_layers: int, block_size: int, num_kv_heads: int, head_dim: int, itemsize: int) -> int:
-    """Bytes of one block: keys and values of block_size tokens in every layer."""
-    return 2 * num_layers * block_size * num_kv_heads * head_dim * itemsize
-
-
-def num_blocks_that_fit(
-    total: int, utilization: float, used: int, peak: int, current: int, bytes_per_block: int
-) -> int:
+def num_blocks_that_fit(total: int, utilization: float, used: int, step_bytes: int, bytes_per_block: int) -> int:
     """The number of blocks that fit on a GPU. All sizes are in bytes.
 
-    total: the GPU's memory. used: memory in use now, other processes included. current: memory of this process's
-    tensors now. peak: the largest value of `current` in the profiled step, so a step needs peak - current more.
+    total: the GPU's memory. used: memory in use now, other processes included. step_bytes: what a step needs more.
     Raises ValueError if not even one block fits.
     """
-    num_free_bytes = int(total * utilization) - used - (peak - current)
+    num_free_bytes = int(total * utilization) - used - step_bytes
     num_blocks = num_free_bytes // bytes_per_block
     if num_blocks < 1:
         gib = 2**30
-        needed = -(-1000 * (used + peak - current + bytes_per_block) // total) / 1000  # rounded up
+        needed = -(-1000 * (used + step_bytes + bytes_per_block) // total) / 1000  # rounded up
         higher = f"set it to at least {needed}, " if needed <= 1 else ""
         raise ValueError(
             f"gpu_memory_utilization must leave room for at least one KV block of {bytes_per_block / gib:.3f} GiB, got "
             f"{utilization} of {total / gib:.2f} GiB: {used / gib:.2f} GiB are in use (other processes included) and a "
-            f"step needs {(peak - current) / gib:.2f} GiB more; {higher}free the GPU, or lower "
+            f"step needs {step_bytes / gib:.2f} GiB more; {higher}free the GPU, or lower "
             "max_num_batched_tokens, max_num_seqs or max_model_len"
         )
     return num_blocks

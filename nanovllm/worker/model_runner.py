@@ -10,13 +10,14 @@ from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import psutil
 import torch
+from torch import Tensor
 
-from nanovllm.attention.backend import AttentionBackend, AttentionRequirements
+from nanovllm.attention.backend import AttentionBackend, AttentionRequirements, KVCache
 from nanovllm.config import Config
 from nanovllm.context import Context, set_context
 from nanovllm.distributed.placement import resolve_device
@@ -32,9 +33,14 @@ from nanovllm.models.decoder import build_model, one_layer_of_each_kind
 from nanovllm.models.loader import load_model
 from nanovllm.worker.async_output import AsyncModelOutput
 from nanovllm.worker.cpu_threads import choose_num_threads, mean_layer_parameters, torch_threads
-from nanovllm.worker.cuda_graph import CUDAGraphRunner, graph_batch_sizes, shared_prefix_batch_sizes
-from nanovllm.worker.device_input import make_context
-from nanovllm.worker.kv_cache import block_bytes, empty_cache, num_blocks_on_cpu, num_blocks_that_fit
+from nanovllm.worker.cuda_graph import (
+    CaptureOptions,
+    CUDAGraphRunner,
+    GraphSizes,
+    graph_batch_sizes,
+    shared_prefix_batch_sizes,
+)
+from nanovllm.worker.kv_cache import empty_cache, num_blocks_on_cpu, num_blocks_that_fit
 from nanovllm.worker.prefill_graph import PrefillGraphRunner, prefill_graph_sizes
 from nanovllm.worker.torch_state import gpu_lock, plain_torch_state
 from nanovllm.worker.warmup import dummy_decode, dummy_prefill, prefill_warmup_shapes, prepare_profile_run
@@ -68,6 +74,7 @@ class ModelRunner:
         on_tensor_loaded: Callable[[], None] | None = None,
     ) -> None:
         self.config = config
+        self._limits = (config.max_num_batched_tokens, config.max_model_len, config.max_num_seqs)
         self.tp = tp
         self.num_ranks_per_device = num_ranks_per_device
         self.model_config = model_config if config.dtype == "auto" else replace(model_config, dtype=config.dtype)
@@ -79,16 +86,14 @@ class ModelRunner:
         with plain_torch_state(self.device, is_inference=False):
             self.load_model(model_dir, on_tensor_loaded)
             self.block_size = self._choose_block_size()
-            if self.device.type == "cuda":
-                self.compile_kernels()
+            self.graph_sizes = self._choose_graph_sizes()
+            self.compile_kernels()
             self.num_kv_cache_blocks = self.profile_memory()
             self.kv_cache = self.allocate_kv_cache(self.num_kv_cache_blocks)
             if self.device.type == "cuda":
                 self.warmup_model()
             if self.can_capture:
-                self.graphs = self.capture_graphs(graph_batch_sizes(config.max_num_seqs))
-                if sizes := self._prefill_sizes():
-                    self.prefill_graphs = self.capture_prefill_graphs(sizes, self.graphs.pool)
+                self.capture_graphs(self.graph_sizes)
             if self.device.type == "cuda":
                 gc.collect()  # 0.2 s of import-time garbage; otherwise the first automatic collection delays a request
 
@@ -96,7 +101,7 @@ class ModelRunner:
         """Choose the attention backend and the number of threads, and build the model with its weights."""
         config, model_config = self.config, self.model_config
         requirements = AttentionRequirements(self.device, self.dtype, model_config.head_dim, config.kv_cache_block_size)
-        ops = select_ops(config.attention_backend, requirements)
+        self.ops = ops = select_ops(config.attention_backend, requirements)
         self.num_threads = (
             choose_num_threads(model_config, self.num_ranks_per_device) if self.device.type == "cpu" else None
         )
@@ -106,11 +111,8 @@ class ModelRunner:
         load_model(self.model, model_dir, use_tqdm=self.tp.rank == 0, on_tensor_loaded=on_tensor_loaded)
         pack_weights(self.model.eval(), ops)
         self.sampler = Sampler(ops.sample_unfiltered)
-        self.all_reduce = ops.all_reduce
         self.shares_prefixes = ops.attention.shares_prefixes
-        self.compile_ahead = ops.compile_ahead
-        self.default_block_size = ops.attention.default_block_size
-        is_graph_safe = self.tp.is_graph_safe and ops.is_graph_safe
+        is_graph_safe = self.tp.is_graph_safe and ops.attention.is_graph_safe
         self.can_capture = self.device.type == "cuda" and not config.enforce_eager and is_graph_safe
 
     def _attention_layers(self) -> list[Attention]:
@@ -122,36 +124,44 @@ class ModelRunner:
             return self.config.kv_cache_block_size
         if self.config.num_kv_cache_blocks is not None:
             return AttentionBackend.default_block_size  # of nano-vllm, for programs that count its blocks
-        return -self.tp.all_reduce_min(-self.default_block_size)
+        return -self.tp.all_reduce_min(-self.ops.attention.default_block_size)
+
+    def _choose_graph_sizes(self) -> GraphSizes:
+        config, decode_sizes = self.config, graph_batch_sizes(self.config.max_num_seqs)
+        parameters_per_layer = mean_layer_parameters(self.model_config) / self.tp.size
+        return GraphSizes(
+            decode=decode_sizes,
+            shared_prefix=shared_prefix_batch_sizes(decode_sizes) if self.shares_prefixes else [],
+            prefill=prefill_graph_sizes(config.max_num_batched_tokens, parameters_per_layer),
+        )
 
     def compile_kernels(self) -> None:
         """Compile the kernels of all kinds of steps in parallel, which one after another would take half a minute.
 
         What is left out here is compiled when it is first launched, in warmup_model or before the capture of a graph.
         """
-        if self.compile_ahead is not None:
-            self.compile_ahead(self._run_all_kinds_of_steps)
+        if self.ops.compile_ahead is not None:
+            self.ops.compile_ahead(self._run_all_kinds_of_steps)
 
     def _run_all_kinds_of_steps(self) -> None:
-        config, block_size = self.config, self.block_size
-        limits = (config.max_num_batched_tokens, config.max_model_len, config.max_num_seqs)
+        config, block_size, batch_sizes = self.config, self.block_size, self.graph_sizes.decode
         num_blocks = config.num_kv_cache_blocks or math.ceil(config.max_model_len / block_size)
-        batch_sizes = graph_batch_sizes(config.max_num_seqs)
-        cache = self.allocate_kv_cache(1)  # of the right strides; nothing is read or written
+        self.allocate_kv_cache(1)  # of the right strides; nothing is read or written
         with one_layer_of_each_kind(self.model):
-            # The largest prefills come first: their attention takes longest to compile.
-            for query_lens, num_cached_tokens in prefill_warmup_shapes(*limits, num_blocks, block_size):
-                self._execute(dummy_prefill(query_lens, num_cached_tokens, block_size))
+            self._run_all_kinds_of_prefills(num_blocks)  # first, as their attention takes longest to compile
             for batch_size in batch_sizes:
                 if batch_size.bit_count() == 1 or batch_size == batch_sizes[-1]:  # others launch the same kernels
                     self._execute(dummy_decode(batch_size, block_size))
-            for batch_size in self._shared_prefix_sizes(batch_sizes):
+            for batch_size in self.graph_sizes.shared_prefix:
                 self._execute(dummy_decode(batch_size, block_size, shares_prefix=True))
-        del cache
         for layer in self._attention_layers():
             layer.kv_cache = None
         with one_layer_of_each_kind(self.model):
-            self._execute(prepare_profile_run(*limits, block_size))
+            self._execute(prepare_profile_run(*self._limits, block_size))
+
+    def _run_all_kinds_of_prefills(self, num_blocks: int) -> None:
+        for query_lens, num_cached_tokens in prefill_warmup_shapes(*self._limits, num_blocks, self.block_size):
+            self._execute(dummy_prefill(query_lens, num_cached_tokens, self.block_size))
 
     def profile_memory(self) -> int:
         """The number of KV blocks: the user's, or as many as fit on every rank. A GPU runs the largest step before."""
@@ -164,86 +174,66 @@ class ModelRunner:
         return self.tp.all_reduce_min(self._num_blocks_that_fit(graph_bytes))
 
     def _run_largest_step(self) -> None:
-        config = self.config
-        model_input = prepare_profile_run(
-            config.max_num_batched_tokens, config.max_model_len, config.max_num_seqs, self.block_size
-        )
         with gpu_lock:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
-            self._execute(model_input)
+            self._execute(prepare_profile_run(*self._limits, self.block_size))
             torch.cuda.synchronize(self.device)
             torch.cuda.empty_cache()
 
     def _measure_graph_bytes(self) -> int:
         """Device memory of all graphs: that of the largest, whose pool the others share, and the driver's of each."""
-        batch_sizes, prefill_sizes = graph_batch_sizes(self.config.max_num_seqs), self._prefill_sizes()
-        num_graphs = len(batch_sizes) + len(self._shared_prefix_sizes(batch_sizes)) + len(prefill_sizes)
+        largest = GraphSizes(*(sizes[-1:] for sizes in self.graph_sizes))
         with gpu_lock:
-            cache = self.allocate_kv_cache(1)
+            self.allocate_kv_cache(1)
             free_before, _ = torch.cuda.mem_get_info(self.device)
-            graphs: list[CUDAGraphRunner | PrefillGraphRunner] = []
-            graphs += [decode_graphs := self.capture_graphs(batch_sizes[-1:], use_tqdm=False)]
-            if prefill_sizes:
-                graphs += [self.capture_prefill_graphs(prefill_sizes[-1:], decode_graphs.pool, use_tqdm=False)]
+            self.capture_graphs(largest, use_tqdm=False)
             torch.cuda.synchronize(self.device)
             free_after, _ = torch.cuda.mem_get_info(self.device)
-            for each in graphs:
-                each.close()
-            del cache, graphs, decode_graphs, each
+            self._close_graphs()
             torch.cuda.empty_cache()
-        return free_before - free_after + DRIVER_BYTES_PER_GRAPH * num_graphs
-
-    def _shared_prefix_sizes(self, batch_sizes: list[int]) -> list[int]:
-        return shared_prefix_batch_sizes(batch_sizes) if self.shares_prefixes else []
-
-    def _prefill_sizes(self) -> list[int]:
-        parameters_per_layer = mean_layer_parameters(self.model_config) / self.tp.size
-        return prefill_graph_sizes(self.config.max_num_batched_tokens, parameters_per_layer)
+        return free_before - free_after + DRIVER_BYTES_PER_GRAPH * sum(map(len, self.graph_sizes))
 
     def _num_blocks_that_fit(self, graph_bytes: int) -> int:
-        model, config, block_size = self.model_config, self.config, self.block_size
-        bytes_per_block = self.num_ranks_per_device * block_bytes(
-            model.num_hidden_layers, block_size, self.num_kv_heads, model.head_dim, self.dtype.itemsize
-        )
+        config = self.config
+        bytes_per_block = self.num_ranks_per_device * math.prod(self._cache_shape(1)) * self.dtype.itemsize
         if self.device.type != "cuda":
             available = psutil.virtual_memory().available
-            max_blocks_per_seq = math.ceil(config.max_model_len / block_size)
+            max_blocks_per_seq = math.ceil(config.max_model_len / self.block_size)
             return num_blocks_on_cpu(available, bytes_per_block, config.max_num_seqs, max_blocks_per_seq)
         free, total = torch.cuda.mem_get_info(self.device)
         stats = torch.cuda.memory_stats(self.device)
-        current = stats["allocated_bytes.all.current"]
+        step_bytes = stats["allocated_bytes.all.peak"] - stats["allocated_bytes.all.current"]
         return num_blocks_that_fit(
             total,
             config.gpu_memory_utilization,
             used=total - free + self.num_ranks_per_device * graph_bytes,
-            peak=current + self.num_ranks_per_device * (stats["allocated_bytes.all.peak"] - current),
-            current=current,
+            step_bytes=self.num_ranks_per_device * step_bytes,
             bytes_per_block=bytes_per_block,
         )
 
-    def allocate_kv_cache(self, num_blocks: int) -> torch.Tensor:
+    def _cache_shape(self, num_blocks: int) -> tuple[int, ...]:
+        model = self.model_config
+        return (2, model.num_hidden_layers, num_blocks, self.block_size, self.num_kv_heads, model.head_dim)
+
+    def allocate_kv_cache(self, num_blocks: int) -> Tensor:
         """The cache tensor, bound to the model's attention layers. Slots that were never written are uninitialised."""
-        model, block_size = self.model_config, self.block_size
-        shape = (2, model.num_hidden_layers, num_blocks, block_size, self.num_kv_heads, model.head_dim)
-        kv_cache = empty_cache(shape, self.dtype, self.device, is_given=self.config.num_kv_cache_blocks is not None)
+        is_given = self.config.num_kv_cache_blocks is not None
+        kv_cache = empty_cache(self._cache_shape(num_blocks), self.dtype, self.device, is_given)
         for layer, k_cache, v_cache in zip(self._attention_layers(), kv_cache[0], kv_cache[1], strict=True):
-            layer.bind_kv_cache(k_cache, v_cache)
+            layer.kv_cache = KVCache(k_cache, v_cache)
         return kv_cache
 
     def warmup_model(self) -> None:
         """Compile the kernels of every kind of prefill on a GPU, so that no request waits for the compiler."""
-        limits = (self.config.max_num_batched_tokens, self.config.max_model_len, self.config.max_num_seqs)
-        block_size = self.block_size
         with one_layer_of_each_kind(self.model):
-            for query_lens, num_cached_tokens in prefill_warmup_shapes(*limits, self.num_kv_cache_blocks, block_size):
-                self._execute(dummy_prefill(query_lens, num_cached_tokens, block_size))
+            self._run_all_kinds_of_prefills(self.num_kv_cache_blocks)
         with gpu_lock:
             torch.cuda.synchronize(self.device)
 
     @torch.inference_mode()
-    def capture_graphs(self, batch_sizes: list[int], use_tqdm: bool = True) -> CUDAGraphRunner:
-        """Graphs of decode over the KV cache that is bound now.
+    def capture_graphs(self, sizes: GraphSizes, use_tqdm: bool = True) -> None:
+        """Capture decode, and prefill if it has sizes, over the KV cache that is bound now.
 
         Raises ValueError for a vocabulary whose token ids the ranks' graphs cannot exchange.
         """
@@ -252,45 +242,33 @@ class ModelRunner:
                 f"vocab_size must be at most {MAX_EXACT_FLOAT32} for CUDA graphs on several ranks, got "
                 f"{self.model_config.vocab_size}; set enforce_eager=True, or tensor_parallel_size=1"
             )
-        return CUDAGraphRunner(
-            self._logits,
-            self.sampler.sample_unfiltered if self.tp.size == 1 else self._sample_for_all_ranks,
-            partial(one_layer_of_each_kind, self.model),
-            batch_sizes,
-            self._shared_prefix_sizes(batch_sizes),
-            self.config.max_num_seqs,
-            math.ceil(self.config.max_model_len / self.block_size),
-            self.config.max_model_len,
-            self.device,
-            use_tqdm and self.tp.rank == 0,
+        options = CaptureOptions(
+            forward=self._logits,
+            shortened=partial(one_layer_of_each_kind, self.model),
+            max_model_len=self.config.max_model_len,
+            max_blocks_per_seq=math.ceil(self.config.max_model_len / self.block_size),
+            device=self.device,
+            use_tqdm=use_tqdm and self.tp.rank == 0,
         )
+        sample = self.sampler.sample_unfiltered if self.tp.size == 1 else self._sample_for_all_ranks
+        self.graphs = CUDAGraphRunner(options, sample, sizes, self.config.max_num_seqs)
+        if sizes.prefill:
+            self.prefill_graphs = PrefillGraphRunner(options, sizes.prefill, self.graphs.pool)
 
-    @torch.inference_mode()
-    def capture_prefill_graphs(self, sizes: list[int], pool: Any, use_tqdm: bool = True) -> PrefillGraphRunner:
-        """Graphs of short prefills over the KV cache that is bound now. pool: the memory of the decode graphs."""
-        return PrefillGraphRunner(
-            self._logits,
-            partial(one_layer_of_each_kind, self.model),
-            sizes,
-            math.ceil(self.config.max_model_len / self.block_size),
-            self.config.max_model_len,
-            self.device,
-            pool,
-            use_tqdm and self.tp.rank == 0,
-        )
+    def _close_graphs(self) -> None:
+        for graphs in (self.graphs, self.prefill_graphs):
+            if graphs is not None:
+                graphs.close()
+        self.graphs = self.prefill_graphs = None
 
     def _logits(
-        self,
-        input_ids: torch.Tensor,
-        positions: torch.Tensor,
-        context: Context,
-        last_tokens: torch.Tensor | None = None,
-    ) -> torch.Tensor | None:
+        self, input_ids: Tensor, positions: Tensor, context: Context, last_tokens: Tensor | None = None
+    ) -> Tensor | None:
         # A method, not a closure: a traceback keeps the closures of its functions, and with them the model's memory.
         with set_context(context):
             return self.model.compute_logits(self.model(input_ids, positions, last_tokens))
 
-    def _sample_for_all_ranks(self, logits: torch.Tensor | None, *columns: torch.Tensor) -> torch.Tensor:
+    def _sample_for_all_ranks(self, logits: Tensor | None, *columns: Tensor) -> Tensor:
         """sample_unfiltered of rank 0's logits, on every rank; they are None on the others.
 
         The next step reads its input ids from them, and a broadcast by the host would take longer. Exact, since
@@ -300,20 +278,15 @@ class ModelRunner:
             token_ids = torch.zeros(len(columns[0]), dtype=torch.float32, device=self.device)
         else:
             token_ids = self.sampler.sample_unfiltered(logits, *columns).to(torch.float32)
-        return self.all_reduce(token_ids[:, None], self.tp)[:, 0].to(torch.int64)
+        return self.ops.all_reduce(token_ids[:, None], self.tp)[:, 0].to(torch.int64)
 
     # --- one step: sequences -> ModelInput -> logits -> token ids ---
-
-    # Pure functions of the sequences. Every rank calls them, so the ranks compute the same step.
-    prepare_prefill = staticmethod(prepare_prefill)
-    prepare_decode = staticmethod(prepare_decode)
-    prepare_decode_async = staticmethod(prepare_decode_async)
 
     def run(
         self,
         batch: ScheduledBatch,
         previous_sequences: "tuple[Sequence, ...] | None" = None,
-        previous_token_ids: torch.Tensor | None = None,
+        previous_token_ids: Tensor | None = None,
     ) -> AsyncModelOutput:
         """Compute the new token ids of batch.sampled_sequences, in their order (none on ranks other than 0), without
         waiting for the device.
@@ -323,20 +296,18 @@ class ModelRunner:
             than 0, to which rank 0 broadcasts them.
         """
         with plain_torch_state(self.device, is_inference=True):
-            if previous_sequences is None or batch.is_prefill:  # a prefill needs no token of the step before
-                return AsyncModelOutput(batch, self._execute(self._prepare(batch)))
-            model_input = self.prepare_decode_async(batch.sequences, previous_sequences, self.shares_prefixes)
-            if previous_token_ids is None:
-                previous_token_ids = torch.empty(len(previous_sequences), dtype=torch.int64, device=self.device)
+            if batch.is_prefill:
+                model_input = prepare_prefill(batch.sequences)
+            elif previous_sequences is None:
+                model_input = prepare_decode(batch.sequences, self.shares_prefixes)
+            else:
+                model_input = prepare_decode_async(batch.sequences, previous_sequences, self.shares_prefixes)
+                if previous_token_ids is None:
+                    previous_token_ids = torch.empty(len(previous_sequences), dtype=torch.int64, device=self.device)
             return AsyncModelOutput(batch, self._execute(model_input, previous_token_ids))
 
-    def _prepare(self, batch: ScheduledBatch) -> ModelInput:
-        if batch.is_prefill:
-            return self.prepare_prefill(batch.sequences)
-        return self.prepare_decode(batch.sequences, self.shares_prefixes)
-
     @torch.inference_mode()
-    def _execute(self, model_input: ModelInput, previous_token_ids: torch.Tensor | None = None) -> torch.Tensor:
+    def _execute(self, model_input: ModelInput, previous_token_ids: Tensor | None = None) -> Tensor:
         """Token ids [num_samples] int64 on the device, which may still be computing them.
 
         previous_token_ids: those of the previous step, for the rows that model_input.input_ids_source names; rank 0's
@@ -356,9 +327,7 @@ class ModelRunner:
                 return torch.empty(0, dtype=torch.int64)
             return self.sampler(logits, to_device(model_input.sampling, self.device))
 
-    def _replay(
-        self, graphs: CUDAGraphRunner, model_input: ModelInput, previous_token_ids: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _replay(self, graphs: CUDAGraphRunner, model_input: ModelInput, previous_token_ids: Tensor | None) -> Tensor:
         logits, token_ids = graphs.replay(model_input, previous_token_ids)
         self._has_shared_tokens = not len(model_input.sampling.filtered_rows)
         if logits is None:
@@ -367,33 +336,28 @@ class ModelRunner:
             self.sampler.sample_filtered(logits, to_device(model_input.sampling, self.device), token_ids)
         return token_ids
 
-    def _compute_logits(self, model_input: ModelInput, previous_token_ids: torch.Tensor | None) -> torch.Tensor | None:
+    def _compute_logits(self, model_input: ModelInput, previous_token_ids: Tensor | None) -> Tensor | None:
         """[num_samples, vocab_size]; None on ranks but 0, and if no sequence is sampled in this step."""
         sampled = model_input.sample_indices
         if self.prefill_graphs is not None and self.prefill_graphs.can_replay(model_input):
             logits = self.prefill_graphs.replay(model_input)
             return logits[self._tensor(sampled)] if logits is not None and len(sampled) else None
-        last_tokens = None
+        input_ids, last_tokens = self._tensor(model_input.input_ids), None
+        if model_input.input_ids_source is not None:
+            assert previous_token_ids is not None
+            source = self._tensor(model_input.input_ids_source)
+            input_ids = torch.where(source >= 0, previous_token_ids[source.clamp(min=0)], input_ids)
         if model_input.is_prefill:
             last_tokens = self._tensor(model_input.cu_seqlens_q[1:].astype(np.int64) - 1)
-        hidden_states = self.run_model(model_input, self._input_ids(model_input, previous_token_ids), last_tokens)
+        hidden_states = self.run_model(model_input, input_ids, last_tokens)
         if not len(sampled):
             return None
         return self.model.compute_logits(hidden_states[self._tensor(sampled)])
 
-    def _input_ids(self, model_input: ModelInput, previous_token_ids: torch.Tensor | None) -> torch.Tensor | None:
-        """model_input.input_ids on the device, with previous_token_ids for placeholders; None if there are none."""
-        if model_input.input_ids_source is None:
-            return None
-        assert previous_token_ids is not None
-        source = self._tensor(model_input.input_ids_source)
-        previous = previous_token_ids[source.clamp(min=0)]
-        return torch.where(source >= 0, previous, self._tensor(model_input.input_ids))
-
     @torch.inference_mode()
     def run_model(
-        self, model_input: ModelInput, input_ids: torch.Tensor | None = None, last_tokens: torch.Tensor | None = None
-    ) -> torch.Tensor:
+        self, model_input: ModelInput, input_ids: Tensor | None = None, last_tokens: Tensor | None = None
+    ) -> Tensor:
         """Hidden states [num_tokens, hidden_size] of one forward pass, which writes the KV cache.
 
         input_ids: [num_tokens] int64 on the device, in place of model_input.input_ids. last_tokens: as in
@@ -401,10 +365,26 @@ class ModelRunner:
         """
         if input_ids is None:
             input_ids = self._tensor(model_input.input_ids)
-        with set_context(make_context(model_input, self._tensor)):
+        with set_context(self._context(model_input)):
             return self.model(input_ids, self._tensor(model_input.positions), last_tokens)
 
-    def _tensor(self, array: np.ndarray) -> torch.Tensor:
+    def _context(self, model_input: ModelInput) -> Context:
+        shared = model_input.shared_prefixes
+        return Context(
+            is_prefill=model_input.is_prefill,
+            slot_mapping=self._tensor(model_input.slot_mapping),
+            cu_seqlens_q=self._tensor(model_input.cu_seqlens_q),
+            cu_seqlens_k=self._tensor(model_input.cu_seqlens_k),
+            max_seqlen_q=model_input.max_seqlen_q,
+            max_seqlen_k=model_input.max_seqlen_k,
+            context_lens=self._tensor(model_input.context_lens),
+            block_tables=self._tensor(model_input.block_tables) if model_input.reads_cache else None,
+            sequence_order=self._tensor(model_input.sequence_order),
+            shared_prefix_order=None if shared is None else self._tensor(shared.order),
+            shared_prefix_lens=None if shared is None else self._tensor(shared.lens),
+        )
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(array)
         return tensor if self.device.type == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)
 
@@ -415,10 +395,7 @@ class ModelRunner:
             if is_gpu and self.tp.size == 1:
                 with suppress(RuntimeError):  # the error of a submitted step, which token_ids() raises
                     torch.cuda.synchronize(self.device)  # a submitted step may still use the model and the cache
-            for graphs in (self.graphs, self.prefill_graphs):
-                if graphs is not None:
-                    graphs.close()
-            self.graphs = self.prefill_graphs = None
+            self._close_graphs()
             del self.model, self.kv_cache
             gc.collect()  # modules refer to each other in cycles
             if is_gpu:

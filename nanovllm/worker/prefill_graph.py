@@ -8,8 +8,6 @@ them. Keys are read from the cache even if all of them are this step's, so that 
 """
 
 from bisect import bisect_left
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -18,16 +16,13 @@ import torch
 
 from nanovllm.context import Context
 from nanovllm.engine.model_input import PADDING_SLOT, ModelInput
-from nanovllm.progress import Progress
-from nanovllm.worker.cuda_graph import capture
+from nanovllm.worker.cuda_graph import CaptureOptions, GraphRunner
 
 SIZES = (64, 128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096)  # on an H200, fewer tokens than 64 take as long as 64
 MAX_GRAPH_SEQS = 8  # each that a prefill lacks costs empty programs of attention
 # A larger prefill keeps a GPU busy for longer than the host takes to launch it: on an H200, the two are equal at about
 # 650 tokens of Llama 3 8B, or 2**37 multiplications in a layer; on another host, with half its speed, at twice as many.
 MAX_MULTIPLICATIONS = 3 * 2**36
-
-Forward = Callable[[torch.Tensor, torch.Tensor, Context, torch.Tensor], torch.Tensor | None]
 
 
 def prefill_graph_sizes(max_num_batched_tokens: int, parameters_per_layer: float) -> list[int]:
@@ -39,28 +34,16 @@ def prefill_graph_sizes(max_num_batched_tokens: int, parameters_per_layer: float
     return [size for size in SIZES[:num_needed] if size * parameters_per_layer <= MAX_MULTIPLICATIONS]
 
 
-class PrefillGraphRunner:
-    """Captures a graph of `forward` for each of `sizes`, numbers of tokens, of at most MAX_GRAPH_SEQS sequences.
+class PrefillGraphRunner(GraphRunner):
+    """Captures a graph of options.forward for each of `sizes`, numbers of tokens, of at most MAX_GRAPH_SEQS sequences.
 
-    forward: (input_ids [T], positions [T], Context, last_tokens [B]) -> logits [B, V] of the last tokens (None on ranks
-    but 0). It must not wait for the device, and its memory and launches must depend on T alone.
-    shortened: as CUDAGraphRunner's. sizes: ascending. max_blocks_per_seq: max_model_len / block size, rounded up.
-    pool: memory that other graphs use at other times.
+    sizes: ascending. pool: memory that other graphs use at other times.
     """
 
-    def __init__(
-        self,
-        forward: Forward,
-        shortened: Callable[[], AbstractContextManager[object]],
-        sizes: list[int],
-        max_blocks_per_seq: int,
-        max_model_len: int,
-        device: torch.device,
-        pool: Any,
-        use_tqdm: bool = True,
-    ) -> None:
+    def __init__(self, options: CaptureOptions, sizes: list[int], pool: Any) -> None:
+        super().__init__(pool)
         self.sizes = sizes
-        self._max_model_len = max_model_len
+        device = options.device
         num_tokens = sizes[-1]
         self._input_ids = torch.zeros(num_tokens, dtype=torch.int64, device=device)
         self._positions = torch.zeros(num_tokens, dtype=torch.int64, device=device)
@@ -68,27 +51,21 @@ class PrefillGraphRunner:
         self._last_tokens = torch.zeros(MAX_GRAPH_SEQS, dtype=torch.int64, device=device)
         self._cu_seqlens_q = torch.zeros(MAX_GRAPH_SEQS + 1, dtype=torch.int32, device=device)
         self._cu_seqlens_k = torch.arange(MAX_GRAPH_SEQS + 1, dtype=torch.int32, device=device)
-        self._block_tables = torch.zeros(MAX_GRAPH_SEQS, max_blocks_per_seq, dtype=torch.int32, device=device)
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self._logits: dict[int, torch.Tensor | None] = {}
-        with Progress("Capturing prefill graphs", len(sizes), is_shown=use_tqdm) as progress:
-            for size in reversed(sizes):  # the largest first: the smaller graphs reuse its memory
-                compute = partial(self._compute, forward, size)
-                self._graphs[size], self._logits[size] = capture(compute, shortened, device, pool)
-                progress.update()
+        self._block_tables = torch.zeros(MAX_GRAPH_SEQS, options.max_blocks_per_seq, dtype=torch.int32, device=device)
+        self._capture("Capturing prefill graphs", sizes, partial(self._compute, options), options)
 
-    def _compute(self, forward: Forward, size: int) -> torch.Tensor | None:
+    def _compute(self, options: CaptureOptions, size: int) -> torch.Tensor | None:
         context = Context(
             is_prefill=True,
             slot_mapping=self._slot_mapping[:size],
             cu_seqlens_q=self._cu_seqlens_q,
             cu_seqlens_k=self._cu_seqlens_k,
             max_seqlen_q=size,
-            max_seqlen_k=self._max_model_len,
+            max_seqlen_k=options.max_model_len,
             context_lens=self._cu_seqlens_k[1:],  # not read in prefill
             block_tables=self._block_tables,
         )
-        return forward(self._input_ids[:size], self._positions[:size], context, self._last_tokens)
+        return options.forward(self._input_ids[:size], self._positions[:size], context, self._last_tokens)
 
     def can_replay(self, model_input: ModelInput) -> bool:
         """Whether model_input is a prefill that a graph holds."""
@@ -109,16 +86,7 @@ class PrefillGraphRunner:
         _fill(self._cu_seqlens_q, ends, padding=ends[-1])
         _fill(self._cu_seqlens_k, np.concatenate((key_ends, one_key_each)), padding=0)
         _fill(self._block_tables, model_input.block_tables, padding=0)
-        self._graphs[size].replay()
-        logits = self._logits[size]
-        return None if logits is None else logits[:num_seqs]
-
-    def close(self) -> None:
-        """Free the graphs and their memory; required before a process group that they use is destroyed."""
-        for graph in self._graphs.values():
-            graph.reset()
-        self._graphs.clear()
-        self._logits.clear()
+        return self._replay(size, num_seqs)
 
 
 def _fill(buffer: torch.Tensor, values: np.ndarray, padding: int) -> None:

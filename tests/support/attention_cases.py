@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from nanovllm.attention.backend import KVCache
 from nanovllm.context import Context, set_context
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.ops import LayerOps
@@ -62,7 +63,7 @@ class Step:
         case = self.case
         layer = Attention(case.num_heads, case.head_dim, case.scale, case.num_kv_heads, ops)
         if has_cache:
-            layer.bind_kv_cache(self.k_cache, self.v_cache)
+            layer.kv_cache = KVCache(self.k_cache, self.v_cache)
         cos = torch.ones(len(self.qkv), case.head_dim // 2, device=self.qkv.device)
         with set_context(self.context), torch.inference_mode():
             return layer(self.qkv.flatten(1), cos, torch.zeros_like(cos))

@@ -72,14 +72,14 @@ def test_of_a_prompt_in_a_whole_engine() -> None:
 
 
 def test_of_gpu_memory_utilization() -> None:
-    sizes = {"total": 1000, "used": 700, "peak": 250, "current": 200, "bytes_per_block": 33}
+    sizes = {"total": 1000, "used": 700, "step_bytes": 50, "bytes_per_block": 33}
     text = message(num_blocks_that_fit, utilization=0.7, **sizes)
     found = re.search(r"set it to at least ([0-9.]+), free the GPU", text)
     assert found is not None
     assert num_blocks_that_fit(utilization=float(found[1]), **sizes) == 1
     assert "set it" not in message(num_blocks_that_fit, utilization=1.0, **{**sizes, "used": 970}), "nothing to raise"
     assert num_blocks_that_fit(utilization=1.0, **{**sizes, "used": 0}) > 0, "free the GPU"
-    lower_budget = {**sizes, "used": 900, "peak": 210}
+    lower_budget = {**sizes, "used": 900, "step_bytes": 10}
     assert num_blocks_that_fit(utilization=1.0, **lower_budget) > 0, "lower max_num_batched_tokens"
 
 

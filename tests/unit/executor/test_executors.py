@@ -58,34 +58,45 @@ class Parts:
         self.call("close peers")
 
 
+class Monitor:
+    """A FailureMonitor without a thread, which records what it is asked."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts, self.state = parts, State.RUNNING
+
+    def check(self) -> None:
+        self.parts.call("check")
+
+    def wait_for_root_cause(self, timeout: float) -> RankError | None:
+        self.parts.call("wait for root cause")
+        return self.parts.root_cause
+
+    def stop(self) -> State:
+        return self.state
+
+    def fail(self) -> None:
+        self.state = State.FAILED
+
+    def close(self) -> None:
+        self.state = State.CLOSED
+
+
 class Ranks(MultiRankExecutor):
     """Other ranks that are the test's Parts."""
 
     def __init__(self, parts: Any) -> None:
-        self.parts, self.state = parts, State.RUNNING
-        super().__init__(parts, PLACEMENT)
+        self.parts = parts
+        super().__init__(parts, PLACEMENT, Monitor(parts))  # type: ignore[arg-type]
 
-    def _connect(self, spec: Any) -> Any:
+    def _connect(self, spec: Any) -> None:
         self._tp = self.parts
-        return self._tp
 
     def _send(self, message: StepMessage) -> None:
         self.parts.call("send", message)
 
-    def _check(self) -> None:
-        self.parts.call("check")
-
-    def _wait_for_root_cause(self, timeout: float) -> RankError | None:
-        self.parts.call("wait for root cause")
-        return self.parts.root_cause
-
-    def _terminate(self) -> None:
-        self.state = State.FAILED
+    def _kill_workers(self) -> None:
+        assert self._monitor.state is State.FAILED
         self.parts.call("terminate")
-        self._abort_group()
-
-    def _stop_monitoring(self) -> State:
-        return self.state
 
     def _request_shutdown(self) -> None:
         self.parts.call("request shutdown")
@@ -95,7 +106,6 @@ class Ranks(MultiRankExecutor):
 
     def _release(self) -> None:
         self.parts.call("release")
-        self.state = State.CLOSED
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 from nanovllm.executor import failure_monitor
 from nanovllm.executor.base import RankError, RankValueError
 from nanovllm.executor.failure_monitor import READY, FailureMonitor, RankFailure, State, find_root_cause
-from tests.support.limits import HANG_SECONDS, wait_until
+from tests.support.limits import HANG_SECONDS
 
 
 def failure(cause: str, time: float = 1.0, is_value_error: bool = False) -> RankFailure:
@@ -26,9 +26,9 @@ class Workers:
         self.calls: list[Any] = []
         self.monitor = FailureMonitor(
             {rank: receiver for rank, (receiver, _) in pipes.items()},
-            exit_code=lambda rank: -9,
+            exit_code=lambda rank: 3,
             terminate=lambda: self.calls.append("terminate"),
-            unblock=lambda: self.calls.append(("unblock", self.monitor.state)),
+            unblock=lambda: self.calls.append(("unblock", self.monitor._state)),
         )
 
     def root_cause(self) -> str:
@@ -52,18 +52,25 @@ def start() -> Iterator[Callable[[int], Workers]]:
 Start = Callable[[int], Workers]
 
 
-def test_the_state_is_running_when_all_workers_are_ready(start: Start) -> None:
+def test_a_worker_that_ends_when_it_is_asked_to_has_not_failed(start: Start) -> None:
     workers = start(2)
-    workers.senders[2].send(READY)
-    time.sleep(0.1)  # for the thread, which must not change it
-    assert workers.monitor.state is State.STARTING
-    workers.senders[1].send(READY)
-    wait_until(lambda: workers.monitor.state is State.RUNNING)
+    for sender in workers.senders.values():
+        sender.send(READY)
     workers.monitor.check()
+    assert workers.monitor._state is State.RUNNING
     assert workers.monitor.stop() is State.STOPPING
-    workers.senders[1].close()  # a worker that ends now has not failed
+    workers.senders[1].close()
     assert workers.monitor.wait_for_root_cause(0.1) is None
     assert workers.calls == []
+
+
+@pytest.mark.parametrize(("ready", "message"), [([1, 2], "without an error message"), ([2], "while it started; ")])
+def test_a_worker_ends_before_or_after_all_workers_are_ready(start: Start, ready: list[int], message: str) -> None:
+    workers = start(2)
+    for rank in ready:
+        workers.senders[rank].send(READY)
+    workers.senders[1].close()
+    assert workers.root_cause().startswith(f"rank 1 of 3 ended with exit code 3 {message}")
 
 
 def test_the_first_failure_is_the_root_cause_though_it_is_reported_later(start: Start) -> None:
@@ -108,11 +115,22 @@ def test_rank_0_fails_while_the_workers_end(start: Start) -> None:
     assert monitor.stop() is State.FAILED
 
 
+def test_without_pipes_it_has_no_thread_and_keeps_the_state(start: Start) -> None:
+    """As under torchrun."""
+    monitor = start(0).monitor
+    assert not monitor._thread.is_alive()
+    monitor.check()
+    assert monitor.stop() is State.STOPPING
+    monitor.fail()
+    assert monitor.stop() is State.FAILED
+    assert monitor.wait_for_root_cause(HANG_SECONDS) is None
+
+
 def test_a_closed_monitor_stays_closed(start: Start) -> None:
     monitor = start(1).monitor
     for change in (monitor.close, monitor.fail, monitor.stop, monitor.close):
         change()
-        assert monitor.state is State.CLOSED
+        assert monitor._state is State.CLOSED
     monitor.check()
 
 

@@ -104,7 +104,7 @@ def test_rank_0s_own_failure_kills_the_workers_and_aborts_the_group(ranks: Ranks
     assert ended == [True]
     assert group.num_aborts == 1
     assert ranks.num_kills > 0
-    assert executor._monitor.state is State.CLOSED
+    assert executor._monitor._state is State.CLOSED
 
 
 @pytest.mark.parametrize("num_kills", [1, 3], ids=["before rank 0 notices", "while rank 0 releases what it holds"])

@@ -68,7 +68,7 @@ def test_messages_arrive_whole_and_in_order_and_tensors_have_a_group_of_their_ow
         else:
             for message in [*messages, None]:
                 channel.send(message)
-        return received, total, tp.group is channel._control
+        return received, total, tp.group is channel._control.group
 
     assert run_together(work, on_cpus(3)) == [(messages, 6.0, False)] * 3
 

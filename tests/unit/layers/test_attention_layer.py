@@ -14,5 +14,5 @@ def test_without_a_cache_prefill_attends_over_the_step_and_stores_nothing() -> N
 
 @pytest.mark.parametrize("case", [DECODE, Case(((3, 8),))], ids=["decode", "prefill"])
 def test_without_a_cache_cached_keys_are_an_error(case: Case) -> None:
-    with pytest.raises(RuntimeError, match="bind_kv_cache"):
+    with pytest.raises(RuntimeError, match="needs a kv_cache"):
         make_step(case).run(has_cache=False)

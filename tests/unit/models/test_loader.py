@@ -251,7 +251,7 @@ def test_tied_checkpoint_needs_one_of_the_tensors(tmp_path, stored, other):
 @pytest.mark.parametrize("num_shards", [1, 2])
 def test_tied_checkpoint_may_hold_both_tensors_if_they_are_equal(tmp_path, num_shards, caplog):
     """D67, D80: equal in the dtype of the model; they are one Parameter then."""
-    write(tmp_path, CHECKPOINT | {LM_HEAD: CHECKPOINT[EMBEDDING].double() + 1e-12}, num_shards)
+    write(tmp_path, CHECKPOINT | {LM_HEAD: CHECKPOINT[EMBEDDING].double() * (1 + 1e-12)}, num_shards)
     parameters = loaded(tmp_path, TIED)
     assert LM_HEAD not in parameters
     assert torch.equal(parameters[EMBEDDING], CHECKPOINT[EMBEDDING])

@@ -11,7 +11,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from nanovllm.worker import cuda_graph, prefill_graph
+from nanovllm.worker import cuda_graph
 
 Captures = list[tuple[Mock, Any]]  # each graph, with the memory pool that it was captured into
 
@@ -45,8 +45,7 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> Captures:
     monkeypatch.setattr(torch.cuda, "Event", Mock)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Mock(**{"pool.return_value": "the pool of the largest"}))
     monkeypatch.setattr(torch.cuda, "graph", record)
-    for module in (cuda_graph, prefill_graph):
-        monkeypatch.setattr(module, "capture", capture_to_repeat)
+    monkeypatch.setattr(cuda_graph, "capture", capture_to_repeat)
     monkeypatch.setattr(cuda_graph, "_warm_up", lambda compute, stream: None)
     monkeypatch.setattr(cuda_graph, "_capture_stream", "the capture stream of {}".format)
     return captures

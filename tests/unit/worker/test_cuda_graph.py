@@ -22,7 +22,13 @@ from nanovllm.engine.shared_prefix import SharedPrefixes
 from nanovllm.executor.base import free_frames
 from nanovllm.layers.linear import RowParallelLinear
 from nanovllm.worker import cuda_graph
-from nanovllm.worker.cuda_graph import MAX_GRAPH_BATCH_SIZE, CUDAGraphRunner, graph_batch_sizes
+from nanovllm.worker.cuda_graph import (
+    MAX_GRAPH_BATCH_SIZE,
+    CaptureOptions,
+    CUDAGraphRunner,
+    GraphSizes,
+    graph_batch_sizes,
+)
 from tests.support.counts import count_comparisons
 from tests.support.model_probe import make_runner
 from tests.support.scheduling import make_sequence
@@ -30,7 +36,7 @@ from tests.support.tiny_models import tiny_model
 from tests.unit.worker.conftest import Captures
 
 BATCH_SIZES = [1, 2, 4, 7]
-SHARED_PREFIX_SIZES = [4]
+SIZES = GraphSizes(decode=BATCH_SIZES, shared_prefix=[4], prefill=[])
 BLOCK_SIZE = 4
 MAX_BLOCKS = 5
 MAX_NUM_SEQS = 9
@@ -70,10 +76,10 @@ def runner(captures: Captures, inputs: Inputs) -> CUDAGraphRunner:
         inputs.append((input_ids, positions, context))
         return 2 * input_ids[:, None]
 
-    return CUDAGraphRunner(
-        forward, sample, nullcontext, BATCH_SIZES, SHARED_PREFIX_SIZES, MAX_NUM_SEQS, MAX_BLOCKS,
-        MAX_BLOCKS * BLOCK_SIZE, torch.device("cpu"), False,
-    )  # fmt: skip
+    options = CaptureOptions(
+        forward, nullcontext, MAX_BLOCKS * BLOCK_SIZE, MAX_BLOCKS, torch.device("cpu"), use_tqdm=False
+    )
+    return CUDAGraphRunner(options, sample, SIZES, MAX_NUM_SEQS)
 
 
 def sample(logits: torch.Tensor, *columns: torch.Tensor) -> torch.Tensor:
@@ -222,7 +228,7 @@ def test_an_error_keeps_nothing_of_the_model(
     if during == "warm-up":
         monkeypatch.setattr(cuda_graph, "_warm_up", lambda compute, stream: compute())
     with pytest.raises(RuntimeError, match="planted") as failure:
-        runner.capture_graphs([1], use_tqdm=False)
+        runner.capture_graphs(GraphSizes([1], [], []), use_tqdm=False)
     del runner
     free_frames(failure.value)
     assert model() is None

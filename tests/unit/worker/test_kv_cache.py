@@ -12,21 +12,18 @@ import torch
 from nanovllm import Config, bundled_model_path
 from nanovllm.distributed.tensor_parallel import SINGLE_RANK
 from nanovllm.models.registry import load_model_config
-from nanovllm.worker.kv_cache import block_bytes, empty_cache, num_blocks_on_cpu, num_blocks_that_fit
+from nanovllm.worker.cuda_graph import GraphSizes
+from nanovllm.worker.kv_cache import empty_cache, num_blocks_on_cpu, num_blocks_that_fit
 from nanovllm.worker.model_runner import DRIVER_BYTES_PER_GRAPH, ModelRunner
 from tests.support.source_tree import ROOT, imported_packages, parse, python_files
 
 GIB = 2**30
 
 
-def test_a_block_by_hand() -> None:
-    assert block_bytes(num_layers=3, block_size=5, num_kv_heads=7, head_dim=11, itemsize=4) == 2 * 3 * 5 * 7 * 11 * 4
-
-
 @pytest.mark.parametrize(("used", "num_blocks"), [(300, 55), (291, 55), (290, 56), (840, 1)])
 def test_blocks_fill_what_the_share_leaves_beside_a_step(used: int, num_blocks: int) -> None:
-    """used 300: (1000 * 0.9 - 300 - (250 - 200)) / 10 = 55; 559 bytes hold no more blocks than 550."""
-    assert num_blocks_that_fit(1000, 0.9, used, peak=250, current=200, bytes_per_block=10) == num_blocks
+    """used 300: (1000 * 0.9 - 300 - 50) / 10 = 55; 559 bytes hold no more blocks than 550."""
+    assert num_blocks_that_fit(1000, 0.9, used, step_bytes=50, bytes_per_block=10) == num_blocks
 
 
 def test_memory_of_another_process_is_an_error_with_the_figures() -> None:
@@ -37,7 +34,7 @@ def test_memory_of_another_process_is_an_error_with_the_figures() -> None:
         "free the GPU, or lower max_num_batched_tokens, max_num_seqs or max_model_len"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        num_blocks_that_fit(80 * GIB, 0.9, used=75 * GIB, peak=6 * GIB, current=4 * GIB, bytes_per_block=GIB // 2)
+        num_blocks_that_fit(80 * GIB, 0.9, used=75 * GIB, step_bytes=2 * GIB, bytes_per_block=GIB // 2)
 
 
 @pytest.mark.parametrize(
@@ -46,12 +43,12 @@ def test_memory_of_another_process_is_an_error_with_the_figures() -> None:
 )
 def test_the_share_is_raised_to_the_whole_gpu_at_most(used: int, remedy: str) -> None:
     with pytest.raises(ValueError, match=f"GiB more; {remedy} max_num_batched_tokens"):
-        num_blocks_that_fit(1000, 0.9, used, peak=250, current=200, bytes_per_block=10)
+        num_blocks_that_fit(1000, 0.9, used, step_bytes=50, bytes_per_block=10)
 
 
 def test_a_byte_less_than_one_block_is_an_error() -> None:
     with pytest.raises(ValueError, match="gpu_memory_utilization"):
-        num_blocks_that_fit(1000, 0.9, used=841, peak=250, current=200, bytes_per_block=10)
+        num_blocks_that_fit(1000, 0.9, used=841, step_bytes=50, bytes_per_block=10)
 
 
 @pytest.mark.parametrize(
@@ -104,10 +101,10 @@ def test_memory_is_asked_of_the_runners_own_device(
     monkeypatch.setattr(torch.cuda, "memory_stats", peak_and_current.__getitem__)
     runner = object.__new__(ModelRunner)  # its constructor needs the GPU
     runner.device, runner.dtype, runner.config = device, torch.bfloat16, Config("any", gpu_memory_utilization=0.5)
-    runner.model_config = SimpleNamespace(num_hidden_layers=1, head_dim=1024)  # type: ignore
-    runner.num_kv_heads, runner.num_ranks_per_device = 1, num_ranks_per_device
+    runner.model_config = SimpleNamespace(num_hidden_layers=3, head_dim=1024)  # type: ignore
+    runner.num_kv_heads, runner.num_ranks_per_device = 5, num_ranks_per_device
     runner.block_size = 256
-    bytes_per_block = num_ranks_per_device * 2 * 256 * 1024 * 2
+    bytes_per_block = num_ranks_per_device * 2 * 3 * 256 * 5 * 1024 * 2  # the last 2: of bfloat16
     free_bytes = 8 * GIB - 2 * GIB - num_ranks_per_device * (graph_bytes + 1 * GIB)  # of the share; less what is used
     assert runner._num_blocks_that_fit(graph_bytes) == free_bytes // bytes_per_block
 
@@ -135,7 +132,7 @@ def test_the_block_size_is_the_users_or_serves_all_ranks(
     runner: Any = object.__new__(ModelRunner)
     runner.config = Config("any", attention_backend="triton", **options)  # type: ignore[arg-type]
     runner.tp = SimpleNamespace(all_reduce_min=lambda value: min(value, -defaults_of_ranks[1]))
-    runner.default_block_size = defaults_of_ranks[0]
+    runner.ops = SimpleNamespace(attention=SimpleNamespace(default_block_size=defaults_of_ranks[0]))
     assert runner._choose_block_size() == expected
 
 
@@ -151,18 +148,19 @@ def test_the_drivers_memory_of_every_graph_counts(
     runner.model_config, runner.tp = load_model_config(bundled_model_path()), SINGLE_RANK
     runner.shares_prefixes = shares_prefixes
     runner.allocate_kv_cache = lambda num_blocks: None
+    runner.graph_sizes = runner._choose_graph_sizes()
     closed: list[str] = []
-    decode = SimpleNamespace(close=lambda: closed.append("decode"), pool="a pool")
-    runner.capture_graphs = lambda batch_sizes, use_tqdm: decode
 
-    def capture_prefill_graphs(sizes: list[int], pool: str, use_tqdm: bool) -> SimpleNamespace:
-        assert (sizes, pool) == ([4096], "a pool")
-        return SimpleNamespace(close=lambda: closed.append("prefill"))
+    def capture_graphs(sizes: GraphSizes, use_tqdm: bool) -> None:
+        assert sizes == ([256], [256] * shares_prefixes, [4096]), "the largest of each kind"
+        runner.graphs = SimpleNamespace(close=lambda: closed.append("decode"))
+        runner.prefill_graphs = SimpleNamespace(close=lambda: closed.append("prefill"))
 
-    runner.capture_prefill_graphs = capture_prefill_graphs
+    runner.capture_graphs = capture_graphs
     free = iter([(1000, 2000), (400, 2000)])
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: next(free))
     for name in ("synchronize", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: None)
     assert runner._measure_graph_bytes() == 600 + num_graphs * DRIVER_BYTES_PER_GRAPH
     assert closed == ["decode", "prefill"]
+    assert runner.graphs is runner.prefill_graphs is None

@@ -10,6 +10,7 @@ import torch
 
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.layers.torch_ops import TORCH_OPS
+from nanovllm.worker.cuda_graph import GraphSizes
 from nanovllm.worker.model_runner import ModelRunner
 from tests.support.parallel_ranks import run_over_gloo
 
@@ -23,7 +24,7 @@ def runner_of(tp: Any, **parts: Any) -> Any:
         device=torch.device("cpu"),
         num_threads=None,
         model_config=SimpleNamespace(vocab_size=LARGEST + 1),
-        all_reduce=TORCH_OPS.all_reduce,
+        ops=TORCH_OPS,
         sampler=SimpleNamespace(sample_unfiltered=lambda logits, *columns: logits.argmax(dim=1) + columns[0].long()),
         prefill_graphs=None,
         _has_shared_tokens=False,
@@ -46,7 +47,7 @@ def test_a_vocabulary_beyond_what_graphs_exchange_is_refused() -> None:
     runner = runner_of(SimpleNamespace(size=2))
     runner.model_config.vocab_size = 2**24 + 1
     with pytest.raises(ValueError, match=r"vocab_size must be at most 16777216 .* got 16777217; set enforce_eager"):
-        runner.capture_graphs([1])
+        runner.capture_graphs(GraphSizes([1], [], []))
 
 
 @pytest.mark.parametrize(

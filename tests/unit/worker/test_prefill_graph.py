@@ -13,6 +13,7 @@ import torch
 
 from nanovllm.engine.model_input import ModelInput, prepare_decode, prepare_prefill
 from nanovllm.engine.sequence import Sequence
+from nanovllm.worker.cuda_graph import GraphSizes
 from nanovllm.worker.prefill_graph import MAX_GRAPH_SEQS, prefill_graph_sizes
 from tests.support.counts import count_comparisons
 from tests.support.model_probe import make_runner
@@ -53,8 +54,8 @@ def runner(model_dir: Path, captures: Captures) -> Iterator[Any]:
         model_dir, device="cpu", dtype="float32", attention_backend="torch", max_model_len=MAX_LEN,
         max_num_seqs=64, kv_cache_block_size=BLOCK_SIZE, num_kv_cache_blocks=NUM_BLOCKS,
     )  # fmt: skip
-    runner.prefill_graphs = runner.capture_prefill_graphs([16, 32], "the pool", use_tqdm=False)
-    assert [pool for _, pool in captures] == ["the pool"] * 2
+    runner.capture_graphs(GraphSizes(decode=[1], shared_prefix=[], prefill=[16, 32]), use_tqdm=False)
+    assert [pool for _, pool in captures] == [None, *["the pool of the largest"] * 2], "that of the graph of decode"
     yield runner
     runner.close()
 

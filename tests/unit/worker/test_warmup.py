@@ -1,6 +1,7 @@
 """Warm-up: the profiled step is the largest, and the warm-up prefills keep the limits and fit in the cache."""
 
 import itertools
+from dataclasses import replace
 from unittest.mock import Mock
 
 import numpy as np
@@ -131,7 +132,8 @@ def test_compiling_runs_every_shape_in_one_layer_of_each_kind_and_leaves_the_mod
         max_model_len=60, num_kv_cache_blocks=1, kv_cache_block_size=64,
     )  # fmt: skip
     layers = runner.model.model.layers
-    runner.compile_ahead, runner.shares_prefixes = lambda run: run(), True
+    runner.ops, runner.shares_prefixes = replace(runner.ops, compile_ahead=lambda run: run()), True
+    runner.graph_sizes = runner._choose_graph_sizes()
     steps, num_layers = [], set()
 
     def execute(model_input):
