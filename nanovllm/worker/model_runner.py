@@ -282,6 +282,11 @@ class ModelRunner:
 
     # --- one step: sequences -> ModelInput -> logits -> token ids ---
 
+    # Pure functions of the sequences. Every rank calls them, so the ranks compute the same step.
+    prepare_prefill = staticmethod(prepare_prefill)
+    prepare_decode = staticmethod(prepare_decode)
+    prepare_decode_async = staticmethod(prepare_decode_async)
+
     def run(
         self,
         batch: ScheduledBatch,
@@ -297,11 +302,11 @@ class ModelRunner:
         """
         with plain_torch_state(self.device, is_inference=True):
             if batch.is_prefill:
-                model_input = prepare_prefill(batch.sequences)
+                model_input = self.prepare_prefill(batch.sequences)
             elif previous_sequences is None:
-                model_input = prepare_decode(batch.sequences, self.shares_prefixes)
+                model_input = self.prepare_decode(batch.sequences, self.shares_prefixes)
             else:
-                model_input = prepare_decode_async(batch.sequences, previous_sequences, self.shares_prefixes)
+                model_input = self.prepare_decode_async(batch.sequences, previous_sequences, self.shares_prefixes)
                 if previous_token_ids is None:
                     previous_token_ids = torch.empty(len(previous_sequences), dtype=torch.int64, device=self.device)
             return AsyncModelOutput(batch, self._execute(model_input, previous_token_ids))

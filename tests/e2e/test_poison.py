@@ -13,9 +13,8 @@ import torch
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.attention.torch import TorchAttentionBackend
-from nanovllm.engine.model_input import PADDING_BLOCK, ModelInput, prepare_decode
+from nanovllm.engine.model_input import PADDING_BLOCK, ModelInput
 from nanovllm.engine.sequence import FinishCause
-from nanovllm.worker import model_runner
 from tests.e2e.conftest import run_to_end, tokens
 from tests.support.poison import PoisonError, poisoned_llm
 from tests.support.tiny_models import tiny_model
@@ -93,13 +92,14 @@ def test_a_wrong_model_input_is_named(
     step: int,
 ) -> None:
     """D01, D53."""
-    inputs: list[ModelInput] = []
+    runner = llm._core.executor._runner
+    prepare, inputs = runner.prepare_decode, []
 
     def faulty(*args: Any) -> ModelInput:
-        inputs.append(prepare_decode(*args))
+        inputs.append(prepare(*args))
         return replace(inputs[-1], **fault(inputs[-1], inputs[max(0, len(inputs) - 2)]))
 
-    monkeypatch.setattr(model_runner, "prepare_decode", faulty)
+    monkeypatch.setattr(runner, "prepare_decode", faulty)
     llm.add_request(PROMPT, GREEDY)
     with pytest.raises(PoisonError, match=rf"step {step} \(decode\): sequence 0 .* read NaN"):
         run_to_end(llm)
