@@ -18,19 +18,24 @@ _MAX_WINDOW = 2 * _NUM_CONTEXT_TOKENS
 class Detokenizer:
     """The generated text of one request. It continues the text of the prompt and ends before a stop string.
 
-    text: the text so far, without an incomplete character.
     stop: stop strings, see SamplingParams.
     prompt_token_ids: the prompt; its last tokens decide, for instance, whether the text begins with a space. If the
         prompt ends with an incomplete character and the text completes it, the character is part of the text.
     """
 
     def __init__(self, decoder: TokenDecoder, stop: Sequence[str] = (), prompt_token_ids: Sequence[int] = ()) -> None:
-        self.text = ""
         self.is_stopped = False
         self._special_tokens = decoder.special_tokens
         self._incremental = _IncrementalDecoder(decoder, prompt_token_ids)
         self._searches = stop_string_searches(stop, decoder.special_tokens)
-        self._num_emitted = 0  # characters that next_text has returned
+        self._emitted: list[str] = []  # pieces that next_text has returned
+        self._pending: list[str] = []  # pieces that it has not: one string would be copied for every token
+        self._num_emitted = self._num_characters = 0
+
+    @property
+    def text(self) -> str:
+        """The text so far, without an incomplete character."""
+        return "".join(self._emitted) + "".join(self._pending)
 
     def extend(self, token_ids: list[int]) -> None:
         """Add `token_ids` up to a stop string, with one call of the tokenizer if there are no stop strings.
@@ -55,16 +60,20 @@ class Detokenizer:
 
     def next_text(self, is_last: bool) -> str:
         """The text added since the last call. Text that may begin a stop string is held back unless is_last."""
-        start, end = self._num_emitted, len(self.text)
+        pending = "".join(self._pending)
+        end = len(pending)
         if not is_last and not self.is_stopped:
             undecided = [position for search in self._searches if (position := search.first_undecided()) is not None]
-            end = min([end, *undecided])
-        self._num_emitted = end
-        return self.text[start:end]
+            end = min([end, *(position - self._num_emitted for position in undecided)])
+        self._emitted.append(pending[:end])
+        self._pending = [pending[end:]]
+        self._num_emitted += end
+        return pending[:end]
 
     def _add_text(self, text: str) -> None:
-        positions = range(len(self.text), len(self.text) + len(text))
-        self.text += text
+        positions = range(self._num_characters, self._num_characters + len(text))
+        self._num_characters += len(text)
+        self._pending.append(text)
         self._cut_at(search.add(text, positions) for search in self._searches)
 
     def _add_special_token(self, token_id: int) -> None:
@@ -75,14 +84,14 @@ class Detokenizer:
         self._add_text(self._incremental.flush())
         if not self.is_stopped:
             text = self._special_tokens[token_id]
-            positions = [len(self.text)] * len(text)
+            positions = [self._num_characters] * len(text)
             self._cut_at(search.add(text, positions) for search in searches)
 
     def _cut_at(self, cuts: Iterable[int | None]) -> None:
         """End the text at the first of `cuts`, the positions at which complete stop strings begin."""
         found = [cut for cut in cuts if cut is not None]
         if found:
-            self.text = self.text[: min(found)]
+            self._pending = ["".join(self._pending)[: min(found) - self._num_emitted]]
             self.is_stopped = True
 
 

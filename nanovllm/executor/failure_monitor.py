@@ -38,8 +38,9 @@ class RankFailure:
 
 
 class State(Enum):
-    """STOPPING: the workers are asked to end. FAILED: they are terminated."""
+    """STARTING until every worker is READY. STOPPING: the workers are asked to end. FAILED: they are terminated."""
 
+    STARTING = auto()
     RUNNING = auto()
     STOPPING = auto()
     FAILED = auto()
@@ -67,7 +68,7 @@ class FailureMonitor:
         self._pipes = pipes
         self._exit_code, self._terminate, self._unblock = exit_code, terminate, unblock
         self._changed = threading.Condition()  # its lock guards the two below
-        self._state = State.RUNNING
+        self._state = State.STARTING if pipes else State.RUNNING
         self._root_cause: RankError | None = None
         self._wake, self._wake_sender = Pipe(duplex=False)
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -92,11 +93,11 @@ class FailureMonitor:
 
     def stop(self) -> State:
         """Stop watching, since the workers are about to be asked to end. Returns STOPPING, FAILED or CLOSED."""
-        return self._leave(State.RUNNING, to=State.STOPPING)
+        return self._leave(State.STARTING, State.RUNNING, to=State.STOPPING)
 
     def fail(self) -> None:
         """Record that rank 0 itself has failed, unless another rank's failure is recorded."""
-        self._leave(State.RUNNING, State.STOPPING, to=State.FAILED)
+        self._leave(State.STARTING, State.RUNNING, State.STOPPING, to=State.FAILED)
 
     def close(self) -> None:
         """Change to CLOSED: the workers have ended and their resources are freed."""
@@ -131,15 +132,20 @@ class FailureMonitor:
                     report = pipe.recv()  # type: ignore[union-attr]
                 if report == READY:
                     num_starting -= 1
+                    if num_starting == 0:
+                        self._change(State.RUNNING)
                     continue
                 failures[ranks.pop(pipe)] = report  # type: ignore[index]
                 deadline = deadline or time.monotonic() + FAILURE_COLLECT_S
         self._terminate()
         root_cause = find_root_cause(failures, len(self._pipes) + 1, self._exit_code, num_starting > 0)
-        with self._changed:
-            self._state, self._root_cause = State.FAILED, root_cause
-            self._changed.notify_all()
+        self._change(State.FAILED, root_cause)
         self._unblock()
+
+    def _change(self, state: State, root_cause: RankError | None = None) -> None:
+        with self._changed:
+            self._state, self._root_cause = state, root_cause
+            self._changed.notify_all()
 
 
 def find_root_cause(

@@ -128,11 +128,13 @@ class ModelRunner:
 
     def _choose_graph_sizes(self) -> GraphSizes:
         config, decode_sizes = self.config, graph_batch_sizes(self.config.max_num_seqs)
-        parameters_per_layer = mean_layer_parameters(self.model_config) / self.tp.size
         return GraphSizes(
             decode=decode_sizes,
             shared_prefix=shared_prefix_batch_sizes(decode_sizes) if self.shares_prefixes else [],
-            prefill=prefill_graph_sizes(config.max_num_batched_tokens, parameters_per_layer),
+            # With several ranks, graphs of prefill have not run on GPUs yet.
+            prefill=prefill_graph_sizes(config.max_num_batched_tokens, mean_layer_parameters(self.model_config))
+            if self.tp.size == 1
+            else [],
         )
 
     def compile_kernels(self) -> None:
