@@ -168,7 +168,7 @@ class Adapter:
         return {
             "max_num_batched_tokens": setup.max_num_batched_tokens,
             "max_num_seqs": setup.max_num_seqs,
-            "max_model_len": setup.max_model_len,
+            "max_model_len": setup.longest,
             "eos": EOS,
             "eos_token_id": EOS,
             "kvcache_block_size": setup.block_size,

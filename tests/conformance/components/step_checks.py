@@ -281,11 +281,11 @@ def check_whole(target: Any) -> None:
     check_blocks(target)
     target.check("C04")
     empty = target.adapter.empty_blocks()
-    num_blocks, size = target.setup.num_blocks, target.setup.block_size
+    num_blocks = target.setup.num_blocks
     if empty is not None and len(set(empty)) == num_blocks:
         return
     why = ""
-    request = target.add([5] * min(num_blocks * size, target.setup.max_model_len - 1), max_tokens=1)
+    request = target.add([5] * min(target.setup.num_slots, target.setup.longest - 1), max_tokens=1)
     try:
         for _ in range(len(request.prompt) + 4):
             if request.is_finished:

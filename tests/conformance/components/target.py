@@ -14,7 +14,7 @@ because a script needs one object with all of these methods.
 import pickle
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +54,19 @@ class Setup:
     weak_hash: bool = False
     is_async: bool = False  # each step is scheduled before the tokens of the one in front of it are known
 
-    def __post_init__(self) -> None:
-        if not self.max_model_len:
-            object.__setattr__(self, "max_model_len", self.num_blocks * self.block_size + 1)
+    @property
+    def num_slots(self) -> int:
+        return self.num_blocks * self.block_size
+
+    @property
+    def longest(self) -> int:
+        """How many tokens a sequence may have."""
+        return self.max_model_len or self.num_slots + 1
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The sizes that are no defaults."""
+        return {field.name: value for field in fields(self) if (value := getattr(self, field.name)) != field.default}
 
 
 @dataclass(eq=False)
