@@ -175,7 +175,7 @@ def probe_ahead(path: str) -> str:
     """Why no scheduler can be asked for a step before the tokens of the step in front are known; "" if one can."""
     target = Target(path, is_async=True)
     try:
-        if target.adapter.next_step_name is not None:
+        if target.adapter.runs_behind:
             return ""
         target.add([0], max_tokens=3, ignore_eos=True)
         for _ in range(2):
@@ -188,6 +188,4 @@ def probe_ahead(path: str) -> str:
     except Exception as error:
         return f"two steps of {target.adapter.scheduler_class.__name__} raise {type(error).__name__}: {error}"
     name = target.adapter.scheduler_class.__name__
-    return (
-        f"{name} chooses no step ahead in a way that is known: it has no {NEXT_STEP[0]}, its sequences no placeholders"
-    )
+    return f"{name} chooses no step ahead in a way that is known: it has no {NEXT_STEP}, its sequences no placeholders"

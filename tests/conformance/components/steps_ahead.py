@@ -9,7 +9,7 @@ they were submitted. A request that ends by a token in flight is computed one st
 from typing import Any
 
 from tests.conformance.components import step_checks
-from tests.conformance.components.adapters import Scheduled
+from tests.conformance.components.adapters import NEXT_STEP, Scheduled
 
 
 def placed(target: Any, item: Scheduled) -> Scheduled:
@@ -23,10 +23,10 @@ def placed(target: Any, item: Scheduled) -> Scheduled:
 
 def step(target: Any) -> None:
     """Schedule and submit a step, and then collect the tokens of the step in front of it."""
-    if target.adapter.next_step_name is None:
-        _step_with_placeholders(target)
-    else:
+    if target.adapter.runs_behind:
         _step_behind(target)
+    else:
+        _step_with_placeholders(target)
 
 
 def _step_with_placeholders(target: Any) -> None:
@@ -55,8 +55,7 @@ def _step_behind(target: Any) -> None:
             target.broken("C16", "schedule() returns nothing although a request is left")
         front = target.submit(result, batch)
     target.flight = front
-    name = target.adapter.next_step_name
-    result, batch = target.choose(lambda: target.adapter.schedule_next(front.result), name)
+    result, batch = target.choose(lambda: target.adapter.schedule_next(front.result), NEXT_STEP)
     target.flight = target.submit(result, batch) if batch else None
     target.collect(front)
 
@@ -81,7 +80,7 @@ def _committed(target: Any) -> Any:
 
 def land(target: Any) -> None:
     """Collect the step in flight, whose rows have all ended."""
-    flight = target.flight if target.adapter.next_step_name is None else _committed(target)
+    flight = _committed(target) if target.adapter.runs_behind else target.flight
     target.flight = None
     if flight is not None:
         target.collect(flight)
@@ -113,7 +112,7 @@ class Rows:
                 request.num_in_flight = 0
         for item in self.live:
             request = target.request_of(item.seq)
-            if item.start + item.count == len(request.tokens) - request.num_in_flight:
+            if item.end == len(request.tokens) - request.num_in_flight:
                 request.num_in_flight -= request.num_in_flight > 0
         if target.setup.is_async:
             check_entries(target)

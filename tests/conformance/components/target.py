@@ -141,6 +141,7 @@ class Target:
         self.adapter = Adapter(loaded(Path(path)), self.setup)
         self.requests: list[Request] = []
         self.cache = step_checks.SymbolicCache(self.setup.num_blocks, self.setup.block_size)
+        self.hit_contract = "C07" if self.setup.weak_hash else "C06"  # a block that is shared wrongly breaks it
         self.adapter.watch_moves(self._move)
         self.num_steps = 0
         self.admitted: list[Request] = []  # in the latest step
@@ -198,8 +199,6 @@ class Target:
         """Steps of a script whose verdict is about what comes of it: an exception ends them, and expect() says it."""
         try:
             for _ in range(number):
-                if all(request.is_finished for request in self.requests):
-                    return
                 self._step()
         except Broken as error:
             if error.contract not in OUTCOMES:
@@ -215,11 +214,11 @@ class Target:
         most = 20 + steps_per_token * sum(len(r.prompt) + r.max_tokens for r in self.requests)
         steps = 0
         self.check("C17")
-        while not all(request.is_finished for request in self.requests):
+        while self.live:
             self._step()
             steps += 1
-            left = [request.number for request in self.requests if not request.is_finished]
             if steps > most:
+                left = [request.number for request in self.live]
                 self.broken("C17", f"after {steps} steps the requests {left} have not ended")
         steps_ahead.land(self)
         step_checks.check_whole(self)
@@ -246,7 +245,7 @@ class Target:
 
     def _broken_at_admission(self, contract: str, message: str) -> None:
         """Broken, unless LLMEngine.add_request might refuse the request and could not be asked."""
-        reason = self.adapter.found.get("no_submit", "")
+        reason = self.adapter.no_submit
         if reason and CONTRACTS[contract].is_admission:
             raise NotRecognised(f"{message} by the scheduler; {reason}")
         self.broken(contract, message)
@@ -256,6 +255,11 @@ class Target:
     def check(self, contract: str) -> None:
         """Count that the contract is checked now."""
         self.checked[contract] += 1
+
+    def require(self, contract: str, holds: bool, message: str) -> None:
+        self.check(contract)
+        if not holds:
+            self.broken(contract, message)
 
     def broken(self, contract: str, message: str) -> None:
         if contract in self.muted and CONTRACTS[contract].is_isolated:
@@ -349,7 +353,7 @@ class Target:
         given = []
         for item in batch:
             request = self.request_of(item.seq)
-            is_sampled = item.start + item.count == len(request.tokens)
+            is_sampled = item.end == len(request.tokens)
             given.append(step_checks.next_token(request.tokens) if is_sampled else JUNK_TOKEN)
             if is_sampled and not request.has_ended_ahead:
                 request.output.append(given[-1])
