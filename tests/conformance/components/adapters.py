@@ -18,6 +18,9 @@ from tests.conformance.components.loading import NotRecognised, hugging_face_con
 EOS = 2
 NUM_HASHES = 3  # of the weak hash
 
+# Options of the Config, of the scheduler and of the block manager.
+BLOCK_SIZES = ("block_size", "kvcache_block_size", "kv_cache_block_size")
+NUM_BLOCKS = ("num_blocks", "num_kvcache_blocks", "num_kv_cache_blocks")
 # Queues of sequences: those that wait, those that hold blocks, those whose blocks are elsewhere.
 WAITING = ("waiting", "waiting_queue", "prefilling")
 RUNNING = ("running", "running_queue", "decoding")
@@ -103,7 +106,7 @@ def make_config(config_class: Any, folder: str, values: dict[str, Any]) -> Any:
     folder: any folder that exists, for a Config that checks that its model does.
     """
     model = {"model": folder, "model_path": folder}
-    large = {name: value for name, value in values.items() if "block_size" not in name}
+    large = {name: value for name, value in values.items() if name not in BLOCK_SIZES}
     config = None
     for given in (model | values, model | large, model):
         with suppress(Exception):
@@ -152,9 +155,7 @@ class Adapter:
             self.sequence_class.block_size = setup.block_size
         self.patches = ExitStack()
         self.scheduler = self._make_scheduler()
-        self.waiting_name = first_of(self.scheduler, WAITING)
-        self.running_name = first_of(self.scheduler, RUNNING)
-        if self.waiting_name is None or self.running_name is None:
+        if first_of(self.scheduler, WAITING) is None or first_of(self.scheduler, RUNNING) is None:
             raise NotRecognised(f"the scheduler has none of the queues {WAITING} or none of {RUNNING}")
         self.swapped_name = first_of(self.scheduler, SWAPPED)
         self.manager = first_value(self.scheduler, BLOCK_MANAGERS)
@@ -173,18 +174,13 @@ class Adapter:
 
     def _config_values(self) -> dict[str, Any]:
         setup = self.setup
-        return {
+        sizes = dict.fromkeys(BLOCK_SIZES, setup.block_size) | dict.fromkeys(NUM_BLOCKS, setup.num_blocks)
+        return sizes | {
             "max_num_batched_tokens": setup.max_num_batched_tokens,
             "max_num_seqs": setup.max_num_seqs,
             "max_model_len": setup.longest,
             "eos": EOS,
             "eos_token_id": EOS,
-            "kvcache_block_size": setup.block_size,
-            "kv_cache_block_size": setup.block_size,
-            "block_size": setup.block_size,
-            "num_kvcache_blocks": setup.num_blocks,
-            "num_kv_cache_blocks": setup.num_blocks,
-            "num_blocks": setup.num_blocks,
             "hf_config": hugging_face_config(),
         }
 
@@ -259,21 +255,19 @@ class Adapter:
         engine = object.__new__(self.found["LLMEngine"])
         engine.scheduler, engine.config = self.scheduler, self.config
         engine.tokenizer = SimpleNamespace(eos_token_id=EOS, encode=list)
-        before = self.waiting
+        before = {id(seq) for seq in self.queue(WAITING)}
         values = dict.fromkeys(PROMPTS, tokens) | {"sampling_params": params, "params": params}
         call_with(engine.add_request, values, "add_request", self.config)
-        added = [seq for seq in self.waiting if not any(seq is other for other in before)]
+        added = [seq for seq in self.queue(WAITING) if id(seq) not in before]
         if len(added) != 1:
             raise NotRecognised(f"LLMEngine.add_request adds {len(added)} sequences to the waiting queue")
         return added[0]
 
     # --- state ---
 
-    def queue(self, name: str | None) -> list[Any]:
-        """The sequences of a queue in its order; a priority queue holds tuples with a sequence."""
-        if name is None:
-            return []
-        queue = getattr(self.scheduler, name)
+    def queue(self, names: tuple[str, ...]) -> list[Any]:
+        """The sequences of a queue in its order; a priority queue holds tuples with a sequence. Empty if none is."""
+        queue = first_value(self.scheduler, names) or []
         items = sorted(queue) if any(isinstance(item, tuple) for item in queue) else list(queue)
         return [self._sequence_in(item) for item in items]
 
@@ -287,24 +281,12 @@ class Adapter:
         return found[0]
 
     @property
-    def waiting(self) -> list[Any]:
-        return self.queue(self.waiting_name)
-
-    @property
-    def running(self) -> list[Any]:
-        return self.queue(self.running_name)
-
-    @property
-    def swapped(self) -> list[Any]:
-        return self.queue(self.swapped_name)
-
-    @property
     def can_swap(self) -> bool:
         return self.swapped_name is not None or hasattr(self.manager, "swap_out")
 
     @property
     def is_first_come_first_served(self) -> bool:
-        queue = getattr(self.scheduler, self.waiting_name or "")
+        queue = first_value(self.scheduler, WAITING)
         return hasattr(queue, "popleft") and hasattr(queue, "appendleft")
 
     def is_finished(self, seq: Any) -> bool:
@@ -443,6 +425,7 @@ class Adapter:
                 raise NotRecognised(f"postprocess takes {list(parameters)}, and no table knows {name!r}")
         self.scheduler.postprocess(*values)
 
+    @property
     def abort_name(self) -> str | None:
         return first_of(self.scheduler, ABORTS)
 

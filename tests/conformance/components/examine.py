@@ -88,7 +88,7 @@ class Examination:
     def _explore(self) -> None:
         job = self.job
         self.is_chunked = explore.probe_chunked(job.path)
-        can_abort = Target(job.path).adapter.abort_name() is not None
+        can_abort = Target(job.path).adapter.abort_name is not None
         no_weak_hash = explore.probe_weak_hash(job.path)
         not_ahead = explore.probe_ahead(job.path)
         if not_ahead:

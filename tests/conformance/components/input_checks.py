@@ -56,7 +56,7 @@ def check_inputs(target: Any, batch: list[Scheduled], got: Prepared) -> None:
 
 
 def _check_tables(target: Any, kind: str, batch: list[Scheduled], tables: list[list[int]] | None) -> None:
-    target.require("C39", tables is not None, f"a {kind} step reads cached keys, and has no block tables")
+    target.expect("C39", tables is not None, f"a {kind} step reads cached keys, and has no block tables")
     if tables is None:
         return
     size = target.setup.block_size

@@ -71,9 +71,7 @@ class _StandInModule(ModuleType):
     __version__ = "0.0.0"
 
     def __getattr__(self, name: str) -> StandIn:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return StandIn(f"{self.__name__}.{name}")
+        return getattr(StandIn(self.__name__), name)
 
 
 class _StandInFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -124,18 +122,11 @@ def find_package(path: Path) -> Path:
     """The folder of the checkout that has engine/scheduler.py: nanovllm/, or whatever the fork calls it."""
     if not path.is_dir():
         raise NotRecognised(f"{path} is no folder; give the root of a checkout of nano-vllm or of a fork")
-    found = sorted(
-        (folder.parent.parent for folder in path.glob("**/engine/scheduler.py") if _is_source(folder, path)),
-        key=lambda folder: (len(folder.parts), str(folder)),
-    )
-    if not found:
+    folders = [file.relative_to(path).parent.parent for file in path.glob("**/engine/scheduler.py")]
+    folders = [one for one in folders if not any(part in SKIPPED_FOLDERS or part[0] == "." for part in one.parts)]
+    if not folders:
         raise NotRecognised(f"{path} has no PACKAGE/engine/scheduler.py; give the root of a checkout")
-    return found[0]
-
-
-def _is_source(file: Path, root: Path) -> bool:
-    parts = file.relative_to(root).parts
-    return not any(part in SKIPPED_FOLDERS or part.startswith(".") for part in parts)
+    return path / min(folders, key=lambda folder: (len(folder.parts), str(folder)))
 
 
 def load(package: Path) -> dict[str, Any]:
@@ -176,9 +167,6 @@ def _replace_cuda() -> None:
     import torch
     import torch.distributed as dist
 
-    if getattr(torch, "_conformance_stand_ins", False):
-        return
-    torch._conformance_stand_ins = True  # type: ignore[attr-defined]
     for name in ("tensor", "empty", "zeros", "ones", "full", "arange", "as_tensor", "empty_like", "zeros_like"):
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     torch.Tensor.cuda = torch.Tensor.pin_memory = lambda self, *args, **options: self  # type: ignore[assignment]

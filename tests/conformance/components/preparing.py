@@ -42,45 +42,38 @@ class UnknownStep(Exception):
     """The inputs of one kind of step are prepared in an unknown way; those of the others are checked."""
 
 
-class Preparation:
-    """prepare(what schedule() returned, its sequences, is_worker) -> Prepared; None, and the reason, if none is found.
+def find_preparation(adapter: Adapter) -> Callable[..., Prepared]:
+    """prepare(what schedule() returned, its sequences, is_worker) -> Prepared. Raises NotRecognised if none is found.
 
     is_worker: prepares as another rank than the first, which samples nothing.
     """
-
-    def __init__(self, adapter: Adapter) -> None:
-        self.adapter = adapter
-        self.prepare, self.reason = self._find()
-
-    def _find(self) -> tuple[Callable[..., Prepared] | None, str]:
-        found = self.adapter.found
-        package = found["package"].name
-        module = _import(f"{package}.engine.model_input")
-        if _has_both(module):
-            return lambda result, batch, is_worker=False: _from_functions(module, batch, is_worker), ""
-        runner_class = found.get("ModelRunner")
-        if runner_class is None:
-            return None, found["reasons"].get("ModelRunner", "no class ModelRunner")
-        contexts = (_import(f"{package}.{name}") for name in CONTEXT_MODULES)
-        context = next((module for module in contexts if hasattr(module, "get_context")), None)
-        if context is None:
-            return None, f"no module of {CONTEXT_MODULES} has get_context()"
-        options = inspect.signature(runner_class.__init__).parameters.values()
-        values = {option.name: option.default for option in options if option.default is not option.empty} | {
-            "config": self.adapter.config,
-            "block_size": self.adapter.setup.block_size,
-            "world_size": 1,
-            "rank": 0,
-            "enforce_eager": True,
-            "device": "cpu",
-            "use_cuda": False,
-        }
-        runner = object.__new__(runner_class)
-        for name, value in values.items():
-            setattr(runner, name, value)
-        if _has_both(runner) or first_of(runner, WHOLE_STEP):
-            return lambda *step, is_worker=False: _from_runner(runner, context, *step, is_worker), ""
-        return None, f"ModelRunner has neither prepare_prefill and prepare_decode nor one of {WHOLE_STEP}"
+    package = adapter.found["package"].name
+    module = _import(f"{package}.engine.model_input")
+    if _has_both(module):
+        return lambda result, batch, is_worker=False: _from_functions(module, batch, is_worker)
+    runner_class = adapter.found.get("ModelRunner")
+    if runner_class is None:
+        raise NotRecognised(adapter.found["reasons"].get("ModelRunner", "no class ModelRunner"))
+    contexts = (_import(f"{package}.{name}") for name in CONTEXT_MODULES)
+    context = next((module for module in contexts if hasattr(module, "get_context")), None)
+    if context is None:
+        raise NotRecognised(f"no module of {CONTEXT_MODULES} has get_context()")
+    options = inspect.signature(runner_class.__init__).parameters.values()
+    values = {option.name: option.default for option in options if option.default is not option.empty} | {
+        "config": adapter.config,
+        "block_size": adapter.setup.block_size,
+        "world_size": 1,
+        "rank": 0,
+        "enforce_eager": True,
+        "device": "cpu",
+        "use_cuda": False,
+    }
+    runner = object.__new__(runner_class)
+    for name, value in values.items():
+        setattr(runner, name, value)
+    if not _has_both(runner) and first_of(runner, WHOLE_STEP) is None:
+        raise NotRecognised(f"ModelRunner has neither prepare_prefill and prepare_decode nor one of {WHOLE_STEP}")
+    return lambda *step, is_worker=False: _from_runner(runner, context, *step, is_worker)
 
 
 def _from_functions(module: Any, batch: list[Scheduled], is_worker: bool) -> Prepared:

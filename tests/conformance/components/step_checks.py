@@ -8,7 +8,7 @@ from collections import Counter
 from itertools import accumulate
 from typing import Any
 
-from tests.conformance.components.adapters import EOS, Scheduled
+from tests.conformance.components.adapters import EOS, RUNNING, WAITING, Scheduled
 
 NO_FREE_LIST = "the block manager has no list of free blocks that adapters.py knows"
 
@@ -55,7 +55,7 @@ class Before:
     """The queues before a step."""
 
     def __init__(self, target: Any) -> None:
-        self.running = {id(seq) for seq in target.adapter.running}
+        self.running = {id(seq) for seq in target.adapter.queue(RUNNING)}
         self.tables = {request.number: request.table for request in target.live}
         self.free = target.adapter.free_blocks()
         self.num_lost = num_lost_blocks(target)
@@ -72,18 +72,18 @@ def check_schedule(target: Any, before: Before, batch: list[Scheduled]) -> None:
     for item in batch:
         length = len(target.request_of(item.seq).tokens)
         what = f"a sequence of {length} tokens computes {item.count} from position {item.start} on"
-        target.require("C13", item.count >= 1 and item.end <= length, what)
+        target.expect("C13", item.count >= 1 and item.end <= length, what)
         num_slots = len(item.seq.block_table) * target.setup.block_size
         what = f"the block table has {num_slots} slots, and the step computes up to token {item.end}"
-        target.require("C05", item.end <= num_slots, what)
+        target.expect("C05", item.end <= num_slots, what)
     fits = len(batch) <= max_num_seqs
-    target.require("C11", fits, f"a step of {len(batch)} sequences, max_num_seqs={max_num_seqs}")
+    target.expect("C11", fits, f"a step of {len(batch)} sequences, max_num_seqs={max_num_seqs}")
     num_tokens = sum(item.count for item in batch)
     what = f"a step of {num_tokens} tokens, max_num_batched_tokens={max_tokens}"
-    target.require("C10", num_tokens <= max_tokens or not fits, what)
+    target.expect("C10", num_tokens <= max_tokens or not fits, what)
     num_holding = sum(bool(request.table) for request in target.live)
     what = f"{num_holding} sequences hold blocks, max_num_seqs={max_num_seqs}"
-    target.require("C12", num_holding <= max_num_seqs or not fits, what)
+    target.expect("C12", num_holding <= max_num_seqs or not fits, what)
     _check_preemptions(target, before, batch)
 
 
@@ -136,7 +136,7 @@ def _check_preemptions(target: Any, before: Before, batch: list[Scheduled]) -> N
     elif preempted and not admitted:
         num_free = len(before.free)
         what = f"{num_free} blocks are free, the running sequences need {before.demand}, and one is preempted"
-        target.require("C14", num_free < before.demand, what)
+        target.expect("C14", num_free < before.demand, what)
     if not target.adapter.is_first_come_first_served:
         target.skip("C15", "the waiting queue is no deque: another order than first come, first served")
         return
@@ -144,7 +144,7 @@ def _check_preemptions(target: Any, before: Before, batch: list[Scheduled]) -> N
         for other in before.preempted:
             is_late = other is not request and not other.table and other.number < request.number
             what = f"request {request.number} runs, and request {other.number} waits since preempted"
-            target.require("C15", not is_late, what)
+            target.expect("C15", not is_late, what)
 
 
 # --- the symbolic model ---
@@ -217,7 +217,7 @@ def check_tokens(target: Any, batch: list[Scheduled]) -> None:
         who, known = f"request {request.number}", request.known
         contract = "C43" if request.was_caught else "C20"
         what = f"{who} has {len(seq)} tokens after this step, and must have {len(known)}"
-        target.require(contract, len(seq) == len(known), what)
+        target.expect(contract, len(seq) == len(known), what)
         held = list(getattr(seq, "token_ids", known))
         if held != known:
             target.broken(contract, f"the tokens of {who} are {held}, and must be {known}")
@@ -241,9 +241,8 @@ def check_tokens(target: Any, batch: list[Scheduled]) -> None:
 
 
 def check_left(target: Any, request: Any, contract: str) -> None:
-    queued = (*target.adapter.running, *target.adapter.waiting)
-    is_queued = any(request.seq is seq for seq in queued)
-    target.require(contract, not is_queued, f"request {request.number} has ended and is still in a queue")
+    is_queued = any(request.seq is seq for names in (RUNNING, WAITING) for seq in target.adapter.queue(names))
+    target.expect(contract, not is_queued, f"request {request.number} has ended and is still in a queue")
     held = {block_id for other in target.holding for block_id in other.table if other is not request}
     counts = target.adapter.ref_counts()
     if counts is not None and any(counts[block_id] and block_id not in held for block_id in request.table):

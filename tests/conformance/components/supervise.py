@@ -75,21 +75,24 @@ class _Supervisor:
         """Run the job in a child. Returns how the target ended it, "" if it came to its end."""
         self.running: dict[str, Any] = {"contract": "", "scenario": None}
         events, write = FORK.Pipe(duplex=False)
-        child = FORK.Process(target=_examine, args=(write, self.job, self.deadline))
+        child = FORK.Process(target=_examine, args=(write, self.job, self.deadline), daemon=True)
         sys.stdout.flush()
         child.start()
         write.close()
         is_done = is_stalled = False
         latest, used = time.monotonic(), 0.0  # of the latest event: its time, and the child's CPU time
-        with events, suppress(EOFError, OSError):  # it has closed its end, in the middle of an event if it was killed
+        with events:
             while not is_stalled:
-                if events.poll(STALL_SECONDS):
-                    event = events.recv_bytes()
-                    latest, used = time.monotonic(), _cpu_seconds(child.pid)
-                    is_done |= self._take_event(**json.loads(event))
-                else:
+                if not events.poll(STALL_SECONDS):
                     is_blocked = time.monotonic() - latest >= BLOCKED_SECONDS
                     is_stalled = is_blocked or _cpu_seconds(child.pid) - used >= STALL_SECONDS  # else it is slow
+                    continue
+                try:
+                    event = events.recv_bytes()
+                except (EOFError, OSError):  # the child has ended, in the middle of an event if it was killed
+                    break
+                latest, used = time.monotonic(), _cpu_seconds(child.pid)
+                is_done |= self._take_event(**json.loads(event))
         return _end(child, is_stalled, is_done)
 
     def _take_event(self, kind: str, value: Any) -> bool:
@@ -189,7 +192,7 @@ def _run_alone(job: Job, scenario: Scenario) -> None:
 
 def _ends_process(job: Job, scenario: Scenario) -> bool:
     """Whether the scenario ends its process, or hangs it."""
-    child = FORK.Process(target=_run_alone, args=(job, scenario))
+    child = FORK.Process(target=_run_alone, args=(job, scenario), daemon=True)
     child.start()
     child.join(STALL_SECONDS / 4)
     exit_code = child.exitcode

@@ -33,6 +33,7 @@ def test_faults_in_these_shapes_are_found(tmp_path: Path) -> None:
     for (name, fault), verdicts in zip(shapes.BROKEN_SHAPES.items(), found, strict=True):
         assert verdicts[fault.contract]["verdict"] == "broken", name
         assert {fault.contract, *fault.also}.issuperset(names(verdicts, "broken")), name
+    assert "IndexError" in found[1]["C04"]["message"]
 
 
 def test_shapes_of_schedulers_that_run_ahead(tmp_path: Path) -> None:

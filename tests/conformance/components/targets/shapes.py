@@ -236,9 +236,10 @@ UNKNOWN = {
     "the block manager no swap_": Fault("", *_HAS_SWAPPED),
 }
 
+# Each is found by the contract that it breaks.
 BROKEN_SHAPES = {
     "a block that comes back to the wrong place": shape(
-        *(new.replace(*_WRONG_PLACE) for new in _SWAPPING), breaks="C06"),
+        *(text.replace(*_WRONG_PLACE) for text in _SWAPPING), breaks="C06"),
     "cached blocks that nothing takes again": shape(*_CACHED, breaks="C04", also=("C16",)),
     "a worker that gets one token and reads all": shape(
         *_UNIFIED, *_BATCH, *_DERIVED, breaks="C30", renamed={"prepare_decode": "prepare_other"}),
