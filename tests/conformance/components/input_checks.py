@@ -17,10 +17,9 @@ def check_inputs(target: Any, batch: list[Scheduled], got: Prepared) -> None:
             target.broken(contract, f"{what} is {found}, and must be {right}")
 
     cache = target.cache
-    tokens, positions, slots = [], [], []
-    stored: list[bool] = []
+    tokens, positions, slots, stored = [], [], [], []
     for item in batch:
-        span = range(item.start, item.start + item.count)
+        span = range(item.start, item.end)
         request = target.request_of(item.seq)
         for position in span:
             is_in_flight = position >= len(request.known) and len(tokens) < len(got.input_ids)
@@ -38,39 +37,32 @@ def check_inputs(target: Any, batch: list[Scheduled], got: Prepared) -> None:
     prefill = [item for item in batch if item.is_prefill or got.is_unified]
     decode = [item for item in batch if not item.is_prefill or (got.is_unified and got.context_lens)]
     if prefill:
-        same("C36", "cu_seqlens_q", got.cu_seqlens_q, _running_sum([item.count for item in prefill]))
-        same("C37", "cu_seqlens_k", got.cu_seqlens_k, _running_sum([item.start + item.count for item in prefill]))
+        same("C36", "cu_seqlens_q", got.cu_seqlens_q, [0, *accumulate(item.count for item in prefill)])
+        same("C37", "cu_seqlens_k", got.cu_seqlens_k, [0, *accumulate(item.end for item in prefill)])
         if any(item.start for item in prefill):
             _check_tables(target, "prefill", prefill, got.prefill_tables)
     if decode:
-        ends = [
-            item.start + item.count if got.is_unified else len(target.request_of(item.seq).tokens) for item in decode
-        ]
+        ends = [item.end if got.is_unified else len(target.request_of(item.seq).tokens) for item in decode]
         same("C38", "context_lens", got.context_lens, ends)
         if not got.is_unified:
             _check_tables(target, "decode", decode, got.decode_tables)
     if got.temperatures is None:
         target.skip("C40", "ModelRunner has no prepare_sample that returns temperatures")
         return
-    is_sampled = [item.start + item.count == len(target.request_of(item.seq).tokens) for item in batch]
-    temperatures = [target.request_of(item.seq).temperature for item in batch]
-    sampled = [value for value, wanted in zip(temperatures, is_sampled, strict=True) if wanted]
+    requests = [target.request_of(item.seq) for item in batch]
+    temperatures = [request.temperature for request in requests]
+    sampled = [r.temperature for r, item in zip(requests, batch, strict=True) if item.end == len(r.tokens)]
     same("C40", "temperatures", got.temperatures, sampled if len(got.temperatures) == len(sampled) else temperatures)
 
 
 def _check_tables(target: Any, kind: str, batch: list[Scheduled], tables: list[list[int]] | None) -> None:
-    target.check("C39")
+    target.expect("C39", tables is not None, f"a {kind} step reads cached keys, and has no block tables")
     if tables is None:
-        target.broken("C39", f"a {kind} step reads cached keys, and has no block tables")
         return
     size = target.setup.block_size
     for row, item in zip(tables, batch, strict=False):
-        needed = -(-(item.start + item.count) // size)
-        if row[:needed] != list(item.seq.block_table)[:needed]:
-            target.broken("C39", f"a row of block_tables is {row}, and the block table {list(item.seq.block_table)}")
+        needed, table = -(-item.end // size), list(item.seq.block_table)
+        if row[:needed] != table[:needed]:
+            target.broken("C39", f"a row of block_tables is {row}, and the block table {table}")
     if len(tables) != len(batch):
         target.broken("C39", f"{len(tables)} rows of block_tables for {len(batch)} sequences")
-
-
-def _running_sum(values: list[int]) -> list[int]:
-    return list(accumulate(values, initial=0))

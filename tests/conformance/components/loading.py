@@ -6,6 +6,7 @@ Used in the process that runs the target. Imports nothing of nanovllm, whose nam
 import importlib
 import importlib.abc
 import importlib.machinery
+import importlib.util
 import re
 import sys
 from collections.abc import Sequence
@@ -70,31 +71,25 @@ class _StandInModule(ModuleType):
     __version__ = "0.0.0"
 
     def __getattr__(self, name: str) -> StandIn:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return StandIn(f"{self.__name__}.{name}")
+        return getattr(StandIn(self.__name__), name)
 
 
 class _StandInFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    def __init__(self, is_first: bool) -> None:
-        self.is_first = is_first
+    """Finds what no other finder does, unless it is a module of the target itself, or a needed one."""
+
+    def __init__(self) -> None:
         self.missing: set[str] = set()
 
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
         top = name.partition(".")[0]
-        if self.is_first != (top in REPLACED) or (not self.is_first and not self._is_missing_package(name)):
+        is_real = not isinstance(sys.modules.get(top), _StandInModule | None)
+        if is_real or top in NEEDED or top in sys.stdlib_module_names or top.startswith("_"):
             return None
-        return importlib.machinery.ModuleSpec(name, self, is_package=True)
-
-    def _is_missing_package(self, name: str) -> bool:
-        """Whether the last finder may stand in: not for a module of the target itself, and not for a needed one."""
-        top = name.partition(".")[0]
-        if top in NEEDED or top in sys.stdlib_module_names or top.startswith("_"):
-            return False
-        if top in sys.modules and not isinstance(sys.modules[top], _StandInModule):
-            return False
         self.missing.add(top)
-        return True
+        return self.spec(name)
+
+    def spec(self, name: str) -> importlib.machinery.ModuleSpec:
+        return importlib.machinery.ModuleSpec(name, self, is_package=True)
 
     def create_module(self, spec: Any) -> ModuleType:
         return _StandInModule(spec.name)
@@ -127,32 +122,22 @@ def find_package(path: Path) -> Path:
     """The folder of the checkout that has engine/scheduler.py: nanovllm/, or whatever the fork calls it."""
     if not path.is_dir():
         raise NotRecognised(f"{path} is no folder; give the root of a checkout of nano-vllm or of a fork")
-    found = sorted(
-        (folder.parent.parent for folder in path.glob("**/engine/scheduler.py") if _is_source(folder, path)),
-        key=lambda folder: (len(folder.parts), str(folder)),
-    )
-    if not found:
+    folders = [file.relative_to(path).parent.parent for file in path.glob("**/engine/scheduler.py")]
+    folders = [one for one in folders if not any(part in SKIPPED_FOLDERS or part[0] == "." for part in one.parts)]
+    if not folders:
         raise NotRecognised(f"{path} has no PACKAGE/engine/scheduler.py; give the root of a checkout")
-    return found[0]
-
-
-def _is_source(file: Path, root: Path) -> bool:
-    parts = file.relative_to(root).parts
-    return not any(part in SKIPPED_FOLDERS or part.startswith(".") for part in parts)
+    return path / min(folders, key=lambda folder: (len(folder.parts), str(folder)))
 
 
 def load(package: Path) -> dict[str, Any]:
-    """The target's classes by role (ROLES), and under "modules" its loaded modules. Missing roles are absent.
-
-    Raises NotRecognised if a component cannot be imported even with stand-ins.
-    """
+    """The target's classes by role (ROLES); {role: why it is absent} under "reasons"; "package"; "stand_ins"."""
     sys.dont_write_bytecode = True
     _replace_cuda()
-    first, last = _StandInFinder(is_first=True), _StandInFinder(is_first=False)
     for name in [name for name in sys.modules if name.partition(".")[0] in (*REPLACED, package.name)]:
         del sys.modules[name]
-    sys.meta_path.insert(0, first)
-    sys.meta_path.append(last)
+    finder = _StandInFinder()
+    sys.modules.update({name: importlib.util.module_from_spec(finder.spec(name)) for name in REPLACED})
+    sys.meta_path.append(finder)
     sys.path.insert(0, str(package.parent))
     root, found, reasons = package.name, {}, {}
     for role, file in ROLES.items():
@@ -163,10 +148,8 @@ def load(package: Path) -> dict[str, Any]:
             found[role] = getattr(importlib.import_module(f"{root}.{module}"), role)
         except (Exception, SystemExit) as error:
             reasons[role] = f"{root}.{module} cannot be imported without a GPU: {type(error).__name__}: {error}"
-    found["reasons"] = reasons
-    found["package"] = package
-    found["stand_ins"] = sorted(last.missing)
-    return found
+    stand_ins = sorted(finder.missing.difference(REPLACED))
+    return found | {"reasons": reasons, "package": package, "stand_ins": stand_ins}
 
 
 def _module_of(package: Path, role: str, file: str) -> str | None:
@@ -184,9 +167,6 @@ def _replace_cuda() -> None:
     import torch
     import torch.distributed as dist
 
-    if getattr(torch, "_conformance_stand_ins", False):
-        return
-    torch._conformance_stand_ins = True  # type: ignore[attr-defined]
     for name in ("tensor", "empty", "zeros", "ones", "full", "arange", "as_tensor", "empty_like", "zeros_like"):
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     torch.Tensor.cuda = torch.Tensor.pin_memory = lambda self, *args, **options: self  # type: ignore[assignment]

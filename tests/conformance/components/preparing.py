@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from tests.conformance.components.adapters import STEP_SEQUENCES, Adapter, Scheduled, describe, first_of
+from tests.conformance.components.adapters import STEP_SEQUENCES, Adapter, Scheduled, describe, first_of, first_value
 from tests.conformance.components.loading import NotRecognised
 
 CONTEXT_MODULES = ("utils.context", "context", "engine.context")
@@ -42,117 +42,103 @@ class UnknownStep(Exception):
     """The inputs of one kind of step are prepared in an unknown way; those of the others are checked."""
 
 
-class Preparation:
-    """prepare(what schedule() returned, its sequences, is_worker) -> Prepared; None, and the reason, if none is found.
+def find_preparation(adapter: Adapter) -> Callable[..., Prepared]:
+    """prepare(what schedule() returned, its sequences, is_worker) -> Prepared. Raises NotRecognised if none is found.
 
     is_worker: prepares as another rank than the first, which samples nothing.
     """
+    package = adapter.found["package"].name
+    module = _import(f"{package}.engine.model_input")
+    if _has_both(module):
+        return lambda result, batch, is_worker=False: _from_functions(module, batch, is_worker)
+    runner_class = adapter.found.get("ModelRunner")
+    if runner_class is None:
+        raise NotRecognised(adapter.found["reasons"].get("ModelRunner", "no class ModelRunner"))
+    contexts = (_import(f"{package}.{name}") for name in CONTEXT_MODULES)
+    context = next((module for module in contexts if hasattr(module, "get_context")), None)
+    if context is None:
+        raise NotRecognised(f"no module of {CONTEXT_MODULES} has get_context()")
+    options = inspect.signature(runner_class.__init__).parameters.values()
+    values = {option.name: option.default for option in options if option.default is not option.empty} | {
+        "config": adapter.config,
+        "block_size": adapter.setup.block_size,
+        "world_size": 1,
+        "rank": 0,
+        "enforce_eager": True,
+        "device": "cpu",
+        "use_cuda": False,
+    }
+    runner = object.__new__(runner_class)
+    for name, value in values.items():
+        setattr(runner, name, value)
+    if not _has_both(runner) and first_of(runner, WHOLE_STEP) is None:
+        raise NotRecognised(f"ModelRunner has neither prepare_prefill and prepare_decode nor one of {WHOLE_STEP}")
+    return lambda *step, is_worker=False: _from_runner(runner, context, *step, is_worker)
 
-    def __init__(self, adapter: Adapter) -> None:
-        self.adapter = adapter
-        self.prepare, self.reason = self._find()
 
-    def _find(self) -> tuple[Callable[..., Prepared] | None, str]:
-        package = self.adapter.found["package"].name
-        try:
-            module = importlib.import_module(f"{package}.engine.model_input")
-        except ImportError:
-            module = None
-        if module is not None and _has_both(module):
-            return lambda result, batch, is_worker=False: self._from_functions(module, batch, is_worker), ""
-        runner_class = self.adapter.found.get("ModelRunner")
-        if runner_class is None:
-            return None, self.adapter.found["reasons"].get("ModelRunner", "no class ModelRunner")
-        runner = object.__new__(runner_class)
-        contexts = (f"{package}.{name}" for name in CONTEXT_MODULES)
-        context = next((found for found in map(_import, contexts) if hasattr(found, "get_context")), None)
-        if context is None:
-            return None, f"no module of {CONTEXT_MODULES} has get_context()"
-        options = inspect.signature(runner_class.__init__).parameters.values()
-        defaults = {option.name: option.default for option in options if option.default is not option.empty}
-        values = defaults | {
-            "config": self.adapter.config,
-            "block_size": self.adapter.setup.block_size,
-            "world_size": 1,
-            "rank": 0,
-            "enforce_eager": True,
-            "device": "cpu",
-            "use_cuda": False,
-        }
-        for name, value in values.items():
-            setattr(runner, name, value)
-        if _has_both(runner) or first_of(runner, WHOLE_STEP):
-            return lambda *step, is_worker=False: self._from_runner(runner, context, *step, is_worker), ""
-        return None, f"ModelRunner has neither prepare_prefill and prepare_decode nor one of {WHOLE_STEP}"
+def _from_functions(module: Any, batch: list[Scheduled], is_worker: bool) -> Prepared:
+    is_prefill, sequences = batch[0].is_prefill, [item.seq for item in batch]
+    if not is_prefill and batch[0].is_behind:
+        inputs = getattr(module, DECODE_BEHIND)(sequences, [item.seq for item in batch if item.is_in_flight])
+    else:
+        inputs = (module.prepare_prefill if is_prefill else module.prepare_decode)(sequences)
+    tables = inputs.block_tables.tolist() if inputs.reads_cache else None
+    return Prepared(
+        inputs.input_ids.tolist(),
+        inputs.positions.tolist(),
+        inputs.slot_mapping.tolist(),
+        inputs.cu_seqlens_q.tolist(),
+        inputs.cu_seqlens_k.tolist(),
+        inputs.context_lens.tolist(),
+        tables if is_prefill else None,
+        None if is_prefill else tables,
+        None if is_worker else inputs.sampling.temperature.tolist(),
+    )
 
-    @staticmethod
-    def _from_functions(module: Any, batch: list[Scheduled], is_worker: bool) -> Prepared:
-        is_prefill, sequences = batch[0].is_prefill, [item.seq for item in batch]
-        if not is_prefill and batch[0].is_behind:
-            inputs = getattr(module, DECODE_BEHIND)(sequences, [item.seq for item in batch if item.is_in_flight])
-        else:
-            inputs = (module.prepare_prefill if is_prefill else module.prepare_decode)(sequences)
-        tables = inputs.block_tables.tolist() if inputs.reads_cache else None
-        return Prepared(
-            inputs.input_ids.tolist(),
-            inputs.positions.tolist(),
-            inputs.slot_mapping.tolist(),
-            inputs.cu_seqlens_q.tolist(),
-            inputs.cu_seqlens_k.tolist(),
-            inputs.context_lens.tolist(),
-            tables if is_prefill else None,
-            None if is_prefill else tables,
-            None if is_worker else inputs.sampling.temperature.tolist(),
-        )
 
-    @staticmethod
-    def _from_runner(
-        runner: Any, context_module: Any, result: Any, batch: list[Scheduled], is_worker: bool
-    ) -> Prepared:
-        has_prefill = any(item.is_prefill for item in batch)
-        has_decode = not all(item.is_prefill for item in batch)
-        sequences = [item.seq for item in batch]
-        is_unified = False
-        if not _has_both(runner):
-            name = first_of(runner, WHOLE_STEP)
-            prepare = getattr(runner, name or "")
-            prepared = prepare(_argument(prepare, result, sequences))
-            if is_unified := name in UNIFIED:
-                has_prefill = has_decode = True
-        elif has_prefill and has_decode:
-            raise NotRecognised("a step has prefill and decode, and ModelRunner prepares only one at a time")
-        else:
-            other = [name for name in dir(runner) if name.startswith("prepare_") and "async" in name]
-            if other and any(item.is_in_flight for item in batch):
-                raise UnknownStep(f"ModelRunner has {other[0]}, which no table of preparing.py knows")
-            prepared = (runner.prepare_prefill if has_prefill else runner.prepare_decode)(sequences)
-        if not isinstance(prepared, tuple) or len(prepared) < 2:
-            raise NotRecognised(f"the preparation of a step returns {describe(prepared)}")
-        context = context_module.get_context()
+def _from_runner(runner: Any, context_module: Any, result: Any, batch: list[Scheduled], is_worker: bool) -> Prepared:
+    sequences = [item.seq for item in batch]
+    has_prefill = any(item.is_prefill for item in batch)
+    has_decode = not all(item.is_prefill for item in batch)
+    is_unified = False
+    if not _has_both(runner):
+        name = str(first_of(runner, WHOLE_STEP))
+        prepare = getattr(runner, name)
+        prepared = prepare(_argument(prepare, result, sequences))
+        if is_unified := name in UNIFIED:
+            has_prefill = has_decode = True
+    elif has_prefill and has_decode:
+        raise NotRecognised("a step has prefill and decode, and ModelRunner prepares only one at a time")
+    else:
+        other = [name for name in dir(runner) if name.startswith("prepare_") and "async" in name]
+        if other and any(item.is_in_flight for item in batch):
+            raise UnknownStep(f"ModelRunner has {other[0]}, which no table of preparing.py knows")
+        prepared = (runner.prepare_prefill if has_prefill else runner.prepare_decode)(sequences)
+    if not isinstance(prepared, tuple) or len(prepared) < 2:
+        raise NotRecognised(f"the preparation of a step returns {describe(prepared)}")
+    context = context_module.get_context()
 
-        def read(names: tuple[str, ...], is_there: bool) -> Any:
-            name = first_of(context, names)
-            value = getattr(context, name) if name and is_there else None
-            return value.tolist() if hasattr(value, "tolist") else value
+    def read(is_there: bool, *names: str) -> Any:
+        value = first_value(context, names) if is_there else None
+        return value.tolist() if hasattr(value, "tolist") else value
 
-        temperatures = None
-        if not is_worker and hasattr(runner, "prepare_sample"):
-            rows = runner.prepare_sample(sequences)
-            temperatures = rows.tolist() if hasattr(rows, "tolist") else None
-        if temperatures is None and not is_worker and is_unified and len(prepared) > 2:
-            temperatures = prepared[2].tolist() if hasattr(prepared[2], "tolist") else None
-        return Prepared(
-            prepared[0].tolist(),
-            prepared[1].tolist(),
-            read(("slot_mapping",), True),
-            read(("cu_seqlens_q",), has_prefill),
-            read(("cu_seqlens_k",), has_prefill),
-            read(("context_lens",), has_decode),
-            read(PREFILL_TABLES, has_prefill),
-            read(DECODE_TABLES, has_decode),
-            temperatures,
-            is_unified,
-        )
+    temperatures = None
+    if not is_worker:
+        temperatures = runner.prepare_sample(sequences) if hasattr(runner, "prepare_sample") else None
+        if is_unified and not hasattr(temperatures, "tolist"):
+            temperatures = (*prepared, None)[2]
+    return Prepared(
+        prepared[0].tolist(),
+        prepared[1].tolist(),
+        read(True, "slot_mapping"),
+        read(has_prefill, "cu_seqlens_q"),
+        read(has_prefill, "cu_seqlens_k"),
+        read(has_decode, "context_lens"),
+        read(has_prefill, *PREFILL_TABLES),
+        read(has_decode, *DECODE_TABLES),
+        temperatures.tolist() if hasattr(temperatures, "tolist") else None,
+        is_unified,
+    )
 
 
 def _has_both(owner: Any) -> bool:

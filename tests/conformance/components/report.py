@@ -1,7 +1,7 @@
 """The verdicts as text, JSON and HTML."""
 
-import html
 import json
+from html import escape
 from typing import Any
 
 from tests.conformance.components.contracts import CONTRACTS
@@ -96,19 +96,17 @@ def as_html(results: list[dict[str, Any]]) -> str:
     """One page, without scripts and without links to other machines' files."""
     parts = [f"<title>Conformance</title><style>{_STYLE}</style>"]
     for result in results:
-        parts.append(f"<h1>{html.escape(result['target'])}</h1><p>{html.escape(summary(result))}</p>")
-        parts += [f"<p>{html.escape(note)}</p>" for note in _notes(result)]
+        parts.append(f"<h1>{escape(result['target'])}</h1><p>{escape(summary(result))}</p>")
+        parts += [f"<p>{escape(note)}</p>" for note in _notes(result)]
         parts.append("<table>")
         for name, verdict in result["verdicts"].items():
             kind = verdict["verdict"]
-            cell = f"<b>{html.escape(CONTRACTS[name].rule)}</b>"
+            cell = f"<b>{escape(CONTRACTS[name].rule)}</b>"
             if kind == NOT_APPLICABLE:
-                cell += f"<br>{html.escape(verdict['reason'])}"
+                cell += f"<br>{escape(verdict['reason'])}"
             if kind == BROKEN:
-                cell += f"<br>{html.escape(verdict['message'])}<br>Users see: {html.escape(CONTRACTS[name].users_see)}"
-                cell += (
-                    f"<pre>{html.escape(verdict['script'])}</pre><pre>{html.escape(short(verdict['picture']))}</pre>"
-                )
+                cell += f"<br>{escape(verdict['message'])}<br>Users see: {escape(CONTRACTS[name].users_see)}"
+                cell += f"<pre>{escape(verdict['script'])}</pre><pre>{escape(short(verdict['picture']))}</pre>"
             parts.append(f"<tr><td>{name}</td><td class='{kind.split()[0]}'>{kind}</td><td>{cell}</td></tr>")
         parts.append("</table>")
     return "<!doctype html><html lang='en'><meta charset='utf-8'>" + "\n".join(parts) + "</html>\n"

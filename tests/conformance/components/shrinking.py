@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from tests.conformance.components.explore import Scenario, Step, num_given
+from tests.conformance.components.explore import Scenario, Step
 from tests.conformance.components.target import Setup
 
 MINIMAL = {"block_size": 2, "num_blocks": 1, "max_num_seqs": 1, "max_num_batched_tokens": 1}
@@ -47,7 +47,7 @@ def size(scenario: Scenario) -> tuple[Any, ...]:
         len(scenario.steps),
         sum(len(step[1]) + step[2] for step in adds),
         sum(map(sum, (step[1] for step in adds))) + sum(step[3] for step in adds),
-        num_given(setup),
+        len(setup.given),
         sum(getattr(setup, name) for name in MINIMAL),
     )
 
@@ -84,31 +84,20 @@ def _candidates(scenario: Scenario) -> Iterator[Scenario]:
         value = getattr(setup, name)
         for other in sorted({least, value // 2, value - 1, getattr(Setup(), name)}):
             if least <= other != value:
-                yield from _fitting(replace(setup, max_model_len=0, **{name: other}), steps)
+                yield from _fitting(replace(setup, **{name: other}), steps)
 
 
 def _without(steps: tuple[Step, ...], start: int, end: int) -> tuple[Step, ...]:
     """Steps without those of the range; aborts keep their request."""
-    number, mapping, kept = 0, {}, []
-    for index, step in enumerate(steps):
-        is_removed = start <= index < end
-        if step[0] == "add":
-            if not is_removed:
-                mapping[number] = len(mapping)
-            number += 1
-        if is_removed:
-            continue
-        if step[0] == "abort":
-            if step[1] in mapping:
-                kept.append(("abort", mapping[step[1]]))
-            continue
-        kept.append(step)
-    return tuple(kept)
+    adds = [index for index, step in enumerate(steps) if step[0] == "add"]
+    left = [number for number, index in enumerate(adds) if not start <= index < end]
+    kept = [step for step in (*steps[:start], *steps[end:]) if step[0] != "abort" or step[1] in left]
+    return tuple(("abort", left.index(step[1])) if step[0] == "abort" else step for step in kept)
 
 
 def _fitting(setup: Setup, steps: tuple[Step, ...]) -> Iterator[Scenario]:
     """The steps with requests that are cut to fit the smaller setup: their outputs, or their prompts first."""
-    room = setup.block_size * setup.num_blocks
+    room = setup.num_slots
     for is_prompt_first in (False, True):
         cut = []
         for step in steps:
@@ -126,16 +115,7 @@ def without_finish(scenario: Scenario) -> Scenario:
 
 def is_legal(scenario: Scenario, is_chunked: bool) -> bool:
     """Whether every request fits, so that a target has to serve it."""
-    setup, num_adds = scenario.setup, 0
-    room = setup.block_size * setup.num_blocks
-    least = setup.max_num_seqs if is_chunked else room
-    if setup.max_num_batched_tokens < least or setup.max_model_len < room + 1:
-        return False
-    for step in scenario.steps:
-        if step[0] == "add":
-            num_adds += 1
-            if len(step[1]) + step[2] > room:
-                return False
-        if step[0] == "abort" and step[1] >= num_adds:
-            return False
-    return True
+    setup = scenario.setup
+    least = setup.max_num_seqs if is_chunked else setup.num_slots
+    lengths = [len(step[1]) + step[2] for step in scenario.steps if step[0] == "add"]
+    return setup.max_num_batched_tokens >= least and max(lengths, default=0) <= setup.num_slots

@@ -8,7 +8,9 @@ from collections import Counter
 from itertools import accumulate
 from typing import Any
 
-from tests.conformance.components.adapters import EOS, Scheduled
+from tests.conformance.components.adapters import EOS, RUNNING, WAITING, Scheduled
+
+NO_FREE_LIST = "the block manager has no list of free blocks that adapters.py knows"
 
 
 def chains(tokens: list[int]) -> list[int]:
@@ -53,44 +55,35 @@ class Before:
     """The queues before a step."""
 
     def __init__(self, target: Any) -> None:
-        adapter = target.adapter
-        self.running = list(adapter.running)
+        self.running = {id(seq) for seq in target.adapter.queue(RUNNING)}
         self.tables = {request.number: request.table for request in target.live}
-        self.free = adapter.free_blocks()
+        self.free = target.adapter.free_blocks()
         self.num_lost = num_lost_blocks(target)
         size = target.setup.block_size
-        going = [r for r in target.live if len(r.output) < r.max_tokens and any(r.seq is seq for seq in self.running)]
+        going = [r for r in target.live if len(r.output) < r.max_tokens and id(r.seq) in self.running]
         self.demand = sum(max(0, -(-len(r.tokens) // size) - len(r.seq.block_table)) for r in going)
         self.preempted = [r for r in target.live if r.was_preempted and not r.is_admitted]
 
 
 def check_schedule(target: Any, before: Before, batch: list[Scheduled]) -> None:
     """What schedule() decided: blocks first, then limits and order."""
-    setup = target.setup
+    max_num_seqs, max_tokens = target.setup.max_num_seqs, target.setup.max_num_batched_tokens
     check_blocks(target)
     for item in batch:
-        request = target.request_of(item.seq)
-        target.check("C13")
-        if item.count < 1 or item.start + item.count > len(request.tokens):
-            target.broken(
-                "C13", f"a sequence of {len(request.tokens)} tokens computes {item.count} from position {item.start} on"
-            )
-        target.check("C05")
-        num_slots = len(item.seq.block_table) * setup.block_size
-        if num_slots < item.start + item.count:
-            end = item.start + item.count
-            target.broken("C05", f"the block table has {num_slots} slots, and the step computes up to token {end}")
-    target.check("C11")
-    if len(batch) > setup.max_num_seqs:
-        target.broken("C11", f"a step of {len(batch)} sequences, max_num_seqs={setup.max_num_seqs}")
-    target.check("C10")
+        length = len(target.request_of(item.seq).tokens)
+        what = f"a sequence of {length} tokens computes {item.count} from position {item.start} on"
+        target.expect("C13", item.count >= 1 and item.end <= length, what)
+        num_slots = len(item.seq.block_table) * target.setup.block_size
+        what = f"the block table has {num_slots} slots, and the step computes up to token {item.end}"
+        target.expect("C05", item.end <= num_slots, what)
+    fits = len(batch) <= max_num_seqs
+    target.expect("C11", fits, f"a step of {len(batch)} sequences, max_num_seqs={max_num_seqs}")
     num_tokens = sum(item.count for item in batch)
-    if num_tokens > setup.max_num_batched_tokens and len(batch) <= setup.max_num_seqs:
-        target.broken("C10", f"a step of {num_tokens} tokens, max_num_batched_tokens={setup.max_num_batched_tokens}")
-    target.check("C12")
-    holding = [request for request in target.live if request.table]
-    if len(holding) > setup.max_num_seqs >= len(batch):
-        target.broken("C12", f"{len(holding)} sequences hold blocks, max_num_seqs={setup.max_num_seqs}")
+    what = f"a step of {num_tokens} tokens, max_num_batched_tokens={max_tokens}"
+    target.expect("C10", num_tokens <= max_tokens or not fits, what)
+    num_holding = sum(bool(request.table) for request in target.live)
+    what = f"{num_holding} sequences hold blocks, max_num_seqs={max_num_seqs}"
+    target.expect("C12", num_holding <= max_num_seqs or not fits, what)
     _check_preemptions(target, before, batch)
 
 
@@ -102,8 +95,7 @@ def check_blocks(target: Any) -> None:
         if len(set(table)) < len(table):
             hits = table[: request.num_hit_tokens // target.setup.block_size]
             is_hit = len(set(hits)) < len(hits)  # one block cannot hold two parts of a prefix
-            contract = "C03" if not is_hit else "C07" if target.setup.weak_hash else "C06"
-            target.broken(contract, f"the block table {table} has a block twice")
+            target.broken(target.hit_contract if is_hit else "C03", f"the block table {table} has a block twice")
         holders.update(table)
     counts = target.adapter.ref_counts()
     if counts is None:
@@ -115,7 +107,7 @@ def check_blocks(target: Any) -> None:
                 target.broken("C02", f"block {block_id}: ref_count {count}, in {holders[block_id]} block tables")
     free = target.adapter.free_blocks()
     if free is None:
-        target.skip("C03", "the block manager has no list of free blocks that adapters.py knows")
+        target.skip("C03", NO_FREE_LIST)
     elif set(free) & holders.keys() or len(set(free)) < len(free):
         both = sorted(set(free) & holders.keys())
         target.broken("C03", f"the free list {sorted(free)} has a block twice, or one of a block table: {both}")
@@ -137,26 +129,22 @@ def explain_failure(target: Any, before: Before, num_lost: int) -> None:
 
 
 def _check_preemptions(target: Any, before: Before, batch: list[Scheduled]) -> None:
-    preempted = [r for r in target.live if not r.table and any(r.seq is seq for seq in before.running)]
-    admitted = [item for item in batch if not any(item.seq is seq for seq in before.running)]
-    if before.free is not None and preempted and not admitted:
-        target.check("C14")
-        if len(before.free) >= before.demand:
-            target.broken(
-                "C14",
-                f"{len(before.free)} blocks are free, the running sequences need {before.demand}, and one is preempted",
-            )
-    elif before.free is None:
-        target.skip("C14", "the block manager has no list of free blocks that adapters.py knows")
+    preempted = [r for r in target.live if not r.table and id(r.seq) in before.running]
+    admitted = [target.request_of(item.seq) for item in batch if id(item.seq) not in before.running]
+    if before.free is None:
+        target.skip("C14", NO_FREE_LIST)
+    elif preempted and not admitted:
+        num_free = len(before.free)
+        what = f"{num_free} blocks are free, the running sequences need {before.demand}, and one is preempted"
+        target.expect("C14", num_free < before.demand, what)
     if not target.adapter.is_first_come_first_served:
         target.skip("C15", "the waiting queue is no deque: another order than first come, first served")
         return
-    for item in admitted:
-        request = target.request_of(item.seq)
+    for request in admitted:
         for other in before.preempted:
-            target.check("C15")
-            if other is not request and not other.table and other.number < request.number:
-                target.broken("C15", f"request {request.number} runs, and request {other.number} waits since preempted")
+            is_late = other is not request and not other.table and other.number < request.number
+            what = f"request {request.number} runs, and request {other.number} waits since preempted"
+            target.expect("C15", not is_late, what)
 
 
 # --- the symbolic model ---
@@ -169,65 +157,55 @@ def store_and_read(target: Any, batch: list[Scheduled]) -> None:
     values = {id(item.seq): _values(target.request_of(item.seq).tokens) for item in batch}
     written: dict[int, Any] = {}
     for item in batch:
-        for position in range(target.adapter.first_stored(item), item.start + item.count):
+        for position in range(target.adapter.first_stored(item), item.end):
             slot = cache.slot(item.seq.block_table, position)
             value = values[id(item.seq)][position]
             target.check("C01")
             if written.setdefault(slot, value) != value:
                 target.broken("C01", f"two sequences of one step store their keys in slot {slot}")
-            if cache.slots[slot] != value:
-                _check_no_reader(target, item, slot, position, readers)
+            if cache.slots[slot] not in (None, value):
+                _check_no_reader(target, item, slot, readers)
     cache.slots = [written.get(slot, value) for slot, value in enumerate(cache.slots)]
     for item in batch:
         _check_reads(target, item, values[id(item.seq)])
 
 
 def _values(tokens: list[int]) -> list[tuple[int, int, int]]:
-    return [
-        (chain, token, position) for position, (chain, token) in enumerate(zip(chains(tokens), tokens, strict=True))
-    ]
+    return list(zip(chains(tokens), tokens, range(len(tokens)), strict=True))
 
 
-def _check_no_reader(target: Any, item: Scheduled, slot: int, position: int, readers: list[Any]) -> None:
+def _check_no_reader(target: Any, item: Scheduled, slot: int, readers: list[Any]) -> None:
     """The slot's content changes: no other sequence may need what is there now."""
-    old = target.cache.slots[slot]
+    block, offset = divmod(slot, target.setup.block_size)
     for request, table in readers:
-        if request.seq is item.seq or slot // target.setup.block_size not in table or old is None:
+        if request.seq is item.seq or block not in table:
             continue
-        index = (
-            table.index(slot // target.setup.block_size) * target.setup.block_size + position % target.setup.block_size
-        )
-        if index < len(request.tokens) - 1 and old == _values(request.tokens)[index]:
+        index = table.index(block) * target.setup.block_size + offset
+        if index < len(request.tokens) - 1 and target.cache.slots[slot] == _values(request.tokens)[index]:
             if request in target.admitted and index < request.num_hit_tokens:
-                writer, block = target.request_of(item.seq).number, slot // target.setup.block_size
+                writer = target.request_of(item.seq).number
                 what = f"request {request.number} shares block {block}, which request {writer} fills in the same step"
-                target.broken("C07" if target.setup.weak_hash else "C06", what)
+                target.broken(target.hit_contract, what)
             target.broken("C01", f"slot {slot} is overwritten, and request {request.number} reads it")
 
 
 def _check_reads(target: Any, item: Scheduled, right: list[tuple[int, int, int]]) -> None:
     cache, request = target.cache, target.request_of(item.seq)
-    size = target.setup.block_size
-    for position in range(item.start + item.count):
+    for position in range(item.end):
         found = cache.slots[cache.slot(item.seq.block_table, position)]
         is_hit = position < request.num_hit_tokens
-        for contract in ("C06", "C08") if is_hit else ():
-            target.check("C07" if target.setup.weak_hash and contract == "C06" else contract)
+        for contract in (target.hit_contract, "C08") if is_hit else ():
+            target.check(contract)
         if found == right[position]:
             continue
-        block = item.seq.block_table[position // size]
+        who, block = f"request {request.number}", item.seq.block_table[position // target.setup.block_size]
         if not is_hit:
-            target.broken(
-                "C01", f"request {request.number} reads token {position} in block {block}, which was overwritten"
-            )
+            target.broken("C01", f"{who} reads token {position} in block {block}, which was overwritten")
         if found is None:
             target.broken("C08", f"block {block} is shared, and token {position} was never stored in it")
-        contract = "C07" if target.setup.weak_hash else "C06"
         is_same = found[1] == right[position][1]
         what = "the right token, after other tokens than its own" if is_same else "another token"
-        target.broken(
-            contract, f"request {request.number} shares block {block}, which holds for token {position} {what}"
-        )
+        target.broken(target.hit_contract, f"{who} shares block {block}, which holds for token {position} {what}")
 
 
 # --- after the step ---
@@ -236,14 +214,13 @@ def _check_reads(target: Any, item: Scheduled, right: list[tuple[int, int, int]]
 def check_tokens(target: Any, batch: list[Scheduled]) -> None:
     for item in batch:
         request, seq = target.request_of(item.seq), item.seq
-        contract, known = "C43" if request.was_caught else "C20", request.known
-        target.check(contract)
-        if len(seq) != len(known):
-            what = f"request {request.number} has {len(seq)} tokens after this step, and must have {len(known)}"
-            target.broken(contract, what)
+        who, known = f"request {request.number}", request.known
+        contract = "C43" if request.was_caught else "C20"
+        what = f"{who} has {len(seq)} tokens after this step, and must have {len(known)}"
+        target.expect(contract, len(seq) == len(known), what)
         held = list(getattr(seq, "token_ids", known))
         if held != known:
-            target.broken(contract, f"the tokens of request {request.number} are {held}, and must be {known}")
+            target.broken(contract, f"the tokens of {who} are {held}, and must be {known}")
         is_finished, why = target.adapter.is_finished(seq), request.must_end
         output = known[len(request.prompt) :]
         at_eos = bool(output) and output[-1] == EOS
@@ -251,13 +228,11 @@ def check_tokens(target: Any, batch: list[Scheduled]) -> None:
         if at_eos:
             target.check("C22")
         if is_finished and why is None:
-            target.broken(
-                "C22" if at_eos else "C21",
-                f"request {request.number} ends after {len(output)} of {request.max_tokens} tokens"
-                + (" at the end-of-sequence token, with ignore_eos" if at_eos else ""),
-            )
+            what = f"{who} ends after {len(output)} of {request.max_tokens} tokens"
+            what += " at the end-of-sequence token, with ignore_eos" if at_eos else ""
+            target.broken("C22" if at_eos else "C21", what)
         if why is not None and not is_finished:
-            target.broken(why, f"request {request.number} goes on after {len(output)} tokens {output}")
+            target.broken(why, f"{who} goes on after {len(output)} tokens {output}")
         if is_finished:
             request.is_finished = True
             if not target.is_ahead(request):
@@ -266,14 +241,12 @@ def check_tokens(target: Any, batch: list[Scheduled]) -> None:
 
 
 def check_left(target: Any, request: Any, contract: str) -> None:
-    target.check(contract)
-    if any(request.seq is seq for seq in (*target.adapter.running, *target.adapter.waiting)):
-        target.broken(contract, f"request {request.number} has ended and is still in a queue")
-    table = request.table
+    is_queued = any(request.seq is seq for names in (RUNNING, WAITING) for seq in target.adapter.queue(names))
+    target.expect(contract, not is_queued, f"request {request.number} has ended and is still in a queue")
     held = {block_id for other in target.holding for block_id in other.table if other is not request}
     counts = target.adapter.ref_counts()
-    if counts is not None and any(counts[block_id] and block_id not in held for block_id in table):
-        target.broken(contract, f"request {request.number} has ended and still holds the blocks {table}")
+    if counts is not None and any(counts[block_id] and block_id not in held for block_id in request.table):
+        target.broken(contract, f"request {request.number} has ended and still holds the blocks {request.table}")
 
 
 def check_whole(target: Any) -> None:
@@ -281,11 +254,11 @@ def check_whole(target: Any) -> None:
     check_blocks(target)
     target.check("C04")
     empty = target.adapter.empty_blocks()
-    num_blocks, size = target.setup.num_blocks, target.setup.block_size
+    num_blocks = target.setup.num_blocks
     if empty is not None and len(set(empty)) == num_blocks:
         return
     why = ""
-    request = target.add([5] * min(num_blocks * size, target.setup.max_model_len - 1), max_tokens=1)
+    request = target.add([5] * min(target.setup.num_slots, target.setup.longest - 1), max_tokens=1)
     try:
         for _ in range(len(request.prompt) + 4):
             if request.is_finished:

@@ -6,10 +6,12 @@ and another drops what has ended meanwhile (this project's Scheduler). The devic
 they were submitted. A request that ends by a token in flight is computed one step too far: that token is discarded.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from tests.conformance.components import step_checks
-from tests.conformance.components.adapters import Scheduled
+from tests.conformance.components.adapters import NEXT_STEP, Scheduled
 
 
 def placed(target: Any, item: Scheduled) -> Scheduled:
@@ -23,40 +25,33 @@ def placed(target: Any, item: Scheduled) -> Scheduled:
 
 def step(target: Any) -> None:
     """Schedule and submit a step, and then collect the tokens of the step in front of it."""
-    if target.adapter.next_step_name is None:
-        _step_with_placeholders(target)
-    else:
+    if target.adapter.runs_behind:
         _step_behind(target)
+    else:
+        _step_with_placeholders(target)
 
 
 def _step_with_placeholders(target: Any) -> None:
     front = target.flight
     result, batch = target.choose(target.adapter.schedule, "schedule")
-    if batch and target.adapter.is_ahead(batch):
-        target.flight = target.submit(result, batch)
-    else:
-        target.flight = None
+    is_ahead = target.adapter.is_ahead(batch)
+    target.flight = target.submit(result, batch) if is_ahead else None
     if front is not None:
         target.collect(front)
-    elif not batch:
-        target.broken("C16", "schedule() returns nothing although a request is left")
-    if batch and target.flight is None:  # its tokens must be known before the next schedule()
-        rows = [item for item in batch if not target.request_of(item.seq).is_finished]
-        if rows:
-            target.collect(target.submit(result, rows))
+    rows = [item for item in batch if not target.request_of(item.seq).is_finished]
+    if rows and not is_ahead:  # its tokens must be known before the next schedule()
+        target.collect(target.submit(result, rows))
 
 
 def _step_behind(target: Any) -> None:
-    front = _committed(target)
-    target.flight = None
+    front, target.flight = _committed(target), None
     if front is None:
         result, batch = target.choose(target.adapter.schedule, "schedule")
         if not batch:
-            target.broken("C16", "schedule() returns nothing although a request is left")
+            return
         front = target.submit(result, batch)
     target.flight = front
-    name = target.adapter.next_step_name
-    result, batch = target.choose(lambda: target.adapter.schedule_next(front.result), name)
+    result, batch = target.choose(lambda: target.adapter.schedule_next(front.result), NEXT_STEP)
     target.flight = target.submit(result, batch) if batch else None
     target.collect(front)
 
@@ -81,42 +76,37 @@ def _committed(target: Any) -> Any:
 
 def land(target: Any) -> None:
     """Collect the step in flight, whose rows have all ended."""
-    flight = target.flight if target.adapter.next_step_name is None else _committed(target)
+    flight = _committed(target) if target.adapter.runs_behind else target.flight
     target.flight = None
     if flight is not None:
         target.collect(flight)
 
 
-class Rows:
-    """The rows of a step whose tokens arrive. live: those whose request goes on, or ends with this token."""
+@contextmanager
+def arriving(target: Any, batch: list[Scheduled]) -> Iterator[list[Scheduled]]:
+    """The tokens of a step arrive in the body; behind it come C41, C42 and C43.
 
-    def __init__(self, target: Any, batch: list[Scheduled]) -> None:
-        self.target = target
-        requests = [(item, target.request_of(item.seq)) for item in batch]
-        self.ended = [(request, len(item.seq)) for item, request in requests if request.is_finished]
-        self.caught = [(request, len(item.seq)) for item, request in requests if not request.table]
-        self.live = [item for item, request in requests if not request.is_finished]
-
-    def check(self) -> None:
-        """C42, C43, and C41. Then the tokens of this step are no longer in flight."""
-        target = self.target
-        if target.setup.is_async:
-            for request, length in self.ended:
-                contract = "C43" if request.was_aborted else "C42"
-                target.check(contract)
-                if len(request.seq) != length:
-                    target.broken(contract, f"request {request.number} has ended, and gets one token more")
-                step_checks.check_left(target, request, "C24" if request.was_aborted else "C23")
-        for request, length in self.caught:
-            if not request.is_finished and request.num_in_flight and len(request.seq) == length:
-                request.output.pop()  # discarded, and computed again
-                request.num_in_flight = 0
-        for item in self.live:
-            request = target.request_of(item.seq)
-            if item.start + item.count == len(request.tokens) - request.num_in_flight:
-                request.num_in_flight -= request.num_in_flight > 0
-        if target.setup.is_async:
-            check_entries(target)
+    Yields the rows whose request goes on, or ends with this token.
+    """
+    requests = [(item, target.request_of(item.seq)) for item in batch]
+    ended = [(request, len(request.seq)) for _, request in requests if request.is_finished]
+    caught = [(request, len(request.seq)) for _, request in requests if not request.table]
+    live = [(item, request) for item, request in requests if not request.is_finished]
+    yield [item for item, _ in live]
+    for request, length in ended if target.setup.is_async else ():
+        contract = "C43" if request.was_aborted else "C42"
+        what = f"request {request.number} has ended, and gets one token more"
+        target.expect(contract, len(request.seq) == length, what)
+        step_checks.check_left(target, request, "C24" if request.was_aborted else "C23")
+    for request, length in caught:
+        if not request.is_finished and request.num_in_flight and len(request.seq) == length:
+            request.output.pop()  # discarded, and computed again
+            request.num_in_flight = 0
+    for item, request in live:
+        if item.end == len(request.tokens) - request.num_in_flight:
+            request.num_in_flight -= request.num_in_flight > 0
+    if target.setup.is_async:
+        check_entries(target)
 
 
 def check_entries(target: Any) -> None:

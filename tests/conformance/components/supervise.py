@@ -2,9 +2,8 @@
 
 import json
 import math
-import mmap
+import multiprocessing
 import os
-import select
 import shutil
 import signal
 import sys
@@ -13,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import xxhash
 
 from tests.conformance.components import bounds, explore, shrinking
 from tests.conformance.components.contracts import CONTRACTS
-from tests.conformance.components.examine import BROKEN, NOT_APPLICABLE, Examination, Job, broken_row
+from tests.conformance.components.examine import Examination, Job, broken_by, not_applicable
 from tests.conformance.components.explore import Scenario
 from tests.conformance.components.loading import NotRecognised, find_package
 
@@ -30,9 +30,9 @@ STALL_SECONDS = 20.0  # of CPU time without an event: the child hangs where Pyth
 BLOCKED_SECONDS = 60.0  # by the clock without an event: it waits for something
 MAX_RESTARTS = 20
 MAX_PROCESSES = 200  # to shrink a scenario that ends its process
-NOTE_BYTES = 2**16
 ENDED_WELL = 42  # exit code of a child, which a target is unlikely to give
 PRELOADED = (torch, torch.distributed, xxhash)  # once, and not in each child
+FORK = multiprocessing.get_context("fork")
 
 
 def examine_target(
@@ -56,89 +56,69 @@ class _Supervisor:
         self.job = job
         self.deadline = time.monotonic() + seconds
         self.progress = progress
-        self.note = mmap.mmap(-1, NOTE_BYTES)
-        self.result: dict[str, Any] = {
-            "target": job.shown,
-            "seed": job.seed,
-            "num_scenarios": job.num_scenarios,
-            "verdicts": {},
-        }
 
     def run(self) -> dict[str, Any]:
-        end = self._run_child()
-        for number in range(MAX_RESTARTS):
+        for number in range(MAX_RESTARTS + 1):
+            end = self._run_child()
             if not end:
                 break
             self._take_ended(end)
             if number == MAX_RESTARTS - 1:
                 self.job.start = self.job.num_scenarios  # the contracts that have a script are left
-            end = self._run_child()
-        self.result["notes"] = [f"{k}: {v}" for k, v in self.job.not_applicable.items() if k not in CONTRACTS]
-        verdicts = self.result["verdicts"]
-        for contract in CONTRACTS:
-            if contract in self.job.broken and contract not in verdicts:
-                verdicts[contract] = {"verdict": BROKEN} | broken_row(self.job, contract)
-            verdicts.setdefault(contract, {"verdict": NOT_APPLICABLE, "reason": f"the target's process {end}"})
-        return self.result
+        job = self.job
+        found = dict.fromkeys(CONTRACTS, not_applicable(f"the target's process {end}")) | job.broken | job.verdicts
+        notes = [f"{what}: {reason}" for what, reason in job.not_applicable.items() if what not in CONTRACTS]
+        result = {"target": job.shown, "seed": job.seed, "num_scenarios": job.num_scenarios} | job.target
+        return result | {"verdicts": found, "notes": notes}
 
     def _run_child(self) -> str:
         """Run the job in a child. Returns how the target ended it, "" if it came to its end."""
-        read, write = os.pipe()
+        self.running: dict[str, Any] = {"contract": "", "scenario": None}
+        events, write = FORK.Pipe(duplex=False)
+        child = FORK.Process(target=_examine, args=(write, self.job, self.deadline), daemon=True)
         sys.stdout.flush()
-        pid = os.fork()
-        if pid == 0:
-            os.close(read)
-            _child(write, self.job, self.note, self.deadline)
-        os.close(write)
-        is_done, is_stalled = False, False
+        child.start()
+        write.close()
+        is_done = is_stalled = False
         latest, used = time.monotonic(), 0.0  # of the latest event: its time, and the child's CPU time
-        with os.fdopen(read, "rb") as pipe:
-            while True:
-                if not select.select([pipe], [], [], STALL_SECONDS)[0]:
+        with events:
+            while not is_stalled:
+                if not events.poll(STALL_SECONDS):
                     is_blocked = time.monotonic() - latest >= BLOCKED_SECONDS
-                    if not is_blocked and _cpu_seconds(pid) - used < STALL_SECONDS:
-                        continue  # the machine is busy
-                    is_stalled = True
+                    is_stalled = is_blocked or _cpu_seconds(child.pid) - used >= STALL_SECONDS  # else it is slow
+                    continue
+                try:
+                    event = events.recv_bytes()
+                except (EOFError, OSError):  # the child has ended, in the middle of an event if it was killed
                     break
-                line = pipe.readline()
-                latest, used = time.monotonic(), _cpu_seconds(pid)
-                if not line:
-                    break
-                is_done |= self._take_event(json.loads(line))
-        return _end_child(pid, is_stalled, is_done)
+                latest, used = time.monotonic(), _cpu_seconds(child.pid)
+                is_done |= self._take_event(**json.loads(event))
+        return _end(child, is_stalled, is_done)
 
-    def _take_event(self, event: dict[str, Any]) -> bool:
-        kind = event.pop("event")
-        if kind == "target":
-            self.result |= event
-        elif kind == "progress":
-            self.job.start = event["done"]
-            self.job.checked = Counter(event["checked"])
-            self.job.not_applicable = event["skipped"]
-            self.progress(event["done"], event["of"])
-        elif kind == "finding":
-            scenario = Scenario.from_json(event["scenario"])
-            self.job.broken[event["contract"]] = (scenario, event["message"], event["picture"])
-        elif kind == "verdict":
-            self.result["verdicts"][event.pop("id")] = event
+    def _take_event(self, kind: str, value: Any) -> bool:
+        """Whether it is the last one."""
+        if kind == "job":
+            self.job = Job(**value)
+            self.job.checked = Counter(value["checked"])
+            self.progress(self.job.start, self.job.num_scenarios)
+        elif kind == "running":
+            self.running = value
         elif kind == "refused":
-            raise NotRecognised(event["reason"])
+            raise NotRecognised(value)
         return kind == "done"
 
     def _take_ended(self, end: str) -> None:
         """The target ended its process: what ran then is a finding, and the next child goes on behind it."""
-        length = int.from_bytes(self.note[:4], "little")
-        noted = json.loads(self.note[4 : 4 + length]) if length else {"what": "", "scenario": None}
-        message = f"the target's process {end}"
-        if noted["scenario"] is None:
-            if noted["what"]:
-                self.result["verdicts"][noted["what"]] = {"verdict": NOT_APPLICABLE, "reason": message}
-            self.job.start = self.job.num_scenarios
+        job, message = self.job, f"the target's process {end}"
+        if self.running["scenario"] is None:
+            if self.running["contract"]:
+                job.verdicts[self.running["contract"]] = not_applicable(message)
+            job.start = job.num_scenarios
             return
-        self.job.start += 1
-        if "C16" not in self.job.broken:
-            scenario = Scenario.from_json(noted["scenario"])
-            self.job.broken["C16"] = (self._shrunk(scenario), message, "")
+        job.start += 1
+        if "C16" not in job.broken:
+            smallest = self._shrunk(Scenario.from_json(self.running["scenario"]))
+            job.broken["C16"] = broken_by(smallest, job.shown, "C16", message)
 
     def _shrunk(self, scenario: Scenario) -> Scenario:
         """Up to its finish: how far the process came is not known."""
@@ -151,7 +131,7 @@ class _Supervisor:
         return Scenario(smallest.setup, (*smallest.steps, ("finish",)))
 
 
-def _cpu_seconds(pid: int) -> float:
+def _cpu_seconds(pid: int | None) -> float:
     """CPU time of a process so far; infinite where the system does not say, so that only the clock counts there."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -160,69 +140,62 @@ def _cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def _end_child(pid: int, is_stalled: bool, is_done: bool) -> str:
+def _end(child: Any, is_stalled: bool, is_done: bool) -> str:
     """Wait for the child and end whatever it has started. Returns how it ended, "" if as it should."""
     if is_stalled:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    _, status = os.waitpid(pid, 0)
+        child.kill()
+    child.join()
     with suppress(ProcessLookupError, PermissionError):
-        os.killpg(pid, signal.SIGKILL)
+        os.killpg(child.pid, signal.SIGKILL)
     if is_done:
         return ""
     if is_stalled:
         return f"did nothing for {STALL_SECONDS:g} s of CPU time, or {BLOCKED_SECONDS:g} s, and was ended"
-    if os.WIFSIGNALED(status):
-        return f"was ended by {signal.Signals(os.WTERMSIG(status)).name}"
-    return f"ended itself with exit code {os.WEXITSTATUS(status)}"
+    if child.exitcode < 0:
+        return f"was ended by {signal.Signals(-child.exitcode).name}"
+    return f"ended itself with exit code {child.exitcode}"
 
 
-def _child(write: int, job: Job, note: mmap.mmap, deadline: float) -> None:
+def _examine(events: Connection, job: Job, deadline: float) -> None:
     """The child's whole life: it leaves through os._exit, and neither flushes nor unwinds what it has of its parent."""
-    _detach(write)
-    with os.fdopen(write, "w", buffering=1) as pipe:
 
-        def report(event: dict[str, Any]) -> None:
-            pipe.write(json.dumps(event) + "\n")
+    def send(kind: str, value: Any = None) -> None:
+        events.send_bytes(json.dumps({"kind": kind, "value": value}).encode())
 
-        def remember(what: str, scenario: Scenario | None) -> None:
-            value = json.dumps({"what": what, "scenario": scenario and scenario.as_json()}).encode()[: NOTE_BYTES - 4]
-            note[: 4 + len(value)] = len(value).to_bytes(4, "little") + value
+    def remember(contract: str, scenario: Scenario | None) -> None:
+        send("running", {"contract": contract, "scenario": scenario and scenario.as_json()})
 
-        try:
-            bounds.confine(str(Path(job.path).parent))
-            Examination(job, report, remember, deadline).run()
-            report({"event": "done"})
-        except NotRecognised as error:
-            report({"event": "refused", "reason": str(error)})
-        pipe.flush()
-        os._exit(0)
+    _confine(job)
+    try:
+        Examination(job, lambda job: send("job", vars(job)), remember, deadline).run()
+        send("done")
+    except NotRecognised as error:
+        send("refused", str(error))
+    os._exit(0)
 
 
-def _detach(kept: int) -> None:
-    """A process group of its own, no terminal, no input and no output."""
+def _confine(job: Job) -> None:
+    """A process group of its own, no terminal, no input and no output, and the limits of bounds.py."""
     os.setsid()
     null = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
-        if stream != kept:
-            os.dup2(null, stream)
+        os.dup2(null, stream)
+    bounds.confine(str(Path(job.path).parent))
+
+
+def _run_alone(job: Job, scenario: Scenario) -> None:
+    with suppress(BaseException):
+        _confine(job)
+        explore.run(job.path, scenario, set(CONTRACTS))
+    os._exit(ENDED_WELL)
 
 
 def _ends_process(job: Job, scenario: Scenario) -> bool:
     """Whether the scenario ends its process, or hangs it."""
-    pid = os.fork()
-    if pid == 0:
-        with suppress(BaseException):
-            _detach(-1)
-            bounds.confine(str(Path(job.path).parent))
-            explore.run(job.path, scenario, set(CONTRACTS))
-        os._exit(ENDED_WELL)
-    end = time.monotonic() + STALL_SECONDS / 4
-    while time.monotonic() < end:
-        found, status = os.waitpid(pid, os.WNOHANG)
-        if found:
-            return not os.WIFEXITED(status) or os.WEXITSTATUS(status) != ENDED_WELL
-        time.sleep(0.005)
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    return True
+    child = FORK.Process(target=_run_alone, args=(job, scenario), daemon=True)
+    child.start()
+    child.join(STALL_SECONDS / 4)
+    exit_code = child.exitcode
+    child.kill()
+    child.join()
+    return exit_code != ENDED_WELL

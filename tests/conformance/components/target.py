@@ -14,16 +14,16 @@ because a script needs one object with all of these methods.
 import pickle
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from tests.conformance.components import input_checks, step_checks, steps_ahead
-from tests.conformance.components.adapters import EOS, Adapter, NotRecognised, Scheduled
+from tests.conformance.components.adapters import EOS, SWAPPED, Adapter, NotRecognised, Scheduled
 from tests.conformance.components.bounds import CALL_SECONDS, Hang, bounded
 from tests.conformance.components.contracts import CONTRACTS
 from tests.conformance.components.loading import find_package, load
-from tests.conformance.components.preparing import UNKNOWN_STEPS, Preparation, UnknownStep
+from tests.conformance.components.preparing import UNKNOWN_STEPS, UnknownStep, find_preparation
 
 TEMPERATURES = (0.5, 1.0, 0.25)
 JUNK_TOKEN = 61  # given to a sequence that must not take a token
@@ -54,9 +54,19 @@ class Setup:
     weak_hash: bool = False
     is_async: bool = False  # each step is scheduled before the tokens of the one in front of it are known
 
-    def __post_init__(self) -> None:
-        if not self.max_model_len:
-            object.__setattr__(self, "max_model_len", self.num_blocks * self.block_size + 1)
+    @property
+    def num_slots(self) -> int:
+        return self.num_blocks * self.block_size
+
+    @property
+    def longest(self) -> int:
+        """How many tokens a sequence may have."""
+        return self.max_model_len or self.num_slots + 1
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The sizes that are no defaults."""
+        return {field.name: value for field in fields(self) if (value := getattr(self, field.name)) != field.default}
 
 
 @dataclass(eq=False)
@@ -131,6 +141,7 @@ class Target:
         self.adapter = Adapter(loaded(Path(path)), self.setup)
         self.requests: list[Request] = []
         self.cache = step_checks.SymbolicCache(self.setup.num_blocks, self.setup.block_size)
+        self.hit_contract = "C07" if self.setup.weak_hash else "C06"  # a block that is shared wrongly breaks it
         self.adapter.watch_moves(self._move)
         self.num_steps = 0
         self.admitted: list[Request] = []  # in the latest step
@@ -140,10 +151,10 @@ class Target:
         self.checked: Counter[str] = Counter()  # how often each contract was checked
         self.muted = {name for name in CONTRACTS if only and name != only}
         self.not_applicable: dict[str, str] = {}
-        preparation = Preparation(self.adapter)
-        self.prepare = preparation.prepare
-        if self.prepare is None:
-            self._skip_inputs(preparation.reason)
+        try:
+            self.prepare = find_preparation(self.adapter)
+        except NotRecognised as error:
+            self._skip_inputs(str(error))
 
     # --- what a script calls ---
 
@@ -171,7 +182,7 @@ class Target:
         request = self.requests[number]
         if request.is_finished:
             return
-        name = self.adapter.abort_name()
+        name = self.adapter.abort_name
         if name is None:
             raise NotRecognised("the scheduler has no method to abort a request")
         self.guarded(lambda: getattr(self.adapter.scheduler, name)(request.seq.seq_id), name)
@@ -182,15 +193,20 @@ class Target:
 
     def step(self, number: int = 1) -> None:
         for _ in range(number):
-            self._step()
+            if not self.live:
+                return
+            self.num_steps += 1
+            if self.setup.is_async:
+                steps_ahead.step(self)
+                continue
+            result, batch = self.choose(self.adapter.schedule, "schedule")
+            if batch:
+                self.collect(self.submit(result, batch))
 
     def try_steps(self, number: int) -> None:
         """Steps of a script whose verdict is about what comes of it: an exception ends them, and expect() says it."""
         try:
-            for _ in range(number):
-                if all(request.is_finished for request in self.requests):
-                    return
-                self._step()
+            self.step(number)
         except Broken as error:
             if error.contract not in OUTCOMES:
                 raise
@@ -205,20 +221,14 @@ class Target:
         most = 20 + steps_per_token * sum(len(r.prompt) + r.max_tokens for r in self.requests)
         steps = 0
         self.check("C17")
-        while not all(request.is_finished for request in self.requests):
-            self._step()
+        while self.live:
+            self.step()
             steps += 1
-            left = [request.number for request in self.requests if not request.is_finished]
             if steps > most:
+                left = [request.number for request in self.live]
                 self.broken("C17", f"after {steps} steps the requests {left} have not ended")
         steps_ahead.land(self)
         step_checks.check_whole(self)
-
-    def expect(self, contract: str, holds: bool, message: str) -> None:
-        self.check(contract)
-        if not holds:
-            why = f" ({self.ended_by.message})" if self.ended_by is not None else ""
-            self._broken_at_admission(contract, message + why)
 
     def expect_refused(
         self, contract: str, what: str, action: Callable[[], Any], kind: type[Exception] = ValueError
@@ -231,15 +241,13 @@ class Target:
         except kind:
             return
         except Exception as error:
-            self._broken_at_admission(contract, f"{what} raises {type(error).__name__}: {error}")
-        self._broken_at_admission(contract, f"{what} is accepted")
+            self.broken(contract, f"{what} raises {type(error).__name__}: {error}")
+        self.broken(contract, f"{what} is accepted")
 
-    def _broken_at_admission(self, contract: str, message: str) -> None:
-        """Broken, unless LLMEngine.add_request might refuse the request and could not be asked."""
-        reason = self.adapter.found.get("no_submit", "")
-        if reason and CONTRACTS[contract].is_admission:
-            raise NotRecognised(f"{message} by the scheduler; {reason}")
-        self.broken(contract, message)
+    def expect(self, contract: str, holds: bool, message: str) -> None:
+        self.check(contract)
+        if not holds:
+            self.broken(contract, message)
 
     # --- how contracts report ---
 
@@ -248,8 +256,12 @@ class Target:
         self.checked[contract] += 1
 
     def broken(self, contract: str, message: str) -> None:
+        """Raises NotRecognised where LLMEngine.add_request might refuse the request, and could not be asked."""
         if contract in self.muted and CONTRACTS[contract].is_isolated:
             return
+        message += f" ({self.ended_by.message})" if self.ended_by is not None else ""
+        if CONTRACTS[contract].is_admission and self.adapter.no_submit:
+            raise NotRecognised(f"{message} by the scheduler; {self.adapter.no_submit}")
         raise Broken(contract, message)
 
     def skip(self, contract: str, reason: str) -> None:
@@ -296,50 +308,36 @@ class Target:
                 step_checks.explain_failure(self, before, before.num_lost)
             self.broken("C16", f"{name}() raises {type(error).__name__}: {error}".rstrip(": "))
 
-    def _step(self) -> None:
-        if not self.live:
-            return
-        self.num_steps += 1
-        if self.setup.is_async:
-            steps_ahead.step(self)
-            return
-        num_moves = self.checked[MOVES]
-        result, batch = self.choose(self.adapter.schedule, "schedule")
-        if not batch:
-            if self.checked[MOVES] == num_moves:  # else the step is there for what it swaps
-                self.broken("C16", "schedule() returns nothing although a request is left")
-            return
-        self.collect(self.submit(result, batch))
-
     def choose(self, schedule: Callable[[], Any], name: str) -> tuple[Any, list[Scheduled]]:
         """What the scheduler chooses as the next step, with the checks of it."""
-        before = step_checks.Before(self)
+        before, num_moves = step_checks.Before(self), self.checked[MOVES]
         result, batch = self.guarded(schedule, name, before)
-        swapped = self.adapter.swapped
+        swapped = {id(seq) for seq in self.adapter.queue(SWAPPED)}
         for request in self.live:
-            request.is_swapped = any(request.seq is seq for seq in swapped)
+            request.is_swapped = id(request.seq) in swapped
         if self.setup.is_async:
             batch = [steps_ahead.placed(self, item) for item in batch]
         self._note_admissions(before, batch)
         if not batch:
             if self.flight is None:
                 step_checks.explain_failure(self, before, step_checks.num_lost_blocks(self))
+                if self.checked[MOVES] == num_moves:  # else the step is there for what it swaps
+                    self.broken("C16", "schedule() returns nothing although a request is left")
             return result, batch
         for item in batch:
-            if not any(request.seq is item.seq for request in self.live):
+            if self.request_of(item.seq).is_finished:
                 self.broken("C23", "a finished sequence is scheduled again")
         step_checks.check_schedule(self, before, batch)
         return result, batch
 
     def submit(self, result: Any, batch: list[Scheduled]) -> Flight:
         """Compute the step: what it reads and writes, and the tokens that come of it."""
-        self._check_pickle(result, batch)
-        self._check_inputs(result, batch)
+        self._check_inputs(result, batch, *self._check_pickle(result, batch))
         step_checks.store_and_read(self, batch)
         given = []
         for item in batch:
             request = self.request_of(item.seq)
-            is_sampled = item.start + item.count == len(request.tokens)
+            is_sampled = item.end == len(request.tokens)
             given.append(step_checks.next_token(request.tokens) if is_sampled else JUNK_TOKEN)
             if is_sampled and not request.has_ended_ahead:
                 request.output.append(given[-1])
@@ -348,10 +346,9 @@ class Target:
 
     def collect(self, flight: Flight) -> None:
         """Give the scheduler the tokens of the step, and check what it does with them."""
-        rows = steps_ahead.Rows(self, flight.batch)
-        self.guarded(lambda: self.adapter.postprocess(flight.result, flight.batch, flight.given), "postprocess")
-        rows.check()
-        step_checks.check_tokens(self, rows.live)
+        with steps_ahead.arriving(self, flight.batch) as live:
+            self.guarded(lambda: self.adapter.postprocess(flight.result, flight.batch, flight.given), "postprocess")
+        step_checks.check_tokens(self, live)
 
     def _note_admissions(self, before: "step_checks.Before", batch: list[Scheduled]) -> None:
         admitted = self.admitted = []
@@ -372,31 +369,36 @@ class Target:
         for block_id in {block_id for item in batch for block_id in item.seq.block_table} - kept:
             self.cache.forget(block_id)
 
-    def _check_pickle(self, result: Any, batch: list[Scheduled]) -> None:
-        tokens = [list(getattr(item.seq, "token_ids", [])) for item in batch]
-        self.check("C29")
+    def _check_pickle(self, result: Any, batch: list[Scheduled]) -> tuple[Any, list[Scheduled]]:
+        """What the workers get: the sequences, and what schedule() returned if that is an object."""
         sequences = [item.seq for item in batch]
-        self.copied_result: Any = None
-        if isinstance(result, tuple | list):
-            copies = self.guarded(lambda: pickle.loads(pickle.dumps(sequences)), "pickle")
-        else:  # the workers get it whole
-            self.copied_result, copies = self.guarded(lambda: pickle.loads(pickle.dumps((result, sequences))), "pickle")
-        if tokens != [list(getattr(item.seq, "token_ids", [])) for item in batch]:
+        tokens = [list(getattr(seq, "token_ids", [])) for seq in sequences]
+        self.check("C29")
+        sent = None if isinstance(result, tuple | list) else result
+        copy, copies = self.guarded(lambda: pickle.loads(pickle.dumps((sent, sequences))), "pickle")
+        if tokens != [list(getattr(seq, "token_ids", [])) for seq in sequences]:
             self.broken("C29", "token_ids of the sequence have changed")
-        self.copies = [item._replace(seq=copy) for item, copy in zip(batch, copies, strict=True)]
+        copies = [item._replace(seq=seq) for item, seq in zip(batch, copies, strict=True)]
+        return result if sent is None else copy, copies
 
-    def _check_inputs(self, result: Any, batch: list[Scheduled]) -> None:
-        if self.prepare is None or self.not_applicable.get("C33"):
+    def _check_inputs(self, result: Any, batch: list[Scheduled], copy: Any, copies: list[Scheduled]) -> None:
+        if "C33" in self.not_applicable:
             return
-        prepared = self._prepare(result, batch)
-        if prepared is None:
-            return
+        try:
+            prepared = self.prepare(result, batch)
+        except UnknownStep as reason:
+            return self.skip(UNKNOWN_STEPS, str(reason))
+        except NotRecognised as error:
+            return self._skip_inputs(str(error))
+        except AttributeError as error:
+            return self._skip_inputs(f"the preparation needs more of ModelRunner than the adapter gives it: {error}")
+        except Exception as error:
+            what = f"{type(error).__name__}: {error}"
+            return self.broken("C33", f"the preparation of the step raises {what}")
         input_checks.check_inputs(self, batch, prepared)
         self.check("C30")
         try:
-            copied = self.prepare(
-                result if self.copied_result is None else self.copied_result, self.copies, is_worker=True
-            )
+            copied = self.prepare(copy, copies, is_worker=True)
         except NotRecognised as error:
             return self.skip("C30", str(error))
         except Exception as error:
@@ -404,20 +406,6 @@ class Target:
             return self.broken("C30", f"the step cannot be prepared from the pickled sequences: {what}")
         if copied != prepared._replace(temperatures=None):
             self.broken("C30", "the step that a worker prepares from the pickled sequences is another one")
-
-    def _prepare(self, result: Any, batch: list[Scheduled]) -> Any:
-        assert self.prepare is not None
-        try:
-            return self.prepare(result, batch)
-        except UnknownStep as reason:
-            self.skip(UNKNOWN_STEPS, str(reason))
-        except NotRecognised as error:
-            self._skip_inputs(str(error))
-        except AttributeError as error:
-            self._skip_inputs(f"the preparation needs more of ModelRunner than the adapter gives it: {error}")
-        except Exception as error:
-            self.broken("C33", f"the preparation of the step raises {type(error).__name__}: {error}")
-        return None
 
 
 def loaded(path: Path) -> dict[str, Any]:

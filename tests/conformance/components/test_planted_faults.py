@@ -8,7 +8,7 @@ import pytest
 from tests.conformance.components.contracts import CONTRACTS
 from tests.conformance.components.document import DOCUMENT, NUM_SCENARIOS, PICTURES, SEED, pictures, section
 from tests.conformance.components.running import names, plant, verdicts_of
-from tests.conformance.components.targets.faults import FAULTS, HOSTILE, RIGHT, WRONG_FIXES
+from tests.conformance.components.targets.faults import FAULTS, HOSTILE, PARAMS, RIGHT, WRONG_FIXES, Fault
 from tests.support.programs import run_python
 from tests.support.source_tree import ROOT
 
@@ -57,6 +57,14 @@ def test_target_that_ends_its_process_or_writes_is_a_finding_and_is_left_as_it_w
     assert _contents(tmp_path) == before
     shown = run_python("-c", f"{found[0]['C16']['script']}print('goes on')", PYTHONPATH=str(ROOT))
     assert (shown.returncode, shown.stdout) == (0, ""), f"the script ends its process: {shown.stderr}"
+
+
+def test_script_that_ends_its_process_loses_its_own_verdict_alone(tmp_path: Path) -> None:
+    raises = 'raise ValueError(f"max_tokens'
+    ends = Fault("C27", PARAMS, raises, f"__import__('os')._exit(3)\n            {raises}")
+    (verdicts,) = verdicts_of(*plant({"": ends}, tmp_path), scenarios=5, seed=SEED)
+    assert verdicts["C27"]["reason"] == "the target's process ended itself with exit code 3"
+    assert all(verdicts[name]["verdict"] == "holds" for name in ("C19", "C26", "C28", "C32"))
 
 
 def _contents(folder: Path) -> dict[Path, bytes]:

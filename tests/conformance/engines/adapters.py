@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 ALL_ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
+LIMITS = {"max_num_seqs": 8, "max_model_len": 1024, "max_num_batched_tokens": 1024}
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,9 @@ class Adapter:
     recognised_by: frozenset[str]
     options: Mapping[str, Any]
     greedy: Mapping[str, Any]
-    prompt: str  # a list of token ids
-    token_ids: str  # an output
-    text: str  # an output
+    prompt: str = "{}"  # a list of token ids
+    token_ids: str = "{}['token_ids']"  # an output
+    text: str = "{}['text']"  # an output
     generate: str = "{}.generate({}, {}, use_tqdm=False)"  # the engine, a list of prompts, a list of parameters
     architectures: tuple[str, ...] = ALL_ARCHITECTURES
     dtype: str = "float32"
@@ -73,16 +74,11 @@ NANOVLLM = Adapter(
         "device": "cpu",
         "dtype": "float32",
         "attention_backend": "torch",
-        "max_num_seqs": 8,
-        "max_model_len": 1024,
-        "max_num_batched_tokens": 1024,
+        **LIMITS,
         "kv_cache_block_size": 16,
         "num_kv_cache_blocks": 128,
     },
     greedy={"top_k": 1},
-    prompt="{}",
-    token_ids="{}['token_ids']",
-    text="{}['text']",
     num_blocks="num_kv_cache_blocks",
     close="{}.close()",
     free_blocks="{}.scheduler.block_manager.num_free_blocks",
@@ -96,11 +92,8 @@ NANOVLLM = Adapter(
 NANO_VLLM = Adapter(
     name="nano-vllm",
     recognised_by=frozenset({"temperature", "max_tokens", "ignore_eos"}),
-    options={"max_num_seqs": 8, "max_model_len": 1024, "max_num_batched_tokens": 1024, "gpu_memory_utilization": 0.5},
+    options={**LIMITS, "gpu_memory_utilization": 0.5},
     greedy={"temperature": 1e-6},  # it refuses 0; divided by this, all logits but the largest are out of reach
-    prompt="{}",
-    token_ids="{}['token_ids']",
-    text="{}['text']",
     architectures=("qwen3",),
     dtype="bfloat16",  # the checkpoint's own dtype, and FlashAttention has no float32
     block_size=256,
@@ -121,9 +114,7 @@ VLLM = Adapter(
     recognised_by=frozenset({"n", "temperature", "seed", "stop", "stop_token_ids", "ignore_eos", "logprobs"}),
     options={
         "dtype": "float32",
-        "max_num_seqs": 8,
-        "max_model_len": 1024,
-        "max_num_batched_tokens": 1024,
+        **LIMITS,
         "block_size": 16,
         "enable_prefix_caching": True,
         "gpu_memory_utilization": 0.5,

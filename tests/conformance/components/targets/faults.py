@@ -1,5 +1,6 @@
 """Planted faults: the smallest change of targets/right that breaks one contract, and no other."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 RIGHT = Path(__file__).parent / "right"
@@ -10,25 +11,41 @@ class Fault:
 
     texts: file of smallvllm/, text, what stands there instead; and so on. num_steps: at most, of the smallest scenario.
     It is None where the contract has a script. also: contracts that it breaks as well, in rarer scenarios.
+    renamed: what stands in all files, and what instead. without: a file that is left out.
     """
 
-    def __init__(self, contract: str, *texts: str, num_steps: int | None = None, also: tuple[str, ...] = ()) -> None:
-        self.contract, self.num_steps, self.also = contract, num_steps, also
-        self.changes = tuple(zip(texts[::3], texts[1::3], texts[2::3], strict=True))
+    def __init__(
+        self,
+        contract: str,
+        *texts: str,
+        num_steps: int | None = None,
+        also: tuple[str, ...] = (),
+        renamed: Mapping[str, str] | None = None,
+        without: str = "",
+    ) -> None:
+        self.contract, self.texts, self.num_steps, self.also = contract, texts, num_steps, also
+        self.renamed, self.without = renamed or {}, without
 
     def plant(self, root: Path) -> None:
         """Change the copy of RIGHT at `root`. Every text must be there once."""
-        for file, old, new in self.changes:
+        for file, old, new in zip(self.texts[::3], self.texts[1::3], self.texts[2::3], strict=True):
             path = root / "smallvllm" / file
             text = path.read_text(encoding="utf-8")
             assert text.count(old) == 1, f"{self.contract}: {file} has {old!r} {text.count(old)} times"
             path.write_text(text.replace(old, new), encoding="utf-8")
+        for path in root.rglob("*.py") if self.renamed else ():
+            text = path.read_text(encoding="utf-8")
+            for old, new in self.renamed.items():
+                text = text.replace(old, new)
+            path.write_text(text, encoding="utf-8")
+        if self.without:
+            (root / "smallvllm" / self.without).unlink()
 
 
 BLOCKS, SCHEDULER = "engine/block_manager.py", "engine/scheduler.py"
 SEQUENCE, RUNNER = "engine/sequence.py", "engine/model_runner.py"
 ASYNC = "engine/async_scheduler.py"
-PARAMS = "sampling_params.py"
+CONFIG, PARAMS = "config.py", "sampling_params.py"
 _TAKE = "while len(seq.block_table) < seq.num_blocks:\n            seq.block_table.append(self._take_free_block())"
 _SHARE_PART = """\
 while len(seq.block_table) < seq.num_blocks:

@@ -1,7 +1,4 @@
-"""FAULTS: engines that break one contract each, in ways that engines of this kind have broken it.
-
-Why they are one file: each fault is a few lines, and they are read as a list.
-"""
+"""FAULTS: engines that break one contract each, in ways that engines of this kind have broken it."""
 
 import contextlib
 import itertools
@@ -17,32 +14,24 @@ from typing import Any, ClassVar
 from tests.conformance.engines.fakes.plain import PlainLLM, SamplingParams
 
 
-class PaddingIsRead(PlainLLM):
-    breaks = "E01"
-
+class PaddingIsRead(PlainLLM, breaks="E01"):
     def context(self, index: int, generated: list[int]) -> list[int]:
         padding = max(map(len, self.prompts)) - len(self.prompts[index])
         return [0] * padding + super().context(index, generated)
 
 
-class OneSampledRequestSamplesAll(PlainLLM):
-    breaks = "E01"
-
+class OneSampledRequestSamplesAll(PlainLLM, breaks="E01"):
     def run(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[Any]:
         top_k = 1 if all(one.top_k == 1 for one in params) else None
         return super().run(prompts, [replace(one, top_k=top_k) for one in params])
 
 
-class OutputsAsTheyFinish(PlainLLM):
-    breaks = "E02"
-
+class OutputsAsTheyFinish(PlainLLM, breaks="E02"):
     def run(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[Any]:
         return sorted(super().run(prompts, params), key=lambda output: len(output["token_ids"]))
 
 
-class ChunkLosesItsFirstToken(PlainLLM):
-    breaks = "E03"
-
+class ChunkLosesItsFirstToken(PlainLLM, breaks="E03"):
     def context(self, index: int, generated: list[int]) -> list[int]:
         first = sum(map(len, self.prompts[:index]))  # number of tokens computed before
         context = super().context(index, generated)
@@ -50,10 +39,8 @@ class ChunkLosesItsFirstToken(PlainLLM):
         return context[:boundary] + context[boundary + 1 :] if 0 < boundary < len(self.prompts[index]) else context
 
 
-class BlocksAreFoundByTheirTokensAlone(PlainLLM):
+class BlocksAreFoundByTheirTokensAlone(PlainLLM, breaks="E04"):
     """D09: the tokens before a block are not compared."""
-
-    breaks = "E04"
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -68,10 +55,8 @@ class BlocksAreFoundByTheirTokensAlone(PlainLLM):
         return [*prompt, *generated]
 
 
-class PromptThatIsFullyCachedLosesItsLastToken(PlainLLM):
+class PromptThatIsFullyCachedLosesItsLastToken(PlainLLM, breaks="E04"):
     """D05: nothing is left to compute."""
-
-    breaks = "E04"
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -88,9 +73,7 @@ class PromptThatIsFullyCachedLosesItsLastToken(PlainLLM):
         return [*(prompt[:-1] if is_full else prompt), *generated]
 
 
-class PreemptedTextStartsAgain(PlainLLM):
-    breaks = "E05"
-
+class PreemptedTextStartsAgain(PlainLLM, breaks="E05"):
     def run(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[Any]:
         outputs = super().run(prompts, params)
         if sum(map(self.blocks_of, prompts, params)) > self.num_blocks:
@@ -99,39 +82,30 @@ class PreemptedTextStartsAgain(PlainLLM):
         return outputs
 
 
-class ForgetsTheBeginningAfterEightTokens(PlainLLM):
-    breaks = "E06"
-
+class ForgetsTheBeginningAfterEightTokens(PlainLLM, breaks="E06"):
     def context(self, index: int, generated: list[int]) -> list[int]:
         return super().context(index, generated)[len(generated) > 8 :]
 
 
-class CutsLongPrompts(PlainLLM):
-    breaks = "E06"
-
+class CutsLongPrompts(PlainLLM, breaks="E06"):
     def context(self, index: int, generated: list[int]) -> list[int]:
         return [*self.prompts[index][-64:], *generated]
 
 
-class IgnoresTheSeed(PlainLLM):
-    breaks = "E07"
+class IgnoresTheSeed(PlainLLM, breaks="E07"):
     numbers = itertools.count()
 
     def seed(self, index: int) -> int:
         return next(self.numbers)
 
 
-class SeedOfThePlaceInTheBatch(PlainLLM):
-    breaks = "E07"
-
+class SeedOfThePlaceInTheBatch(PlainLLM, breaks="E07"):
     def seed(self, index: int) -> int:
         return super().seed(index) + 100 * index
 
 
-class TemperaturesLeaveGreedyRowsOut(PlainLLM):
+class TemperaturesLeaveGreedyRowsOut(PlainLLM, breaks="E07"):
     """D57: the temperatures of the sampled requests are taken from the first rows of the batch."""
-
-    breaks = "E07"
 
     def run(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[Any]:
         sampled = [one.temperature for one in params if one.top_k is None]
@@ -139,16 +113,12 @@ class TemperaturesLeaveGreedyRowsOut(PlainLLM):
         return super().run(prompts, [replace(one, temperature=t) for one, t in zip(params, sampled, strict=True)])
 
 
-class OneSeedForAll(PlainLLM):
-    breaks = "E07"
-
+class OneSeedForAll(PlainLLM, breaks="E07"):
     def seed(self, index: int) -> int:
         return 5
 
 
-class OneTokenMore(PlainLLM):
-    breaks = "E08"
-
+class OneTokenMore(PlainLLM, breaks="E08"):
     def complete(self, index: int) -> dict[str, Any]:
         output = super().complete(index)
         if len(output["token_ids"]) == self.params[index].max_tokens:
@@ -156,50 +126,35 @@ class OneTokenMore(PlainLLM):
         return output
 
 
-class CutsTheLastToken(PlainLLM):
-    breaks = "E08"
-
+class CutsTheLastToken(PlainLLM, breaks="E08"):
     def complete(self, index: int) -> dict[str, Any]:
         output = super().complete(index)
         del output["token_ids"][self.params[index].max_tokens - 1 :]
         return output
 
 
-class OutgrowsMaxModelLen(PlainLLM):
+class OutgrowsMaxModelLen(PlainLLM, breaks="E08"):
     """D11"""
-
-    breaks = "E08"
 
     def max_tokens_that_fit(self, index: int) -> int:
         return self.params[index].max_tokens
 
 
-class ChangesTheParams(PlainLLM):
-    """Its subclasses read one parameter of every request as another value."""
-
-    changes: ClassVar[dict[str, Any]] = {}
-
-    def complete(self, index: int) -> dict[str, Any]:
-        self.params = [replace(params, **self.changes) for params in self.params]
-        return super().complete(index)
+class RunsOn(PlainLLM, breaks="E09", changes={"ignore_eos": True}):
+    pass
 
 
-class RunsOn(ChangesTheParams):
-    breaks, changes = "E09", {"ignore_eos": True}
+class NeverIgnoresTheEnd(PlainLLM, breaks="E09", changes={"ignore_eos": False}):
+    pass
 
 
-class NeverIgnoresTheEnd(ChangesTheParams):
-    breaks, changes = "E09", {"ignore_eos": False}
+class IgnoresStopTokens(PlainLLM, breaks="E10", changes={"stop_token_ids": ()}):
+    pass
 
 
-class IgnoresStopTokens(ChangesTheParams):
-    breaks, changes = "E10", {"stop_token_ids": ()}
-
-
-class EndsAtTheFirstTokenOnly(PlainLLM):
+class EndsAtTheFirstTokenOnly(PlainLLM, breaks="E09"):
     """D70"""
 
-    breaks = "E09"
     place = 0
 
     @property
@@ -212,18 +167,14 @@ class EndsAtTheLastTokenOnly(EndsAtTheFirstTokenOnly):
     place = -1
 
 
-class KeepsTheStopString(PlainLLM):
-    breaks = "E11"
-
+class KeepsTheStopString(PlainLLM, breaks="E11"):
     def complete(self, index: int) -> dict[str, Any]:
         output, params = super().complete(index), self.params[index]
         return output if params.stop is None else {**output, "text": output["text"] + params.stop}
 
 
-class AnswersOldRequestsAfterAnError(PlainLLM):
+class AnswersOldRequestsAfterAnError(PlainLLM, breaks="E12"):
     """D18: those of the call that failed are still in the queue."""
-
-    breaks = "E12"
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -236,8 +187,7 @@ class AnswersOldRequestsAfterAnError(PlainLLM):
         return outputs[: len(prompts)]
 
 
-class IsLostAfterAnError(PlainLLM):
-    breaks = "E12"
+class IsLostAfterAnError(PlainLLM, breaks="E12"):
     is_lost = False
 
     def run(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[Any]:
@@ -249,42 +199,33 @@ class IsLostAfterAnError(PlainLLM):
         return outputs
 
 
-class LeaksABlock(PlainLLM):
-    breaks = "E13"
-
+class LeaksABlock(PlainLLM, breaks="E13"):
     def run(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[Any]:
         self.num_free_blocks -= 1
         return super().run(prompts, params)
 
 
-class CloseLeavesAProcess(PlainLLM):
-    breaks = "E14"
-
+class CloseLeavesAProcess(PlainLLM, breaks="E14"):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         process = subprocess.Popen([sys.executable, "-S", "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
         weakref.finalize(self, process.communicate)
 
 
-class CloseLeavesAFile(PlainLLM):
-    breaks = "E14"
-
+class CloseLeavesAFile(PlainLLM, breaks="E14"):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         weakref.finalize(self, os.close, os.open(os.devnull, os.O_RDONLY))
 
 
-class CloseKeepsTheTensors(PlainLLM):
-    breaks = "E14"
-
+class CloseKeepsTheTensors(PlainLLM, breaks="E14"):
     def close(self) -> None:
         pass
 
 
-class IsHeldUntilItIsClosed(PlainLLM):
+class IsHeldUntilItIsClosed(PlainLLM, breaks="E15"):
     """D34: something global, as an atexit handler, refers to the engine."""
 
-    breaks = "E15"
     held: ClassVar[list[PlainLLM]] = []
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -297,51 +238,35 @@ class IsHeldUntilItIsClosed(PlainLLM):
             self.held.remove(self)
 
 
-class Accepts(PlainLLM):
-    """Its subclasses do not refuse one kind of bad request."""
-
-    accepted = ""
-
-    def refuse(self, kind: str) -> None:
-        if kind != self.accepted:
-            super().refuse(kind)
+class AcceptsWhatNeverFits(PlainLLM, breaks="E16", accepted="more blocks than exist"):
+    pass
 
 
-class AcceptsWhatNeverFits(Accepts):
-    breaks, accepted = "E16", "more blocks than exist"
+class AcceptsNoTokens(PlainLLM, breaks="E17", accepted="max_tokens of 0"):
+    pass
 
 
-class AcceptsNoTokens(Accepts):
-    breaks, accepted = "E17", "max_tokens of 0"
+class AcceptsNegativeIds(PlainLLM, breaks="E17", accepted="a negative token id"):
+    pass
 
 
-class AcceptsNegativeIds(Accepts):
-    breaks, accepted = "E17", "a negative token id"
+class CutsPromptsThatAreTooLong(PlainLLM, breaks="E17", accepted="a prompt longer than max_model_len"):
+    pass
 
 
-class CutsPromptsThatAreTooLong(Accepts):
-    breaks, accepted = "E17", "a prompt longer than max_model_len"
-
-
-class DropsPromptsWithoutParams(PlainLLM):
+class DropsPromptsWithoutParams(PlainLLM, breaks="E17"):
     """D68"""
-
-    breaks = "E17"
 
     def check_call(self, prompts: list[list[int]], params: list[SamplingParams]) -> None:
         del prompts[len(params) :]
 
 
-class EmptyPromptIsAnIndexError(Accepts):
+class EmptyPromptIsAnIndexError(PlainLLM, breaks="E17", accepted="an empty prompt"):
     """D12"""
 
-    breaks, accepted = "E17", "an empty prompt"
 
-
-class RefusalLeavesTheOthersInTheQueue(AnswersOldRequestsAfterAnError):
+class RefusalLeavesTheOthersInTheQueue(AnswersOldRequestsAfterAnError, breaks="E17"):
     """The requests before a wrong one are queued when it is refused, and answered by the next call."""
-
-    breaks = "E17"
 
     def check(self, prompt: list[int], params: SamplingParams) -> None:
         try:
@@ -358,4 +283,4 @@ class RefusalLeavesTheOthersInTheQueue(AnswersOldRequestsAfterAnError):
             self.queue.clear()
 
 
-FAULTS: list[Any] = [value for value in [*globals().values()] if hasattr(value, "breaks")]
+FAULTS: list[Any] = [value for value in [*globals().values()] if getattr(value, "breaks", "")]

@@ -19,9 +19,6 @@ class Scheduler:
         self.running: deque[Sequence] = deque()
         self.num_prefills = 0
 
-    def is_finished(self):
-        return not self.waiting and not self.running
-
     def add(self, seq: Sequence):
         length = len(seq) + seq.max_tokens
         if length > self.max_model_len:
