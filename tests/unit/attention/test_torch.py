@@ -128,6 +128,17 @@ def test_padded_tokens_are_not_stored(padding: list[int]) -> None:
     assert_same_bits(step.v_cache, v_cache)
 
 
+def test_cache_of_one_layer_leaves_the_others_alone() -> None:
+    step = make_step(STEPS["decode"])
+    _, key, value = step.heads
+    caches = torch.full((2, 3, *step.k_cache.shape), torch.nan, dtype=torch.float64)
+    slots = torch.tensor([0, *step.context.slot_mapping[1:].tolist()])  # slot 0 is a slot like any other
+    TORCH_OPS.store_kvcache(key, value, caches[0, 1], caches[1, 1], slots)
+    assert torch.equal(caches[0, 1].flatten(0, 1)[slots], key)
+    assert torch.equal(caches[1, 1].flatten(0, 1)[slots], value)
+    assert caches.isnan().sum() == caches.numel() - key.numel() - value.numel()
+
+
 def test_store_beyond_2_31_elements() -> None:
     """D52: int8, so that 2 GiB hold that many slots; memory that is not touched takes no room."""
     slot = 2**31 + 5
