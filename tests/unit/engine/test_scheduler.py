@@ -1,7 +1,9 @@
-"""Scheduler by hand: chunks, preemption, and what is counted of them.
+"""Scheduler by hand: chunks, preemption, what is counted of them, and what is refused.
 
 The policy is in reference/scheduler.py; test_scheduler_against_reference.py compares every decision with it.
 """
+
+import pytest
 
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence, SequenceStatus
@@ -51,3 +53,23 @@ def test_preemptions_are_counted_and_bounded_and_leave_no_trace_in_the_tokens() 
     run(roomy_scheduler)
     assert roomy_scheduler.num_preemptions == 0
     assert [seq.token_ids for seq in seqs] == [seq.token_ids for seq in roomy]
+
+
+def test_postprocess_wants_one_token_for_each_sampled_sequence() -> None:
+    scheduler = make_scheduler()
+    add_prompt(scheduler, 3)
+    batch = scheduler.schedule()
+    with pytest.raises(ValueError, match="zip"):
+        scheduler.postprocess(batch, [])
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "remedy"),
+    [(16, ", or set max_model_len to at least 17"), (17, ": this model takes at most 17 tokens")],
+)
+def test_a_prompt_without_room_for_one_more_token_is_refused(num_tokens: int, remedy: str) -> None:
+    """D11."""
+    scheduler = make_scheduler(max_model_len=16, max_supported_len=17)
+    with pytest.raises(ValueError, match=f"max_model_len=16 tokens .* got {num_tokens}; shorten it{remedy}"):
+        add_prompt(scheduler, num_tokens)
+    add_prompt(scheduler, 15)
