@@ -28,6 +28,9 @@ def hits(manager: BlockManager, token_ids: list[int]) -> list[int]:
     return manager.find_cached_blocks(make_sequence(token_ids, manager.block_size))
 
 
+every_hash = pytest.mark.parametrize("hash_function", [block_hash, weak_hash, no_hash])
+
+
 # --- the hash ---
 
 
@@ -76,7 +79,7 @@ def test_a_prompt_cached_whole_leaves_one_token_to_compute_and_none_to_store(num
     check_invariants(manager, [first, second, third])
 
 
-@pytest.mark.parametrize("hash_function", [block_hash, weak_hash, no_hash])
+@every_hash
 def test_of_equal_prompts_in_one_step_each_is_found_without_the_other(hash_function: Callable[..., int]) -> None:
     manager = BlockManager(4, 2, hash_function)
     first, second = allocated(manager, [1, 2, 3, 4]), allocated(manager, [1, 2, 3, 4])
@@ -89,6 +92,19 @@ def test_of_equal_prompts_in_one_step_each_is_found_without_the_other(hash_funct
     assert hits(manager, [1, 2, 3, 4]) == second.block_table
     assert manager.num_evictions == 2
     check_invariants(manager, [second, other])
+
+
+@every_hash
+def test_a_hit_means_that_the_whole_prefix_is_equal(hash_function: Callable[..., int]) -> None:
+    """D09: the second block holds the right tokens, the block before it the wrong ones."""
+    manager = BlockManager(8, 2, hash_function)
+    first, second = computed(manager, [1, 2, 3, 4]), computed(manager, [3, 0, 3, 4])
+    assert first.block_table[1] != second.block_table[1]
+    assert hits(manager, [1, 2, 3, 4]) == first.block_table
+    assert hits(manager, [3, 0, 3, 4]) == second.block_table
+    assert hits(manager, [2, 1, 3, 4]) == []
+    assert hits(manager, [3, 4]) == []
+    check_invariants(manager, [first, second])
 
 
 @given(data=st.data(), hash_function=st.sampled_from([block_hash, weak_hash, no_hash]))

@@ -16,6 +16,7 @@ from nanovllm.engine.model_input import (
     prepare_decode,
     prepare_decode_async,
     prepare_prefill,
+    prepare_sample,
 )
 from nanovllm.engine.sequence import Sequence
 from reference.packing import packing
@@ -70,6 +71,10 @@ def test_sequences_of_equal_length_keep_their_order() -> None:
     assert model_input.sequence_order.tolist() == [20, *range(20), *range(21, 41)]
 
 
+def test_a_first_decode_reads_the_cache() -> None:
+    assert prepare_decode([scheduled(1, 0, 1, [3])]).reads_cache
+
+
 def test_slots_beyond_2_31() -> None:
     """D52: a small model's cache on a large GPU."""
     block = 2**23 + 5
@@ -89,6 +94,24 @@ def test_a_decode_step_names_the_prefixes_that_its_sequences_share(
         assert as_lists(replace(model_input, shared_prefixes=None)) == as_lists(prepare(sequences))
         assert prepare(sequences[:1], shares_prefixes=True).shared_prefixes is None
     assert prepare_decode_async(sequences, sampled=[]).input_ids_source is None
+
+
+def test_each_sampled_row_has_its_own_parameters() -> None:
+    """D57. A seed has 64 bits."""
+    metadata = prepare_sample(
+        [
+            make_sequence([1, 2], temperature=0.5, top_k=7, top_p=0.9, min_p=0.1, seed=2**64 - 1),
+            make_sequence([1], temperature=2.0, seed=3),
+        ],
+        positions=np.array([2, 1]),
+    )
+    assert metadata.temperature.tolist() == [0.5, 2.0]
+    assert metadata.top_k.tolist() == [7, 0]
+    assert metadata.top_p.tolist() == [np.float32(0.9), 1.0]
+    assert metadata.min_p.tolist() == [np.float32(0.1), 0.0]
+    assert metadata.seed_low.tolist() == [2**32 - 1, 3]
+    assert metadata.seed_high.tolist() == [2**32 - 1, 0]
+    assert metadata.position.tolist() == [2, 1]
 
 
 def test_dtypes_are_those_that_are_documented() -> None:
