@@ -5,8 +5,6 @@ Otherwise running out of memory, or a package that was forgotten, could pass as 
 
 import platform
 import re
-import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
@@ -49,12 +47,6 @@ def _gpus() -> list[tuple[int, int]]:
     return [] if torch is None else [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
 
 
-def _cannot_mount() -> bool:
-    """Whether this user may not make a mount namespace of its own, as in most containers."""
-    command = ["unshare", "--mount", "--map-root-user", "mount", "-t", "tmpfs", "tmpfs", "/dev/shm"]
-    return shutil.which("unshare") is None or subprocess.run(command, capture_output=True).returncode != 0
-
-
 def _runs_another_engine() -> bool:
     from tests.conformance.engines.plugin import adapter_lacks_something
 
@@ -80,10 +72,6 @@ def _is_absent(package: str) -> bool:
 ALLOWED = [
     AllowedSkip(
         r".*", rf"could not import '({'|'.join(OPTIONAL)})\b.*", "the package is optional", _is_absent,
-    ),
-    AllowedSkip(
-        r"tests/unit/distributed/test_message_queue\.py::test_a_real_small_file_system",
-        r"needs a mount namespace of its own", "most containers do not permit one", _cannot_mount,
     ),
     AllowedSkip(
         r"tests/distributed/test_gpu_ranks\.py::test_\w+\[.*\]", r"needs [248] GPUs, there are [0-7]",

@@ -11,7 +11,7 @@ from tools.check import main, stages
 def test_the_tests_named_after_a_file_come_first() -> None:
     first, second, third, campaigns = stages(["nanovllm/engine/scheduler.py"])
     assert "tests/unit/engine/test_scheduler.py" in first
-    assert "tests/unit/engine/test_scheduler_requests.py" in first
+    assert "tests/unit/engine/test_scheduler_async.py" in first
     assert "tests/unit/engine/test_throughput.py" in second  # it imports the scheduler
     assert "tests/unit/engine/test_block_manager.py" in third
     assert campaigns == ["tests/e2e"]

@@ -8,7 +8,7 @@ API_TESTS = [
     "tests/unit/test_sampling_params.py",
     "tests/unit/test_validation.py",
     "tests/unit/test_model_config.py",
-    "tests/unit/engine/test_scheduler_requests.py",
+    "tests/unit/engine/test_scheduler.py",
 ]
 # pytest's note that asserts outside of test modules do nothing under -O: which is the point
 OPTIONS = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore::pytest.PytestConfigWarning"]

@@ -153,21 +153,6 @@ def test_nothing_is_cut_off_at_any_width(columns, num_prompts, max_tokens, monke
         assert re.search(r"prefill [\d,]+k? decode [\d,]+k? tok/s$|prefill .* tok/s, decode .* tok/s$", lines[-1])
 
 
-def test_one_long_request_shows_its_tokens(monkeypatch) -> None:
-    """D98: a bar of prompts would stay at 0 of 1."""
-    with terminal(80, monkeypatch) as shown:
-        (request,) = requests(1, 1000)
-        with GenerationProgress([request], 10**6, is_shown=True) as bar:
-            for _ in range(250):
-                advance(bar, [request])
-            bar._bar.refresh()
-            lines = shown()
-            assert "250/1,000 tokens  25%|" in lines[-1]
-            advance(bar, [request], finish=True)
-            bar.finish()
-        assert "251/1,000 tokens 100%|" in shown()[-2]
-
-
 def test_a_request_that_ends_early_counts_as_complete() -> None:
     """max_tokens is beyond max_model_len: the total is what the model can generate."""
     first, second = requests(2, max_tokens=10**9, num_prompt_tokens=3)

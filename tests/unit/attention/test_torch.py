@@ -13,7 +13,6 @@ from tests.support.attention_cases import (
     assert_same_bits,
     assert_within_the_error_of_plain_torch,
     make_step,
-    running_sum,
 )
 from tests.support.comparing import assert_close
 from tests.support.counts import count_comparisons
@@ -53,26 +52,6 @@ def assert_attends_like_the_reference(case: Case) -> None:
 def test_equals_the_reference(case: Case, changes: dict[str, int]) -> None:
     """D53: heads share kv heads in order; any block size and any head_dim. Blocks lie in random order."""
     assert_attends_like_the_reference(replace(case, **changes))
-
-
-def test_chunks_see_what_the_whole_prompt_sees() -> None:
-    """D07: a prompt of 50 in chunks of 20, 20 and 10 gives the outputs and the cache of one prefill of 50."""
-    whole, chunked = (make_step(Case(((50, 50),), block_size=4)) for _ in range(2))
-    expected = whole.run()
-    outputs = []
-    for start, end in [(0, 20), (20, 40), (40, 50)]:
-        chunk = replace(chunked, qkv=whole.qkv[start:end]).with_context(
-            slot_mapping=whole.context.slot_mapping[start:end],
-            cu_seqlens_q=running_sum([end - start]),
-            cu_seqlens_k=running_sum([end]),
-            max_seqlen_q=end - start,
-            max_seqlen_k=end,
-            context_lens=torch.tensor([end], dtype=torch.int32),
-            block_tables=whole.block_tables,
-        )
-        outputs.append(chunk.run())
-    assert_close(ATTENTION, torch.cat(outputs), expected, rtol=0, atol=FLOAT64_TOLERANCE)
-    assert_same_bits(chunked.k_cache, whole.k_cache)
 
 
 @pytest.mark.parametrize("max_tokens", [1, 45])  # 5 groups, and 3; the other tests have 2
@@ -147,16 +126,6 @@ def test_padded_tokens_are_not_stored(padding: list[int]) -> None:
     store_kvcache(*step.heads[1:], step.k_cache, step.v_cache, slot_mapping)
     assert_same_bits(step.k_cache, k_cache)
     assert_same_bits(step.v_cache, v_cache)
-
-
-def test_a_cached_prompt_is_computed_without_being_stored() -> None:
-    """D05, D14: one query, slot -1, all keys in the cache; a key that is wrong on purpose must not be seen."""
-    stored = make_step(Case(((1, 32),)))
-    expected = stored.run()
-    qkv = stored.qkv.clone()
-    qkv[:, stored.case.num_heads :] = torch.nan
-    again = replace(stored, qkv=qkv).with_context(slot_mapping=torch.tensor([-1]))
-    assert_same_bits(again.run(), expected)
 
 
 def test_cache_of_one_layer_leaves_the_others_alone() -> None:

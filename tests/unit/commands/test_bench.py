@@ -114,13 +114,6 @@ def test_a_wrong_use_is_refused_before_anything_is_measured(options, message, ca
     assert message in refusal(capsys, "bench", *options)
 
 
-@pytest.mark.parametrize("option", [["--scenario", "nothing"], ["--scenario"], ["--like", "gpt-5"], ["--rate", "fast"]])
-def test_what_argparse_refuses_is_named(option: list[str], capsys) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        cli.main(["bench", *option])
-    assert f"argument {option[0]}: " in capsys.readouterr().err
-
-
 def test_an_output_that_is_a_file_is_refused(tmp_path, capsys) -> None:
     file = tmp_path / "file"
     file.write_text("")

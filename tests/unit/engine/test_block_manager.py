@@ -79,16 +79,6 @@ def test_a_prompt_cached_whole_leaves_one_token_to_compute_and_none_to_store(num
     check_invariants(manager, [first, second, third])
 
 
-def test_blocks_are_hittable_once_their_keys_are_stored_and_not_before() -> None:
-    manager = BlockManager(8, 2)
-    tokens = [1, 2, 3, 4, 5, 6, 7]
-    seq = allocated(manager, tokens)
-    for num_stored, num_hits in ((1, 0), (3, 1), (4, 2), (6, 3)):
-        seq.num_cached_tokens = seq.num_tokens_with_kv = num_stored
-        manager.cache_full_blocks(seq)
-        assert hits(manager, tokens) == seq.block_table[:num_hits]
-
-
 @every_hash
 def test_of_equal_prompts_in_one_step_each_is_found_without_the_other(hash_function: Callable[..., int]) -> None:
     manager = BlockManager(4, 2, hash_function)
@@ -177,21 +167,6 @@ def test_a_pool_without_blocks_is_refused(num_blocks: int, block_size: int) -> N
 
 
 # --- growth ---
-
-
-@pytest.mark.parametrize("block_size", [1, 2, 4, 256])
-def test_a_block_is_allocated_for_its_first_token_and_once(block_size: int) -> None:
-    """D02, D08: at len % block_size == 1 after appending (every token for block_size 1), to the last free block."""
-    manager = BlockManager(3, block_size)
-    seq = allocated(manager, [0])
-    while len(seq) < 3 * block_size:
-        seq.append_token(0)
-        assert manager.can_append(seq)
-        manager.append(seq)
-        manager.append(seq)
-        assert len(seq.block_table) == seq.num_blocks == 3 - manager.num_free_blocks
-    seq.append_token(0)
-    assert not manager.can_append(seq)
 
 
 # --- check_invariants ---

@@ -198,11 +198,6 @@ def test_a_text_needs_a_tokenizer() -> None:
     assert as_token_ids([1], None, 10) == [1]
 
 
-def test_a_text_that_no_tokenizer_accepts_is_refused() -> None:
-    with pytest.raises(ValueError, match="a text prompt must be valid Unicode"):
-        as_token_ids("In \udc80", WordTokenizer(), 10)
-
-
 def test_a_request_has_the_next_number_and_its_own_seed_or_one_of_the_engines() -> None:
     """D58: a request that is refused takes no number."""
     processor = InputProcessor(Config("a model", seed=7, kv_cache_block_size=256), None, 10, lambda seq: None)

@@ -71,15 +71,6 @@ def test_sequences_of_equal_length_keep_their_order() -> None:
     assert model_input.sequence_order.tolist() == [20, *range(20), *range(21, 41)]
 
 
-def test_a_fully_cached_prompt_computes_its_last_token_and_stores_nothing() -> None:
-    """D05: the slot is PADDING_SLOT, since another sequence may own the block too."""
-    model_input = prepare_prefill([scheduled(8, 7, 1, [6, 2], stored=8)])
-    assert model_input.input_ids.tolist() == [107]
-    assert model_input.slot_mapping.tolist() == [-1]
-    assert model_input.context_lens.tolist() == [8]
-    assert model_input.sample_indices.tolist() == [0]
-
-
 def test_a_first_decode_reads_the_cache() -> None:
     assert prepare_decode([scheduled(1, 0, 1, [3])]).reads_cache
 

@@ -14,8 +14,8 @@ from tests.unit.engine.test_detokenizer import ByteTokenizer
 def generated(
     text: str, decoder: TokenDecoder | None = None, **params: Any
 ) -> tuple[RequestState, list[dict[str, Any]]]:
-    """A request whose model generates the letters of `text`, and its stream; "." is the end-of-sequence token."""
-    scheduler = make_scheduler(eos_token_ids=frozenset({ord(".")}))
+    """A request whose model generates the letters of `text`, and its stream; "." and "," end a sequence."""
+    scheduler = make_scheduler(eos_token_ids=frozenset({ord("."), ord(",")}))
     seq = make_sequence([1, 2], **{"max_tokens": len(text), **params})
     request, streamed = RequestState(seq, decoder, 3), RequestState(seq, decoder, 3)
     scheduler.add(seq)
@@ -33,6 +33,7 @@ def generated(
     [
         ("abc", {}, "abc", 3, FinishCause.LENGTH),
         ("ab.cd", {}, "ab", 3, FinishCause.EOS_TOKEN),
+        ("ab,cd", {}, "ab", 3, FinishCause.EOS_TOKEN),
         ("ab.cd", {"ignore_eos": True}, "ab.cd", 5, FinishCause.LENGTH),
         ("abxcd", {"stop_token_ids": (ord("x"),)}, "ab", 3, FinishCause.STOP_TOKEN),
         ("abENDcd", {"stop": "END"}, "ab", 5, FinishCause.STOP_STRING),
@@ -49,7 +50,7 @@ def generated(
 def test_text_tokens_and_cause(
     said: str, params: dict[str, Any], text: str, num_tokens: int, cause: FinishCause
 ) -> None:
-    """A token that ends the request is not in its text. The stream, joined, is the output."""
+    """D70. A token that ends the request is not in its text. The stream, joined, is the output."""
     request, items = generated(said, TokenDecoder(ByteTokenizer()), **params)
     assert request.sequence.finish_cause is cause
     output = request.output()

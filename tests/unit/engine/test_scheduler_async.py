@@ -2,16 +2,12 @@
 
 from typing import Any
 
-import numpy as np
 import pytest
 
-from nanovllm.engine.model_input import PLACEHOLDER_TOKEN, prepare_decode, prepare_decode_async
 from nanovllm.engine.scheduler import ScheduledBatch, Scheduler
 from nanovllm.engine.sequence import Sequence
 from tests.support.block_invariants import check_invariants
-from tests.support.counts import count_comparisons
 from tests.support.scheduling import add_prompt, allocated, make_scheduler, step
-from tests.unit.engine.test_model_input import as_lists
 
 EOS = 0
 
@@ -39,44 +35,6 @@ def test_the_decode_step_after_a_prefill_is_known_and_counts_as_one() -> None:
     check_invariants(scheduler.block_manager, sequences)
 
 
-@pytest.mark.parametrize("num_steps", range(1, 9))
-def test_its_input_is_that_of_prepare_decode_but_for_the_tokens(num_steps: int) -> None:
-    """Sequences that were decoding have known tokens; the one that was just admitted has a placeholder."""
-    scheduler, _, batch = started(max_num_seqs=4)
-    scheduler.postprocess(batch, [5, 6, 7])
-    for _ in range(num_steps - 1):
-        step(scheduler)
-    add_prompt(scheduler, 2, 3, max_tokens=9)
-    batch = scheduler.schedule()
-    ahead = scheduler.schedule_next_async(batch)
-    assert ahead is not None
-    before = prepare_decode_async(ahead.sequences, batch.sampled_sequences)
-    scheduler.postprocess(batch, [8])
-    after = prepare_decode(scheduler.commit_async_batch(ahead).sequences)
-    assert before.input_ids_source is not None
-    assert before.input_ids_source.tolist() == [-1, -1, -1, 0]
-    assert before.input_ids.tolist() == [*after.input_ids[:3], PLACEHOLDER_TOKEN]
-    assert after.input_ids[3] == 8
-    differing = {name for name, value in as_lists(before).items() if value != as_lists(after)[name]}
-    assert differing == {"input_ids", "input_ids_source"}
-    for name, rows in vars(after.sampling).items():
-        assert np.array_equal(getattr(before.sampling, name), rows), name
-        assert getattr(before.sampling, name).dtype == rows.dtype
-    count_comparisons("prepare_decode_async against prepare_decode", len(ahead.sequences))
-
-
-def test_a_sequence_that_ends_by_length_is_left_out_and_rows_are_those_of_the_step_before() -> None:
-    scheduler = make_scheduler()
-    sequences = [add_prompt(scheduler, 3, index, max_tokens=n) for index, n in enumerate((1, 5, 1, 5))]
-    batch = scheduler.schedule()
-    ahead = scheduler.schedule_next_async(batch)
-    assert ahead is not None
-    assert ahead.sequences == (sequences[1], sequences[3])
-    source = prepare_decode_async(ahead.sequences, batch.sampled_sequences).input_ids_source
-    assert source is not None
-    assert source.tolist() == [1, 3]
-
-
 def test_sequences_that_end_or_are_preempted_meanwhile_are_left_out() -> None:
     """D11: the others go on, also when one is aborted after commit_async_batch."""
     scheduler, sequences, batch = started(num_seqs=4)
@@ -94,15 +52,6 @@ def test_sequences_that_end_or_are_preempted_meanwhile_are_left_out() -> None:
     check_invariants(scheduler.block_manager, scheduler.running)
 
 
-def test_the_committed_batch_is_empty_when_all_have_ended() -> None:
-    scheduler, _, batch = started()
-    ahead = scheduler.schedule_next_async(batch)
-    assert ahead is not None
-    scheduler.postprocess(batch, [EOS] * 3)
-    assert scheduler.commit_async_batch(ahead).is_empty
-    assert scheduler.block_manager.num_free_blocks == len(scheduler.block_manager.blocks)
-
-
 @pytest.mark.parametrize(
     ("limits", "num_ahead"),
     [
@@ -114,17 +63,6 @@ def test_the_decode_step_after_a_prefill(limits: dict[str, Any], num_ahead: int 
     scheduler, _, batch = started(**limits)
     ahead = scheduler.schedule_next_async(batch)
     assert (None if ahead is None else len(ahead.sequences)) == num_ahead
-
-
-def test_a_prompt_with_one_token_left_is_decoded_with_the_others() -> None:
-    scheduler, sequences, batch = started(max_num_batched_tokens=11, max_num_seqs=8)
-    assert batch.num_scheduled_tokens == (3, 4, 4)
-    ahead = scheduler.schedule_next_async(batch)
-    assert ahead is not None
-    assert not ahead.is_prefill
-    inputs = prepare_decode_async(ahead.sequences, batch.sampled_sequences)
-    assert inputs.input_ids.tolist() == [PLACEHOLDER_TOKEN, PLACEHOLDER_TOKEN, sequences[2].token_ids[4]]
-    assert inputs.positions.tolist() == [3, 4, 4]
 
 
 def test_the_prefill_after_a_prefill_is_the_one_that_schedule_would_choose() -> None:

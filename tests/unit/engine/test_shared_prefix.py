@@ -18,18 +18,6 @@ def lens(*values: int) -> np.ndarray:
     return np.array(values, dtype=np.int32)
 
 
-def test_two_of_three_sequences_share_nothing_with_the_third() -> None:
-    """One tile holds all three, so it shares what all three have in common."""
-    assert find_shared_prefixes(tables([7, 1], [5, 2], [5, 3]), lens(6, 6, 6), BLOCK_SIZE, 1) is None
-
-
-def test_sequences_with_two_equal_blocks_share_eight_tokens() -> None:
-    found = find_shared_prefixes(tables([5, 6, 2], [5, 6, 1, 3]), lens(9, 14), BLOCK_SIZE, 1)
-    assert found is not None
-    assert found.order.tolist() == [1, 0]
-    assert found.lens.tolist() == [8, 8]
-
-
 def test_the_block_of_the_newest_token_is_not_shared() -> None:
     found = find_shared_prefixes(tables([5, 6], [5, 6]), lens(8, 8), BLOCK_SIZE, 1)
     assert found is not None

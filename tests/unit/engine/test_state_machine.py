@@ -1,4 +1,7 @@
-"""Scheduler and BlockManager under everything that can happen: EngineMachine, with the engine's hash and a weak one."""
+"""Scheduler and BlockManager under everything that can happen: EngineMachine, with the engine's hash and a weak one.
+
+tools/mutants puts faults in slots, tables, seeds, messages and hits that only these tests judge: each is a wrong token.
+"""
 
 import pytest
 

@@ -1,7 +1,6 @@
 """Detokenizer with real tokenizers: the text is what follows the prompt's text, for generate and the stream alike."""
 
 import copy
-import functools
 import itertools
 from typing import Any
 from unittest import mock
@@ -12,20 +11,13 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from nanovllm import bundled_model_path
 from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.engine.token_decoder import TokenDecoder
-from nanovllm.engine.tokenizer import load_tokenizer
 from tests.support.counts import count_comparisons
 from tests.unit.engine.test_detokenizer import decoder_of, stream
 from tests.unit.engine.text_tokenizers import SPECIAL, KnownTokenizer, byte_fallback, byte_level, word_tokenizer
 
 KINDS = {"byte-fallback": byte_fallback, "byte-level": byte_level}
-
-
-@functools.cache
-def bundled() -> Any:
-    return load_tokenizer(bundled_model_path())
 
 
 @pytest.fixture(params=KINDS)
@@ -71,15 +63,6 @@ def test_generate_and_stream_give_the_text_that_follows_the_prompt(kind: str, da
     check_text(known.tokenizer, prompt, completion, known.text_after(prompt, completion))
     assert at_once(known.tokenizer, [], completion) == known.text(completion)
     count_comparisons("detokenizer: text of generate and of the stream against the bytes", len(completion))
-
-
-@given(prompt=st.lists(st.integers(0, 511), max_size=12), completion=st.lists(st.integers(0, 511), max_size=40))
-def test_text_of_the_bundled_tokenizer_follows_its_prompt(prompt: list[int], completion: list[int]) -> None:
-    """D82, D84."""
-    tokenizer = bundled()
-    before, whole = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompt, prompt + completion))
-    expected = whole.removeprefix(before) if whole.startswith(before) else whole.removeprefix(before[:-1])
-    check_text(tokenizer, prompt, completion, expected)
 
 
 def test_byte_tokens_are_those_that_decode_to_a_byte() -> None:

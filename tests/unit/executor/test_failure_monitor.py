@@ -10,7 +10,7 @@ import pytest
 from nanovllm.executor import failure_monitor
 from nanovllm.executor.base import RankError, RankValueError
 from nanovllm.executor.failure_monitor import READY, FailureMonitor, RankFailure, State, find_root_cause
-from tests.support.limits import HANG_SECONDS
+from tests.support.limits import HANG_SECONDS, wait_until
 
 
 def failure(cause: str, time: float = 1.0, is_value_error: bool = False) -> RankFailure:
@@ -52,12 +52,14 @@ def start() -> Iterator[Callable[[int], Workers]]:
 Start = Callable[[int], Workers]
 
 
-def test_a_worker_that_ends_when_it_is_asked_to_has_not_failed(start: Start) -> None:
+def test_the_state_is_running_when_all_workers_are_ready(start: Start) -> None:
     workers = start(2)
-    for sender in workers.senders.values():
-        sender.send(READY)
+    workers.senders[2].send(READY)
+    time.sleep(0.1)  # for the thread, which must not change it
+    assert workers.monitor._state is State.STARTING
+    workers.senders[1].send(READY)
+    wait_until(lambda: workers.monitor._state is State.RUNNING)
     workers.monitor.check()
-    assert workers.monitor._state is State.RUNNING
     assert workers.monitor.stop() is State.STOPPING
     workers.senders[1].close()
     assert workers.monitor.wait_for_root_cause(0.1) is None

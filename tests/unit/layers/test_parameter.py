@@ -16,9 +16,8 @@ from nanovllm.layers.linear import (
     ReplicatedLinear,
     RowParallelLinear,
 )
-from nanovllm.layers.moe import Experts, SparseMoeBlock
+from nanovllm.layers.moe import Experts
 from nanovllm.layers.parameter import ShapeError, parameter_dtype
-from nanovllm.model_config import MoEConfig
 
 E = 16
 FIRST_OF_2 = TensorParallel(0, 2)
@@ -48,25 +47,6 @@ def test_tensor_of_another_shape_is_refused_not_broadcast(make, shard_id, shape)
         with pytest.raises(ShapeError, match=f"expected shape {shape}, got {given}".translate({91: "\\[", 93: "\\]"})):
             param.weight_loader(param, torch.zeros(given), *shard_id)
     param.weight_loader(param, torch.zeros(shape), *shard_id)
-
-
-@pytest.mark.parametrize(
-    ("build", "name"),
-    [
-        (lambda tp: ColumnParallelLinear(E, 6, tp=tp), "output_size"),
-        (lambda tp: MergedColumnParallelLinear(E, [8, 6], tp=tp), r"output_sizes\[1\]"),
-        (lambda tp: RowParallelLinear(6, E, tp=tp), "input_size"),
-        (lambda tp: QKVParallelLinear(E, 4, 6, 2, tp=tp), "num_attention_heads"),
-        (lambda tp: QKVParallelLinear(E, 4, 8, 3, tp=tp), "num_key_value_heads"),
-        (lambda tp: VocabParallelEmbedding(10, E, tp), "vocab_size"),
-        (lambda tp: ParallelLMHead(10, E, tp), "vocab_size"),
-        (lambda tp: SparseMoeBlock(E, MoEConfig(6, 2, 10, True, frozenset({0})), tp=tp), "moe_intermediate_size"),
-    ],
-)
-def test_size_that_the_ranks_cannot_share_is_refused_by_name(build, name) -> None:
-    """D36"""
-    with pytest.raises(ValueError, match=f"{name} must be divisible by the tensor-parallel size 4, got"):
-        build(TensorParallel(3, 4))
 
 
 def test_weight_is_cast_to_the_parameters_dtype() -> None:

@@ -120,15 +120,6 @@ def test_row_gives_the_same_token_in_every_batch(monkeypatch: pytest.MonkeyPatch
     assert sample(logits, rows) == expected
 
 
-def test_each_row_has_its_own_temperature() -> None:
-    """D57: cold rows give the argmax, hot ones between them spread."""
-    logits = torch.arange(50.0).expand(400, 50)
-    temperature = np.where(np.arange(400) % 2, 1e-3, 1e4)
-    tokens = np.array(sample(logits, make_rows(400, temperature=temperature, position=np.arange(400))))
-    assert (tokens[1::2] == 49).all()
-    assert len(set(tokens[::2])) > 40  # 200 even draws from 50 leave e**-4 * 50 = 1 of them out on average
-
-
 @pytest.mark.parametrize(("limit", "rows_of_slices"), [(250, [2, 2, 1, 2]), (99, [1] * 7)])
 def test_noise_is_computed_only_for_rows_that_draw_and_in_slices(
     monkeypatch: pytest.MonkeyPatch, limit: int, rows_of_slices: list[int]

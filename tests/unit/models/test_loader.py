@@ -1,6 +1,6 @@
-"""The loader: every tensor in its place exactly once, or an error that names what is wrong.
+"""The loader: what is wrong with a checkpoint is an error that names it; shards of ranks, and files.
 
-It is one file of over 300 lines because each kind of broken checkpoint has its test, and all write theirs alike.
+e2e/test_checkpoint_forms.py and test_hugging_face.py compare the logits of every form that is right with transformers.
 """
 
 import json
@@ -16,7 +16,6 @@ from nanovllm.layers.torch_ops import TORCH_OPS
 from nanovllm.models.decoder import build_model
 from nanovllm.models.loader import INDEX_FILE, SINGLE_FILE, load_model
 from tests.support.checkpoints import checkpoint_tensors, small_config
-from tests.support.counts import count_comparisons
 
 CONFIG, TIED, MOE = small_config(), small_config(tie_word_embeddings=True), small_config("qwen3_moe")
 CHECKPOINT, MOE_CHECKPOINT = checkpoint_tensors(CONFIG), checkpoint_tensors(MOE)
@@ -46,8 +45,9 @@ def write_index(directory, weight_map):
 def loaded(directory, config=CONFIG, tp=SINGLE_RANK):
     model = build_model(config, TORCH_OPS, tp)
     for parameter in model.parameters():
-        parameter.fill_(torch.nan)  # what is not loaded shows
+        parameter.fill_(torch.nan)
     load_model(model, directory, use_tqdm=False)
+    assert [name for name, parameter in model.named_parameters() if parameter.isnan().any()] == [], "not loaded"
     return dict(model.named_parameters())
 
 
@@ -61,59 +61,14 @@ def without(tensors, *names):
     return {name: tensor for name, tensor in tensors.items() if name not in names}
 
 
-def expected_parameters(tensors):
-    """The packed parameters, put together by hand."""
-    expected = {name: tensor for name, tensor in tensors.items() if "_proj" not in name or "o_proj" in name}
-    for layer in ("model.layers.0", "model.layers.1"):
-        attention, mlp = f"{layer}.self_attn", f"{layer}.mlp"
-        for kind in ("weight", "bias"):
-            parts = [tensors[f"{attention}.{name}_proj.{kind}"] for name in "qkv"]
-            expected[f"{attention}.qkv_proj.{kind}"] = torch.cat(parts)
-        if f"{mlp}.gate.weight" not in tensors:
-            parts = [tensors[f"{mlp}.{name}_proj.weight"] for name in ("gate", "up")]
-            expected[f"{mlp}.gate_up_proj.weight"] = torch.cat(parts)
-            expected[f"{mlp}.down_proj.weight"] = tensors[f"{mlp}.down_proj.weight"]
-            continue
-        experts = [f"{mlp}.experts.{expert}" for expert in range(3)]
-        gate_up = [torch.cat([tensors[f"{e}.gate_proj.weight"], tensors[f"{e}.up_proj.weight"]]) for e in experts]
-        expected[f"{mlp}.experts.gate_up_proj.weight"] = torch.stack(gate_up)
-        downs = [tensors[f"{expert}.down_proj.weight"] for expert in experts]
-        expected[f"{mlp}.experts.down_proj.weight"] = torch.stack(downs)
-    return expected
-
-
 def fused(tensors):
     """The experts of each layer in one tensor, as transformers 5 holds them in memory."""
     own = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
-    expected = expected_parameters(tensors)
-    return own | {name.removesuffix(".weight"): tensor for name, tensor in expected.items() if ".experts." in name}
-
-
-def without_prefix(tensors):
-    return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
-
-
-def assert_same(parameters, expected):
-    assert parameters.keys() == expected.keys()
-    assert [name for name in expected if not torch.equal(parameters[name], expected[name])] == []
-    count_comparisons("loader: parameters against tensors packed by hand", len(expected))
-
-
-@pytest.mark.parametrize("num_shards", [1, 2])
-@pytest.mark.parametrize(
-    ("stored", "tensors", "config"),
-    [
-        (CHECKPOINT, CHECKPOINT, CONFIG),
-        (without_prefix(CHECKPOINT), CHECKPOINT, CONFIG),
-        (MOE_CHECKPOINT, MOE_CHECKPOINT, MOE),
-        (fused(MOE_CHECKPOINT), MOE_CHECKPOINT, MOE),
-    ],
-    ids=["dense", "base model", "experts one by one", "experts in one tensor"],
-)
-def test_every_tensor_is_loaded_into_its_place(tmp_path, stored, tensors, config, num_shards):
-    """D60, D89"""
-    write(tmp_path, stored, num_shards)
-    assert_same(loaded(tmp_path, config), expected_parameters(tensors))
+    gates, ups, downs = (
+        [tensors[f"{EXPERTS}.{expert}.{name}_proj.weight"] for expert in range(3)] for name in ("gate", "up", "down")
+    )
+    gate_up = torch.stack([torch.cat(pair) for pair in zip(gates, ups, strict=True)])
+    return own | {f"{EXPERTS}.gate_up_proj": gate_up, f"{EXPERTS}.down_proj": torch.stack(downs)}
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -122,12 +77,11 @@ def test_each_rank_loads_its_shard(tmp_path, rank):
     tp = TensorParallel(rank, 2)
     write(tmp_path, MOE_CHECKPOINT)
     parameters = loaded(tmp_path, MOE, tp)
-    down = MOE_CHECKPOINT["model.layers.0.mlp.down_proj.weight"]
-    assert torch.equal(parameters["model.layers.0.mlp.down_proj.weight"], down.chunk(2, dim=1)[rank])
     assert torch.equal(parameters[LM_HEAD], MOE_CHECKPOINT[LM_HEAD].chunk(2)[rank])
-    assert torch.equal(parameters["model.norm.weight"], MOE_CHECKPOINT["model.norm.weight"])
     write(tmp_path, fused(MOE_CHECKPOINT))
-    assert_same(loaded(tmp_path, MOE, tp), parameters)
+    of_fused = loaded(tmp_path, MOE, tp)
+    assert of_fused.keys() == parameters.keys()
+    assert [name for name in parameters if not torch.equal(of_fused[name], parameters[name])] == []
 
 
 # Wrong tensors: id -> (changes of the checkpoint, None for a tensor that is missing; what the message must say).
@@ -203,24 +157,19 @@ def test_all_wrong_tensors_are_counted_and_the_first_ten_listed(tmp_path):
     refused(tmp_path, rf"implies \({len(CHECKPOINT)}\): lm_head.weight: .* and {len(CHECKPOINT) - 10} more$")
 
 
-def test_bias_that_no_layer_has_is_zero_unless_more_is_missing(tmp_path, caplog):
-    """D89, D60: here the bias of q; those of k and v, packed with it, are loaded."""
-    names = [f"model.layers.{layer}.self_attn.q_proj.bias" for layer in (0, 1)]
-    write(tmp_path, without(CHECKPOINT, *names))
-    zero = {name: torch.zeros_like(CHECKPOINT[name]) for name in names}
-    assert_same(loaded(tmp_path), expected_parameters(CHECKPOINT | zero))
-    assert len(caplog.messages) == 1
-    missing = [*names, "model.norm.weight"]
+def test_biases_that_no_layer_has_are_named_if_more_is_missing(tmp_path, caplog):
+    """D89, D60: alone they are zero, with a warning."""
+    missing = [*(f"model.layers.{layer}.self_attn.q_proj.bias" for layer in (0, 1)), "model.norm.weight"]
     write(tmp_path, without(CHECKPOINT, *missing))
     refused(tmp_path, rf"lacks weights of this model \(3\): {'; '.join(missing)}$")
-    assert len(caplog.messages) == 1
+    assert caplog.messages == []
 
 
 @pytest.mark.parametrize("name", ["rotary_emb.inv_freq", "model.layers.0.self_attn.rotary_emb.cos_cached"])
 def test_unused_buffer_is_ignored(tmp_path, name):
     """D89"""
     write(tmp_path, CHECKPOINT | {name: torch.ones(3), "model.layers.1.self_attn.masked_bias": torch.ones(3)})
-    assert_same(loaded(tmp_path), expected_parameters(CHECKPOINT))
+    loaded(tmp_path)
 
 
 def test_tensors_that_are_stored_twice_are_named(tmp_path):
@@ -237,13 +186,8 @@ def test_tensors_that_are_stored_twice_are_named(tmp_path):
 # Tied weights.
 
 
-@pytest.mark.parametrize(("stored", "other"), [(EMBEDDING, LM_HEAD), (LM_HEAD, EMBEDDING)])
-def test_tied_checkpoint_needs_one_of_the_tensors(tmp_path, stored, other):
+def test_tied_checkpoint_needs_one_of_the_tensors(tmp_path):
     """D67, D80"""
-    write(tmp_path, without(CHECKPOINT, other))
-    parameters = loaded(tmp_path, TIED)
-    assert LM_HEAD not in parameters
-    assert torch.equal(parameters[EMBEDDING], CHECKPOINT[stored])
     write(tmp_path, without(CHECKPOINT, EMBEDDING, LM_HEAD))
     refused(tmp_path, rf"lacks .* \(1\): {EMBEDDING}", TIED)
 
@@ -265,7 +209,7 @@ def test_weights_that_differ_are_not_tied_on_any_rank(tmp_path, row, num_shards,
     tensors = CHECKPOINT | {LM_HEAD: CHECKPOINT[EMBEDDING].clone()}
     tensors[LM_HEAD][row] += 1
     write(tmp_path, tensors, num_shards)
-    assert_same(loaded(tmp_path, TIED), expected_parameters(tensors))
+    assert torch.equal(loaded(tmp_path, TIED)[LM_HEAD], tensors[LM_HEAD])
     assert loaded(tmp_path, small_config(tie_word_embeddings=True, dtype="bfloat16"))[LM_HEAD].dtype == torch.bfloat16
     assert [message[:50] for message in caplog.messages] == 2 * ["config.json ties lm_head.weight to model.embed_tok"]
     caplog.clear()
@@ -311,7 +255,7 @@ def test_symbolic_links_are_followed(tmp_path):
     for number, blob in enumerate(sorted(blobs.iterdir())):
         hashed = blob.rename(blobs / f"{number}")
         (directory / blob.name).symlink_to(hashed)
-    assert_same(loaded(directory), expected_parameters(CHECKPOINT))
+    loaded(directory)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 1}}'])
