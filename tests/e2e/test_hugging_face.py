@@ -13,8 +13,8 @@ import torch
 from nanovllm import LLM, SamplingParams
 from tests.e2e.conftest import tokens
 from tests.support.comparing import assert_within
-from tests.support.counts import count_comparisons, record_error
-from tests.support.hugging_face import check_greedy_choices, first_module_that_differs, hugging_face_logits
+from tests.support.engine_events import assert_occurred, scheduler_events
+from tests.support.hugging_face import first_module_that_differs, hugging_face_logits, num_excused
 from tests.support.model_probe import make_runner, teacher_forced_logits
 from tests.support.oracle import ERROR_RATIO
 from tests.support.tiny_models import VARIANTS, VOCAB_SIZE, random_tokens, tiny_model
@@ -78,16 +78,11 @@ def check_under_pressure(architecture: str, dtype: str, divisor: int = 1, **opti
         max_num_batched_tokens=200 // divisor, max_model_len=1024 // divisor, **options,
     ) as llm:  # fmt: skip
         outputs = tokens(llm, prompts, SamplingParams.greedy(max_tokens=max_tokens, ignore_eos=True))
-        assert llm.scheduler.num_preemptions > 0
-        assert llm.scheduler.num_prefill_chunks > 0
-        assert llm.scheduler.block_manager.num_hit_blocks > 0
+        assert_occurred(scheduler_events(llm.scheduler), ["preemption", "prefill chunk", "block hit"])
     for prompt, token_ids in zip(prompts, outputs, strict=True):
         assert len(token_ids) == max_tokens
-        check = check_greedy_choices(model_dir, prompt, token_ids, getattr(torch, dtype))
-        record_error(f"greedy choices against transformers, {dtype}", float(check.shortfalls.max()), check.allowed)
-        count_comparisons("engine: greedy tokens against transformers' logits", len(token_ids))
-        assert check.shortfalls.max() <= check.allowed
-        assert (check.shortfalls == 0).float().mean() >= 0.9
+        torch_dtype = getattr(torch, dtype)
+        assert num_excused(model_dir, prompt, token_ids, torch_dtype, torch.float64) <= max_tokens // 10
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3_moe"])
