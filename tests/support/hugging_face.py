@@ -27,9 +27,10 @@ def load_hugging_face(model_dir: Path, dtype: torch.dtype) -> Any:
 
 
 @torch.inference_mode()
-def hugging_face_logits(model_dir: Path, token_ids: list[int], dtype: torch.dtype) -> torch.Tensor:
-    """float64 copy of the logits [len(token_ids), V] that transformers computes in `dtype`."""
-    return load_hugging_face(model_dir, dtype)(torch.tensor([token_ids])).logits[0].double()
+def hugging_face_logits(model_dir: Path, token_ids: list[int], dtype: torch.dtype, num_last: int = 0) -> torch.Tensor:
+    """float64 copy of the logits [len(token_ids), V] that transformers computes in `dtype`; or of the last num_last."""
+    model = load_hugging_face(model_dir, dtype)
+    return model(torch.tensor([token_ids]), logits_to_keep=num_last).logits[0].double()
 
 
 def num_excused(
@@ -41,18 +42,12 @@ def num_excused(
     bound of a logit, which is FACTORS[dtype] times the largest error of transformers' own logits in that dtype, and
     half a unit in the last place.
     """
-    text, chosen = torch.tensor([[*prompt, *token_ids]]), torch.tensor(token_ids)
-
-    @torch.inference_mode()
-    def logits(dtype: torch.dtype) -> torch.Tensor:
-        """[len(token_ids), V]: those that each of token_ids was chosen from."""
-        return load_hugging_face(model_dir, dtype)(text, logits_to_keep=len(token_ids) + 1).logits[0, :-1].double()
-
-    rounded = logits(dtype)
+    text, chosen, number = [*prompt, *token_ids], torch.tensor(token_ids), len(token_ids) + 1
+    rounded = hugging_face_logits(model_dir, text, dtype, number)[:-1]
     count_comparisons("engine: greedy tokens against transformers", len(token_ids))
     excused = int((rounded.argmax(dim=1) != chosen).sum())
     if excused:
-        exact = logits(exact_dtype)
+        exact = hugging_face_logits(model_dir, text, exact_dtype, number)[:-1]
         half_place = torch.finfo(dtype).eps * float(exact.abs().max()) / 2
         allowed = 2 * (FACTORS[dtype] * float((rounded - exact).abs().max()) + half_place)
         shortfall = float((exact.amax(dim=1) - exact.gather(1, chosen[:, None])[:, 0]).max())
