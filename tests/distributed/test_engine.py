@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from nanovllm import LLM, bundled_model_path
+from nanovllm import bundled_model_path
+from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.executor.multiproc import MultiprocExecutor
 from tests.e2e.test_engine_against_reference import CROWDED, EVENTS, MAX_MODEL_LEN, run
 from tests.support.counts import count_event
 from tests.support.engine_events import assert_occurred
+from tests.support.model_probe import make_runner
 from tests.support.oracle import Oracle
-from tests.support.rank_faults import MEMORY, plant_memory
-from tests.support.resource_snapshot import Watch
 from tests.support.tiny_models import tiny_model
 
 
@@ -60,14 +60,8 @@ def test_async_scheduling_with_several_ranks_gives_the_same_tokens(monkeypatch: 
     assert oracle.num_excused == 0
 
 
-def test_the_number_of_blocks_is_the_minimum_over_all_ranks(
-    nothing_left: Watch, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """D30: rank 1 has a quarter of the memory that rank 0 has."""
-    sizes = []
-    for rank_1 in (MEMORY, MEMORY // 4):
-        plant_memory(monkeypatch, [MEMORY, rank_1])
-        with LLM(str(bundled_model_path()), tensor_parallel_size=2, device="cpu", max_num_seqs=512) as llm:
-            sizes.append(llm._core.executor.num_kv_cache_blocks)
-            assert llm._core.executor._runner.kv_cache.shape[2] == sizes[-1]
-    assert sizes[0] == 4 * sizes[1]
+def test_the_number_of_blocks_is_the_minimum_over_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """D30: another rank has room for 7. unit/distributed/test_tensor_parallel.py has the minimum of real ranks."""
+    monkeypatch.setattr(TensorParallel, "all_reduce_min", lambda tp, value: min(value, 7))
+    runner = make_runner(bundled_model_path(), device="cpu", max_num_seqs=512)
+    assert runner.num_kv_cache_blocks == runner.kv_cache.shape[2] == 7

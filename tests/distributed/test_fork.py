@@ -2,14 +2,13 @@
 
 import multiprocessing
 import os
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from nanovllm import LLM
+from tests.e2e.test_threads import HeldStep
 from tests.support.programs import run_python
 from tests.support.rank_engines import GREEDY, PROMPTS, engine, generate
 from tests.support.source_tree import ROOT
@@ -95,19 +94,11 @@ def close_and_use(llm: LLM) -> None:
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")  # of Python 3.12, in a process with threads
 def test_a_child_forked_in_the_middle_of_a_step_does_not_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """D86: the thread that computes the step does not exist in the child."""
-    is_reached, may_go = threading.Event(), threading.Event()
     with engine(1) as llm, ThreadPoolExecutor(1) as threads:
         expected = generate(llm)
-        execute = llm._core.executor.execute
-
-        def wait_and_execute(batch: Any) -> Any:
-            is_reached.set()
-            assert may_go.wait(60)
-            return execute(batch)
-
-        monkeypatch.setattr(llm._core.executor, "execute", wait_and_execute)
+        step = HeldStep(llm, monkeypatch)
         computing = threads.submit(generate, llm)
-        assert is_reached.wait(60)
+        step.wait()
         child = multiprocessing.get_context("fork").Process(target=close_and_use, args=(llm,))
         child.start()
         child.join(20)
@@ -115,6 +106,6 @@ def test_a_child_forked_in_the_middle_of_a_step_does_not_wait_for_it(monkeypatch
         child.kill()
         child.join()
         child.close()
-        may_go.set()
+        step.resume()
         assert exit_code == 7
         assert computing.result(60) == expected

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from nanovllm import LLM, SamplingParams, bundled_model_path
+from nanovllm import LLM, bundled_model_path
 from nanovllm.engine.scheduler import ScheduledBatch
 from tests.e2e.conftest import GREEDY, PROMPTS, bundled_llm, run_to_end, tokens
 from tests.support.tiny_models import copy_model
@@ -15,18 +15,10 @@ GOOD = [5, 6, 7]
 CLOSED = r"^this engine is closed: make a new one$"
 
 
-def test_a_request_that_can_never_fit_is_refused_and_others_go_on(llm: LLM) -> None:
-    """D10: with the numbers; D11: a prompt of max_model_len."""
-    running = llm.add_request(GOOD, GREEDY)
-    with bundled_llm(num_kv_cache_blocks=4) as small:
-        going = small.add_request(GOOD, GREEDY)
-        with pytest.raises(ValueError, match=r"^prompt 1: .*4 blocks of 16 tokens.*60 prompt tokens and max_tok"):
-            small.generate([GOOD, [5] * 60], SamplingParams.greedy(max_tokens=10))
-        assert small.generate([[5] * 55], SamplingParams.greedy(max_tokens=10), use_tqdm=False)
-        assert [output["seq_id"] for output in small.step().finished] == [going]
-    with pytest.raises(ValueError, match="max_model_len=512"):
-        llm.add_request([5] * 512)
-    assert run_to_end(llm).keys() == {running}
+def test_the_refused_prompt_of_a_list_is_named_and_none_is_queued(llm: LLM) -> None:
+    """D10, D11: contract E16 and test_scheduler_requests have the pool, the numbers, and that others go on."""
+    with pytest.raises(ValueError, match=r"^prompt 1: .*max_model_len=512"):
+        llm.generate([GOOD, [5] * 512], GREEDY, use_tqdm=False)
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("planted"), KeyboardInterrupt()])

@@ -18,7 +18,7 @@ from reference.checkpoint import Checkpoint, load_checkpoint
 from reference.transformer import transformer
 from tests.e2e.conftest import tokens
 from tests.support.comparing import assert_within
-from tests.support.engine_events import scheduler_events
+from tests.support.engine_events import assert_occurred, scheduler_events
 from tests.support.model_probe import make_runner, teacher_forced_logits
 from tests.support.oracle import ERROR_RATIO, Oracle
 from tests.support.programs import run_python
@@ -113,10 +113,7 @@ def test_float32_tokens_equal_the_reference(
         num_kv_cache_blocks=num_blocks, max_num_seqs=8, max_num_batched_tokens=32, max_model_len=80, **EAGER,
     ) as llm:  # fmt: skip
         outputs = llm.generate(prompts, params, use_tqdm=False)
-        assert llm.scheduler.num_preemptions > 0
-        assert llm.scheduler.num_prefill_chunks > 0
-        assert llm.scheduler.block_manager.num_hit_blocks > 0
-        scheduler_events(llm.scheduler)
+        assert_occurred(scheduler_events(llm.scheduler), ["preemption", "prefill chunk", "block hit"])
     for prompt, param, output in zip(prompts, params, outputs, strict=True):
         oracle.check(prompt, param, param.seed or 0, output["token_ids"], output["finish_reason"])
     assert oracle.num_excused <= 1

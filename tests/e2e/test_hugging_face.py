@@ -5,6 +5,7 @@ transformers runs on the CPU in float64, and in the engine's dtype: the two diff
 and these tokens. tests/support/hugging_face.py says how much more ours may differ.
 """
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +14,8 @@ import torch
 from nanovllm import LLM, SamplingParams
 from tests.e2e.conftest import tokens
 from tests.support.comparing import assert_within
-from tests.support.counts import count_comparisons, record_error
-from tests.support.hugging_face import check_greedy_choices, first_module_that_differs, hugging_face_logits
+from tests.support.engine_events import assert_occurred, scheduler_events
+from tests.support.hugging_face import first_module_that_differs, hugging_face_logits, num_excused
 from tests.support.model_probe import make_runner, teacher_forced_logits
 from tests.support.oracle import ERROR_RATIO
 from tests.support.tiny_models import VARIANTS, VOCAB_SIZE, random_tokens, tiny_model
@@ -22,10 +23,8 @@ from tests.support.tiny_models import VARIANTS, VOCAB_SIZE, random_tokens, tiny_
 OPTIONS: dict[str, Any] = {"device": "cpu", "dtype": "float32", "attention_backend": "torch"}
 
 
-@pytest.mark.parametrize("variant", [variant for _, variant in VARIANTS], ids=[name for name, _ in VARIANTS])
-def test_teacher_forced_logits(variant: dict[str, Any]) -> None:
-    """D01 D07 D64 D65 D66: every position of a prompt in two chunks and a continuation decoded token by token."""
-    model_dir = tiny_model(**variant)
+def check_logits(model_dir: Path) -> None:
+    """Every position of a prompt in two chunks and a continuation decoded token by token."""
     token_ids = random_tokens(100, seed=1)
     exact = hugging_face_logits(model_dir, token_ids, torch.float64)
     rounding = (hugging_face_logits(model_dir, token_ids, torch.float32) - exact).abs().max()
@@ -39,6 +38,12 @@ def test_teacher_forced_logits(variant: dict[str, Any]) -> None:
     if not (ours.double() - exact).abs().max() <= allowed:
         where = first_module_that_differs(model_dir, runner.model.model, compute, token_ids, ERROR_RATIO)
     assert_within("engine: logits against transformers", ours, exact, allowed, where)
+
+
+@pytest.mark.parametrize("variant", [variant for _, variant in VARIANTS], ids=[name for name, _ in VARIANTS])
+def test_teacher_forced_logits(variant: dict[str, Any]) -> None:
+    """D01 D07 D64 D65 D66"""
+    check_logits(tiny_model(**variant))
 
 
 @pytest.mark.parametrize("module", ["embed_tokens", "layers.0.self_attn", "layers.1.mlp", "norm"])
@@ -78,16 +83,11 @@ def check_under_pressure(architecture: str, dtype: str, divisor: int = 1, **opti
         max_num_batched_tokens=200 // divisor, max_model_len=1024 // divisor, **options,
     ) as llm:  # fmt: skip
         outputs = tokens(llm, prompts, SamplingParams.greedy(max_tokens=max_tokens, ignore_eos=True))
-        assert llm.scheduler.num_preemptions > 0
-        assert llm.scheduler.num_prefill_chunks > 0
-        assert llm.scheduler.block_manager.num_hit_blocks > 0
+        assert_occurred(scheduler_events(llm.scheduler), ["preemption", "prefill chunk", "block hit"])
     for prompt, token_ids in zip(prompts, outputs, strict=True):
         assert len(token_ids) == max_tokens
-        check = check_greedy_choices(model_dir, prompt, token_ids, getattr(torch, dtype))
-        record_error(f"greedy choices against transformers, {dtype}", float(check.shortfalls.max()), check.allowed)
-        count_comparisons("engine: greedy tokens against transformers' logits", len(token_ids))
-        assert check.shortfalls.max() <= check.allowed
-        assert (check.shortfalls == 0).float().mean() >= 0.9
+        torch_dtype = getattr(torch, dtype)
+        assert num_excused(model_dir, prompt, token_ids, torch_dtype, torch.float64) <= max_tokens // 10
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3_moe"])

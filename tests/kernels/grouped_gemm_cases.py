@@ -92,7 +92,6 @@ CASES = {
     "one token": check(1, 4, 2, 32, 16),
     "one expert": check(5, 1, 1, 16, 16),
     "ragged sizes": check(7, 4, 2, 20, 12),
-    "smaller than a tile": check(3, 4, 3, 4, 6),
     "several blocks an expert": check(40, 2, 2, 16, 16),
     "several tiles of columns and steps": check(5, 3, 2, 80, 48, tiles=(16, 32, 16)),
     "weights are not renormalised": check(6, 5, 2, 16, 8, norm_topk_prob=False),

@@ -86,7 +86,6 @@ CASES = {
     "one token": small_tiles(1, 8, 2),
     "one expert": small_tiles(5, 1, 1),
     "every expert is chosen": small_tiles(7, 6, 6),
-    "experts are no power of two": small_tiles(13, 12, 3),
     "weights are not renormalised": small_tiles(13, 12, 3, norm_topk_prob=False),
     "more experts than assignments": small_tiles(3, 40, 2),
     "one assignment a block": small_tiles(9, 5, 2, block_size=1),

@@ -148,7 +148,6 @@ KERNEL = Kernel(
         "bias": check((3, 13, 100), has_bias=True, tiles=(8, 16, 4)),
         "more parts than warps hold": check((3, 35, 300), tiles=(16, 16, 8)),
         "rows far apart": check((5, 9, 72), spare=7, tiles=(8, 16, 4)),
-        "norm": check_norm((3, 13, 100), tiles=(8, 16, 4)),
         "norm, one chunk": check_norm((8, 24, 60), tiles=(16, 16, 4)),
         "norm without a residual": check_norm((2, 13, 100), has_residual=False, tiles=(8, 16, 4)),
         "norm, bias, rows far apart": check_norm((9, 13, 100), has_bias=True, spare=3, tiles=(8, 16, 4)),

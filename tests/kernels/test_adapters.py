@@ -19,11 +19,7 @@ from reference.paged_attention import paged_attention
 from tests.kernels import paged_attention_cases, varlen_attention_cases
 from tests.support.kernels import adapters, own_kernels
 from tests.support.kernels.interpreting import failure_of
-from tests.support.kernels.plans import pages_of
 from tests.support.kernels.reaching import flash_attn_varlen_func, flash_attn_with_kvcache
-
-INT = torch.int32
-
 
 # --- vLLM ---
 
@@ -44,6 +40,7 @@ def unified_attention(
 
 def tables_of(indptr, indices, last_page_len, page_size):
     """(block_tables, context_lens) of FlashInfer's pages; a missing place of a table is a page that there is not."""
+    assert indptr.dtype == indices.dtype == last_page_len.dtype == torch.int32
     rows = [indices[start:end] for start, end in zip(indptr[:-1].tolist(), indptr[1:].tolist(), strict=True)]
     tables = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=2**30)
     return tables, (indptr.diff() - 1).clamp(min=0) * page_size + last_page_len
@@ -181,13 +178,6 @@ def test_a_wrong_function_behind_an_adapter_fails(function: Any) -> None:
     text = judged("paged_attention", function, paged_attention_cases.CASES["ragged"])
     assert "paged_attention differs from its reference in" in text
     assert "the worst is at sequence " in text
-
-
-def test_pages_leave_out_what_a_table_does_not_use() -> None:
-    tables = torch.tensor([[5, 9, 9], [9, 9, 9], [2, 0, 7]], dtype=INT)
-    pages = pages_of(tables, torch.tensor([16, 0, 33], dtype=INT), 16)
-    assert [part.tolist() for part in pages] == [[0, 1, 1, 4], [5, 2, 0, 7], [16, 0, 1]]
-    assert {part.dtype for part in pages} == {INT}
 
 
 def test_every_signature_of_the_table_is_tried_here() -> None:

@@ -16,10 +16,3 @@ def test_splits_fill_the_gpu_once(num_seqs, num_kv_heads, max_context_len):
     programs = num_seqs * num_kv_heads
     assert splits == 1 or programs * splits <= 264
     assert programs * (splits + 1) > 264 or splits * 32 >= max_context_len
-
-
-@pytest.mark.parametrize(("num_seqs", "num_kv_heads", "splits"), [(1, 8, 33), (8, 8, 4), (64, 8, 1), (256, 8, 1)])
-def test_splits_that_were_measured_to_be_best(num_seqs, num_kv_heads, splits):
-    from nanovllm.kernels.paged_attention import choose_num_splits
-
-    assert choose_num_splits(num_seqs, num_kv_heads, 32768, 132) == splits

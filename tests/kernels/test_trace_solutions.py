@@ -1,6 +1,6 @@
 """Definitions and Solutions of FlashInfer-Trace given to --kernel, right and wrong ones, and files that are neither.
 
-The definitions have the names, axes and dtypes of the published ones, at small sizes, and references of our own.
+The definitions have the names, axes and dtypes of the published ones, at small sizes, and references over ours.
 test_adapters.py has the other signatures of attention. It is one file, so that each definition stands beside what is
 wrong in its wrong version.
 """
@@ -25,19 +25,10 @@ from tools.flashinfer_trace.__main__ import main
 BF16, F32, I32, I64 = "bfloat16", "float32", "int32", "int64"
 
 DECODE = """
-import torch
+from tests.kernels.test_adapters import paged_decode
 
 def run(q, k_cache, v_cache, kv_indptr, kv_indices, kv_last_page_len, sm_scale):
-    output = torch.zeros_like(q)
-    for b in range(len(q)):
-        pages = kv_indices[kv_indptr[b] : kv_indptr[b + 1]].long()
-        if len(pages):
-            length = (len(pages) - 1) * k_cache.shape[1] + int(kv_last_page_len[b])
-            k, v = (cache[pages].flatten(0, 1)[:length].float() for cache in (k_cache, v_cache))
-            heads = q[b].float().unflatten(0, (k.shape[1], -1))
-            weights = (torch.einsum("kgd,jkd->kgj", heads, k) * sm_scale).softmax(-1)
-            output[b] = torch.einsum("kgj,jkd->kgd", weights, v).flatten(0, 1).bfloat16()
-    return output, torch.zeros(q.shape[:2])
+    return paged_decode(q, k_cache, v_cache, kv_indptr, kv_indices, kv_last_page_len, sm_scale)
 """
 NORM = """
 import torch
@@ -54,14 +45,10 @@ def run(hidden_states, residual, weight):
 """
 )
 ROPE = """
-import torch
-
-def turn(x, cos, sin):
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).bfloat16()
+from nanovllm.layers.torch_ops import apply_rotary_embedding as turn
 
 def run(q, k, cos_sin_cache, positions):
-    cos, sin = cos_sin_cache[positions][:, None].chunk(2, dim=-1)
+    cos, sin = cos_sin_cache[positions].chunk(2, dim=-1)
     return turn(q, cos, sin), turn(k, cos, sin)
 """
 ROPE_TABLES = """
@@ -86,14 +73,11 @@ def run(probs, top_k, top_p):
 """
 MOE = """
 import torch
+from nanovllm.layers.torch_ops import apply_experts
 
 def run(hidden_states, gating_output, w1, w2, topk_weights, topk_ids):
-    output = torch.zeros(hidden_states.shape)
-    for token, (weights, experts) in enumerate(zip(topk_weights, topk_ids.tolist())):
-        for weight, expert in zip(weights, experts):
-            up, gate = (w1[expert].float() @ hidden_states[token].float()).chunk(2)
-            output[token] += weight * (w2[expert].float() @ (torch.nn.functional.silu(gate) * up))
-    return output.bfloat16()
+    up, gate = w1.chunk(2, dim=1)
+    return apply_experts(hidden_states, topk_ids, topk_weights.bfloat16(), torch.cat([gate, up], dim=1), w2)
 """
 
 Q = "batch_size num_qo_heads head_dim"
@@ -110,7 +94,7 @@ DEFINITIONS: dict[str, tuple[str, dict[str, int], dict[str, Any], dict[str, Any]
          "kv_indptr": ("len_indptr", I32), "kv_indices": ("num_kv_indices", I32),
          "kv_last_page_len": ("batch_size", I32), "sm_scale": (None, F32)},
         {"output": (Q, BF16), "lse": ("batch_size num_qo_heads", F32)},
-        DECODE, ("int(kv_last_page_len[b])", "k_cache.shape[1]"),
+        DECODE, ("paged_decode(q,", "paged_decode(2 * q,"),
     ),
     "rmsnorm_h48": (
         "rms_norm", {"hidden_size": 48},
@@ -128,7 +112,7 @@ DEFINITIONS: dict[str, tuple[str, dict[str, int], dict[str, Any], dict[str, Any]
         {"q": ("num_tokens num_qo_heads head_size", BF16), "k": ("num_tokens num_kv_heads head_size", BF16),
          "cos_sin_cache": ("max_seq_len rotary_dim", F32), "positions": ("num_tokens", I64)},
         {"q_out": ("num_tokens num_qo_heads head_size", BF16), "k_out": ("num_tokens num_kv_heads head_size", BF16)},
-        ROPE, ("second * cos + first", "second * cos - first"),
+        ROPE, ("chunk(2, dim=-1)", "chunk(2, dim=-1)[::-1]"),
     ),
     "rope_h4_d16": (
         "rotary_embedding", {"num_q_heads": 4, "head_dim": 16},
@@ -149,7 +133,7 @@ DEFINITIONS: dict[str, tuple[str, dict[str, int], dict[str, Any], dict[str, Any]
         {"num_experts": 6, "hidden_size": 32, "intermediate_size": 16, "gemm1_out_size": 32, "top_k": 2},
         {"hidden_states": ("seq_len hidden_size", BF16), "gating_output": ("seq_len num_experts", F32),
          **WEIGHTS, "topk_weights": ("seq_len top_k", F32), "topk_ids": ("seq_len top_k", I32)},
-        {"output": ("seq_len hidden_size", BF16)}, MOE, ("silu(gate) * up", "silu(up) * gate"),
+        {"output": ("seq_len hidden_size", BF16)}, MOE, ("[gate, up]", "[up, gate]"),
     ),
 }  # fmt: skip
 

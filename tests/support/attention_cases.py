@@ -11,7 +11,7 @@ from nanovllm.layers.ops import LayerOps
 from nanovllm.layers.torch_ops import TORCH_OPS
 from reference.paged_attention import paged_attention
 from reference.store_kvcache import store_kvcache
-from tests.support.comparing import assert_within
+from tests.support.comparing import assert_within, same_bits
 
 
 @dataclass(frozen=True)
@@ -127,4 +127,4 @@ def assert_within_the_error_of_plain_torch(name: str, step: Step, output: torch.
 
 def assert_same_bits(actual: torch.Tensor, expected: torch.Tensor) -> None:
     """Equal bit for bit, NaN included."""
-    assert torch.equal(actual.contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8))
+    assert same_bits(actual, expected)

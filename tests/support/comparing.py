@@ -17,6 +17,11 @@ def assert_close(component: str, actual: torch.Tensor, expected: torch.Tensor, r
         record_error(component, float(error[worst]), float(allowed[worst]))
 
 
+def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Equal bit for bit, NaN included."""
+    return torch.equal(left.contiguous().view(torch.uint8), right.contiguous().view(torch.uint8))
+
+
 def assert_equal(component: str, actual: torch.Tensor, expected: torch.Tensor) -> None:
     """Equal, and of one shape, dtype and device; counted for `component`."""
     assert_close(component, actual, expected, rtol=0, atol=0)

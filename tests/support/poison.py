@@ -35,14 +35,7 @@ from nanovllm.engine.sequence import Sequence
 from nanovllm.worker import model_runner
 from nanovllm.worker.async_output import AsyncModelOutput
 from tests.support.counts import count_comparisons, count_event
-
-UNINITIALISED = {
-    torch.empty,
-    torch.empty_like,
-    torch.empty_strided,
-    torch.Tensor.new_empty,
-    torch.Tensor.new_empty_strided,
-}
+from tests.support.kernels.guards import ALLOCATIONS
 
 
 class PoisonError(AssertionError):
@@ -54,7 +47,7 @@ class PoisonedEmpty(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         tensor = func(*args, **(kwargs or {}))
-        if func not in UNINITIALISED:
+        if func not in ALLOCATIONS:
             return tensor
         if tensor.is_floating_point():
             return tensor.fill_(torch.nan)

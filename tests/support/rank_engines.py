@@ -29,11 +29,6 @@ def generate(llm: LLM) -> list[list[int]]:
     return [output["token_ids"] for output in llm.generate(PROMPTS, GREEDY, use_tqdm=False)]
 
 
-def start_and_generate(size: int, **options: Any) -> None:
-    with engine(size, **options) as llm:
-        generate(llm)
-
-
 def message_of(fault: Fault, size: int) -> str:
     if fault.what == "kill":
         return f"rank {fault.rank} of {size} was killed by SIGKILL"
@@ -48,8 +43,8 @@ def check_failure(monkeypatch: pytest.MonkeyPatch, watch: Watch, fault: Fault, s
     """
     plant(monkeypatch, fault)
     before = watch.snapshot()
-    with pytest.raises(RankError if fault.rank else ERRORS[fault.what]) as caught:
-        start_and_generate(size, **options)
+    with pytest.raises(RankError if fault.rank else ERRORS[fault.what]) as caught, engine(size, **options) as llm:
+        generate(llm)
     seconds = fault.seconds_since()
     assert watch.snapshot() == before
     record_error("seconds from a rank's failure to the error", seconds, MAX_SECONDS)

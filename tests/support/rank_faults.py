@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,7 +20,6 @@ PLACES = ("joining", "load", "sizing", "prefill", "decode")  # in the order in w
 CONNECTING = "connecting"  # after "joining": the others know this rank's address, and it does not connect
 CONNECTED = "connected"  # after that: the rank has connected, and does not publish it
 WARM_UP = "warm-up"  # after "load", on GPUs only
-MEMORY = 2**30  # holds fewer blocks of the bundled model than its 512 sequences could use
 WORDS = "planted on purpose"
 ERRORS: dict[str, type[Exception]] = {
     "raise": ArithmeticError,
@@ -69,21 +67,6 @@ def plant(monkeypatch: Any, fault: Fault) -> None:
 def _faulty_worker(fault: Fault, spec: Any, placement: Any, *rest: Any) -> None:
     if placement.rank == fault.rank:
         plant_here(fault)
-    worker_main.worker_main(spec, placement, *rest)
-
-
-def plant_memory(monkeypatch: Any, available: list[int]) -> None:
-    """From now on, rank r of engines of this process finds available[r] bytes of memory."""
-    monkeypatch.setattr(multiproc, "worker_main", functools.partial(_worker_with_memory, available))
-    monkeypatch.setattr(model_runner.psutil, "virtual_memory", lambda: _memory(available[0]))
-
-
-def _memory(available: int) -> SimpleNamespace:
-    return SimpleNamespace(available=available, total=available)
-
-
-def _worker_with_memory(available: list[int], spec: Any, placement: Any, *rest: Any) -> None:
-    model_runner.psutil.virtual_memory = lambda: _memory(available[placement.rank])
     worker_main.worker_main(spec, placement, *rest)
 
 

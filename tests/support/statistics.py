@@ -14,7 +14,7 @@ draws.
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import xxhash
@@ -96,19 +96,21 @@ def miss_probability(probs: Sequence[float], num_draws: int, error: float, thres
     as the mean at which check_temperature begins to pass.
     """
     family, wrong = TemperatureFamily(probs), 1 / (1 + error) - 1
-    passes, fails = 0.0, wrong  # bisection for the tilt at which the evidence is `threshold`
     if num_draws * family.divergence(wrong, 0.0) <= threshold:
         return 1.0
-    for _ in range(200):
-        middle = (passes + fails) / 2
-        if num_draws * family.divergence(middle, 0.0) <= threshold:
-            passes = middle
-        else:
-            fails = middle
+    passes = last_that_holds(lambda tilt: num_draws * family.divergence(tilt, 0.0) <= threshold, 0.0, wrong)
     return math.exp(-num_draws * family.divergence(passes, wrong))
 
 
 # --- the arithmetic ---
+
+
+def last_that_holds(holds: Callable[[float], bool], inside: float, outside: float) -> float:
+    """Bisection for the number, between one for which `holds` and one for which it does not, up to which it does."""
+    for _ in range(200):
+        middle = (inside + outside) / 2
+        inside, outside = (middle, outside) if holds(middle) else (inside, middle)
+    return inside
 
 
 def divergence(f: float, p: float) -> float:
@@ -134,11 +136,7 @@ class TemperatureFamily:
 
     def tilt_of_mean(self, mean: float) -> float:
         """The tilt at which z has this mean: the likeliest one for draws that have it. Within -20 and 20."""
-        low, high = -20.0, 20.0
-        for _ in range(200):
-            middle = (low + high) / 2
-            low, high = (middle, high) if self.mean(middle) < mean else (low, middle)
-        return low
+        return last_that_holds(lambda tilt: self.mean(tilt) < mean, -20.0, 20.0)
 
     def _log_sum(self, tilt: float) -> float:
         return math.log(math.fsum(math.exp((1 + tilt) * z) for z in self.z))

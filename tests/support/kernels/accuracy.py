@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 import torch
 
+from tests.support.comparing import same_bits
 from tests.support.counts import INTERPRETED, ON_A_GPU, count_kernel_comparisons, record_error
 
 # How far the largest error may lie above plain PyTorch's, in each dtype. In half precision the rounding of inputs and
@@ -109,13 +110,12 @@ def assert_rounded_alike(actual: torch.Tensor, expected: torch.Tensor) -> None:
     assert share <= 0.02, f"{share:.1%} of the elements are rounded otherwise"
 
 
-def assert_repeats(run: Callable[[], object], times: int = 50) -> None:
-    """run() gives the same bits every time; it returns a tensor or several."""
+def assert_repeats(run: Callable[[], object]) -> None:
+    """run() gives the same bits fifty times; it returns a tensor or several."""
     first = [output.clone() for output in _tensors(run())]
-    for _ in range(times):
+    for _ in range(50):
         for left, right in zip(first, _tensors(run()), strict=True):
-            is_equal = torch.equal(left.contiguous().view(torch.uint8), right.contiguous().view(torch.uint8))
-            assert is_equal, "the same inputs gave other bits"
+            assert same_bits(left, right), "the same inputs gave other bits"
 
 
 def _tensors(outputs: Any) -> list[torch.Tensor]:

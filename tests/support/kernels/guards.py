@@ -5,6 +5,15 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from tests.support.comparing import same_bits
+
+ALLOCATIONS = {
+    torch.empty,
+    torch.empty_like,
+    torch.empty_strided,
+    torch.Tensor.new_empty,
+    torch.Tensor.new_empty_strided,
+}
 MARGIN = 4096  # elements on each side: more than a tile, so that what runs over by a tile meets them
 
 
@@ -47,10 +56,10 @@ class Guards(TorchFunctionMode):
     def assert_intact(self) -> None:
         for buffer, margins, poison in self._buffers:
             for margin in margins:
-                is_intact = _same_bits(buffer[margin], poison.repeat(MARGIN))
+                is_intact = same_bits(buffer[margin], poison.repeat(MARGIN))
                 assert is_intact, f"written outside a tensor of {buffer.numel() - 2 * MARGIN} elements"
         for tensor, before in self._read:
-            assert _same_bits(tensor, before), f"an input of shape {list(tensor.shape)} was changed"
+            assert same_bits(tensor, before), f"an input of shape {list(tensor.shape)} was changed"
 
     def _make(self, shape: Any, stride: Any, dtype: torch.dtype, content: torch.Tensor | None = None) -> torch.Tensor:
         """Filled on the CPU and moved in one copy, margins and all: compute-sanitizer sees that as writing."""
@@ -65,18 +74,9 @@ class Guards(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        if func in _ALLOCATIONS and result.device.type == self.device.type and result.numel():
+        if func in ALLOCATIONS and result.device.type == self.device.type and result.numel():
             return self._make(result.shape, result.stride(), result.dtype)
         return result
-
-
-_ALLOCATIONS = {
-    torch.empty,
-    torch.empty_like,
-    torch.empty_strided,
-    torch.Tensor.new_empty,
-    torch.Tensor.new_empty_strided,
-}
 
 
 def _poison(dtype: torch.dtype, number: int) -> torch.Tensor:
@@ -85,7 +85,3 @@ def _poison(dtype: torch.dtype, number: int) -> torch.Tensor:
         return torch.tensor([True if dtype == torch.bool else torch.iinfo(dtype).max], dtype=dtype)
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
     return (torch.tensor([torch.nan], dtype=dtype).view(bits) | (1 + number % 63)).view(dtype)
-
-
-def _same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
-    return torch.equal(left.contiguous().view(torch.uint8), right.contiguous().view(torch.uint8))

@@ -119,8 +119,5 @@ class Judgements:
             num_skipped = self.reasons[name].total()
             terminalreporter.write_line(f"{name} by {source}: {verdict}, {num_skipped} judged nothing")
             for reason, number in self.reasons[name].most_common():
-                terminalreporter.write_line(f"    {number} x {_short(reason)}")
-
-
-def _short(text: str) -> str:
-    return text.replace(str(Path.cwd()) + "/", "")[:200]
+                short = reason.replace(f"{Path.cwd()}/", "")[:200]
+                terminalreporter.write_line(f"    {number} x {short}")

@@ -155,7 +155,6 @@ def _name(axis: str, value: Any) -> str:
 
 
 REPLACED: dict[str, Callable[..., Any]] = {}  # path of lazy() -> callable given by --kernel; see own_kernels.py
-_PATHS: dict[str, None] = {}  # every path that lazy() was given, in order
 
 
 def lazy(path: str) -> Callable[..., Any]:
@@ -165,7 +164,6 @@ def lazy(path: str) -> Callable[..., Any]:
     REPLACED instead, if there is one.
     """
     module, _, name = path.rpartition(".")
-    _PATHS.setdefault(path)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         if path in REPLACED:
@@ -182,16 +180,9 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 
 def launchers(kernel: Kernel) -> list[str]:
-    """Paths, as lazy() takes them, of the kernel's launchers: what its cases call and takes a tensor."""
-    functions = {node.name: node for node in parse(kernel.file).body if isinstance(node, ast.FunctionDef)}
-    paths = {path: functions.get(path.rpartition(".")[2]) for path in _PATHS if path.startswith(f"{kernel.name}.")}
-    return [path for path, function in paths.items() if function is not None and _launches(function)]
-
-
-def _launches(function: ast.FunctionDef) -> bool:
-    parameters = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
-    takes_tensor = any("Tensor" in ast.unparse(one.annotation) for one in parameters if one.annotation is not None)
-    return takes_tensor and not (function.returns is not None and ast.unparse(function.returns) == "bool")
+    """Paths, as lazy() takes them, of the kernel's launchers: the functions of its file that a benchmark measures."""
+    functions = {node.name for node in parse(kernel.file).body if isinstance(node, ast.FunctionDef)}
+    return [f"{kernel.name}.{name}" for name in kernel.measured if name in functions]
 
 
 @cache

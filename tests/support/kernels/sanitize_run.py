@@ -33,7 +33,7 @@ def main(names: list[str]) -> None:
     names = names or [name for name, kernel in kernels().items() if kernel.capability in (None, capability)]
     with (
         patch.object(guards, "MARGIN", 0),
-        patch.object(guards, "_ALLOCATIONS", set()),
+        patch.object(guards, "ALLOCATIONS", set()),
         patch.object(guards.Guards, "assert_intact", _judges_nothing),
     ):
         for name in names:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from reference.sampling import allowed_mask
-from tests.support.kernels.registry import REPLACED, Check
+from tests.support.kernels.registry import REPLACED, Check, case
 from tests.support.kernels.trace_solutions import TraceFunction
 from tests.support.statistics import check_counts
 
@@ -71,42 +71,36 @@ def _make(name: str, sizes: Sizes, dtype: torch.dtype) -> Check | None:
             experts = sizes["N"], sizes["top_k"], sizes["E"], sizes["F"]
             return cases(".grouped_gemm_cases").check(3, *experts, dtype, tiles=(16, 32, 32))
         case "sampling":
-            return _Draws(sizes["V"])
+            return draws(sizes["V"])
     return None
 
 
-class _Draws:
+@case
+def draws(device: str, vocab_size: int) -> None:
     """Draws from probabilities: none that top_k and top_p drop, and the others as often as their probability says."""
-
-    def __init__(self, vocab_size: int) -> None:
-        self.vocab_size = vocab_size
-
-    def __str__(self) -> str:
-        return f"draws from probabilities of {self.vocab_size} tokens"
-
-    def __call__(self, device: str) -> None:
-        own: Any = REPLACED["sampling.sampling"]
-        names = own.raw.definition["inputs"]
-        generator = torch.Generator().manual_seed(0)
-        scores = torch.full((self.vocab_size,), -torch.inf)
-        likely = torch.randperm(self.vocab_size, generator=generator)[:12]
-        scores[likely] = torch.randn(len(likely), generator=generator)
-        probs = scores.softmax(dim=0)
-        for top_k, top_p in ((1, 1.0), (4, 1.0), (self.vocab_size, 0.7), (6, 0.6), (self.vocab_size, 1.0)):
-            if (top_k < self.vocab_size and "top_k" not in names) or (top_p < 1 and "top_p" not in names):
-                continue
-            inputs = {
-                "probs": probs.expand(NUM_DRAWS, -1).contiguous(),
-                "top_k": torch.full((NUM_DRAWS,), top_k, dtype=torch.int32),
-                "top_p": torch.full((NUM_DRAWS,), top_p),
-            }
-            samples = own.call_raw(**{name: value.to(device) for name, value in inputs.items() if name in names})
-            is_allowed = allowed_mask(scores, top_k, top_p)
-            counts = torch.bincount(samples.cpu(), minlength=self.vocab_size)
-            dropped = counts.masked_fill(is_allowed, 0)
-            message = f"top_k {top_k}, top_p {top_p}: token {int(dropped.argmax())} was drawn, which is dropped"
-            assert not dropped.any(), message
-            expected = probs.double().where(is_allowed, 0)
-            kept = expected.nonzero().flatten()
-            shares = (expected / expected.sum())[kept].tolist()
-            check_counts(counts[kept].tolist(), NUM_DRAWS, shares, f"top_k {top_k}, top_p {top_p}")
+    own: Any = REPLACED["sampling.sampling"]
+    names = own.raw.definition["inputs"]
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.full((vocab_size,), -torch.inf)
+    likely = torch.randperm(vocab_size, generator=generator)[:12]
+    scores[likely] = torch.randn(len(likely), generator=generator)
+    probs = scores.softmax(dim=0)
+    for top_k, top_p in ((1, 1.0), (4, 1.0), (vocab_size, 0.7), (6, 0.6), (vocab_size, 1.0)):
+        if (top_k < vocab_size and "top_k" not in names) or (top_p < 1 and "top_p" not in names):
+            continue
+        inputs = {
+            "probs": probs.expand(NUM_DRAWS, -1).contiguous(),
+            "top_k": torch.full((NUM_DRAWS,), top_k, dtype=torch.int32),
+            "top_p": torch.full((NUM_DRAWS,), top_p),
+        }
+        samples = own.call_raw(**{name: value.to(device) for name, value in inputs.items() if name in names})
+        is_allowed = allowed_mask(scores, top_k, top_p)
+        counts = torch.bincount(samples.cpu(), minlength=vocab_size)
+        dropped = counts.masked_fill(is_allowed, 0)
+        assert not dropped.any(), (
+            f"top_k {top_k}, top_p {top_p}: token {int(dropped.argmax())} was drawn, which is dropped"
+        )
+        expected = probs.double().where(is_allowed, 0)
+        kept = expected.nonzero().flatten()
+        shares = (expected / expected.sum())[kept].tolist()
+        check_counts(counts[kept].tolist(), NUM_DRAWS, shares, f"top_k {top_k}, top_p {top_p}")

@@ -49,21 +49,16 @@ class TraceFunction:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         inputs = self.__signature__.bind(*args, **kwargs).arguments
         sizes = self._sizes(inputs)
-        arguments = [
-            value if self.definition["inputs"][name]["shape"] is not None or isinstance(value, torch.Tensor)
-            else _scalar(value)
-            for name, value in inputs.items()
-        ]  # fmt: skip
         if not self.is_destination_passing:
-            return self.given(*arguments)
-        device = next(value.device for value in arguments if isinstance(value, torch.Tensor))
+            return self.given(*inputs.values())
+        device = next(value.device for value in inputs.values() if isinstance(value, torch.Tensor))
         outputs = tuple(
             torch.empty(
                 [sizes[axis] for axis in spec["shape"] or ()], dtype=getattr(torch, spec["dtype"]), device=device
             )
             for spec in self.definition["outputs"].values()
         )
-        self.given(*arguments, *outputs)
+        self.given(*inputs.values(), *outputs)
         return outputs if len(outputs) > 1 else outputs[0]
 
     def _sizes(self, inputs: Mapping[str, Any]) -> dict[str, int]:
@@ -81,10 +76,6 @@ class TraceFunction:
                 if sizes.setdefault(axis, size) != size:
                     raise NotImplementedError(f"its definition has {axis} = {sizes[axis]}")
         return sizes
-
-
-def _scalar(value: Any) -> Any:
-    return value.item() if hasattr(value, "item") else value
 
 
 def load(path: Path) -> TraceFunction:
