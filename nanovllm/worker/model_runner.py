@@ -87,7 +87,8 @@ class ModelRunner:
             self.load_model(model_dir, on_tensor_loaded)
             self.block_size = self._choose_block_size()
             self.graph_sizes = self._choose_graph_sizes()
-            self.compile_kernels()
+            if self.device.type == "cuda":
+                self.compile_kernels()
             self.num_kv_cache_blocks = self.profile_memory()
             self.kv_cache = self.allocate_kv_cache(self.num_kv_cache_blocks)
             if self.device.type == "cuda":
