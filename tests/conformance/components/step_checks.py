@@ -198,14 +198,14 @@ def _check_reads(target: Any, item: Scheduled, right: list[tuple[int, int, int]]
             target.check(contract)
         if found == right[position]:
             continue
-        who, block = f"request {request.number}", item.seq.block_table[position // target.setup.block_size]
+        name, block = f"request {request.number}", item.seq.block_table[position // target.setup.block_size]
         if not is_hit:
-            target.broken("C01", f"{who} reads token {position} in block {block}, which was overwritten")
+            target.broken("C01", f"{name} reads token {position} in block {block}, which was overwritten")
         if found is None:
             target.broken("C08", f"block {block} is shared, and token {position} was never stored in it")
         is_same = found[1] == right[position][1]
         what = "the right token, after other tokens than its own" if is_same else "another token"
-        target.broken(target.hit_contract, f"{who} shares block {block}, which holds for token {position} {what}")
+        target.broken(target.hit_contract, f"{name} shares block {block}, which holds for token {position} {what}")
 
 
 # --- after the step ---
@@ -214,13 +214,13 @@ def _check_reads(target: Any, item: Scheduled, right: list[tuple[int, int, int]]
 def check_tokens(target: Any, batch: list[Scheduled]) -> None:
     for item in batch:
         request, seq = target.request_of(item.seq), item.seq
-        who, known = f"request {request.number}", request.known
+        name, known = f"request {request.number}", request.known
         contract = "C43" if request.was_caught else "C20"
-        what = f"{who} has {len(seq)} tokens after this step, and must have {len(known)}"
+        what = f"{name} has {len(seq)} tokens after this step, and must have {len(known)}"
         target.expect(contract, len(seq) == len(known), what)
         held = list(getattr(seq, "token_ids", known))
         if held != known:
-            target.broken(contract, f"the tokens of {who} are {held}, and must be {known}")
+            target.broken(contract, f"the tokens of {name} are {held}, and must be {known}")
         is_finished, why = target.adapter.is_finished(seq), request.must_end
         output = known[len(request.prompt) :]
         at_eos = bool(output) and output[-1] == EOS
@@ -228,11 +228,11 @@ def check_tokens(target: Any, batch: list[Scheduled]) -> None:
         if at_eos:
             target.check("C22")
         if is_finished and why is None:
-            what = f"{who} ends after {len(output)} of {request.max_tokens} tokens"
+            what = f"{name} ends after {len(output)} of {request.max_tokens} tokens"
             what += " at the end-of-sequence token, with ignore_eos" if at_eos else ""
             target.broken("C22" if at_eos else "C21", what)
         if why is not None and not is_finished:
-            target.broken(why, f"{who} goes on after {len(output)} tokens {output}")
+            target.broken(why, f"{name} goes on after {len(output)} tokens {output}")
         if is_finished:
             request.is_finished = True
             if not target.is_ahead(request):

@@ -44,14 +44,14 @@ def test_sizes_by_hand(max_num_batched_tokens: int, parameters_per_layer: float,
 
 @pytest.fixture(scope="module", params=["qwen3", "qwen3_moe"])  # so made before `captures` takes the place of GPUs
 def model_dir(request: pytest.FixtureRequest) -> Path:
-    return tiny_model(request.param)
+    return tiny_model(request.param, dtype="float64")
 
 
 @pytest.fixture
 def runner(model_dir: Path, captures: Captures) -> Iterator[Any]:
     """Graphs of 16 and 32 tokens. The first logits of each are NaN, as is the whole cache but what a step stores."""
     runner: Any = make_runner(
-        model_dir, device="cpu", dtype="float32", attention_backend="torch", max_model_len=MAX_LEN,
+        model_dir, device="cpu", attention_backend="torch", max_model_len=MAX_LEN,
         max_num_seqs=64, kv_cache_block_size=BLOCK_SIZE, num_kv_cache_blocks=NUM_BLOCKS,
     )  # fmt: skip
     runner.capture_graphs(GraphSizes(decode=[1], shared_prefix=[], prefill=[16, 32]), use_tqdm=False)
@@ -96,9 +96,13 @@ STEPS = {
 
 
 def test_a_padded_prefill_computes_what_an_eager_one_does(runner: Any) -> None:
-    """In one engine, so that buffers hold what wider and narrower steps left in them."""
+    """In one engine, so that buffers hold what wider and narrower steps left in them.
+
+    In float64, where another number of rows changes the order of sums by much less than torch.testing tolerates.
+    """
     graphs = runner.prefill_graphs
     for name, (query_lens, cached_lens, left) in [*STEPS.items(), *reversed(STEPS.items())]:
+        described = f"{name}: {{}}".format
         sequences = prefilling(query_lens, cached_lens, left)
         model_input = prepare_prefill(sequences)
         assert graphs.can_replay(model_input), name
@@ -110,13 +114,13 @@ def test_a_padded_prefill_computes_what_an_eager_one_does(runner: Any) -> None:
         logits, expected_cache = computed(runner, cache, model_input)
         runner.prefill_graphs = graphs
         padded_logits, padded_cache = computed(runner, cache, model_input)
-        torch.testing.assert_close(padded_cache, expected_cache, rtol=1e-4, atol=1e-5, equal_nan=True, msg=name)
+        torch.testing.assert_close(padded_cache, expected_cache, equal_nan=True, msg=described)
         if left and len(query_lens) == 1:
             assert padded_logits is logits is None
             continue
         assert logits is not None
         assert padded_logits is not None
-        torch.testing.assert_close(padded_logits, logits, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(padded_logits, logits, msg=described)
         count_comparisons("prefill graphs against eager prefill: rows of logits", len(logits))
 
 
