@@ -3,16 +3,17 @@
     slots[b]  = slot_mapping(0 .. context_lens[b] - 1, block_tables[b])
     output[b] = attention(queries of sequence b, k_cache[slots[b]], v_cache[slots[b]])
 
-Why it is right: attention is a sum over keys, and a sum does not depend on where its terms are stored. Copying the
-blocks together, as here, is the definition; a kernel walks the block table and copies nothing. Blocks that the table
-does not name, and slots of the last block beyond context_len, are not read: they may hold another sequence's tokens.
+Why it is right: attention is a sum over keys, and a sum does not depend on where its terms are stored. The definition
+here gathers the keys and values into one tensor; a kernel follows the block table and copies nothing. Blocks that the
+table does not name, and slots of the last block beyond context_len, are not read: they may hold another sequence's
+tokens.
 
 One formula serves every step of the engine. Each step stores its tokens' keys first, and context_lens[b] counts all
 the tokens of sequence b that are in the cache by then:
     decode         one query a sequence, the token sampled last
-    prefill        as many queries as context_lens[b]: nothing was cached
-    chunk, prefix  fewer queries than context_lens[b]: what came before was cached by an earlier chunk or request
-The queries are always the last of those context_lens[b] tokens, and attention gives them the last positions.
+    prefill        context_lens[b] queries: nothing was cached
+    chunk, prefix  fewer queries: an earlier chunk or request has cached the tokens before them
+The queries of sequence b are the last of its context_lens[b] tokens, and attention() gives them the last positions.
 
 Letters: T queries of all sequences, B sequences, H query heads, K key/value heads, D head_dim.
 Paper: Kwon et al. 2023 (arXiv 2309.06180).
@@ -38,10 +39,10 @@ def paged_attention(
 ) -> Float[Tensor, "T H D"]:
     """Attention of packed queries to their sequences' cached keys. Without cu_seqlens_q: one query a sequence.
 
-    Rows of block_tables may be padded with anything. A sequence of context_len 0 (a padded batch row) yields zeros.
+    Rows of block_tables may be padded with any value. A sequence of context_len 0, which pads a batch, yields zeros.
 
     Three blocks of 2 slots with the values 1 2 | 3 4 | 5 6. Sequence 0 has three tokens, in blocks 2 and 0, with the
-    values 5 6 1; sequence 1 has two, in block 1. Queries of zero take the mean of what they see:
+    values 5 6 1; sequence 1 has two, in block 1. A query of zeros gives all its keys equal weight:
 
     >>> v_cache = torch.arange(1.0, 7.0, dtype=torch.float64).view(3, 2, 1, 1)
     >>> k_cache, query = torch.zeros_like(v_cache), torch.zeros(2, 1, 1).double()

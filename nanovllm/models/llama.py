@@ -1,4 +1,4 @@
-"""Llama 2 and 3 (arXiv 2307.09288, 2407.21783): the shared decoder, whose biases config.json states."""
+"""Llama 2 and 3 (arXiv 2307.09288, 2407.21783): the shared decoder, with the biases that config.json sets."""
 
 from nanovllm.config_json import RawConfig, get_bool
 from nanovllm.model_config import Architecture, LayerOptions

@@ -22,8 +22,8 @@ HIDDEN_SIZES = (896, 1024, 2048, 4096)  # qwen2.5-0.5b, qwen3-0.6b, qwen3-30b-a3
 
 
 def make(guards: Guards, layout: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """layout: "dense"; "packed": heads of a packed qkv, so that rows stand further apart than they are long; "heads
-    apart": every other head of a wider tensor, without the first elements of each."""
+    """layout: "dense"; "packed": some heads of a packed qkv, so the tokens are not adjacent in memory; "heads apart": a
+    part of every other head of a wider tensor, so the heads are not adjacent either."""
     if layout == "dense":
         return guards.randn(*shape, std=3, dtype=dtype)
     tokens, heads, size = shape
@@ -36,8 +36,8 @@ def make(guards: Guards, layout: str, shape: tuple[int, ...], dtype: torch.dtype
 def check_norm(
     device: str, shape: tuple[int, ...], dtype: torch.dtype, layouts: tuple[str, ...] = ("dense",), **tiles: int
 ) -> None:
-    """layouts: of x, and of the residual if there is one. The sum is what torch gives, to the bit, and what is
-    normalised is that sum, rounded."""
+    """layouts: that of x, and with a residual that of the residual. x + residual must be torch's sum, bit for bit; the
+    reference normalises this rounded sum."""
     guards = Guards(device)
     inputs = [make(guards, layout, shape, dtype) for layout in layouts]
     weight = guards.randn(shape[-1], mean=1, std=0.3, dtype=dtype)
@@ -46,13 +46,13 @@ def check_norm(
             normed, total = rms_norm(*inputs, weight, EPS, **tiles), inputs[0]
         else:
             normed, total = add_rms_norm(*inputs, weight, EPS, **tiles)
-    assert torch.equal(total, sum(inputs))
+            assert torch.equal(total, sum(inputs))
     axes = ("token", "element") if len(shape) == 2 else ("token", "head", "element")
     assert_like_reference("rms_norm", normed, reference_rms_norm, (total, weight, EPS), axes)
 
 
 def check_rounding(device: str) -> None:
-    """The sum is rounded before it is normalised, and what is normalised before it is multiplied, as in training."""
+    """Rounds the sum before the norm, and the normalised value before the product with weight, as in training."""
     generator = torch.Generator().manual_seed(0)
     x, residual = (torch.randn(20, 64, generator=generator).to(device, torch.float16) for _ in range(2))
     weight = (1 + 0.3 * torch.randn(64, generator=generator)).to(device, torch.float16)
@@ -63,13 +63,13 @@ def check_rounding(device: str) -> None:
 
 
 def check_large_squares(device: str) -> None:
-    """300 ** 2 is beyond float16: squares are summed in float32."""
+    """300 ** 2 exceeds the range of float16, so the squares must be summed in float32."""
     x = torch.full((1, 48), 300.0, dtype=torch.float16, device=device)
     assert torch.equal(rms_norm(x, torch.ones_like(x[0]), 0.0), torch.ones_like(x))
 
 
 def check_far_row(device: str) -> None:
-    """D52: rows whose elements lie beyond 2**31, in a view of 4 GiB, of which a CPU touches three pages."""
+    """D52: the last row begins at element 2**31 of its storage of 4 GiB, of which a CPU allocates three pages only."""
     x = torch.empty(2**31 + 64, dtype=torch.float16, device=device).as_strided((3, 64), (2**30, 1))
     x.copy_(torch.arange(3)[:, None] + 1)
     normed, total = add_rms_norm(x, x, torch.ones(64, dtype=torch.float16, device=device), 0.0)
@@ -117,7 +117,7 @@ def measured_with_residual(shape: Shape, num_tokens: int) -> Measured:
 
 KERNEL = Kernel(
     name="rms_norm",
-    launched={"rms_norm_kernel": Limits(128, 1024)},  # a partial sum a warp and row is shared
+    launched={"rms_norm_kernel": Limits(128, 1024)},  # shared memory: a partial sum for each warp and row
     cases=each(check_norm, layouts=LAYOUTS, shape=SHAPES, dtype=(torch.float32, torch.float16))
     | each(check_norm, layouts=VIEWS, shape=[(5, 2, 24)], dtype=(torch.float32, torch.float16))
     | {f"several rows a program, {rows}": check_norm((7, 48), torch.float32, rows=rows) for rows in (2, 8)}

@@ -1,4 +1,4 @@
-"""grouped_gemm's table of tiles. test_kernels.py tests the kernel."""
+"""The tile sizes of grouped_gemm. test_kernels.py tests the kernel."""
 
 import pytest
 
@@ -7,7 +7,7 @@ pytest.importorskip("triton")
 from tests.kernels.grouped_gemm_cases import NUM_TOKENS
 
 
-def test_table_of_tiles_is_compiled_whole():
+def test_the_compiled_cases_cover_every_tile_config():
     from nanovllm.kernels.grouped_gemm import choose_tile_config
 
     for itemsize in (2, 4):

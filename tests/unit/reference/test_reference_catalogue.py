@@ -1,4 +1,4 @@
-"""The references as a set: complete, in order, and pure."""
+"""The files of reference/ as a set: the reading order is complete, and functions leave their inputs unchanged."""
 
 import ast
 import sys
@@ -29,13 +29,13 @@ def test_reading_order_lists_every_file_once() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_file_uses_only_what_was_read_before(name: str) -> None:
+def test_a_file_imports_only_files_before_it_in_the_reading_order(name: str) -> None:
     tree = ast.parse((FOLDER / f"{name}.py").read_text())
-    read_before = {f"reference.{other}" for other in NAMES[: NAMES.index(name)]}
+    files_before = {f"reference.{other}" for other in NAMES[: NAMES.index(name)]}
     imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
     imported |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     foreign = {m for m in imported if m.split(".")[0] not in {*sys.stdlib_module_names, "torch", "jaxtyping"}}
-    assert foreign <= read_before
+    assert foreign <= files_before
 
 
 def floats(*shape: int) -> torch.Tensor:
@@ -64,7 +64,7 @@ CALLS: dict[str, tuple[Callable, list]] = {
 
 @pytest.mark.parametrize("call", CALLS)
 def test_float64_stays_float64_and_inputs_stay_as_they_were(call: str) -> None:
-    """D50: no function of the references changes its inputs, whatever the dtype; float64 is not lost on the way."""
+    """D50: these functions do not change their inputs, and compute in float64 when the inputs are float64."""
     function, arguments = CALLS[call]
     before = [argument.clone() for argument in arguments]
     result = function(*arguments)
