@@ -1,6 +1,6 @@
-"""LayerOps: the operations of which there are several implementations, as one table that a model is constructed with.
+"""LayerOps: a table of the operations that have several implementations. A model is constructed with one table.
 
-torch_ops.py has the table in plain PyTorch, triton_ops.py the one of Triton kernels, select_ops.py chooses.
+torch_ops.py has the table in plain PyTorch, triton_ops.py that of Triton kernels, and select_ops.py chooses one.
 """
 
 from collections.abc import Callable
@@ -17,27 +17,28 @@ Operation = Callable[..., Any]
 
 @dataclass(frozen=True)
 class LayerOps:
-    """One implementation of each operation. Inputs are left as they are, but for the caches.
+    """One implementation of each operation. None changes its inputs, except all_reduce and the stores into the caches.
 
-    T tokens, H query heads, K kv heads, D head_dim, E hidden size, F intermediate size, N experts, V vocabulary.
-    Where attention.is_graph_safe, no other operation waits for the device either, so a CUDA graph can record a step.
+    T tokens, B sampled rows, H query heads, K kv heads, D head_dim, E input features, O output features, N experts,
+    V vocabulary.
+    If attention.is_graph_safe, no other operation waits for the device either, so a CUDA graph can record a step.
     """
 
     attention: AttentionBackend
-    linear: Callable[..., Tensor]  # (x [T, E], weight [N, E], bias [N] or None) -> x weight' + bias
-    # (x, residual or None, norm_weight, eps, weight, bias, is_gated=False) -> linear of add_rms_norm and x + residual;
-    # if is_gated, silu_and_mul of the linear. See norm_then_linear
+    linear: Callable[..., Tensor]  # (x [T, E], weight [O, E], bias [O] or None) -> x weight' + bias
+    # (x, residual or None, norm_weight, eps, weight, bias, is_gated=False) -> y, x + residual; y is linear of the
+    # normalised sum, or silu_and_mul of that if is_gated. See norm_then_linear
     norm_linear: Callable[..., tuple[Tensor, Tensor]]
     all_reduce: Callable[[Tensor, TensorParallel], Tensor]  # (x [T, E], tp) -> the sum over ranks; may overwrite x
     rms_norm: Callable[..., Tensor]  # (x [T, E] or [T, heads, E], weight [E], eps) -> normalised x
-    add_rms_norm: Callable[..., tuple[Tensor, Tensor]]  # (x, residual, weight, eps) -> normalised x + residual, the sum
+    add_rms_norm: Callable[..., tuple[Tensor, Tensor]]  # (x, residual, weight, eps) -> rms_norm of the sum, the sum
     rotary_embedding: Callable[..., tuple[Tensor, Tensor]]  # (query [T, H, D], key [T, K, D], cos [T, D / 2], sin)
     store_kvcache: Callable[..., None]  # (key [T, K, D], value, k_cache, v_cache, slot_mapping [T]); skips slot -1
-    qk_norm_rope_store: Callable[..., tuple[Tensor, Any]]  # these three in one: see separate_steps
+    qk_norm_rope_store: Callable[..., tuple[Tensor, Any]]  # rms_norm, rotation and store: see separate_steps
     moe: Callable[..., Tensor]  # (x, router_logits [T, N], gate_up_proj, down_proj, top_k, norm_topk_prob) -> [T, E]
-    # (logits [T, V], temperature [T], seed_low [T], seed_high [T], position [T], takes_argmax [T]) -> token ids [T]
+    # (logits [B, V], temperature [B], seed_low [B], seed_high [B], position [B], takes_argmax [B]) -> token ids [B]
     sample_unfiltered: Callable[..., Tensor]
-    # (run) calls run, which runs the model, and compiles the kernels and launches none; None if that cannot be.
+    # (run): calls run(), whose Triton kernels are compiled and not launched. None with kernels that are not Triton's
     compile_ahead: Callable[[Callable[[], None]], None] | None = None
 
 

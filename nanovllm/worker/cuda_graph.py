@@ -42,9 +42,9 @@ def _capture_stream(device: torch.device) -> torch.cuda.Stream:
 class CaptureOptions:
     """What the graphs of decode and of prefill are captured with.
 
-    forward: (input_ids [T], positions [T], Context, last_tokens [B] or None) -> logits [B, V] (None on ranks but 0). It
-        must not wait for the device, and its memory and launches must depend on T alone.
-    shortened: makes a context in which forward still launches each of its kernels, but in fewer layers.
+    forward: (input_ids [T], positions [T], Context, last_tokens [B] or None) -> logits [B, V], None on ranks other than
+        0. It must not wait for the device, and its allocations and launches must depend on the shapes alone.
+    shortened: returns a context manager, in which forward runs fewer layers, but each of its kernels at least once.
     max_model_len: max_seqlen_k of the captured Context, whatever the lengths at a replay.
     max_blocks_per_seq: max_model_len / block size, rounded up.
     """
@@ -60,10 +60,10 @@ class CaptureOptions:
 def capture(
     compute: Callable[[], Tensor | None], options: CaptureOptions, pool: Any
 ) -> tuple[torch.cuda.CUDAGraph, Tensor | None]:
-    """A graph of compute(), and what compute returned, which each replay overwrites.
+    """A graph of compute(), and the output of compute(), which each replay overwrites.
 
-    Before, compute() runs once while options.shortened is active, because compiling kernels and creating library
-    handles are forbidden in a capture. pool: the memory to use; None for memory of its own.
+    compute() first runs once outside the capture, in options.shortened(), because a capture permits neither compiling
+    kernels nor creating library handles. pool: the memory pool to use; None for a new one.
     """
     graph, stream = torch.cuda.CUDAGraph(), _capture_stream(options.device)
     with gpu_lock:
@@ -83,7 +83,7 @@ def _warm_up(compute: Callable[[], object], stream: torch.cuda.Stream) -> None:
 
 
 class GraphRunner:
-    """The graphs of one kind of step, and the logits that each computes. pool: the memory that they share."""
+    """The graphs of one kind of step, and the logits of each. pool: the memory pool that the graphs share."""
 
     def __init__(self, pool: Any = None) -> None:
         self.pool = pool
@@ -91,7 +91,7 @@ class GraphRunner:
         self._logits: dict[Any, Tensor | None] = {}
 
     def _capture(self, what: str, keys: list[Any], compute: Forward, options: CaptureOptions) -> None:
-        """Capture compute(key) for each key; `what` is the title of the progress."""
+        """Capture compute(key) for each key. what: the title of the progress bar."""
         with Progress(what, len(keys), is_shown=options.use_tqdm) as progress:
             for key in sorted(keys, reverse=True):  # the largest first: the smaller graphs reuse its memory
                 graph, self._logits[key] = capture(partial(compute, key), options, self.pool)
@@ -112,7 +112,7 @@ class GraphRunner:
 
 
 class GraphSizes(NamedTuple):
-    """What gets a graph, each ascending: batch sizes of decode, the same for shared prefixes, tokens of prefill."""
+    """Sizes that get a graph, ascending: batch sizes of decode, those with a second graph for it, tokens of prefill."""
 
     decode: list[int]
     shared_prefix: list[int]
@@ -132,10 +132,10 @@ def shared_prefix_batch_sizes(batch_sizes: list[int]) -> list[int]:
 
 @dataclass(frozen=True)
 class DecodeBuffers(Generic[Array]):
-    """The numbers of a decode step, as views of one buffer of bytes in this order, so that one copy moves them all.
+    """The inputs of a decode step, as views of one buffer of bytes in this order, so that one copy moves them all.
 
     input_ids: [capacity] int64, the tokens that the host knows.
-    input_ids_source: [capacity] int64, the place of each sequence's input id in CUDAGraphRunner's table of tokens.
+    input_ids_source: [capacity] int64, the index of each sequence's input id in CUDAGraphRunner's table of tokens.
     positions, slot_mapping, seed_low, seed_high, sample_positions: [capacity] int64.
     context_lens, sequence_order, shared_prefix_order, shared_prefix_lens: [capacity] int32.
     temperature: [capacity] float32. takes_argmax: [capacity] bool. As in SamplingMetadata, whose position is here
@@ -180,12 +180,12 @@ class CUDAGraphRunner(GraphRunner):
     """Captures a graph of options.forward and `sample` for each of sizes.decode; they share the buffers.
 
     A second graph for each of sizes.shared_prefix is for batches whose sequences share enough of their beginnings.
-    A graph also chooses the input ids, because the tokens of the step before may still be computed when the host
-    submits this one: a table holds first the tokens that were sampled last, then those that the host has copied.
+    A graph also selects the input ids, because the device may still be sampling the tokens of the step before when the
+    host submits this one: a table holds the tokens that were sampled last, then those that the host has copied.
 
-    sample: LayerOps.sample_unfiltered; it must not wait for the device either. With several ranks it is called on each,
-        and gets None as the logits where there are none.
-    max_num_seqs: the most tokens that a step samples.
+    sample: LayerOps.sample_unfiltered; it must not wait for the device either. With several ranks it is called on each
+        rank, with None as the logits on ranks other than 0.
+    max_num_seqs: the largest number of tokens that a step samples.
     """
 
     def __init__(self, options: CaptureOptions, sample: Sample, sizes: GraphSizes, max_num_seqs: int) -> None:
@@ -197,20 +197,20 @@ class CUDAGraphRunner(GraphRunner):
         views = _views(self._packed_on_host, capacity)
         self._host = DecodeBuffers(*(view.numpy() for view in vars(views).values()))
         self._host.slot_mapping[:] = PADDING_SLOT
-        self._copy_done = torch.cuda.Event()  # the host buffers may be filled again
+        self._copy_done = torch.cuda.Event()  # then the host buffers may be filled again
         num_sampled_bytes = num_sampled * torch.int64.itemsize
         on_device = torch.zeros(num_sampled_bytes + num_bytes, dtype=torch.uint8, device=options.device)
         self._packed = on_device[num_sampled_bytes:]
         self._buffers = _views(self._packed, capacity)
         self._tokens = on_device[: num_sampled_bytes + capacity * torch.int64.itemsize].view(torch.int64)
         self.sampled = self._tokens[:num_sampled]  # of the last step
-        self._own_tokens = np.arange(num_sampled, len(self._tokens))  # the places of self._buffers.input_ids
+        self._own_tokens = np.arange(num_sampled, len(self._tokens))  # indices of self._buffers.input_ids
         self._cu_seqlens = torch.arange(capacity + 1, dtype=torch.int32, device=options.device)
         keys = [(size, False) for size in sizes.decode] + [(size, True) for size in sizes.shared_prefix]
         self._capture("Capturing CUDA graphs", keys, partial(self._compute, options, sample), options)
 
     def _compute(self, options: CaptureOptions, sample: Sample, key: tuple[int, bool]) -> Tensor | None:
-        """The logits; the tokens go to self.sampled. key: the batch size, and whether shared prefixes are read once."""
+        """The logits; writes the tokens to self.sampled. key: (batch size, whether shared prefixes are read once)."""
         (size, shares_prefix), buffers = key, self._buffers
         context = Context(
             is_prefill=False,
@@ -238,13 +238,13 @@ class CUDAGraphRunner(GraphRunner):
         return logits
 
     def can_replay(self, model_input: ModelInput) -> bool:
-        """Whether model_input is a decode step of a batch size that a graph holds."""
+        """Whether model_input is a decode step that fits into a graph."""
         return not model_input.is_prefill and len(model_input.input_ids) <= self.batch_sizes[-1]
 
     def replay(self, model_input: ModelInput, previous_token_ids: Tensor | None = None) -> tuple[Tensor | None, Tensor]:
-        """Logits [num_seqs, V] (None on ranks but 0) and token ids [num_seqs] int64 of a decode step.
+        """Logits [num_seqs, V] (None on ranks other than 0) and token ids [num_seqs] int64 of a decode step.
 
-        The next replay overwrites both. The token ids of filtered rows are those of the largest logits.
+        The next replay overwrites both. For filtered rows (top-k, top-p, min-p) the token id is the argmax.
 
         previous_token_ids: those of the step before, which model_input.input_ids_source refers to.
         """
@@ -254,7 +254,7 @@ class CUDAGraphRunner(GraphRunner):
         size = sizes[bisect_left(sizes, num_seqs)]
         if model_input.input_ids_source is not None:
             assert previous_token_ids is not None
-            if previous_token_ids.data_ptr() != self.sampled.data_ptr():  # of a step without a graph
+            if previous_token_ids.data_ptr() != self.sampled.data_ptr():  # the step before had no graph
                 self.sampled[: len(previous_token_ids)].copy_(previous_token_ids)
         self._copy_done.synchronize()
         self._fill(model_input, size)

@@ -1,6 +1,6 @@
 """ModelRunner: one rank's model and KV cache, and the computation of a step.
 
-It is one file because start-up and steps share the model, the cache and the graphs.
+It is one class, and so one file, because start-up and steps share the model, the cache and the graphs.
 """
 
 import gc
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from nanovllm.engine.sequence import Sequence
 
 MAX_EXACT_FLOAT32 = 2**24  # float32 holds every integer up to it
-DRIVER_BYTES_PER_GRAPH = 8 * 2**20  # that the driver holds for a captured graph, beside its tensors
+DRIVER_BYTES_PER_GRAPH = 8 * 2**20  # device memory of the driver for each captured graph, besides the graph's tensors
 
 
 class ModelRunner:
@@ -57,10 +57,10 @@ class ModelRunner:
 
     tp: this rank and its group. num_ranks_per_device: the number of ranks that share the device's memory.
     on_tensor_loaded: called after each tensor that is loaded; may raise.
-    num_kv_cache_blocks: the user's; else the minimum over all ranks of what fits.
+    num_kv_cache_blocks: the user's number, or as many as fit on every rank.
     kv_cache: [2, num_layers, num_kv_cache_blocks, block_size, num_kv_heads, head_dim], this rank's keys and values.
-    graphs, prefill_graphs: None if decode, or every prefill, runs eagerly.
-    Raises ValueError for a device that does not exist and for too little memory; errors of load_model pass through.
+    graphs: of decode, None if decode runs eagerly. prefill_graphs: None if every prefill runs eagerly.
+    Raises ValueError for a device that does not exist and for too little memory, and the errors of load_model.
     The caller's torch settings neither change the result nor are changed (see plain_torch_state).
     """
 
@@ -82,7 +82,7 @@ class ModelRunner:
         self.dtype: torch.dtype = getattr(torch, self.model_config.dtype)
         self.graphs: CUDAGraphRunner | None = None
         self.prefill_graphs: PrefillGraphRunner | None = None
-        self._has_shared_tokens = False  # whether the graphs of every rank hold the tokens of the step before
+        self._has_shared_tokens = False  # whether self.graphs.sampled has the tokens of the step before, on every rank
         with plain_torch_state(self.device, is_inference=False):
             self.load_model(model_dir, on_tensor_loaded)
             self.block_size = self._choose_block_size()
@@ -120,11 +120,11 @@ class ModelRunner:
         return [module for module in self.model.modules() if isinstance(module, Attention)]
 
     def _choose_block_size(self) -> int:
-        """The user's; else the largest of the ranks' defaults, which are powers of two. Equal on all ranks."""
+        """The user's choice, or the largest of the ranks' defaults, which are powers of two; equal on all ranks."""
         if self.config.kv_cache_block_size is not None:
             return self.config.kv_cache_block_size
         if self.config.num_kv_cache_blocks is not None:
-            return AttentionBackend.default_block_size  # of nano-vllm, for programs that count its blocks
+            return AttentionBackend.default_block_size  # nano-vllm's: the number of blocks was chosen for this size
         return -self.tp.all_reduce_min(-self.ops.attention.default_block_size)
 
     def _choose_graph_sizes(self) -> GraphSizes:
@@ -139,9 +139,9 @@ class ModelRunner:
         )
 
     def compile_kernels(self) -> None:
-        """Compile the kernels of all kinds of steps in parallel, which one after another would take half a minute.
+        """Compile the kernels of all kinds of steps in parallel; one after another they would take half a minute.
 
-        What is left out here is compiled when it is first launched, in warmup_model or before the capture of a graph.
+        A kernel that is not compiled here is compiled at its first launch, in warmup_model or before a graph's capture.
         """
         if self.ops.compile_ahead is not None:
             self.ops.compile_ahead(self._run_all_kinds_of_steps)
@@ -149,7 +149,7 @@ class ModelRunner:
     def _run_all_kinds_of_steps(self) -> None:
         config, block_size, batch_sizes = self.config, self.block_size, self.graph_sizes.decode
         num_blocks = config.num_kv_cache_blocks or math.ceil(config.max_model_len / block_size)
-        self.allocate_kv_cache(1)  # of the right strides; nothing is read or written
+        self.allocate_kv_cache(1)  # its strides matter; no kernel reads or writes it
         with one_layer_of_each_kind(self.model):
             self._run_all_kinds_of_prefills(num_blocks)  # first, as their attention takes longest to compile
             for batch_size in batch_sizes:
@@ -167,7 +167,7 @@ class ModelRunner:
             self._execute(dummy_prefill(query_lens, num_cached_tokens, self.block_size))
 
     def profile_memory(self) -> int:
-        """The number of KV blocks: the user's, or as many as fit on every rank. A GPU runs the largest step before."""
+        """The number of KV blocks: the user's, or as many as fit on every rank. A GPU first runs the largest step."""
         if self.device.type == "cuda":
             self._run_largest_step()
         if self.config.num_kv_cache_blocks is not None:
@@ -185,7 +185,7 @@ class ModelRunner:
             torch.cuda.empty_cache()
 
     def _measure_graph_bytes(self) -> int:
-        """Device memory of all graphs: that of the largest, whose pool the others share, and the driver's of each."""
+        """Device memory of all graphs: the pool of the largest, which the others share, and the driver's per graph."""
         largest = GraphSizes(*(sizes[-1:] for sizes in self.graph_sizes))
         with gpu_lock:
             self.allocate_kv_cache(1)
@@ -236,7 +236,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def capture_graphs(self, sizes: GraphSizes, use_tqdm: bool = True) -> None:
-        """Capture decode, and prefill if it has sizes, over the KV cache that is bound now.
+        """Capture the graphs of decode, and of prefill if sizes.prefill is not empty, with the KV cache that is bound.
 
         Raises ValueError for a vocabulary whose token ids the ranks' graphs cannot exchange.
         """
@@ -272,10 +272,10 @@ class ModelRunner:
             return self.model.compute_logits(self.model(input_ids, positions, last_tokens))
 
     def _sample_for_all_ranks(self, logits: Tensor | None, *columns: Tensor) -> Tensor:
-        """sample_unfiltered of rank 0's logits, on every rank; they are None on the others.
+        """The token ids sampled from rank 0's logits, on every rank. logits: None on ranks other than 0.
 
-        The next step reads its input ids from them, and a broadcast by the host would take longer. Exact, since
-        capture_graphs refuses token ids that float32 does not hold.
+        The graph of the next step reads its input ids from them; a broadcast that the host launches would take longer.
+        The sum in float32 is exact, since capture_graphs refuses larger token ids.
         """
         if logits is None:
             token_ids = torch.zeros(len(columns[0]), dtype=torch.float32, device=self.device)
@@ -296,12 +296,12 @@ class ModelRunner:
         previous_sequences: "tuple[Sequence, ...] | None" = None,
         previous_token_ids: Tensor | None = None,
     ) -> AsyncModelOutput:
-        """Compute the new token ids of batch.sampled_sequences, in their order (none on ranks other than 0), without
-        waiting for the device.
+        """Submit the step. Returns the new token ids of batch.sampled_sequences, in their order (none on ranks other
+        than 0), which the device may still be computing.
 
-        previous_sequences: those that the step submitted last samples, if Scheduler.schedule_next_async chose `batch`
-            before their tokens were known. previous_token_ids: these tokens, int64, on the device; None on ranks other
-            than 0, to which rank 0 broadcasts them.
+        previous_sequences: the sampled sequences of the step before, if Scheduler.schedule_next_async chose `batch`
+            while that step's tokens were not known. previous_token_ids: these tokens, int64, on the device; None on
+            ranks other than 0, to which rank 0 broadcasts them.
         """
         with plain_torch_state(self.device, is_inference=True):
             if batch.is_prefill:
@@ -318,8 +318,8 @@ class ModelRunner:
     def _execute(self, model_input: ModelInput, previous_token_ids: Tensor | None = None) -> Tensor:
         """Token ids [num_samples] int64 on the device, which may still be computing them.
 
-        previous_token_ids: those of the previous step, for the rows that model_input.input_ids_source names; rank 0's
-            are broadcast into those of the other ranks, unless the graphs of every rank hold them already.
+        previous_token_ids: those of the step before, which model_input.input_ids_source refers to. Rank 0 broadcasts
+            them to the other ranks, unless the graphs of every rank hold them already.
         """
         with torch_threads(self.num_threads), gpu_lock if self.device.type == "cuda" else nullcontext():
             if previous_token_ids is not None and model_input.input_ids_source is not None:
@@ -345,7 +345,7 @@ class ModelRunner:
         return token_ids
 
     def _compute_logits(self, model_input: ModelInput, previous_token_ids: Tensor | None) -> Tensor | None:
-        """[num_samples, vocab_size]; None on ranks but 0, and if no sequence is sampled in this step."""
+        """[num_samples, vocab_size]; None on ranks other than 0, and if this step samples no sequence."""
         sampled = model_input.sample_indices
         if self.prefill_graphs is not None and self.prefill_graphs.can_replay(model_input):
             logits = self.prefill_graphs.replay(model_input)
