@@ -1,8 +1,8 @@
-"""What the parts of a decode step take alone, on as many ranks as share the model: the Costs of step_model.py.
+"""Measures the parts of a decode step one by one, on the ranks that share a model: the Costs of step_model.py.
 
-The all-reduce of hidden states and the gather of logits are measured in processes of their own, one a rank, as the
-engine computes them: in a CUDA graph of many calls, as in decode, if each rank has a GPU, and elsewhere one by one. A
-rank that fails ends the others, and the error names it.
+The all-reduce of hidden states and the gather of logits are measured in new processes, one per rank, with the engine's
+own functions. If each rank has a GPU, a CUDA graph holds many calls, as in decode; otherwise the calls are timed one by
+one. A rank that fails ends the others, and the error names it.
 """
 
 import json
@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 from benchmarks.step_model import Costs
 from nanovllm.bench.limits import Ceilings
-from nanovllm.bench.scenarios import times
 from nanovllm.distributed import torch
 from nanovllm.distributed.placement import RankPlacement, local_placements
 from nanovllm.distributed.process_group import destroy_process_group
@@ -24,7 +23,7 @@ from nanovllm.executor.worker_main import join_local_group
 from nanovllm.layers.torch_ops import TORCH_OPS
 from nanovllm.model_config import ModelConfig
 
-CALLS = 16  # of a graph
+CALLS = 16  # in a graph
 ROUNDS = 15
 
 
@@ -39,9 +38,9 @@ class Collectives(NamedTuple):
 def measure_costs(
     model: ModelConfig, device: torch.device, ceilings: Ceilings, batch_sizes: Sequence[int], num_ranks: int
 ) -> list[tuple[Costs, Collectives]]:
-    """For each batch size. ceilings: of one device. No engine may be open."""
+    """The costs for each batch size. ceilings: those of one device. No engine may be open."""
     dtype: torch.dtype = getattr(torch, model.dtype)
-    of_rank = times(ceilings, 1 / local_placements(device, num_ranks)[0].num_ranks_per_device)
+    rank_ceilings = ceilings.scaled(1 / local_placements(device, num_ranks)[0].num_ranks_per_device)
     collectives = [Collectives(0.0, 0.0, 0.0)] * len(batch_sizes)
     if num_ranks > 1:
         collectives = measure_collectives(model, device, dtype, batch_sizes, num_ranks)
@@ -49,16 +48,16 @@ def measure_costs(
     costs = []
     for size, collective in zip(batch_sizes, collectives, strict=True):
         if device.type == "cuda":
-            of_rank = Ceilings(of_rank.memory, _product_speed(model, dtype, size, num_ranks, kernel))
+            rank_ceilings = Ceilings(rank_ceilings.memory, _product_speed(model, dtype, size, num_ranks, kernel))
             sampling = _sampling_seconds(model, dtype, size)
-        costs.append((Costs(of_rank, kernel, sampling, collective.all_reduce, collective.gather), collective))
+        costs.append((Costs(rank_ceilings, kernel, sampling, collective.all_reduce, collective.gather), collective))
     if device.type == "cuda":
         torch.cuda.empty_cache()  # an engine sizes its cache from free memory
     return costs
 
 
 def _kernel_seconds() -> float:
-    """Seconds that each further kernel of a graph takes at least."""
+    """The least seconds that one more kernel adds to a graph."""
     from benchmarks.timing import Replay
 
     one = torch.ones(1, device="cuda")
@@ -67,7 +66,7 @@ def _kernel_seconds() -> float:
 
 
 def _sampling_seconds(model: ModelConfig, dtype: torch.dtype, num_rows: int) -> float:
-    """Seconds in which the engine draws a token of each row of logits."""
+    """Seconds in which the engine samples a token from each row of logits."""
     from benchmarks.timing import Replay
     from nanovllm.layers.triton_ops import TRITON_OPS
 
@@ -79,9 +78,10 @@ def _sampling_seconds(model: ModelConfig, dtype: torch.dtype, num_rows: int) -> 
 
 
 def _product_speed(model: ModelConfig, dtype: torch.dtype, num_rows: int, num_ranks: int, kernel: float) -> float:
-    """Operations a second of the engine's products of num_rows rows with a rank's shard of each matrix of a layer (of
-    attention alone if the layer has experts), read from memory; without the start of the kernels, which step_model
-    counts.
+    """Operations a second of the engine's matrix products: num_rows rows by a rank's shard of each matrix of a layer.
+
+    Without experts' matrices. The weights are not in the L2 cache. kernel: seconds of a kernel's start, which are
+    subtracted, since step_model counts them.
     """
     from benchmarks.timing import Replay, choose_num_sets
     from nanovllm.layers.triton_ops import linear
@@ -93,7 +93,7 @@ def _product_speed(model: ModelConfig, dtype: torch.dtype, num_rows: int, num_ra
         weights = [torch.randn(out_features, in_features, device="cuda").to(dtype) for _ in range(num_sets)]
         replay = Replay([lambda rows=rows, weight=weight: linear(rows, weight, None) for weight in weights])
         seconds = median(replay.seconds() for _ in range(ROUNDS))
-        total += max(seconds - kernel, seconds / 2)  # a tiny product takes little else
+        total += max(seconds - kernel, seconds / 2)  # a tiny product takes little more than its start
         operations += 2 * num_rows * out_features * in_features
     return operations / total
 
@@ -113,7 +113,7 @@ def _matrices(model: ModelConfig, num_ranks: int) -> list[tuple[int, int]]:
 def measure_collectives(
     model: ModelConfig, device: torch.device, dtype: torch.dtype, batch_sizes: Sequence[int], num_ranks: int
 ) -> list[Collectives]:
-    """For each batch size, on ranks of this machine that are placed as the engine's."""
+    """The collectives for each batch size, on ranks of this machine that are placed as the engine places its own."""
     hidden, vocab = model.hidden_size, model.vocab_size // num_ranks
     shapes = [((1, hidden), (size, hidden), (size, vocab)) for size in batch_sizes]
     with tempfile.TemporaryDirectory(prefix="nanovllm-collectives-") as folder:
@@ -123,7 +123,7 @@ def measure_collectives(
 
 
 def _measure_rank(rank: int, placements: list[RankPlacement], folder: str, shapes: list[Any], dtype: Any) -> None:
-    """Rank 0 writes the seconds to folder/seconds.json. shapes: of the three collectives, for each batch size."""
+    """Measure on one rank; rank 0 writes folder/seconds.json. shapes: those of the collectives, for each batch size."""
     torch.set_num_threads(1)
     tp = join_local_group(placements[rank], f"{folder}/store")
     device, all_reduce = "cpu", TORCH_OPS.all_reduce
@@ -132,8 +132,8 @@ def _measure_rank(rank: int, placements: list[RankPlacement], folder: str, shape
 
         device, all_reduce = "cuda", TRITON_OPS.all_reduce
     measured = []
-    for of_batch in shapes:
-        row, hidden_states, logits = [torch.randn(shape, device=device).to(dtype) for shape in of_batch]
+    for batch_shapes in shapes:
+        row, hidden_states, logits = [torch.randn(shape, device=device).to(dtype) for shape in batch_shapes]
         calls = [lambda x=x: all_reduce(x, tp) for x in (row, hidden_states)] + [lambda x=logits: tp.gather(x)]
         measured.append([_seconds(tp, call) for call in calls])
     if rank == 0:
@@ -143,22 +143,22 @@ def _measure_rank(rank: int, placements: list[RankPlacement], folder: str, shape
 
 
 def _seconds(tp: TensorParallel, call: Callable[[], Any]) -> float:
-    """The median over rounds, which all ranks begin together, of one call's seconds on this rank."""
+    """Seconds of one call on this rank: the median over rounds, which all ranks begin together."""
     for _ in range(3):
-        call()  # the first one connects
+        call()  # the first one opens the connections
     if tp.is_nccl:
         return _seconds_in_graph(tp, call)
     seconds = []
     for _ in range(ROUNDS):
         tp.barrier()
         start = time.perf_counter()
-        call()  # gloo's collectives wait
+        call()  # gloo's collectives return when they are complete
         seconds.append(time.perf_counter() - start)
     return median(seconds)
 
 
 def _seconds_in_graph(tp: TensorParallel, call: Callable[[], Any]) -> float:
-    """Each call stands between two small kernels, as in a decode step: what it costs to change between them counts."""
+    """As _seconds, in a graph. A small kernel precedes each call, as in decode, so the change between them counts."""
     torch.cuda.synchronize()
     one = torch.ones(1, device="cuda")
     graph = torch.cuda.CUDAGraph()

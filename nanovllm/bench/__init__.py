@@ -1,4 +1,4 @@
-"""nanovllm bench: workload draws requests, drive serves them, limits says how fast they could be served at best.
+"""nanovllm bench: workload draws requests, drive serves them, limits computes how fast they could be served at best.
 
-session measures scenarios and makes a Result, which report shows. commands/bench.py is the command.
+scenarios starts the engine, session measures on it, report shows the Result. commands/bench.py is the command.
 """

@@ -10,9 +10,9 @@ from nanovllm.omp_wait_policy import passive_omp_wait
 with passive_omp_wait():  # this may be the first import of torch in the process
     import torch
 
-CPU_BYTES = 2**28  # beyond the last cache
+CPU_BYTES = 2**28  # more than the last-level cache of most CPUs
 CPU_MATMUL_SIZE = 1024
-CPU_SECONDS = 1.0  # of each measurement: some CPUs multiply bfloat16 a hundred times more slowly than float32
+CPU_SECONDS = 1.0  # limit of each measurement: some CPUs multiply bfloat16 a hundred times more slowly than float32
 MAX_ROUNDS = 15
 
 
@@ -38,7 +38,7 @@ def measure_ceilings(device: torch.device, dtype: str) -> Ceilings:
 
 
 def _cpu_seconds(call: Callable[[], object]) -> float:
-    """Median seconds of a call, of as many as CPU_SECONDS hold."""
+    """Median seconds over MAX_ROUNDS calls, or over as many as CPU_SECONDS hold; the first call is not timed."""
     call()
     times = []
     begin = time.perf_counter()

@@ -1,7 +1,7 @@
-"""Serves requests with add_request and step, and notes when each request got its first and its last token.
+"""Serves requests with add_request and step, and records when each request got its first and its last token.
 
-The load is open-loop: a request is added at its arrival time, or as soon as the running step ends, whatever the engine
-still has to do. A late engine does not delay the arrivals after it, so its queue grows as it would for real users.
+The load is open-loop: a request is added at its arrival time, or when the running step ends, however long the queue is.
+A slow engine does not delay later arrivals, so its queue grows as it would with real users.
 """
 
 import time

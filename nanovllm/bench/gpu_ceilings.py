@@ -1,4 +1,4 @@
-"""The ceilings of the current GPU: reading, a matrix product. Medians over calls with random data."""
+"""The ceilings of the current GPU for reading memory and for a matrix product: medians over calls with random data."""
 
 from collections.abc import Callable
 from statistics import median
@@ -15,7 +15,7 @@ ROUNDS = 15
 
 
 def measure_read() -> float:
-    """Bytes a second of reading: the better of two ways."""
+    """Bytes a second of reading NUM_BYTES: the faster of a Triton kernel and torch.max."""
     source = random_integers()
     sink = torch.zeros(1, dtype=torch.int32, device="cuda")
     grid = (source.numel() // READ_TILE,)
@@ -41,7 +41,7 @@ def random_integers() -> torch.Tensor:
 def read_kernel(source_ptr, sink_ptr, TILE: tl.constexpr):
     offset = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     largest = tl.max(tl.load(source_ptr + offset))
-    if largest < 0:  # never true, but the compiler does not know it, so it keeps the loads
+    if largest < 0:  # never true, but the compiler cannot know that, so it keeps the loads
         tl.store(sink_ptr, largest)
 
 

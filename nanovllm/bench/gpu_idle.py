@@ -1,7 +1,7 @@
-"""The share of the time in which the GPU computes nothing, in a short part of a scenario.
+"""The share of the time in which the GPU is idle, in a short part of a scenario.
 
-Two windows have the same number of steps, each with new prompts: one without the profiler gives the wall time, one with
-it the time in which a kernel or a copy runs. (The profiler slows the host, so its wall time has no meaning.)
+Two windows of the same number of steps, each with new prompts: a window without the profiler gives the wall time, and a
+window with it the time in which a kernel or a copy runs. (The profiler slows the host, so that wall time is not used.)
 """
 
 import time
@@ -16,14 +16,14 @@ with passive_omp_wait():  # this may be the first import of torch in the process
     import torch
 
 WINDOW_STEPS = 20
-SETTLING_STEPS = 3  # decode steps before a window
+SETTLING_STEPS = 3  # decode steps that are not measured, before a window of decode steps
 
 
 def gpu_idle_share(llm: Any, scenario: Scenario, seeds: Iterator[int]) -> float | None:
-    """The idle share of the GPU that this process uses, in [0, 1]; None if the scenario is over before the window.
+    """The idle share of the GPU that this process uses, in [0, 1]; None if the scenario ends before the window.
 
-    The window is the scenario's first steps if its figure counts prompt tokens, and else decode steps after all prompts
-    are computed. The engine must have no other requests, and computes on a GPU.
+    If the scenario's figure counts prompt tokens, the window is its first steps, otherwise decode steps after all
+    prompts are computed. The engine must compute on a GPU and have no other requests.
     """
     from torch.profiler import ProfilerActivity, profile
 
@@ -70,7 +70,7 @@ def _window(llm: Any, scenario: Scenario, seed: int, profiler: AbstractContextMa
 
 
 def start_requests(llm: Any, requests: Requests, until_decode: bool) -> list[int]:
-    """Add the requests and return their ids; with until_decode, step until all of them decode, and some steps more."""
+    """Add the requests and return their ids; with until_decode, step until all decode, and SETTLING_STEPS more."""
     ids = [llm.add_request(prompt, params) for prompt, params in zip(*requests, strict=True)]
     if until_decode:
         while llm.scheduler.waiting or any(not seq.is_decodable for seq in llm.scheduler.running):
@@ -81,7 +81,7 @@ def start_requests(llm: Any, requests: Requests, until_decode: bool) -> list[int
 
 
 def end_requests(llm: Any, ids: list[int]) -> None:
-    """Abort what is left of the requests, and take their outputs."""
+    """Abort the requests that are not finished, and step until the engine has none."""
     for seq_id in ids:
         llm.abort(seq_id)
     while not llm.is_finished():

@@ -21,9 +21,13 @@ class Ceilings:
     memory: float
     matmul: float
 
+    def scaled(self, factor: float) -> "Ceilings":
+        """Those of `factor` devices together."""
+        return Ceilings(factor * self.memory, factor * self.matmul)
+
 
 class StepWork(NamedTuple):
-    """The least that a step moves and computes."""
+    """The least bytes that a step moves, and the least operations that it computes."""
 
     num_bytes: float
     operations: float
@@ -31,7 +35,7 @@ class StepWork(NamedTuple):
 
 @dataclass(frozen=True)
 class Limit:
-    """The least seconds of both parts, and the ceiling that sets the larger share of each: "memory" or "matmul"."""
+    """The least seconds of prefill and decode, and which ceiling sets most of each: "memory" or "matmul"."""
 
     prefill_seconds: float
     decode_seconds: float
@@ -44,9 +48,9 @@ class Limit:
 
 
 def limit(model: ModelConfig, dtype: str, requests: Requests, num_shared: int, ceilings: Ceilings) -> Limit:
-    """The limit of serving `requests` that are all present at the start and generate max_tokens each.
+    """The limit of `requests` that are all present at the start and generate max_tokens each.
 
-    dtype: of weights and KV cache. num_shared: tokens with which all prompts begin.
+    dtype: of weights and KV cache. num_shared: length of the prefix that all prompts share.
     """
     lengths = [(len(prompt), params.max_tokens) for prompt, params in zip(*requests, strict=True)]
     prefill = _seconds([prefill_work(model, dtype, lengths, num_shared)], ceilings)
@@ -94,8 +98,10 @@ def _work(
     num_pairs: int,
     num_sampled_pairs: int,
 ) -> StepWork:
-    """num_rows: tokens that are sampled. num_keys_moved: tokens whose key and value are read or written in each layer.
-    num_pairs, num_sampled_pairs: pairs of query and key in a layer; of them, those of a query that is sampled.
+    """The work of one step.
+
+    num_rows: rows of logits that are sampled. num_keys_moved: tokens whose key and value are read or written in each
+        layer. num_pairs: pairs of a query and a key in a layer. num_sampled_pairs: those whose query is sampled.
     """
     bytes_per_value = BYTES_PER_VALUE[dtype]
     lm_head = model.hidden_size * model.vocab_size
@@ -128,21 +134,21 @@ def layer_parameters(model: ModelConfig, num_tokens: int) -> float:
 
 
 def _parameters_after_last_keys(model: ModelConfig) -> float:
-    """Parameters of the last layer with which a token is multiplied, but for its key and value projections."""
+    """Parameters of the last layer with which a token is multiplied, without the key and value projections."""
     experts = 0 if model.moe is None else model.moe.num_experts_per_tok
     query_and_output = 2 * model.hidden_size * model.num_attention_heads * model.head_dim
     return query_and_output + _mlp_parameters(model, model.num_hidden_layers - 1, experts)
 
 
 def _parameters(model: ModelConfig, num_experts: float) -> float:
-    """Those of all layers; num_experts experts in each layer that has some."""
+    """Parameters of the matrices of all layers, with num_experts experts in each layer of experts."""
     heads = 2 * model.num_attention_heads + 2 * model.num_key_value_heads
     attention = model.num_hidden_layers * model.hidden_size * model.head_dim * heads
     return attention + sum(_mlp_parameters(model, layer, num_experts) for layer in range(model.num_hidden_layers))
 
 
 def _mlp_parameters(model: ModelConfig, layer: int, num_experts: float) -> float:
-    """Those of a dense layer, or of num_experts experts and the router."""
+    """Parameters of the MLP of a dense layer, or of num_experts experts and the router."""
     moe = model.moe
     if moe is None or layer not in moe.layers:
         return 3 * model.hidden_size * model.intermediate_size

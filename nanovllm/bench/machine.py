@@ -6,7 +6,7 @@ from typing import Any
 
 
 def machine_info(gpu: str | None) -> dict[str, Any]:
-    """Device and versions, and nothing that differs between two machines of one kind. gpu: its name; None without."""
+    """Device and versions; nothing that differs between two machines of one kind. gpu: its name, None without a GPU."""
     versions: dict[str, str | None] = {}
     for package in ("torch", "triton", "flash-attn"):
         try:

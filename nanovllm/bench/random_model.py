@@ -1,4 +1,4 @@
-"""Checkpoints with the shape of a known model and random weights, to measure speed. They have no tokenizer."""
+"""Checkpoints with the sizes of a known model and random weights, for measuring speed. They have no tokenizer."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ def _shape(name: str, rope_theta: float, sizes: tuple[int, ...], **others: Any) 
     return f"{name}Config", {**dict(zip(_SIZES, sizes, strict=True)), "rope_parameters": rope, **others}
 
 
-# transformers' configuration class, and what differs from its defaults. From the models' published config.json.
+# transformers' configuration class, and the values of the model's published config.json that differ from its defaults.
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-0.6b": _shape("Qwen3", 1e6, (1024, 3072, 28, 16, 8, 151936, 40960), head_dim=128, tie_word_embeddings=True),
     "llama-3-8b": _shape("Llama", 5e5, (4096, 14336, 32, 32, 8, 128256, 8192), head_dim=128),

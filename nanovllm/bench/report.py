@@ -1,4 +1,4 @@
-"""The Result of a session as a table, as JSON, and as a picture: throughput against the limit, latency against rate."""
+"""The Result of a session as a table, JSON and a picture: throughput as a fraction of the limit, latency by rate."""
 
 import json
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ _LEFT_ALIGNED = ("scenario", "")
 
 
 def table(result: Result) -> str:
-    """Throughput of each scenario, latencies of each row, and the ceilings. "-" stands where there is no figure."""
+    """Throughput of each scenario, latencies of each row, and the ceilings; "-" where there is no figure."""
     at_once = [_throughput_cells(row) for row in result.rows if row.rate is None]
     ceilings, model = result.ceilings, result.model
     lines = [

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 from nanovllm.bench.ceilings import measure_ceilings
-from nanovllm.bench.limits import Ceilings
 from nanovllm.bench.machine import machine_info
 from nanovllm.bench.report import Result
 from nanovllm.bench.session import Plan, Target, measure
@@ -23,8 +22,9 @@ def bench_scenarios(
 ) -> Result:
     """The result of `plan` on the LLM that open_llm starts, which is closed at the end.
 
-    config: as open_llm uses it. name: of the model, in words. options: of the command, for the report.
-    Raises ValueError before the engine is started for sequences that it cannot take.
+    config: the configuration that open_llm uses. name: what the report calls the model. options: those of the command
+        line, for the report.
+    Raises ValueError before the engine starts if a scenario's sequences are too long for it.
     """
     import torch
 
@@ -34,7 +34,7 @@ def bench_scenarios(
     device = resolve_device(config.device)
     of_one_device = measure_ceilings(device, dtype)
     with open_llm() as llm:
-        ceilings = times(of_one_device, num_devices(device, llm.config.tensor_parallel_size))
+        ceilings = of_one_device.scaled(num_devices(device, llm.config.tensor_parallel_size))
         rows = measure(Target(llm, model, dtype, ceilings, has_gpu=device.type == "cuda"), plan)
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return Result(machine_info(gpu), describe_model(model, name, dtype), options, plan.scenarios, ceilings, rows)
@@ -61,11 +61,6 @@ def num_devices(device: Any, num_ranks: int) -> int:
     if read_torchrun_env() is not None:
         return num_ranks  # each process of torchrun gets a GPU of its own, where there are enough of them
     return len({placement.gpu for placement in local_placements(device, num_ranks)})
-
-
-def times(ceilings: Ceilings, number: int) -> Ceilings:
-    """The ceilings of `number` devices together."""
-    return Ceilings(number * ceilings.memory, number * ceilings.matmul)
 
 
 def describe_model(model: ModelConfig, name: str, dtype: str) -> dict[str, Any]:

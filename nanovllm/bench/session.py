@@ -20,7 +20,11 @@ SEEDS_PER_SESSION = 1_000_000
 
 @dataclass(frozen=True)
 class Plan:
-    """scenarios: by name. rates: requests a second, each measured besides all requests at once. seed: of all draws."""
+    """What to measure.
+
+    scenarios: by name. rates: requests a second; each scenario is measured at each rate, and with all requests at once.
+    seed: of all draws.
+    """
 
     scenarios: dict[str, Scenario]
     rates: Sequence[float]
@@ -29,14 +33,14 @@ class Plan:
 
     @property
     def num_requests(self) -> int:
-        """All requests, those of the warm-ups too."""
+        """The number of all requests, including those of the warm-ups."""
         each = 1 + self.num_repetitions * (1 + len(self.rates))
         return each * sum(scenario.num_seqs for scenario in self.scenarios.values())
 
 
 @dataclass(frozen=True)
 class Percentiles:
-    """Of times in seconds."""
+    """Median and 99th percentile of times in seconds."""
 
     median: float
     p99: float
@@ -46,8 +50,8 @@ class Percentiles:
 class Repetition:
     """One run over a scenario's requests.
 
-    seconds: from the start, or with a rate from the beginning of the arrivals, to the last token.
-    limit: None with a rate, since the rate limits the throughput.
+    seconds: from the start to the last token. With a rate, the first request arrives after the start.
+    limit: None with a rate, since then the rate limits the throughput.
     """
 
     seed: int
@@ -67,8 +71,8 @@ class Row:
     rate: requests a second; None if all requests are present at the start.
     counted: whether tokens_per_second counts the tokens "in" or "out".
     time_per_output_token: None if every request generates one token.
-    fraction: limit_seconds / seconds. It, limit_tokens_per_second and gpu_idle are None with a rate, and gpu_idle is
-        None on a CPU too.
+    fraction: seconds of the limit / seconds of the run. fraction, limit_tokens_per_second and gpu_idle are None with a
+        rate; gpu_idle is also None on a CPU.
     """
 
     scenario: str
@@ -86,7 +90,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Target:
-    """What is measured. dtype: in which the engine computes. has_gpu: whether it computes on a GPU."""
+    """The engine to measure. dtype: that of weights and KV cache. has_gpu: whether it computes on a GPU."""
 
     llm: Any
     model: ModelConfig
@@ -96,7 +100,7 @@ class Target:
 
 
 class MeasuringProgress(Progress):
-    """Counts requests, and names what runs."""
+    """A progress bar that counts requests and names the run."""
 
     label = ""
 
@@ -105,7 +109,7 @@ class MeasuringProgress(Progress):
 
 
 def measure(target: Target, plan: Plan) -> list[Row]:
-    """All rows of the plan. The row without a rate is the first of each scenario. Every repetition has new prompts."""
+    """All rows of the plan; of each scenario, first the row without a rate. Every repetition has new prompts."""
     llm, rows = target.llm, []
     seeds = count(plan.seed * SEEDS_PER_SESSION)
     progress = MeasuringProgress("Measuring", plan.num_requests, is_last_line_wanted=True)

@@ -1,4 +1,4 @@
-"""What is measured: random prompts drawn as nano-vllm's bench.py draws them, five scenarios, Poisson arrivals."""
+"""The workload: random prompts, drawn as nano-vllm's bench.py draws them; five scenarios; Poisson arrivals."""
 
 import random
 from dataclasses import dataclass, replace
@@ -8,17 +8,17 @@ from nanovllm.sampling_params import SamplingParams
 from nanovllm.validation import require_int, require_number
 
 TEMPERATURE = 0.6
-MAX_TOKEN_ID = 10000  # ids are drawn from 0 to this, or from the vocabulary where that is smaller
-NUM_SHARED_IDS = 1000  # ids of a shared prefix are drawn from so many, or from the vocabulary where that is smaller
+MAX_TOKEN_ID = 10000  # the largest id that is drawn, if the vocabulary has it
+NUM_SHARED_IDS = 1000  # the ids of a shared prefix are drawn from the first 1000 of the vocabulary
 
 Requests = tuple[list[list[int]], list[SamplingParams]]  # prompts, and the parameters of each
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """num_seqs requests, whose lengths in tokens are drawn from ranges that hold both ends.
+    """num_seqs requests, whose lengths in tokens are drawn from the inclusive ranges input_len and output_len.
 
-    num_shared: tokens with which all prompts begin, besides those of input_len.
+    num_shared: length of the prefix that all prompts share, in addition to input_len.
     counts_input: whether the figure is prompt tokens a second; otherwise it is generated tokens a second.
     """
 
@@ -71,7 +71,7 @@ def draw_requests(
 ) -> Requests:
     """Prompts of random token ids, and parameters that generate exactly the drawn number of tokens.
 
-    Both ranges hold their ends. Raises ValueError for an empty range or a length below 1.
+    Both ranges are inclusive. Raises ValueError for an empty range or a length below 1.
     """
     require_int("num_seqs", num_seqs, 1)
     for name, (low, high) in (("input_len", input_len), ("output_len", output_len)):
@@ -88,7 +88,7 @@ def draw_requests(
 
 
 def draw_scenario(scenario: Scenario, vocab_size: int, seed: int) -> Requests:
-    """The scenario's requests. Another seed gives other prompts, of which the prefix cache holds no block."""
+    """The scenario's requests. Another seed gives other prompts, so the prefix cache has no block of them."""
     prompts, params = draw_requests(scenario.num_seqs, scenario.input_len, scenario.output_len, vocab_size, seed)
     rng = random.Random(-1 - seed)
     shared = [rng.randrange(min(NUM_SHARED_IDS, vocab_size)) for _ in range(scenario.num_shared)]
@@ -98,7 +98,7 @@ def draw_scenario(scenario: Scenario, vocab_size: int, seed: int) -> Requests:
 def poisson_arrivals(num_requests: int, rate: float, seed: int) -> list[float]:
     """Arrival times in seconds from the start, in order: a Poisson process of `rate` requests a second, above 0.
 
-    The gaps, also the one before the first request, are exponential with mean 1 / rate.
+    The gaps between arrivals, and the time before the first one, are exponential with mean 1 / rate.
     """
     rng = random.Random(f"arrivals {seed}")
     return list(accumulate(rng.expovariate(1.0) / rate for _ in range(num_requests)))

@@ -8,7 +8,7 @@ import torch
 
 from nanovllm.bench import scenarios
 from nanovllm.bench.limits import Ceilings
-from nanovllm.bench.scenarios import check_lengths, describe_model, num_devices, times
+from nanovllm.bench.scenarios import check_lengths, describe_model, num_devices
 from nanovllm.bench.workload import SCENARIOS
 from nanovllm.distributed import placement
 from nanovllm.models.registry import load_model_config
@@ -36,7 +36,7 @@ def test_ceilings_are_those_of_all_gpus_that_the_ranks_use(monkeypatch) -> None:
     assert num_devices(cpu, 4) == 1, "ranks on a CPU share it"
     monkeypatch.setattr(scenarios, "read_torchrun_env", lambda: SimpleNamespace(size=8))
     assert num_devices(gpu, 8) == 8, "on several machines"
-    assert times(Ceilings(2.0, 5.0), 4) == Ceilings(8.0, 20.0)
+    assert Ceilings(2.0, 5.0).scaled(4) == Ceilings(8.0, 20.0)
 
 
 def test_the_sizes_of_experts_are_reported() -> None:
