@@ -63,6 +63,7 @@ def test_the_code_of_a_definition_needs_torch_alone_and_gives_what_the_reference
     for name, definition in definitions(folder).items():
         assert "jaxtyping" not in definition["reference"]
         assert "reference." not in definition["reference"]
+        assert "__main__" not in definition["reference"]
         function = next(one.function for key, one in OPERATIONS.items() if name.startswith(key))
         found = workloads(folder, name)
         assert found, name

@@ -1,7 +1,7 @@
-"""A reference as FlashInfer-Trace wants it: axes, inputs and outputs from its signature, and code that imports torch.
+"""The parts of a FlashInfer-Trace Definition that come from a reference: axes, inputs, outputs, and its source.
 
 Shapes come from jaxtyping's annotations: Float[Tensor, "T H D"]. A letter is an axis; "B+1" and "2*F" are axes with a
-constraint. What a model fixes is a constant of the definition, and what changes from step to step is a variable.
+constraint. Sizes that the model fixes are constant axes, and sizes that change from step to step are variable axes.
 """
 
 import ast
@@ -31,7 +31,7 @@ SCALAR_DTYPES = {bool: "bool", int: "int64", float: "float32"}
 
 
 def axis_name(dimension: str) -> str:
-    """The name of an axis, which is an identifier.
+    """The dimension as an identifier, which the name of an axis must be.
 
     >>> [axis_name(dimension) for dimension in ("T", "B+1", "2*F", "D/2")]
     ['T', 'B_plus_1', 'F_times_2', 'D_over_2']
@@ -41,7 +41,11 @@ def axis_name(dimension: str) -> str:
 
 
 def is_variable(dimension: str) -> bool:
-    return bool(set(re.findall(r"[A-Za-z_]+", dimension)) & VARIABLE)
+    return bool(_letters(dimension) & VARIABLE)
+
+
+def _letters(dimension: str) -> set[str]:
+    return set(re.findall(r"[A-Za-z_]+", dimension))
 
 
 def dimensions(annotation: Any, value: torch.Tensor) -> list[str]:
@@ -58,13 +62,14 @@ def dimensions(annotation: Any, value: torch.Tensor) -> list[str]:
 def describe(function: Callable[..., Any], inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> dict[str, Any]:
     """axes, constraints, inputs and outputs of the Definition to which one call of a reference belongs.
 
-    suffix: the end of its name, which tells definitions of one reference apart. sizes: of this call's variable axes.
+    And two more keys. suffix: the end of the Definition's name, different for each definition of one reference.
+    sizes: those of this call's variable axes.
     """
     signature = inspect.signature(function)
     sizes: dict[str, int] = {}
     specs: dict[str, dict[str, Any]] = {"inputs": {}, "outputs": {}}
     annotations = {name: signature.parameters[name].annotation for name in inputs}
-    annotations |= dict(zip(outputs, _of_returned(signature.return_annotation, len(outputs)), strict=True))
+    annotations |= dict(zip(outputs, _output_annotations(signature.return_annotation, len(outputs)), strict=True))
     for kind, values in (("inputs", inputs), ("outputs", outputs)):
         for name, value in values.items():
             if not isinstance(value, torch.Tensor):
@@ -73,27 +78,30 @@ def describe(function: Callable[..., Any], inputs: Mapping[str, Any], outputs: M
             names = dimensions(annotations[name], value)
             for dimension, size in zip(names, value.shape, strict=True):
                 assert sizes.setdefault(dimension, size) == size, (name, dimension, size, sizes)
-            specs[kind][name] = {"shape": [axis_name(one) for one in names], "dtype": _dtype(value)}
+            specs[kind][name] = {"shape": [axis_name(dim) for dim in names], "dtype": _dtype(value)}
     axes = {
-        axis_name(one): ({"type": "var"} if is_variable(one) else {"type": "const", "value": size})
-        | {"description": DIMENSION_LETTERS.get(one) or OTHER_LETTERS.get(one) or one}
-        for one, size in sizes.items()
+        axis_name(dim): ({"type": "var"} if is_variable(dim) else {"type": "const", "value": size})
+        | {"description": DIMENSION_LETTERS.get(dim) or OTHER_LETTERS.get(dim) or dim}
+        for dim, size in sizes.items()
     }
-    constraints = [f"{axis_name(one)} == {one.replace('/', ' // ')}" for one in sizes if axis_name(one) != one]
-    known = {name for name in axes if name in sizes}
-    constraints = [one for one in constraints if set(re.findall(r"[A-Za-z_]+", one.split("==")[1])) <= known]
-    fixed = [f"{one.lower()}{size}" for one, size in sizes.items() if not is_variable(one) and axis_name(one) == one]
+    plain = {dim: size for dim, size in sizes.items() if axis_name(dim) == dim}  # without "B+1" and "2*F"
+    constraints = [
+        f"{axis_name(dim)} == {dim.replace('/', ' // ')}"
+        for dim in sizes
+        if dim not in plain and _letters(dim) <= plain.keys()
+    ]
+    fixed = [f"{dim.lower()}{size}" for dim, size in plain.items() if not is_variable(dim)]
     dtype = next((spec["dtype"] for spec in specs["inputs"].values() if spec["shape"] and "float" in spec["dtype"]), "")
     return {
         "suffix": "_".join([*fixed, *([dtype] if dtype else [])]),
-        "sizes": {axis_name(one): size for one, size in sizes.items() if is_variable(one)},
+        "sizes": {axis_name(dim): size for dim, size in sizes.items() if is_variable(dim)},
         "axes": axes,
         "constraints": constraints,
         **specs,
     }
 
 
-def _of_returned(annotation: Any, number: int) -> list[Any]:
+def _output_annotations(annotation: Any, number: int) -> list[Any]:
     """The annotations of `number` outputs. A union of a tensor and a tuple stands for one or for several."""
     choices = getattr(annotation, "__args__", (annotation,)) if not hasattr(annotation, "dim_str") else (annotation,)
     tuples = [choice.__args__ for choice in (annotation, *choices) if getattr(choice, "__origin__", None) is tuple]
@@ -108,9 +116,9 @@ def _dtype(value: torch.Tensor) -> str:
 
 
 def code_of(function: Callable[..., Any], body: str, parameters: list[str]) -> str:
-    """A module in which run(parameters) returns `body`, an expression that calls `function`. Imports torch, no more.
+    """The source of a module in which run(parameters) returns `body`, an expression that calls `function`.
 
-    jaxtyping's annotations stay as text, which nothing evaluates.
+    It imports torch and the standard library only. jaxtyping's annotations remain, but are not evaluated.
     """
     parts = ["from __future__ import annotations", ""]
     parts += sorted({line for module in _modules(function.__module__) for line in _imports(module)})
@@ -121,7 +129,7 @@ def code_of(function: Callable[..., Any], body: str, parameters: list[str]) -> s
 
 
 def _modules(name: str) -> list[str]:
-    """The module and those of reference/ that it imports, each after what it imports."""
+    """The module, and before it the modules of reference/ that it imports, directly or not."""
     found: dict[str, None] = {}
     for node in _parse(name).body:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("reference."):
@@ -140,9 +148,9 @@ def _imports(module: str) -> list[str]:
 
 
 def _definitions(module: str) -> list[str]:
-    """The source of functions and constants, comments in functions included."""
+    """The source of the module's functions and constants, with the comments inside functions."""
     source, parts = inspect.getsource(importlib.import_module(module)), []
     for node in ast.parse(source).body[1:]:  # without the docstring
-        if not isinstance(node, ast.Import | ast.ImportFrom):
+        if not isinstance(node, ast.Import | ast.ImportFrom | ast.If):  # If: what the module runs as a script
             parts += ["", ast.get_source_segment(source, node) or ""]
     return parts
