@@ -14,14 +14,14 @@ from multiprocessing.connection import Connection
 
 from nanovllm.executor.base import RankError, RankValueError
 
-READY = "ready"  # a worker's first report: it has imported torch and the user's program
-FAILURE_COLLECT_S = 0.5  # after the first failure, for the reports of the other ranks
+READY = "ready"  # a worker's first message: the worker has imported torch and the user's program
+FAILURE_COLLECT_S = 0.5  # time after the first failure in which reports of other ranks are read
 MAX_TRACEBACK_CHARS = 20_000
 
 
 @dataclass(frozen=True)
 class RankFailure:
-    """A failed rank's report. time: of time.monotonic(), one clock for all processes of a machine."""
+    """A failed rank's report. time: from time.monotonic(), one clock for all processes of a machine."""
 
     cause: str
     traceback: str
@@ -38,7 +38,7 @@ class RankFailure:
 
 
 class State(Enum):
-    """STARTING until every worker is READY. STOPPING: the workers are asked to end. FAILED: they are terminated."""
+    """STARTING: not every worker is READY. STOPPING: the workers are asked to end. FAILED: they are terminated."""
 
     STARTING = auto()
     RUNNING = auto()
@@ -48,10 +48,10 @@ class State(Enum):
 
 
 class FailureMonitor:
-    """Watches ranks 1, 2, ... from construction until stop(), fail(), close() or the first failure.
+    """Watches the workers, ranks 1, 2, ..., from construction until stop(), fail(), close() or the first failure.
 
     pipes: by rank, the receiving end of a pipe into which the worker sends READY and, when it fails, a RankFailure. The
-        pipe closes when the worker's process ends. Without pipes (under torchrun) only fail() records a failure.
+        pipe closes when the worker's process ends. Without pipes (under torchrun) only fail() leads to FAILED.
     exit_code: returns the exit code of a rank whose pipe closed without a report; None if unknown.
     terminate: kills the workers. Called in the monitor's thread on a failure, before the state is FAILED.
     unblock: unblocks rank 0. Called in the monitor's thread when the state is FAILED, so that rank 0 does not mistake
@@ -78,8 +78,8 @@ class FailureMonitor:
     def check(self) -> None:
         """Raise the root cause if a rank has failed; RuntimeError if rank 0 itself has.
 
-        Each call raises an exception of its own. If threads shared one, the traceback that the user gets would refer to
-        the frames of all of them, and to the process group that a frame of the connecting thread holds.
+        Each call raises a new exception. If threads shared one, its traceback would keep the frames of all of them, and
+        so the process group that a frame of the connecting thread refers to.
         """
         with self._changed:
             if self._state is State.FAILED:
@@ -96,7 +96,7 @@ class FailureMonitor:
         return self._leave(State.STARTING, State.RUNNING, to=State.STOPPING)
 
     def fail(self) -> None:
-        """Record that rank 0 itself has failed, unless another rank's failure is recorded."""
+        """Change to FAILED because rank 0 itself has failed. A root cause that is already known stays."""
         self._leave(State.STARTING, State.RUNNING, State.STOPPING, to=State.FAILED)
 
     def close(self) -> None:
@@ -151,7 +151,10 @@ class FailureMonitor:
 def find_root_cause(
     failures: Mapping[int, RankFailure | None], size: int, exit_code: Callable[[int], int | None], is_starting: bool
 ) -> RankError:
-    """The first of several failures, by rank. A rank that ended without a report failed before those that report."""
+    """The failure that came first. A rank that ended without a report counts as earlier than those that report.
+
+    failures: by rank. size: the number of ranks. is_starting: whether some worker was not READY yet.
+    """
     for rank, failure in failures.items():
         if failure is None:
             return RankError(f"rank {rank} of {size} {_describe_exit(exit_code(rank), is_starting)}")
@@ -162,8 +165,10 @@ def find_root_cause(
 
 def _describe_exit(code: int | None, is_starting: bool) -> str:
     if code is not None and code < 0:
+        if code == -signal.SIGKILL:
+            return "was killed by SIGKILL: by a user, or by the system when memory ran out"
         names = {number.value: number.name for number in signal.Signals}  # a real-time signal has none
-        return f"was killed by {names.get(-code, f'signal {-code}')}: by hand, or by the system for want of memory"
+        return f"was killed by {names.get(-code, f'signal {-code}')}; its own output may say more"
     if not is_starting:
         return f"ended with exit code {code} without an error message"
     return (

@@ -33,7 +33,7 @@ def caught(function: Any, *arguments: Any) -> Exception:
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), "--gpu-memory-utilization"),
         (MemoryError(), "MemoryError; lower --max-num-batched-tokens"),
         (RankError(f"rank 1 of 2 failed: OutOfMemoryError: CUDA out of memory.{RANK_TRACEBACK}"), "rank 1 of 2 failed"),
-        (RankError("rank 1 of 2 was killed by SIGKILL: by hand, or by the system for want of memory"), "by SIGKILL"),
+        (RankError("rank 1 of 2 was killed by SIGKILL: by a user, or by the system when memory ran out"), "by SIGKILL"),
         (RankValueError(f"rank 1 of 2 failed: ValueError: dtype must be x{RANK_TRACEBACK}"), "dtype must be x"),
         (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
         (PermissionError(errno.EACCES, "Permission denied", "/m/config.json"), "Permission denied: '/m/config.json'"),

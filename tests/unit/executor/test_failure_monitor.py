@@ -146,9 +146,9 @@ def root_cause(failures: dict[int, RankFailure | None], code: int = 1, is_starti
         (3, False, "ended with exit code 3 without an error message"),
         (0, False, "ended with exit code 0 without an error message"),
         (1, True, "ended with exit code 1 while it started; its own output says more. A program that"),
-        (-11, True, "was killed by SIGSEGV"),
-        (-40, False, "was killed by signal 40"),
-        (-9, False, "was killed by SIGKILL: by hand, or"),
+        (-11, True, "was killed by SIGSEGV; its own output may say more"),
+        (-40, False, "was killed by signal 40; its own"),
+        (-9, False, "was killed by SIGKILL: by a user, or"),
     ],
 )
 def test_a_rank_that_ended_without_a_report_failed_before_those_that_report(code, is_starting, message) -> None:
