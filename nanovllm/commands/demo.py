@@ -1,4 +1,4 @@
-"""nanovllm demo: what the engine does, shown on the bundled model, and checked against transformers at the end."""
+"""nanovllm demo: streaming, a batch and seeds on the bundled model; then compares the outputs with transformers."""
 
 import argparse
 from pathlib import Path
@@ -10,7 +10,7 @@ from nanovllm.demo_prompts import DEMO_PROMPTS
 
 NUM_STREAMED = 3
 GREEDY = SamplingParams.greedy(max_tokens=64)
-SAMPLED_PROMPT = "A time to"  # the text holds many continuations of it, so seeds differ
+SAMPLED_PROMPT = "A time to"  # the model knows many continuations, so the outputs of two seeds differ
 TEMPERATURE = 0.8
 SEEDS = (1, 2)
 
@@ -20,7 +20,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the demo. Returns 0, or 1 if an output differs from transformers', or if one seed gave two texts."""
+    """Print the demo. Returns 1 if an output differs from transformers', or if one seed gave two texts; otherwise 0."""
     path = bundled_model_path()
     print("The bundled model: a tiny Qwen3 that knows passages of the King James Bible by heart. CPU, float32.")
     with LLM(str(path), device="cpu", dtype="float32") as llm:
@@ -58,7 +58,7 @@ def _show(prompt: str, text: str, label: str = "") -> None:
 
 
 def _show_seeds(llm: LLMEngine, prompt: str) -> bool:
-    """Generate with all seeds in one batch, then with the first seed alone. Returns whether its tokens are the same."""
+    """Generate with all seeds in one batch, then with the first alone. Returns whether its two outputs are equal."""
     params = [SamplingParams(temperature=TEMPERATURE, max_tokens=GREEDY.max_tokens, seed=seed) for seed in SEEDS]
     outputs = llm.generate([prompt] * len(SEEDS), params, use_tqdm=False)
     for seed, output in zip(SEEDS, outputs, strict=True):

@@ -1,4 +1,4 @@
-"""The workflows and docs/ci.md call what there is: make targets, files, and the Python versions that are declared."""
+"""What the workflows and docs/ci.md name exists: make targets, modules, paths, and the declared Python versions."""
 
 import re
 from typing import Any
@@ -20,7 +20,7 @@ def gitlab() -> str:
 
 
 def texts() -> dict[str, str]:
-    """Name -> YAML, of the workflows and of GitLab's form."""
+    """Name -> YAML of each workflow, and of the GitLab job in docs/ci.md."""
     return {path.name: path.read_text(encoding="utf-8") for path in WORKFLOWS} | {"GitLab": gitlab()}
 
 
@@ -38,7 +38,7 @@ def scripts(node: Any) -> list[str]:
 @pytest.mark.parametrize("name", texts())
 def test_targets_modules_and_paths_of_a_workflow_exist_and_the_page_names_it(name: str) -> None:
     lines = [line for script in scripts(yaml.safe_load(texts()[name])) for line in script.splitlines()]
-    calls = [re.split(r" \w+=| ARGS=|#", line.strip())[0].split() for line in lines]
+    calls = [re.split(r" \w+=|#", line.strip())[0].split() for line in lines]
     targets = {target for call in calls if call[:1] == ["make"] for target in call[1:]}
     assert targets or name == "release.yml"
     assert [target for target in targets if not re.search(rf"^{target}:", MAKEFILE, re.MULTILINE)] == []
@@ -57,6 +57,6 @@ def test_the_suite_runs_on_every_python_that_pyproject_declares() -> None:
         assert jobs["test"]["strategy"]["matrix"]["python-version"] == declared
 
 
-def test_a_workflow_may_read_and_no_more_unless_a_job_says_so() -> None:
+def test_a_workflow_has_read_permission_only_unless_a_job_has_more() -> None:
     permissions = {path.name: yaml.safe_load(path.read_text(encoding="utf-8"))["permissions"] for path in WORKFLOWS}
     assert permissions == {path.name: {"contents": "read"} for path in WORKFLOWS}

@@ -1,4 +1,4 @@
-"""Exercises: "break this line: which test notices?" An exercise is a mutant of tools/mutants, so it can be proved.
+"""Exercises: "this line is broken: which test fails?" An exercise is a mutant, so tools.mutants can check its answer.
 
 The entries are in docs/site/exercises/*.mutants. An id begins with the name of its page; the reason is the answer.
 `python -m tools.mutants --data docs/site/exercises` breaks each line and shows that its test fails.
@@ -20,7 +20,7 @@ def exercises() -> tuple[Mutant, ...]:
 
 
 def page_of(exercise: Mutant) -> str:
-    """The name of the reference file on whose page it is."""
+    """The name of the reference file whose page has the exercise."""
     return exercise.id.partition("-")[0]
 
 
@@ -35,9 +35,9 @@ def exercises_markdown(found: list[Mutant], page: str, sources: Sources) -> str:
     return "\n\n".join(
         [
             "## Exercises",
-            "Each of these changes breaks something. Which test notices, and why?",
+            "Each of these changes breaks something. Which test fails, and why?",
             *(_exercise(number, exercise, page, sources) for number, exercise in enumerate(found, start=1)),
-            f"Break a line yourself and run the test, or let the tool do both in a copy: `{command}`",
+            f"Change the line yourself and run the test, or let this command do both in a private copy: `{command}`",
         ]
     )
 

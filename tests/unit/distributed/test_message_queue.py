@@ -1,5 +1,5 @@
-"""Messages through shared memory: whole, in order, of any size; a killed reader does not block the writer; and what a
-full or absent /dev/shm leads to.
+"""Messages through shared memory arrive whole, in order and at any size; a killed reader does not block the writer; a
+full or absent /dev/shm is an error with a remedy.
 """
 
 import errno
@@ -30,12 +30,12 @@ class ReaderEnded(Exception):
     pass
 
 
-def ended() -> None:
+def raise_reader_ended() -> None:
     raise ReaderEnded
 
 
-def never() -> None:
-    """The check of a writer whose readers have not failed."""
+def no_check() -> None:
+    """For enqueue(), where no reader fails."""
 
 
 @contextmanager
@@ -52,20 +52,20 @@ def dequeue_all(reader: MessageQueueReader, count: int) -> list[Any]:
 
 
 def received_by_each(writer: MessageQueueWriter, messages: list[Any]) -> list[list[Any]]:
-    """What readers in threads get when `messages` are sent one after the other."""
+    """The messages that each reader, in a thread of its own, gets when `messages` are sent one after the other."""
     results: list[list[Any]] = [[] for _ in writer.readers]
 
     def run(index: int, reader: MessageQueueReader) -> None:
         results[index] = dequeue_all(reader, len(messages))
 
-    # Daemons: a message that never comes fails the test, and is not waited for at the end of the run as well.
+    # Daemon threads: if a message never arrives, the test fails, and the end of the run does not wait for the thread.
     threads = [threading.Thread(target=run, args=item, daemon=True) for item in enumerate(writer.readers)]
     for thread in threads:
         thread.start()
     end = time.monotonic() + HANG_SECONDS
 
     def check() -> None:
-        assert time.monotonic() < end, "a reader never reads what was sent"
+        assert time.monotonic() < end, "a reader does not read what was sent"
 
     for message in messages:
         writer.enqueue(message, check)
@@ -81,7 +81,7 @@ def received_by_each(writer: MessageQueueWriter, messages: list[Any]) -> list[li
     messages=st.lists(st.binary(max_size=200) | st.integers() | st.none(), min_size=1, max_size=5),
 )
 def test_every_message_reaches_every_reader_whole_and_in_order(chunk_bytes, num_readers, messages) -> None:
-    """D31: whatever its size; most of these are longer than the segment."""
+    """D31: of any size. Most of these messages are longer than the segment."""
     with queue(num_readers, chunk_bytes) as writer:
         assert received_by_each(writer, messages) == [messages] * num_readers
     count_comparisons("ranks: messages received against those sent", len(messages) * num_readers)
@@ -90,29 +90,29 @@ def test_every_message_reaches_every_reader_whole_and_in_order(chunk_bytes, num_
 def test_a_reader_killed_while_it_waits_does_not_block_the_writer() -> None:
     """D33: multiprocessing.Event.set() would wait without end for the killed reader.
 
-    enqueue() writes one more message, and raises ReaderEnded for the next, because the reader never frees the slot.
+    enqueue() writes one more message, and the next one raises ReaderEnded, because no reader frees the slot.
     """
     with queue() as writer:
         process = SPAWN.Process(target=dequeue_all, args=(writer.readers[0], 2))
         process.start()
-        writer.enqueue("read", never)
+        writer.enqueue("read", no_check)
         slot_free = writer.readers[0].slot_free
-        assert slot_free.acquire(timeout=HANG_SECONDS)  # it has read, and waits again
+        assert slot_free.acquire(timeout=HANG_SECONDS)  # the reader has read, and waits for the next message
         slot_free.release()
         process.kill()
         process.join(HANG_SECONDS)
         assert process.exitcode == -signal.SIGKILL
-        writer.enqueue("written for a dead process", ended)  # returns
+        writer.enqueue("written for a dead process", raise_reader_ended)
         with pytest.raises(ReaderEnded):
-            writer.enqueue("more", ended)
+            writer.enqueue("more", raise_reader_ended)
 
 
-def test_two_queues_do_not_meet_and_each_frees_its_segment() -> None:
+def test_two_queues_are_independent_and_each_frees_its_segment() -> None:
     """D32. D03: a message is a copy."""
     message = {"tokens": [1, 2, 3]}
     with queue() as first, queue() as second:
-        first.enqueue(message, never)
-        second.enqueue("second", never)
+        first.enqueue(message, no_check)
+        second.enqueue("second", no_check)
         message["tokens"].append(4)
         assert (second.readers[0].dequeue(), first.readers[0].dequeue()) == ("second", {"tokens": [1, 2, 3]})
         names = [writer._segment.name for writer in (first, second)]
