@@ -93,19 +93,19 @@ class FailureMonitor:
 
     def stop(self) -> State:
         """Stop watching, since the workers are about to be asked to end. Returns STOPPING, FAILED or CLOSED."""
-        return self._leave(State.STARTING, State.RUNNING, to=State.STOPPING)
+        return self._transition(State.STARTING, State.RUNNING, to=State.STOPPING)
 
     def fail(self) -> None:
         """Change to FAILED because rank 0 itself has failed. A root cause that is already known stays."""
-        self._leave(State.STARTING, State.RUNNING, State.STOPPING, to=State.FAILED)
+        self._transition(State.STARTING, State.RUNNING, State.STOPPING, to=State.FAILED)
 
     def close(self) -> None:
         """Change to CLOSED: the workers have ended and their resources are freed."""
-        if self._leave(*State, to=State.CLOSED) is State.CLOSED:
+        if self._transition(*State, to=State.CLOSED) is State.CLOSED:
             self._wake.close()
             self._wake_sender.close()
 
-    def _leave(self, *states: State, to: State) -> State:
+    def _transition(self, *states: State, to: State) -> State:
         """End the thread, then change from one of `states` to `to`. Returns the state."""
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._wake_sender.send(None)  # closing the pipe would not wake it while a forked process holds a copy
@@ -133,16 +133,16 @@ class FailureMonitor:
                 if report == READY:
                     num_starting -= 1
                     if num_starting == 0:
-                        self._change(State.RUNNING)
+                        self._set_state(State.RUNNING)
                     continue
                 failures[ranks.pop(pipe)] = report  # type: ignore[index]
                 deadline = deadline or time.monotonic() + FAILURE_COLLECT_S
         self._terminate()
         root_cause = find_root_cause(failures, len(self._pipes) + 1, self._exit_code, num_starting > 0)
-        self._change(State.FAILED, root_cause)
+        self._set_state(State.FAILED, root_cause)
         self._unblock()
 
-    def _change(self, state: State, root_cause: RankError | None = None) -> None:
+    def _set_state(self, state: State, root_cause: RankError | None = None) -> None:
         with self._changed:
             self._state, self._root_cause = state, root_cause
             self._changed.notify_all()

@@ -146,8 +146,17 @@ def test_an_error_of_the_system_names_the_remedy_and_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, number: int, error: type[Exception], match: str
 ) -> None:
     """D88."""
-    before = set(os.listdir(message_queue.SHM_DIRECTORY))
+    created: list[SharedMemory] = []
+
+    def create(**options: Any) -> SharedMemory:
+        created.append(SharedMemory(**options))
+        return created[-1]
+
+    monkeypatch.setattr(message_queue, "SharedMemory", create)
     monkeypatch.setattr(owner, name, raising(number))
     with pytest.raises(error, match=match):
         MessageQueueWriter(1, SPAWN)
-    assert set(os.listdir(message_queue.SHM_DIRECTORY)) == before
+    assert len(created) == (name != "SharedMemory")
+    for segment in created:
+        with pytest.raises(FileNotFoundError):
+            SharedMemory(segment.name)
