@@ -1,7 +1,7 @@
 """The share of the time in which the GPU is idle, in a short part of a scenario.
 
-Two windows of the same number of steps, each with new prompts: a window without the profiler gives the wall time, and a
-window with it the time in which a kernel or a copy runs. (The profiler slows the host, so that wall time is not used.)
+Two windows of steps, each with new prompts: one without the profiler gives the wall time of a step, and one with it the
+time in which a kernel or a copy runs. (The profiler slows the host, so that window's wall time is not used.)
 """
 
 import time
@@ -31,13 +31,16 @@ def gpu_idle_share(llm: Any, scenario: Scenario, seeds: Iterator[int]) -> float 
     if not num_steps:
         return None
     profiler = profile(activities=[ProfilerActivity.CUDA], acc_events=True)
-    _window(llm, scenario, next(seeds), profiler)
+    _, num_profiled_steps = _window(llm, scenario, next(seeds), profiler)
+    if not num_profiled_steps:
+        return None
     intervals = [
         (event.time_range.start, event.time_range.end)
         for event in profiler.events() or ()
         if event.device_type.name == "CUDA"  # the events of the host are of type CPU
     ]
-    return idle_share(wall * 1e6, busy_time(intervals))  # the profiler's times are in microseconds
+    wall_us = wall * 1e6 / num_steps  # the profiler's times are in microseconds
+    return idle_share(wall_us, busy_time(intervals) / num_profiled_steps)
 
 
 def idle_share(wall: float, busy: float) -> float:

@@ -18,6 +18,7 @@ from tests.support.tiny_models import tiny_model
 
 DECODES = Scenario(3, (4, 9), (60, 60))
 PREFILLS = Scenario(3, (40, 40), (2, 2), counts_input=True)
+SHORT = Scenario(1, (4, 4), (6, 16))
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +51,15 @@ def test_started_requests_decode_and_ended_ones_leave_the_engine(llm) -> None:
     assert llm.is_finished()
 
 
-@pytest.mark.parametrize(("scenario", "num_steps"), [(DECODES, gpu_idle.WINDOW_STEPS), (PREFILLS, 4)])
-def test_the_windows_are_steps_of_the_kind_that_the_scenario_is_about(llm, monkeypatch, scenario, num_steps) -> None:
-    """PREFILLS: 3 x 40 tokens in steps of 50, and a decode step. A window takes 100 us by the clock; in the
-    profiled one kernels run from 10 to 30 and from 20 to 50 us, and a copy from 60 to 70: it is busy in 50 us.
+@pytest.mark.parametrize(
+    ("scenario", "num_steps", "share"),
+    [(DECODES, gpu_idle.WINDOW_STEPS, 0.5), (PREFILLS, 4, 0.5), (SHORT, 4, 1 - (50 / 4) / (100 / 5))],
+)
+def test_the_windows_are_steps_of_the_kind_that_the_scenario_is_about(llm, monkeypatch, scenario, num_steps, share):
+    """PREFILLS: 3 x 40 tokens in steps of 50, and a decode step. SHORT: a window of 5 steps and a profiled one of 4.
+
+    A window takes 100 us by the clock; in the profiled one kernels run from 10 to 30 and from 20 to 50 us, and a copy
+    from 60 to 70: it is busy in 50 us.
     """
     kinds: list[bool] = []
     step = llm.step
@@ -92,7 +98,7 @@ def test_the_windows_are_steps_of_the_kind_that_the_scenario_is_about(llm, monke
     monkeypatch.setattr(torch.profiler, "profile", Profiler)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(gpu_idle, "time", SimpleNamespace(perf_counter=lambda: next(ticks) * 1e-4))
-    assert gpu_idle_share(llm, scenario, count(5)) == pytest.approx(0.5)
+    assert gpu_idle_share(llm, scenario, count(5)) == pytest.approx(share)
     assert profiled == ([True] * (num_steps - 1) + [False] if scenario is PREFILLS else [False] * num_steps)
     assert llm.is_finished()
 
