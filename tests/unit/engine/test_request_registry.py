@@ -1,4 +1,4 @@
-"""RequestRegistry: what is left of calls that have ended. Who gets which output: test_engine_core.py, tests/e2e."""
+"""RequestRegistry: what is left of calls that have ended. test_engine_core.py and tests/e2e test the outputs."""
 
 import weakref
 
