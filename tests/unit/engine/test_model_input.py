@@ -89,6 +89,7 @@ def test_a_decode_step_names_the_prefixes_that_its_sequences_share(
     sequences = [scheduled(6, 5, 1, [3, 7]), scheduled(7, 6, 1, second_row)]
     for prepare in (prepare_decode, partial(prepare_decode_async, sampled=sequences)):
         model_input = prepare(sequences, shares_prefixes=True)
+        assert not model_input.is_prefill
         found = model_input.shared_prefixes
         assert (None if found is None else found.lens.tolist()) == ([4, 4] if second_row[0] == 3 else None)
         assert as_lists(replace(model_input, shared_prefixes=None)) == as_lists(prepare(sequences))

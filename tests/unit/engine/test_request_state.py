@@ -12,11 +12,11 @@ from tests.unit.engine.test_detokenizer import ByteTokenizer
 
 
 def generated(
-    text: str, decoder: TokenDecoder | None = None, **params: Any
+    text: str, decoder: TokenDecoder | None = None, prompt: str = "??", **params: Any
 ) -> tuple[RequestState, list[dict[str, Any]]]:
     """A request whose model generates the letters of `text`, and its stream; "." and "," end a sequence."""
     scheduler = make_scheduler(eos_token_ids=frozenset({ord("."), ord(",")}))
-    seq = make_sequence([1, 2], **{"max_tokens": len(text), **params})
+    seq = make_sequence([*map(ord, prompt)], **{"max_tokens": len(text), **params})
     request, streamed = RequestState(seq, decoder, 3), RequestState(seq, decoder, 3)
     scheduler.add(seq)
     items: list[Any] = []
@@ -89,3 +89,9 @@ def test_an_abort_is_streamed_without_tokens() -> None:
     scheduler.abort(0)
     item = request.next_stream_output()
     assert (item["text"], item["token_ids"], item["finish_reason"]) == ("", [], "abort")
+
+
+def test_the_text_continues_the_prompts() -> None:
+    """Here with the last byte of three, of which the prompt has two."""
+    request, _ = generated("\xacb", TokenDecoder(ByteTokenizer()), prompt="a\xe2\x82")
+    assert request.output()["text"] == "\u20acb"

@@ -24,6 +24,13 @@ def test_the_block_of_the_newest_token_is_not_shared() -> None:
     assert found.lens.tolist() == [4, 4]
 
 
+def test_every_block_counts_in_the_order() -> None:
+    """Otherwise the first and the last row of this tile would share two blocks, and the row between them would not."""
+    found = find_shared_prefixes(tables([1, 5, 10], [1, 6, 11], [1, 5, 12]), lens(12, 12, 12), BLOCK_SIZE, 1)
+    assert found is not None
+    assert (found.order.tolist(), found.lens.tolist()) == ([0, 2, 1], [4, 4, 4])
+
+
 def test_each_tile_shares_its_own_beginning_and_the_sum_must_save_enough() -> None:
     """The first tile has nothing in common, the second two blocks, the third is one sequence."""
     rows = [[row, 1] for row in range(SEQS_PER_TILE)] + [[100, 101, 200 + row] for row in range(SEQS_PER_TILE + 1)]
