@@ -1,6 +1,6 @@
 """Ranks on GPUs: over NCCL where each has its own, over gloo where they share one. Not part of `make test`.
 
-Those with several GPUs say how many blocks they need, so that they can run side by side (-n 2).
+Those over NCCL say how many blocks they need, so that they can run side by side (-n 2).
 """
 
 import multiprocessing
@@ -18,6 +18,7 @@ from nanovllm.executor.base import RankError
 from tests.support.counts import record_error
 from tests.support.rank_engines import MAX_SECONDS
 from tests.support.rank_faults import WARM_UP, Fault, plant
+from tests.support.shared_gpus import share_gpus
 from tests.support.tiny_models import tiny_model
 
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "qwen3_moe"]
@@ -31,10 +32,18 @@ NUM_FAILURES = 3  # one after the other: what one of them does to the GPU depend
 NUM_BLOCKS = 32  # of 256 tokens, max_model_len: enough for max_num_seqs; no free memory is measured
 
 
+@pytest.fixture(autouse=True)
+def share(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With --share-gpus, tests of more ranks than there are GPUs run too."""
+    params = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    if params.get("size", 0) > torch.cuda.device_count():
+        share_gpus(monkeypatch)
+
+
 def is_reachable(size: int) -> bool:
-    """Whether each of the first `size` GPUs can write into the others' memory."""
-    gpus = range(min(size, torch.cuda.device_count()))
-    return len(gpus) == size and all(torch.cuda.can_device_access_peer(0, gpu) for gpu in gpus[1:])
+    """Whether rank 0's GPU can write into the memory of all GPUs on which `size` ranks compute."""
+    others = {rank % torch.cuda.device_count() for rank in range(size)} - {0}
+    return all(torch.cuda.can_device_access_peer(0, gpu) for gpu in others)
 
 
 def tokens(architecture: str, size: int, **options: Any) -> list[list[int]]:
@@ -44,10 +53,12 @@ def tokens(architecture: str, size: int, **options: Any) -> list[list[int]]:
         str(model_dir), tensor_parallel_size=size, dtype="float32", attention_backend="triton", max_model_len=256,
         max_num_seqs=16, max_num_batched_tokens=64, **options,
     ) as llm:  # fmt: skip
-        if size > 1 and options.get("async_scheduling") is None:
-            assert llm.config.async_scheduling is llm._core.executor._tp.is_nccl
-        if size > 1 and is_reachable(size):
-            assert llm._core.executor._tp.peers is not None, "the kernel all_reduce is launched by no rank"
+        if size > 1:
+            tp = llm._core.executor._tp  # type: ignore[attr-defined]
+            if options.get("async_scheduling") is None:
+                assert llm.config.async_scheduling is tp.is_nccl
+            if tp.is_nccl and is_reachable(size):
+                assert tp.peers is not None, "the kernel all_reduce is launched by no rank"
         params = [PARAMS[index % 3] for index in range(len(PROMPTS))]
         return [output["token_ids"] for output in llm.generate(PROMPTS, params, use_tqdm=False)]
 

@@ -1,7 +1,7 @@
 """Plugin: ends a run of GPU tests where there is no GPU, and shares one GPU between the processes of `pytest -m gpu`.
 
 A run with `-m gpu` or `-m multi_gpu`, or one of them `and` more, ends in one line where there is no GPU. A test that
-needs more GPUs than exist is skipped: multi_gpu(N) needs N, multi_gpu alone needs 2.
+needs more GPUs than exist is skipped, unless --share-gpus is given: multi_gpu(N) needs N, multi_gpu alone needs 2.
 
 `pytest -m gpu` runs in several processes unless -n says how many, since Triton's compiler, not the GPU, takes the time.
 A test marked `whole_gpu`, which fills the GPU's memory or measures it, runs while no other does: each worker's other
@@ -22,6 +22,10 @@ from filelock import FileLock
 
 GPU_TESTS_ALONE = re.compile(r"(multi_)?gpu(\(.*\))?( and (?!.* or ).*)?")  # values of -m
 MOST_WORKERS = 8  # each holds memory of the GPU, some tests 4 GiB and more
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--share-gpus", action="store_true", help="run multi_gpu tests where ranks must share GPUs too")
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist's own, which reads the number
@@ -52,7 +56,7 @@ def num_gpus() -> int:
 @pytest.hookimpl(tryfirst=True)  # before its fixtures
 def pytest_runtest_setup(item: pytest.Item) -> None:
     needed = max([marker.args[0] if marker.args else 2 for marker in item.iter_markers("multi_gpu")], default=0)
-    if needed and needed > (there := num_gpus()):
+    if needed and needed > (there := num_gpus()) and not (there and item.config.getoption("share_gpus")):
         pytest.skip(f"needs {needed} GPUs, there are {there}")
 
 

@@ -61,13 +61,13 @@ def plant(monkeypatch: Any, fault: Fault) -> None:
     if fault.rank == 0:
         plant_here(fault, monkeypatch.setattr)
     else:
-        monkeypatch.setattr(multiproc, "worker_main", functools.partial(_faulty_worker, fault))
+        monkeypatch.setattr(multiproc, "worker_main", functools.partial(_faulty_worker, fault, multiproc.worker_main))
 
 
-def _faulty_worker(fault: Fault, spec: Any, placement: Any, *rest: Any) -> None:
+def _faulty_worker(fault: Fault, work: Callable[..., None], spec: Any, placement: Any, *rest: Any) -> None:
     if placement.rank == fault.rank:
         plant_here(fault)
-    worker_main.worker_main(spec, placement, *rest)
+    work(spec, placement, *rest)
 
 
 def plant_here(fault: Fault, patch: Callable[[Any, str, Any], None] = setattr) -> None:

@@ -63,18 +63,24 @@ def test_without_a_gpu_the_run_is_one_line() -> None:
     assert line.startswith("ERROR: -m 'gpu and not whole_gpu': these tests need NVIDIA GPUs")
 
 
-def test_a_test_that_needs_more_gpus_than_there_are_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
-    """multi_gpu without a number needs two GPUs; tests for one GPU are never skipped."""
+@pytest.mark.parametrize(
+    ("there", "is_shared", "skipped"),
+    [(1, False, {2, 4}), (2, False, {4}), (4, False, set()), (1, True, set()), (0, True, {2, 4})],
+)
+def test_a_test_that_needs_more_gpus_than_there_are_is_skipped(
+    monkeypatch: pytest.MonkeyPatch, there: int, is_shared: bool, skipped: set[int]
+) -> None:
+    """multi_gpu without a number needs two GPUs; tests for one GPU are never skipped. is_shared: --share-gpus."""
     marks: dict[int, list[Any]] = {0: [], 2: [SimpleNamespace(args=())], 4: [SimpleNamespace(args=(4,))]}
-    items = {number: SimpleNamespace(iter_markers=lambda name, mark=mark: mark) for number, mark in marks.items()}
-    for there, skipped in ((1, {2, 4}), (2, {4}), (4, set())):
-        monkeypatch.setattr("tests.support.gpu_sharing.num_gpus", lambda there=there: there)
-        for number, item in items.items():
-            if number not in skipped:
-                pytest_runtest_setup(item)  # type: ignore[arg-type]
-                continue
-            with pytest.raises(pytest.skip.Exception, match=f"needs {number} GPUs, there are {there}"):
-                pytest_runtest_setup(item)  # type: ignore[arg-type]
+    config = SimpleNamespace(getoption=lambda name: is_shared)
+    monkeypatch.setattr("tests.support.gpu_sharing.num_gpus", lambda: there)
+    for number, mark in marks.items():
+        item: Any = SimpleNamespace(iter_markers=lambda name, mark=mark: mark, config=config)
+        if number not in skipped:
+            pytest_runtest_setup(item)
+            continue
+        with pytest.raises(pytest.skip.Exception, match=f"needs {number} GPUs, there are {there}"):
+            pytest_runtest_setup(item)
 
 
 @pytest.mark.parametrize(
