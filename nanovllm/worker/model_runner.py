@@ -132,10 +132,9 @@ class ModelRunner:
         return GraphSizes(
             decode=decode_sizes,
             shared_prefix=shared_prefix_batch_sizes(decode_sizes) if self.shares_prefixes else [],
-            # With several ranks, graphs of prefill have not run on GPUs yet.
-            prefill=prefill_graph_sizes(config.max_num_batched_tokens, mean_layer_parameters(self.model_config))
-            if self.tp.size == 1
-            else [],
+            prefill=prefill_graph_sizes(
+                config.max_num_batched_tokens, mean_layer_parameters(self.model_config) / self.tp.size
+            ),
         )
 
     def compile_kernels(self) -> None:
