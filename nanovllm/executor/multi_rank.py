@@ -109,9 +109,12 @@ class MultiRankExecutor(Executor):
             self._terminate()
             free_frames(error)
             self.close()
-        if root_cause is None:
-            raise error
-        raise root_cause from error
+        try:
+            if root_cause is None:
+                raise error
+            raise root_cause from error
+        finally:  # else this frame and the error would keep each other, and the engine's tensors, until a collection
+            del error, root_cause
 
     def close(self) -> None:
         state = self._monitor.stop()

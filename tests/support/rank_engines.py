@@ -1,5 +1,6 @@
 """Engines with several ranks, on the CPU over gloo, and the check of one whose rank fails."""
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,13 @@ def message_of(fault: Fault, size: int) -> str:
 
 def check_failure(monkeypatch: pytest.MonkeyPatch, watch: Watch, fault: Fault, size: int = 2, **options: Any) -> None:
     """Engines have the fault from now on. One with `size` ranks must raise the cause in time and leave no resources,
-    although its error, and so its traceback, is still referenced.
+    although its error, and so its traceback, is still referenced. Without the error, nothing refers to the engine.
     """
     plant(monkeypatch, fault)
     before = watch.snapshot()
+    engines = weakref.WeakSet[LLM]()
     with pytest.raises(RankError if fault.rank else ERRORS[fault.what]) as caught, engine(size, **options) as llm:
+        engines.add(llm)
         generate(llm)
     seconds = fault.seconds_since()
     assert watch.snapshot() == before
@@ -56,4 +59,6 @@ def check_failure(monkeypatch: pytest.MonkeyPatch, watch: Watch, fault: Fault, s
             assert "in trigger\n" in str(caught.value), "the traceback of the rank that failed"
     else:
         assert str(caught.value) == WORDS
+    llm = caught = None  # llm is unbound if the engine did not start
+    assert not engines
     count_event(f"a rank that failed: {fault.what} at {fault.place}")
