@@ -1,10 +1,14 @@
 """Standard streams of the command line: no result is lost because a console cannot show it."""
 
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, TextIO, cast
+
+TERMINATED = 143  # exit code: 128 + SIGTERM, as shells report it
 
 
 @contextmanager
@@ -92,6 +96,26 @@ def _decoded(lines: Iterable[str]) -> Iterator[str]:
             f"standard input must be text in {sys.stdin.encoding}, and {error}; set PYTHONIOENCODING to the encoding "
             "that it has, for example PYTHONIOENCODING=latin-1"
         ) from error
+
+
+@contextmanager
+def exit_on_sigterm() -> Iterator[None]:
+    """While it is open, SIGTERM raises SystemExit(143): temporary files are removed and child processes are ended.
+
+    For commands that have either. Otherwise the default is better, which also ends a process that waits in C code.
+    """
+    if threading.current_thread() is not threading.main_thread():  # only there can handlers be set
+        yield
+        return
+
+    def leave(number: int, frame: Any) -> None:
+        raise SystemExit(TERMINATED)
+
+    previous = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def discard_stdout() -> None:
