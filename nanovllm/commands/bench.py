@@ -123,7 +123,7 @@ def _run_plain(arguments: argparse.Namespace) -> None:
     input_len, output_len = arguments.input_len or LENGTHS, arguments.output_len or LENGTHS
     with open_llm(arguments) as llm:
         max_model_len = llm.config.max_model_len
-        remedy = f"lower it: a prompt leaves room for one generated token, and sequences have {max_model_len} at most"
+        remedy = f"a prompt leaves room for one generated token, and sequences have {max_model_len} at most"
         require_int("input_len's maximum", input_len[1], 1, max_model_len - 1, remedy)
         prompts, params = draw_requests(num_seqs, input_len, output_len, llm.vocab_size, arguments.seed)
         llm.generate([[1]], SamplingParams(max_tokens=2, ignore_eos=True), use_tqdm=False)
