@@ -12,7 +12,7 @@ RawConfig = dict[str, Any]  # a JSON object as it was read
 def read_json(path: Path) -> RawConfig:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} must be a JSON file that can be read: {error}; download it again") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}; download it again")

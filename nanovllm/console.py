@@ -1,10 +1,14 @@
 """Standard streams of the command line: no result is lost because a console cannot show it."""
 
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any
+from typing import Any, TextIO, cast
+
+TERMINATED = 143  # exit code: 128 + SIGTERM, as shells report it
 
 
 @contextmanager
@@ -12,18 +16,43 @@ def lossless_console() -> Iterator[None]:
     r"""While a command runs, stdout and stderr write a character that their encoding lacks as an escape such as \u4f60.
 
     Windows' cp1252, LANG=C and some pipes lack most characters; Python's default is to raise UnicodeEncodeError.
-    A closed stderr is replaced by the null device: print(file=None) would write messages among the results.
+    A closed stderr is replaced by the null device: print(file=None) would write messages among the results. Messages
+    that stderr cannot take (a full disk, a closed pipe) are discarded.
     """
     with ExitStack() as restore:
+        restore.callback(setattr, sys, "stderr", sys.stderr)
         if sys.stderr is None:
             sys.stderr = restore.enter_context(open(os.devnull, "w"))
-            restore.callback(setattr, sys, "stderr", None)
         streams: tuple[Any, ...] = (sys.stdout, sys.stderr)
         for stream in streams:
             if hasattr(stream, "reconfigure") and stream.errors != "backslashreplace":  # a StringIO has no encoding
                 restore.callback(stream.reconfigure, errors=stream.errors)
                 stream.reconfigure(errors="backslashreplace")
+        sys.stderr = cast(TextIO, _Messages(sys.stderr))
         yield
+
+
+class _Messages:
+    """Standard error, which the null device replaces at the first write that fails."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError:
+            _discard(self._stream)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            _discard(self._stream)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def require_stdout() -> None:
@@ -69,10 +98,34 @@ def _decoded(lines: Iterable[str]) -> Iterator[str]:
         ) from error
 
 
+@contextmanager
+def exit_on_sigterm() -> Iterator[None]:
+    """While it is open, SIGTERM raises SystemExit(143): temporary files are removed and child processes are ended.
+
+    For commands that have either. Otherwise the default is better, which also ends a process that waits in C code.
+    """
+    if threading.current_thread() is not threading.main_thread():  # only there can handlers be set
+        yield
+        return
+
+    def leave(number: int, frame: Any) -> None:
+        raise SystemExit(TERMINATED)
+
+    previous = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
 def discard_stdout() -> None:
-    """Send what stdout still buffers to the null device, so that the flush at interpreter exit cannot fail again."""
+    _discard(sys.stdout)
+
+
+def _discard(stream: TextIO) -> None:
+    """Send what `stream` still buffers to the null device, so that the flush at interpreter exit cannot fail again."""
     null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, sys.stdout.fileno())
+    os.dup2(null, stream.fileno())
     os.close(null)
 
 

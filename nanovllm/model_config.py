@@ -13,10 +13,11 @@ from pathlib import Path
 
 from nanovllm.config_json import RawConfig, get_bool, get_int, get_list, get_number, read_json
 from nanovllm.rope_config import RopeConfig, read_rope
-from nanovllm.validation import is_int, require_choice
+from nanovllm.validation import is_int, require_choice, require_int
 
 WEIGHT_DTYPES = ("float64", "float32", "bfloat16", "float16")
 DEFAULT_DTYPE = "float32"  # of a checkpoint that states none, as in transformers
+MAX_LAYERS = 1000  # no model has as many; a wrong value would fill memory with layers before a weight is missed
 SILU_NAMES = ("silu", "swish")  # one function
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
@@ -196,6 +197,8 @@ def _parse(raw: RawConfig, generation: RawConfig | None, architecture: Architect
     _check_unsupported(raw)
     _check_sliding_window(raw, architecture)
     hidden_size = get_int(raw, "hidden_size")
+    num_layers = get_int(raw, "num_hidden_layers")
+    require_int("num_hidden_layers", num_layers, 1, MAX_LAYERS)
     num_heads = get_int(raw, "num_attention_heads")
     vocab_size = get_int(raw, "vocab_size")
     max_positions = get_int(raw, "max_position_embeddings", architecture.default_max_position_embeddings)
@@ -204,7 +207,7 @@ def _parse(raw: RawConfig, generation: RawConfig | None, architecture: Architect
         vocab_size=vocab_size,
         hidden_size=hidden_size,
         intermediate_size=get_int(raw, "intermediate_size"),
-        num_hidden_layers=get_int(raw, "num_hidden_layers"),
+        num_hidden_layers=num_layers,
         num_attention_heads=num_heads,
         num_key_value_heads=_num_key_value_heads(raw, architecture, num_heads),
         head_dim=_head_dim(raw, architecture, hidden_size, num_heads),

@@ -17,9 +17,9 @@ def local_model_dir(model: str) -> Path:
     Raises ValueError if `model` is neither a directory nor a hub id that can be downloaded.
     """
     path = Path(model).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):  # Path.is_dir raises OSError for a name that is too long
         return path
-    if path.exists():
+    if os.path.exists(path):
         raise ValueError(f"model must be a directory or a hub id, got the file {model!r}; give the directory it is in")
     if not _HUB_ID.fullmatch(model) or ".." in model:
         raise ValueError(

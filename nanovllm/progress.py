@@ -1,10 +1,12 @@
 """Progress: a bar that fits the terminal, or a line every ten seconds if standard error is a file or a pipe.
 
-Nothing is shown with is_shown=False and with a closed standard error. After an exception, the bar is removed.
+Nothing is shown with is_shown=False and with a closed standard error, or one that cannot be written (a full disk, a
+closed terminal). After an exception, the bar is removed.
 """
 
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from time import monotonic
 from typing import Any
 
@@ -37,13 +39,18 @@ class Progress:
         if _HAS_WIDGETS:
             self._bar = auto_tqdm(desc=what, total=total)
         elif sys.stderr.isatty():
-            self._bar = _TerminalBar(self)
+            with suppress(OSError):
+                self._bar = _TerminalBar(self)
         else:
             self._writes_lines = True
 
     def update(self, n: int = 1) -> None:
         """Count n more."""
         self.n += n
+        with suppress(OSError):
+            self._show(n)
+
+    def _show(self, n: int) -> None:
         if self._bar is not None:
             if _HAS_WIDGETS:
                 self._bar.set_postfix_str(self.count() + self.details()[0], refresh=False)
@@ -68,11 +75,12 @@ class Progress:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.leave = kind is None
-            self._bar.close()
-        elif self._writes_lines and kind is None and self._is_line_wanted:
-            self._write_line()
+        with suppress(OSError):
+            if self._bar is not None:
+                self._bar.leave = kind is None
+                self._bar.close()
+            elif self._writes_lines and kind is None and self._is_line_wanted:
+                self._write_line()
 
 
 class _TerminalBar(tqdm):

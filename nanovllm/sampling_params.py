@@ -52,7 +52,7 @@ class SamplingParams:
         require_number(
             "temperature",
             self.temperature,
-            f"a number above {MIN_TEMPERATURE}",
+            f"a finite number above {MIN_TEMPERATURE}",
             lambda value: value > MIN_TEMPERATURE,
             remedy="use SamplingParams.greedy() for the most likely token at every step",
         )

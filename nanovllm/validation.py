@@ -67,7 +67,7 @@ def require_bool(name: str, value: Any) -> None:
 
 def require_number(name: str, value: Any, rule: str, is_allowed: Callable[[float], bool], remedy: str = "") -> None:
     """Raise ValueError unless `value` is a finite number for which `is_allowed` holds; `rule` says this in words."""
-    if not _is_finite(value) or not is_allowed(value):
+    if not _is_finite(value) or not is_allowed(float(value)):  # a float16 compared with 1e39 warns
         raise ValueError(f"{name} must be {rule}, got {value!r}{'; ' + remedy if remedy else ''}")
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from nanovllm.model_config import MAX_LAYERS
 from nanovllm.omp_wait_policy import passive_omp_wait
 from nanovllm.validation import require_choice, require_int
 
@@ -32,7 +33,7 @@ def make_config(like: str, num_layers: int | None = None) -> Any:
     require_choice("like", like, SHAPES)
     class_name, options = SHAPES[like]
     if num_layers is not None:
-        require_int("num_layers", num_layers, 1)
+        require_int("num_layers", num_layers, 1, MAX_LAYERS)
         options = {**options, "num_hidden_layers": num_layers}
     with passive_omp_wait():  # transformers imports torch
         import transformers

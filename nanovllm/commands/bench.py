@@ -11,6 +11,8 @@ from nanovllm.bench.random_model import SHAPES, make_config, make_random_model
 from nanovllm.bench.workload import SCENARIOS, Scenario, draw_requests
 from nanovllm.commands.options import CONFIG_HELP, add_command, add_model_options, flag, given, open_llm
 from nanovllm.config import Config
+from nanovllm.console import exit_on_sigterm
+from nanovllm.model_config import MAX_LAYERS
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.torchrun_env import read_torchrun_env
 from nanovllm.validation import require_int, require_number
@@ -76,7 +78,7 @@ def _describe(scenario: Scenario) -> str:
 
 def run(arguments: argparse.Namespace) -> int:
     _check(arguments)
-    with tempfile.TemporaryDirectory(prefix="nanovllm-bench-") as folder:  # for --like
+    with exit_on_sigterm(), tempfile.TemporaryDirectory(prefix="nanovllm-bench-") as folder:  # for --like
         if arguments.like is not None:
             make_random_model(Path(folder), make_config(arguments.like, arguments.num_layers))
             arguments.model = folder
@@ -108,7 +110,7 @@ def _check(arguments: argparse.Namespace) -> None:
     for rate in arguments.rate or ():
         require_number("rate", rate, "a number above 0, in requests a second", lambda value: value > 0)
     for name, number in given(arguments, ("num_layers", "repeat", "num_seqs")).items():
-        require_int(name, number, 1)
+        require_int(name, number, 1, MAX_LAYERS if name == "num_layers" else None)
     if arguments.results is not None:
         if arguments.results.exists() and not arguments.results.is_dir():
             raise ValueError(f"results must be a directory, got the file {str(arguments.results)!r}; give another name")
@@ -121,7 +123,7 @@ def _run_plain(arguments: argparse.Namespace) -> None:
     input_len, output_len = arguments.input_len or LENGTHS, arguments.output_len or LENGTHS
     with open_llm(arguments) as llm:
         max_model_len = llm.config.max_model_len
-        remedy = f"lower it: a prompt leaves room for one generated token, and sequences have {max_model_len} at most"
+        remedy = f"a prompt leaves room for one generated token, and sequences have {max_model_len} at most"
         require_int("input_len's maximum", input_len[1], 1, max_model_len - 1, remedy)
         prompts, params = draw_requests(num_seqs, input_len, output_len, llm.vocab_size, arguments.seed)
         llm.generate([[1]], SamplingParams(max_tokens=2, ignore_eos=True), use_tqdm=False)

@@ -8,10 +8,12 @@ import argparse
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from nanovllm.commands.options import add_command
+from nanovllm.console import exit_on_sigterm
 
 CHECKS = "tests/conformance/components"
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,7 +47,10 @@ def run(arguments: argparse.Namespace) -> int:
     options += ["--json"] * arguments.json
     paths = [str(path.resolve()) for path in arguments.paths]
     command = [sys.executable, "-c", _START, *options, "--", *paths]
-    return subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}).returncode
+    # After SIGTERM or Ctrl-C, run() kills the process, and the folder of its temporary files is removed here.
+    with exit_on_sigterm(), tempfile.TemporaryDirectory(prefix="nanovllm-conformance-") as folder:
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": folder}
+        return subprocess.run(command, cwd=ROOT, env=environment).returncode
 
 
 # The name in messages is that of the command which the user has typed.

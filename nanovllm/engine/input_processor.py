@@ -128,8 +128,7 @@ def as_token_ids(prompt: Any, tokenizer: Any, vocab_size: int) -> list[int]:
                 "tokenizer.json"
             )
         require_unicode("a text prompt", prompt)
-        # verbose=False: no warning about the tokenizer's own length limit; the engine checks max_model_len
-        token_ids = list(tokenizer.encode(prompt, verbose=False))
+        token_ids = _encoded(prompt, tokenizer)
     elif isinstance(prompt, list):
         token_ids = prompt
     else:
@@ -145,6 +144,19 @@ def as_token_ids(prompt: Any, tokenizer: Any, vocab_size: int) -> list[int]:
         f"a token id must be an integer from 0 to {vocab_size - 1} (the model's vocabulary), got {token_id!r} "
         f"at position {position}{_remedy(token_id) if isinstance(token_id, Mapping) else ''}"
     )
+
+
+def _encoded(text: str, tokenizer: Any) -> list[int]:
+    # verbose=False: no warning about the tokenizer's own length limit; the engine checks max_model_len
+    try:
+        return list(tokenizer.encode(text, verbose=False))
+    except (RuntimeError, MemoryError):  # "Already borrowed" of a tokenizer that another thread uses, and the machine's
+        raise
+    except Exception as error:  # of broken files that can be read, such as a vocabulary without the unknown token
+        reason = str(error) or type(error).__name__
+        raise ValueError(
+            f"the model's tokenizer cannot encode a text prompt: {reason}; download the tokenizer's files again"
+        ) from error
 
 
 def _are_below(limit: int, values: list[int]) -> bool:

@@ -21,6 +21,7 @@ from nanovllm.model_path import local_model_dir
 from nanovllm.models.registry import load_model_config
 from nanovllm.outputs import RequestOutput, StepOutput, StreamOutput
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.validation import require_int
 
 T = TypeVar("T")
 EMPTY_BATCH = ScheduledBatch(False, (), (), ())
@@ -225,9 +226,10 @@ class LLMEngine:
     def abort(self, seq_id: int) -> bool:
         """End a request. Its output, with finish_reason "abort", is returned like any other.
 
-        Returns False if no waiting or running request has this id.
+        Returns False if no waiting or running request has this id. Raises ValueError for what is no id.
         """
         self._check_process()
+        require_int("seq_id", seq_id, 0, remedy="give the id that add_request or an item of a stream has")
         with self._lock:
             return self.scheduler.abort(seq_id)
 

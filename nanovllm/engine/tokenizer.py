@@ -38,7 +38,9 @@ def load_tokenizer(model_dir: Path, model_config: ModelConfig | None = None) -> 
         config.tokenizer_class = model_config.tokenizer_class
         return AutoTokenizer.from_pretrained(str(model_dir), config=config, trust_remote_code=False)
     except Exception as error:  # the library raises various types for broken files
-        raise ValueError(f"the tokenizer in {str(model_dir)!r} cannot be read: {error}") from error
+        raise ValueError(
+            f"the tokenizer in {str(model_dir)!r} cannot be read: {error}; download its files again"
+        ) from error
 
 
 def _require_sentencepiece(model_dir: Path) -> None:

@@ -205,7 +205,7 @@ def _weight_map(index_file: Path) -> dict[str, str]:
         weight_map = json.loads(index_file.read_text(encoding="utf-8"))["weight_map"]
         if weight_map and all(isinstance(name, str) for name in weight_map.values()):
             return weight_map
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
     raise ValueError(f"{index_file} must be JSON with a weight_map from tensor to file names; download it again")
 

@@ -4,6 +4,9 @@ tests/conformance/engines has what users of any engine expect: the order of outp
 """
 
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from nanovllm import LLM, SamplingParams, bundled_model_path
 from nanovllm.models.registry import load_model_config
@@ -60,6 +63,15 @@ def test_steps_report_their_tokens_and_the_outputs_that_ended(llm: LLM) -> None:
     assert [step.num_decode_tokens for step in steps] == [0, 3, 3]
     assert [step.num_prefill_tokens > 0 for step in steps] == [True, False, False]
     assert [output["seq_id"] for output in steps[-1].finished] == ids
+
+
+@pytest.mark.parametrize("seq_id", [None, "0", [0], -1, 0.0, True])
+def test_abort_of_what_is_no_id_is_refused(seq_id: Any, llm: LLM) -> None:
+    """vLLM's ids are strings, and its abort takes a list: False would say that the request had ended."""
+    with pytest.raises(
+        ValueError, match=r"^seq_id must be an integer of at least 0, got .*; give the id that add_request"
+    ):
+        llm.abort(seq_id)
 
 
 def test_abort_of_a_request_that_waits_runs_or_is_unknown(llm: LLM) -> None:

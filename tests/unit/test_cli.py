@@ -173,7 +173,8 @@ def test_bench_refuses_a_prompt_that_the_model_cannot_take(capsys) -> None:
     """D93: the message names bench's own option, and a maximum that works."""
     options = ["--max-model-len", "64", "--device", "cpu", "--num-seqs", "1", "--output-len", "1", "1"]
     line = refusal(capsys, "bench", *options, "--input-len", "64", "64")
-    assert "--input-len's maximum must be an integer from 1 to 63, got 64; lower it" in line
+    assert "--input-len's maximum must be an integer from 1 to 63, got 64; a prompt leaves room" in line
+    assert "lower" not in refusal(capsys, "bench", *options, "--input-len", "0", "0")
     assert cli.main(["bench", *options, "--input-len", "63", "63"]) == 0
 
 

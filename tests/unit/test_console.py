@@ -117,5 +117,17 @@ def test_real_streams_that_are_closed_or_full() -> None:
         assert words in result.stderr.splitlines()[-1]
         assert b"Traceback" not in result.stderr
         assert b"Exception ignored" not in result.stderr
-    result = run_shell("$N In 2>&-")
-    assert (result.returncode, result.stdout.count(b"\n")) == (0, 1), "messages do not go to stdout instead"
+    for command in ("$N In 2>&-", "$N In 2>/dev/full", "{ $N In 2>&1 >&3 | true; echo >&3; } 3>&1 | head -1"):
+        result = run_shell(command)
+        assert (result.returncode, result.stdout.count(b"\n")) == (0, 1), "a result needs no stderr, nor mixes with it"
+        assert len(result.stdout) > 1, (command, result.stderr)
+
+
+def test_a_stderr_that_cannot_be_written_is_no_error(monkeypatch) -> None:
+    """A full disk or a closed pipe at stderr costs messages, and not the result that is computed meanwhile."""
+    with open("/dev/full", "w") as full:  # closing it raises, if its buffer still holds something
+        monkeypatch.setattr(sys, "stderr", full)
+        with lossless_console():
+            print("lost", file=sys.stderr, flush=True)
+            print("lost too", file=sys.stderr, flush=True)
+        assert sys.stderr is full

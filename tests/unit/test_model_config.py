@@ -213,6 +213,10 @@ REFUSED = {
     "vocab_size missing": ({"vocab_size": MISSING}, "vocab_size must be an integer, but the key is missing"),
     "kv heads missing": ({"model_type": "qwen2", "num_key_value_heads": MISSING}, "num_key_value_heads must be an int"),
     "hidden_size 0": ({"hidden_size": 0}, "hidden_size must be an integer of at least 1, got 0"),
+    "layers 10**9": (
+        {"num_hidden_layers": 10**9},
+        "num_hidden_layers must be an integer from 1 to 1000, got 1000000000",
+    ),
     "vocab_size str": ({"vocab_size": "32"}, "vocab_size must be an integer of at least 1, got '32'"),
     "heads 6": ({"num_attention_heads": 6}, "hidden_size must be a multiple of num_attention_heads=6, got 64"),
     "head_dim odd": ({"head_dim": 5}, r"head_dim must be even .* got 5"),
@@ -315,7 +319,7 @@ def test_missing_directory_or_config_is_named(tmp_path):
         load_model_config(str(tmp_path))
 
 
-@pytest.mark.parametrize("content", [b"", b"\xff\xfe{}", b"[1]", b"null"])
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe{}", b"[1]", b"null", b"[" * 100_000])
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
 def test_broken_file_is_named(tmp_path, name, content):
     write(tmp_path)

@@ -35,7 +35,9 @@ def test_a_hub_id_is_downloaded_without_code_and_pickles(tmp_path: Path, monkeyp
     assert not any(Path(name).match(pattern) for name in unwanted for pattern in asked["allow_patterns"])
 
 
-@pytest.mark.parametrize("model", ["model", "/no/such/place", "./nothing", "a/b/c", "../x/y", "some/..", "a b/c"])
+@pytest.mark.parametrize(
+    "model", ["model", "/no/such/place", "./nothing", "a/b/c", "../x/y", "some/..", "a b/c", "a" * 5000]
+)
 def test_neither_a_directory_nor_a_hub_id_is_refused(model: str) -> None:
     with pytest.raises(ValueError, match=r"must be an existing directory or a hub id such as 'Qwen/Qwen3-0.6B', got"):
         local_model_dir(model)

@@ -1,5 +1,6 @@
 """Progress: what a terminal of any width, a file and a notebook get; D98."""
 
+import errno
 import fcntl
 import io
 import os
@@ -104,6 +105,24 @@ def test_a_short_run_writes_one_line_if_wanted_and_none_after_an_exception(
 def test_a_closed_stderr_is_no_error(monkeypatch) -> None:
     """D85, D98"""
     monkeypatch.setattr(sys, "stderr", None)
+    with Progress("Generating", 2, is_last_line_wanted=True) as bar:
+        bar.update(2)
+    assert bar.n == 2
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_a_stderr_that_cannot_be_written_is_no_error(is_terminal: bool, monkeypatch) -> None:
+    """A program keeps what it generates when its log is on a full disk, or its terminal was closed."""
+
+    class Full(io.StringIO):
+        def isatty(self) -> bool:
+            return is_terminal
+
+        def write(self, text: str) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(sys, "stderr", Full())
     with Progress("Generating", 2, is_last_line_wanted=True) as bar:
         bar.update(2)
     assert bar.n == 2

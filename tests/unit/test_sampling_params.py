@@ -13,9 +13,9 @@ NAN, INF = float("nan"), float("inf")
 RULES: dict[str, tuple[list[Any], str, str, list[Any]]] = {
     "temperature": (
         [0, 0.0, 1e-10, -1.0, NAN, INF, "1", None, True],
-        "a number above 1e-10",
+        "a finite number above 1e-10",
         "use SamplingParams.greedy() for the most likely token at every step",
-        [1.1e-10, 0.7, 1, 100.0, np.float32(0.5)],
+        [1.1e-10, 0.7, 1, 100.0, np.float32(0.5), np.float16(0.5)],
     ),
     "max_tokens": ([0, -1, 1.0, "5", None, True], "an integer of at least 1", "", [1, 10**9, np.int8(127)]),
     "ignore_eos": ([0, 1, None, "yes"], "True or False", "", [True, False]),

@@ -12,6 +12,7 @@ from tests.conformance.components.loading import NotRecognised, find_package
 DEFAULT_SCENARIOS = 1500
 DEFAULT_SECONDS = 90.0
 WIDTH = 30
+INTERRUPTED = 130  # 128 + SIGINT
 BROKEN_PIPE = 141  # 128 + SIGPIPE
 
 
@@ -30,7 +31,10 @@ def parser(prog: str) -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str], prog: str = "python -m tests.conformance.components") -> int:
-    """Exit code: 0 nothing is broken; 1 a contract is; 2 a checkout that cannot be examined, or wrong arguments."""
+    """Exit code: 0 nothing is broken; 1 a contract is; 2 a checkout that cannot be examined, or wrong arguments.
+
+    130 Ctrl-C; 141 the reader of the output closed the pipe.
+    """
     try:
         code = _examine_all(arguments, prog)
         sys.stdout.flush()
@@ -38,12 +42,14 @@ def main(arguments: list[str], prog: str = "python -m tests.conformance.componen
     except BrokenPipeError:  # of `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
+    except KeyboardInterrupt:
+        return INTERRUPTED
 
 
 def _examine_all(arguments: list[str], prog: str) -> int:
     options = parser(prog)
     given = options.parse_args(arguments)
-    if given.scenarios < 1 or given.seconds <= 0:
+    if given.scenarios < 1 or not given.seconds > 0:  # nan is not
         options.error("--scenarios must be at least 1 and --seconds above 0")
     if given.html is not None and not given.html.resolve().parent.is_dir():
         options.error(f"--html {given.html}: the folder does not exist")

@@ -75,7 +75,7 @@ class _Supervisor:
         """Run the job in a child. Returns how the target ended it, "" if it came to its end."""
         self.running: dict[str, Any] = {"contract": "", "scenario": None}
         events, write = FORK.Pipe(duplex=False)
-        child = FORK.Process(target=_examine, args=(write, self.job, self.deadline), daemon=True)
+        child = FORK.Process(target=_examine, args=(events, write, self.job, self.deadline), daemon=True)
         sys.stdout.flush()
         child.start()
         write.close()
@@ -156,11 +156,15 @@ def _end(child: Any, is_stalled: bool, is_done: bool) -> str:
     return f"ended itself with exit code {child.exitcode}"
 
 
-def _examine(events: Connection, job: Job, deadline: float) -> None:
+def _examine(read: Connection, events: Connection, job: Job, deadline: float) -> None:
     """The child's whole life: it leaves through os._exit, and neither flushes nor unwinds what it has of its parent."""
+    read.close()  # else the pipe stays open when the parent is killed, and the child waits forever to write to it
 
     def send(kind: str, value: Any = None) -> None:
-        events.send_bytes(json.dumps({"kind": kind, "value": value}).encode())
+        try:
+            events.send_bytes(json.dumps({"kind": kind, "value": value}).encode())
+        except BrokenPipeError:
+            os._exit(1)
 
     def remember(contract: str, scenario: Scenario | None) -> None:
         send("running", {"contract": contract, "scenario": scenario and scenario.as_json()})

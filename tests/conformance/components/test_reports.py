@@ -1,8 +1,11 @@
 """The report of the conformance checks, its exit codes, and the two commands that print it."""
 
+import os
 import re
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -10,12 +13,14 @@ import pytest
 from nanovllm import cli
 from nanovllm.cli_errors import USER_ERROR
 from nanovllm.commands import conformance
+from nanovllm.console import TERMINATED
 from tests.conformance.components import report
 from tests.conformance.components.__main__ import BROKEN_PIPE
 from tests.conformance.components.contracts import CONTRACTS
 from tests.conformance.components.drawing import drawing
 from tests.conformance.components.running import plant, run_checks
 from tests.conformance.components.targets.faults import FAULTS, RIGHT
+from tests.support.limits import HANG_SECONDS, wait_until
 from tests.support.source_tree import ROOT
 from tools.docs.svg import MAX_WIDTH
 
@@ -98,6 +103,7 @@ def test_nanovllm_conformance_prints_a_finding_and_writes_a_page(
     [
         (["no-such-folder"], "no-such-folder is no folder; give the root of a checkout"),
         (["--scenarios=0", "."], "--scenarios must be at least 1"),
+        (["--seconds=nan", "."], "--seconds above 0"),
         (["--html=no/such/page.html", "."], "the folder does not exist"),
     ],
 )
@@ -113,6 +119,34 @@ def test_closed_output_ends_the_command_without_a_traceback() -> None:
         assert process.stderr is not None
         process.stdout.close()
         assert (process.stderr.read(), process.wait()) == ("", BROKEN_PIPE)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, TERMINATED), (signal.SIGINT, cli.INTERRUPTED)])
+def test_signal_ends_the_command_with_its_processes_and_files(number: int, code: int, tmp_path: Path) -> None:
+    """Ctrl-C reaches the whole process group of the terminal; SIGTERM, which CI systems send, the command alone."""
+    command = [sys.executable, "-m", "nanovllm", "conformance", str(RIGHT), "--scenarios=1000000", "--seconds=60"]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    ) as process:
+        wait_until(lambda: examining(tmp_path))
+        (child,) = examining(tmp_path)
+        (os.kill if number == signal.SIGTERM else os.killpg)(process.pid, number)
+        output, _ = process.communicate(timeout=HANG_SECONDS)  # returns when no process has its end of the pipe
+    assert process.returncode == code, output
+    assert output == (b"" if number == signal.SIGTERM else b"\nnanovllm: interrupted\n")
+    assert list(tmp_path.iterdir()) == []
+    wait_until(lambda: not Path(f"/proc/{child}/cmdline").exists() or not Path(f"/proc/{child}/cmdline").read_bytes())
+
+
+def examining(folder: Path) -> list[int]:
+    """The processes that examine a target, with temporary files in a folder of `folder`: each has a session."""
+    found = []
+    for pid in (int(path.name) for path in Path("/proc").glob("[0-9]*")):
+        with suppress(OSError):
+            if f"TMPDIR={folder}/".encode() in Path(f"/proc/{pid}/environ").read_bytes() and os.getsid(pid) == pid:
+                found.append(pid)
+    return found
 
 
 def test_installed_package_says_that_a_checkout_is_needed(

@@ -1,6 +1,10 @@
 """`nanovllm bench --scenario`: a whole run on the bundled model, and what is refused."""
 
 import json
+import os
+import signal
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +12,8 @@ import pytest
 from nanovllm import cli
 from nanovllm.bench import ceilings, random_model, scenarios
 from nanovllm.bench.workload import SCENARIOS, draw_scenario
+from nanovllm.commands import bench
+from nanovllm.console import TERMINATED
 from nanovllm.engine.llm_engine import LLMEngine
 from tests.unit.test_cli import refusal
 
@@ -103,7 +109,8 @@ SINGLE = ("--scenario", "single")
         ((*SINGLE, "--input-len", "3", "4"), "a scenario has lengths of its own: leave out --input-len"),
         ((*SINGLE, "--like", "qwen3-0.6b", "--model", "x"), "leave out one of the two"),
         ((*SINGLE, "--num-layers", "3"), "add --like, or leave it out"),
-        ((*SINGLE, "--like", "qwen3-0.6b", "--num-layers", "0"), "--num-layers must be an integer of at least 1"),
+        ((*SINGLE, "--like", "qwen3-0.6b", "--num-layers", "0"), "--num-layers must be an integer from 1 to 1000"),
+        (("--like", "qwen3-0.6b", "--num-layers", "1001"), "--num-layers must be an integer from 1 to 1000, got 1001"),
         ((*SINGLE, "--model", "/nothing-here"), "--model must be an existing directory or a hub id"),
         ((*SINGLE, "--max-model-len", "100"), "lower --scale to 0.15, set --max-model-len to at least 640"),
         (("--scenario", "all"), "which is what the model takes, got 4016 in 'prefill'; lower --scale to 0.5"),
@@ -128,3 +135,19 @@ def test_like_is_refused_under_torchrun(capsys, monkeypatch) -> None:
         monkeypatch.setenv(name, value)
     line = refusal(capsys, "bench", *SINGLE, "--like", "qwen3-0.6b")
     assert "write one with python -m tools.make_random_model --like qwen3-0.6b DIR, and give --model DIR" in line
+
+
+def test_sigterm_leaves_no_random_weights_behind(tmp_path, monkeypatch) -> None:
+    """timeout and CI systems send it; the files of a model of 8 billion parameters take 16 GB."""
+
+    def terminated(folder: Path, config: Any) -> None:
+        (folder / "model.safetensors").write_text("weights")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(bench, "make_random_model", terminated)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit, match=str(TERMINATED)):
+        cli.main(["bench", "--like", "qwen3-0.6b", "--num-layers", "1"])
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) is before

@@ -3,6 +3,7 @@
 import struct
 from array import array
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -196,6 +197,18 @@ def test_a_text_needs_a_tokenizer() -> None:
     with pytest.raises(ValueError, match=r"a text prompt needs a tokenizer .* add tokenizer\.json"):
         as_token_ids("text", None, 10)
     assert as_token_ids([1], None, 10) == [1]
+
+
+@pytest.mark.parametrize("error", [Exception("Missing [UNK] token"), TypeError("'>' not supported"), KeyError("a")])
+def test_a_tokenizer_that_can_be_read_and_not_used_is_named(error: Exception) -> None:
+    """tokenizers raises a bare Exception for a vocabulary without its unknown token: nanovllm has no bug then."""
+
+    def encode(text: str, verbose: bool) -> list[int]:
+        raise error
+
+    tokenizer = SimpleNamespace(encode=encode)
+    with pytest.raises(ValueError, match=r"^the model's tokenizer cannot encode a text prompt: .*; download the"):
+        as_token_ids("text", tokenizer, 10)
 
 
 def test_a_request_has_the_next_number_and_its_own_seed_or_one_of_the_engines() -> None:

@@ -31,7 +31,7 @@ def test_a_directory_without_a_tokenizer_is_said_once_and_gives_none(
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "vocab.json"])
 def test_a_broken_tokenizer_is_an_error_that_names_the_directory(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("{")
-    with pytest.raises(ValueError, match=f"^the tokenizer in '{tmp_path}' cannot be read: ."):
+    with pytest.raises(ValueError, match=f"^the tokenizer in '{tmp_path}' cannot be read: .*; ."):
         load_tokenizer(tmp_path, small_config())
 
 

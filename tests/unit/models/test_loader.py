@@ -258,7 +258,7 @@ def test_symbolic_links_are_followed(tmp_path):
     loaded(directory)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 1}}'])
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 1}}', "[" * 100_000])
 def test_broken_index_is_named(tmp_path, content):
     (tmp_path / INDEX_FILE).write_text(content)
     refused(tmp_path, rf"{INDEX_FILE} must be JSON with a weight_map")
