@@ -32,7 +32,8 @@ examples:
   nanovllm conformance ../my-fork                    which contracts a fork of nano-vllm breaks, and how to see it
 
 exit codes: 0 done; 1 the demo found a difference, or conformance a broken contract; 2 an error whose message names
-a remedy; 70 a bug of nanovllm; 130 interrupted by Ctrl-C; 141 the reader of the output closed the pipe
+a remedy; 70 a bug of nanovllm; 130 interrupted by Ctrl-C; 141 the reader of the output closed the pipe;
+143 bench or conformance ended by SIGTERM
 """
 
 

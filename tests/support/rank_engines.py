@@ -44,10 +44,15 @@ def check_failure(monkeypatch: pytest.MonkeyPatch, watch: Watch, fault: Fault, s
     """
     plant(monkeypatch, fault)
     before = watch.snapshot()
-    engines = weakref.WeakSet[LLM]()
-    with pytest.raises(RankError if fault.rank else ERRORS[fault.what]) as caught, engine(size, **options) as llm:
-        engines.add(llm)
-        generate(llm)
+    engines = weakref.WeakSet[Any]()
+
+    def run() -> None:
+        with engine(size, **options) as llm:
+            engines.add(llm)
+            generate(llm)
+
+    with pytest.raises(RankError if fault.rank else ERRORS[fault.what]) as caught:
+        run()
     seconds = fault.seconds_since()
     assert watch.snapshot() == before
     record_error("seconds from a rank's failure to the error", seconds, MAX_SECONDS)
@@ -59,6 +64,6 @@ def check_failure(monkeypatch: pytest.MonkeyPatch, watch: Watch, fault: Fault, s
             assert "in trigger\n" in str(caught.value), "the traceback of the rank that failed"
     else:
         assert str(caught.value) == WORDS
-    llm = caught = None  # llm is unbound if the engine did not start
+    del caught
     assert not engines
     count_event(f"a rank that failed: {fault.what} at {fault.place}")
