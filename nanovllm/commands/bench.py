@@ -12,7 +12,6 @@ from nanovllm.bench.workload import SCENARIOS, Scenario, draw_requests
 from nanovllm.commands.options import CONFIG_HELP, add_command, add_model_options, flag, given, open_llm
 from nanovllm.config import Config
 from nanovllm.console import exit_on_sigterm
-from nanovllm.model_config import MAX_LAYERS
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.torchrun_env import read_torchrun_env
 from nanovllm.validation import require_int, require_number
@@ -109,8 +108,8 @@ def _check(arguments: argparse.Namespace) -> None:
     require_int("seed", arguments.seed, 0)
     for rate in arguments.rate or ():
         require_number("rate", rate, "a number above 0, in requests a second", lambda value: value > 0)
-    for name, number in given(arguments, ("num_layers", "repeat", "num_seqs")).items():
-        require_int(name, number, 1, MAX_LAYERS if name == "num_layers" else None)
+    for name, number in given(arguments, ("repeat", "num_seqs")).items():
+        require_int(name, number, 1)
     if arguments.results is not None:
         if arguments.results.exists() and not arguments.results.is_dir():
             raise ValueError(f"results must be a directory, got the file {str(arguments.results)!r}; give another name")

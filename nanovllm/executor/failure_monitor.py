@@ -104,7 +104,8 @@ class FailureMonitor:
         if self._transition(*State, to=State.CLOSED) is State.CLOSED:
             self._wake.close()
             self._wake_sender.close()
-            self._root_cause = None  # once raised, its traceback refers to the engine, which refers to this monitor
+            with self._changed:
+                self._root_cause = None  # its traceback refers to the engine, which refers to this monitor
 
     def _transition(self, *states: State, to: State) -> State:
         """End the thread, then change from one of `states` to `to`. Returns the state."""
