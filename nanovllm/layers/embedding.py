@@ -1,5 +1,6 @@
 """Token embedding and output projection; the vocabulary is divided among the ranks."""
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -28,10 +29,9 @@ class VocabParallelEmbedding(nn.Module):
         """[T] ids -> [T, E]. A token outside this rank's rows adds zeros to the sum over ranks."""
         if self.tp.size == 1:
             return functional.embedding(input_ids, self.weight)
-        local_ids = input_ids - self.tp.rank * self.num_rows
-        is_elsewhere = (local_ids < 0) | (local_ids >= self.num_rows)
-        rows = functional.embedding(local_ids.masked_fill(is_elsewhere, 0), self.weight)
-        return self.ops.all_reduce(rows.masked_fill(is_elsewhere[:, None], 0), self.tp)
+        is_here = input_ids // self.num_rows == self.tp.rank
+        rows = functional.embedding(input_ids % self.num_rows, self.weight)
+        return self.ops.all_reduce(torch.where(is_here[:, None], rows, 0.0), self.tp)
 
 
 class ParallelLMHead(nn.Module):
