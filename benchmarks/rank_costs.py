@@ -1,8 +1,8 @@
 """Measures the parts of a decode step one by one, on the ranks that share a model: the Costs of step_model.py.
 
-The all-reduce of hidden states and the gather of logits are measured in new processes, one per rank, with the engine's
-own functions. If each rank has a GPU, a CUDA graph holds many calls, as in decode; otherwise the calls are timed one by
-one. A rank that fails ends the others, and the error names it.
+The all-reduce of hidden states and the all-gather of tokens are measured in new processes, one per rank, with the
+engine's own functions. If each rank has a GPU, a CUDA graph holds many calls, as in decode; otherwise the calls are
+timed one by one. A rank that fails ends the others, and the error names it.
 """
 
 import json
@@ -49,7 +49,7 @@ def measure_costs(
     for size, collective in zip(batch_sizes, collectives, strict=True):
         if device.type == "cuda":
             rank_ceilings = Ceilings(rank_ceilings.memory, _product_speed(model, dtype, size, num_ranks, kernel))
-            sampling = _sampling_seconds(model, dtype, size)
+            sampling = _sampling_seconds(model.vocab_size // num_ranks, dtype, size)
         costs.append((Costs(rank_ceilings, kernel, sampling, collective.all_reduce, collective.gather), collective))
     if device.type == "cuda":
         torch.cuda.empty_cache()  # an engine sizes its cache from free memory
@@ -65,12 +65,12 @@ def _kernel_seconds() -> float:
     return median(replay.seconds() for _ in range(ROUNDS))
 
 
-def _sampling_seconds(model: ModelConfig, dtype: torch.dtype, num_rows: int) -> float:
+def _sampling_seconds(num_columns: int, dtype: torch.dtype, num_rows: int) -> float:
     """Seconds in which the engine samples a token from each row of logits."""
     from benchmarks.timing import Replay
     from nanovllm.layers.triton_ops import TRITON_OPS
 
-    logits = torch.randn(num_rows, model.vocab_size, device="cuda").to(dtype)
+    logits = torch.randn(num_rows, num_columns, device="cuda").to(dtype)
     numbers = torch.arange(num_rows, device="cuda")
     columns = (torch.ones(num_rows, device="cuda"), numbers, numbers, numbers, numbers < 0)
     replay = Replay([lambda: TRITON_OPS.sample_unfiltered(logits, *columns)] * CALLS)
@@ -114,8 +114,7 @@ def measure_collectives(
     model: ModelConfig, device: torch.device, dtype: torch.dtype, batch_sizes: Sequence[int], num_ranks: int
 ) -> list[Collectives]:
     """The collectives for each batch size, on ranks of this machine that are placed as the engine places its own."""
-    hidden, vocab = model.hidden_size, model.vocab_size // num_ranks
-    shapes = [((1, hidden), (size, hidden), (size, vocab)) for size in batch_sizes]
+    shapes = [((1, model.hidden_size), (size, model.hidden_size), (2, size)) for size in batch_sizes]
     with tempfile.TemporaryDirectory(prefix="nanovllm-collectives-") as folder:
         arguments = (local_placements(device, num_ranks), folder, shapes, dtype)
         torch.multiprocessing.spawn(_measure_rank, arguments, num_ranks, daemon=True)
@@ -133,8 +132,9 @@ def _measure_rank(rank: int, placements: list[RankPlacement], folder: str, shape
         device, all_reduce = "cuda", TRITON_OPS.all_reduce
     measured = []
     for batch_shapes in shapes:
-        row, hidden_states, logits = [torch.randn(shape, device=device).to(dtype) for shape in batch_shapes]
-        calls = [lambda x=x: all_reduce(x, tp) for x in (row, hidden_states)] + [lambda x=logits: tp.gather(x)]
+        row, hidden_states, tokens = [torch.randn(shape, device=device).to(dtype) for shape in batch_shapes]
+        tokens = tokens.double()  # as Sampler sends them
+        calls = [lambda x=x: all_reduce(x, tp) for x in (row, hidden_states)] + [lambda x=tokens: tp.all_gather(x)]
         measured.append([_seconds(tp, call) for call in calls])
     if rank == 0:
         (Path(folder) / "seconds.json").write_text(json.dumps(measured))

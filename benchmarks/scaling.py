@@ -5,7 +5,7 @@
 One engine after the other, each over the same scenarios (nanovllm bench's). A decode step is one in the middle of the
 scenario: all its requests, each with the mean prompt and half the mean output. `step` is the wall time of a step;
 torch.profiler on rank 0 divides it into the time in which a kernel other than a collective runs (GPU), the rest of the
-time in which a collective runs (all-reduce: waiting for other ranks counts, and so does the gather of the logits), and
+time in which a collective runs (all-reduce: waiting for other ranks counts, and so does the gather of tokens), and
 the time in which the GPU is idle (host). The prediction is from costs that are measured in this run, on as many ranks.
 Without a GPU the bundled model shows how it works, without parts and prediction: --ranks 1 2 --scale 0.03 --repeat 1
 """

@@ -8,13 +8,13 @@ B sequences, C their mean context in tokens, R ranks, b bytes of a value; other 
     attention    2 b L max(1, K / R) D B C / memory: decode reads each key and value once, and computes little
     activations  b B (L (8 E + 2 (H / R + 2 max(1, K / R)) D + 3 F / R) + 4 E) / memory: what norms, rotation and SiLU
                  read and write
-    sampling     the time in which rank 0 draws B tokens
+    sampling     the time in which a rank draws B tokens from its V / R logits a row
     kernels      (KERNELS_PER_LAYER L + KERNELS_PER_STEP) x the time that starting one more kernel of a graph takes
     all-reduce   (2 L + 1) x the time of an all-reduce of b B E bytes: two a layer, and the embedding's
-    gather       the time in which rank 0 gets b B V / R bytes of logits from each rank
+    gather       the time in which all ranks get these tokens and their scores, BYTES_PER_TOKEN B bytes, from each rank
 
-Left out: the host (async scheduling computes it meanwhile) and what brings the tokens to the other ranks. All of P are
-read by a step of dense layers; of experts, those that B tokens choose.
+Left out: the host (async scheduling computes it meanwhile). All of P are read by a step of dense layers; of experts,
+those that B tokens choose.
 
 Between machines an all-reduce is hierarchical: a reduce-scatter inside each machine, an all-reduce of the 1/r that
 each of its r GPUs holds with its peers in the other machines, an all-gather inside. Rings and trees have the costs of
@@ -32,6 +32,7 @@ from nanovllm.distributed.peer_memory import fits
 
 KERNELS_PER_LAYER = 9  # two norms, rotation and store, attention, its combination, four products; SiLU is part of one
 KERNELS_PER_STEP = 8  # embedding, last norm, output layer, sampling, and what brings the inputs
+BYTES_PER_TOKEN = 16  # a token id and its score
 RANKS_PER_MACHINE = 8
 
 
@@ -45,8 +46,8 @@ class Batch(NamedTuple):
 class Costs(NamedTuple):
     """What one rank's device and the network take: ceilings of the device, seconds of the rest.
 
-    kernel: starting one more kernel of a graph. sampling: drawing the tokens of the batch. all_reduce: of its hidden
-    states. gather: of its logits.
+    kernel: starting one more kernel of a graph. sampling: drawing the tokens of the batch from a rank's logits.
+    all_reduce: of its hidden states. gather: of the tokens.
     """
 
     ceilings: Ceilings
@@ -140,15 +141,12 @@ class Cluster(NamedTuple):
             seconds += min(ring, 2 * ceil(log2(machines)) * self.between.latency + moving)
         return seconds
 
-    def gather(self, num_bytes: float) -> float:
-        """Seconds until rank 0 has the parts of num_bytes that the other ranks hold; each link carries them in turn."""
-        machines, part = self.num_machines, num_bytes / self.num_machines / self.ranks_per_machine
-        seconds = 0.0
+    def all_gather(self, num_bytes: float) -> float:
+        """Seconds until all ranks have num_bytes of each: in a ring between machines, then inside each of them."""
+        seconds = (self.num_machines - 1) * (self.between.latency + num_bytes / self.between.bandwidth)
         if self.ranks_per_machine > 1:
-            seconds += self.inside.latency + (self.ranks_per_machine - 1) * part / self.inside.bandwidth
-        if machines > 1:
-            from_others = (machines - 1) * self.ranks_per_machine * part
-            seconds += self.between.latency + from_others / self.between.bandwidth
+            received = (self.ranks_per_machine - 1) * self.num_machines * num_bytes
+            seconds += self.inside.latency + received / self.inside.bandwidth
         return seconds
 
 
@@ -174,8 +172,8 @@ def on_paper(model: Any, batch: Batch, num_ranks: int, network: Link) -> StepTim
     machines = ceil(num_ranks / RANKS_PER_MACHINE)
     cluster = Cluster(num_ranks // machines, machines, NVLINK, ONE_SHOT, network)
     all_reduce = cluster.all_reduce(2 * batch.num_seqs * model.hidden_size)
-    gather = cluster.gather(2 * batch.num_seqs * model.vocab_size)
-    sampling = SAMPLING_SECONDS * batch.num_seqs * model.vocab_size
+    gather = cluster.all_gather(BYTES_PER_TOKEN * batch.num_seqs)
+    sampling = SAMPLING_SECONDS * batch.num_seqs * model.vocab_size / num_ranks
     return step_times(model, "bfloat16", batch, num_ranks, Costs(H200, KERNEL_SECONDS, sampling, all_reduce, gather))
 
 

@@ -3,6 +3,7 @@
     column parallel   y = [x W_0' + b_0 | x W_1' + b_1 | ...]        rank r has some of the outputs: rows W_r, b_r
     row parallel      y = x_0 W_0' + x_1 W_1' + ... + b              rank r has some of the inputs: columns W_r
     vocabulary        y = row of the one rank whose range holds the token, 0 from all others, summed
+    sampling          the best of the tokens that are the best of each rank's range
 
 Why it is right: a matrix product is a list of dot products (cut the list: column) and each is a sum (cut the sum: row).
 Why in this order: a column-parallel layer leaves its output cut exactly as a row-parallel layer needs its input. The
@@ -69,6 +70,20 @@ def vocab_parallel_embedding(token_ids: Int[Tensor, "T"], weight: Float[Tensor, 
         mine = (local >= 0) & (local < len(rows))
         output = output + torch.where(mine[:, None], rows[local.where(mine, 0)], 0)
     return output
+
+
+def vocab_parallel_argmax(scores: Float[Tensor, "V"], tp_size: int) -> int:
+    """The token with the largest score, the lowest id among equals; rank r has the scores r * V/n .. (r + 1) * V/n - 1.
+
+    Each rank sends one token and one score instead of V/n logits. That suffices, since a draw is an argmax too: see
+    reference.sampling.
+
+    >>> vocab_parallel_argmax(torch.tensor([1.0, 3.0, 2.0, 3.0]), tp_size=2)
+    1
+    """
+    size = len(scores) // tp_size
+    best = [rank * size + int(scores[rank * size : (rank + 1) * size].argmax()) for rank in range(tp_size)]
+    return max(best, key=lambda token: float(scores[token]))  # max takes the first of equals
 
 
 if __name__ == "__main__":

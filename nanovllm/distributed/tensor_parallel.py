@@ -101,11 +101,12 @@ class TensorParallel:
         self._launch(self.group.gather, [parts] if parts is not None else [], [part], options).wait()
         return torch.cat(parts, dim=-1).to(x.device) if parts is not None else None
 
-    def all_gather(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """The ranks' x, in rank order, on every rank. x: contiguous, of the same shape and dtype on all."""
-        parts = [torch.empty_like(x) for _ in range(self.size)]
-        self._launch(self.group.allgather, [parts], [x]).wait()
-        return parts
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        """[size, *x.shape], the ranks' x in rank order, on every rank. x: contiguous, of the same shape and dtype."""
+        part = x.flatten() if self.is_nccl else x.flatten().cpu()
+        parts = part.new_empty(self.size * x.numel())
+        self._launch(self.group._allgather_base, parts, part).wait()  # as dist.all_gather_into_tensor does
+        return parts.to(x.device).view(self.size, *x.shape)
 
     def all_reduce_min(self, value: int) -> int:
         """The minimum of the ranks' values, on every rank. Blocks until all ranks have called it."""

@@ -39,6 +39,8 @@ def sampling(
     position: torch.Tensor,
     is_greedy: torch.Tensor,
     *,
+    first_token: int = 0,
+    scores: torch.Tensor | None = None,
     tile_size: int = TILE_SIZE,
     num_warps: int = 4,
     num_row_warps: int = 8,
@@ -48,18 +50,21 @@ def sampling(
     logits: [R, V] bfloat16, float16 or float32, last dimension contiguous, rows at any stride. Of the rest, [R] and
     contiguous: temperature float32, seed_low and seed_high int64 (the 32-bit halves of the seed), position int64 (the
     place that the token will take), is_greedy bool. tile_size: a power of two from 4.
+    first_token: the id of the first column's token, where the logits are a part of the vocabulary. scores: [R] float64
+    or None; the score of each row's token is written to it: the logit where is_greedy, else z - log(e).
     Among equal scores the lowest id wins. NaN counts as -inf, +inf as the largest finite number, and a row that holds
-    nothing above -inf gives 0. Raises ValueError for other shapes, dtypes and strides.
+    nothing above -inf gives 0 and a score of -inf. Raises ValueError for other shapes, dtypes and strides.
     """
-    _check(logits, temperature, seed_low, seed_high, position, is_greedy)
+    _check(logits, temperature, seed_low, seed_high, position, is_greedy, scores)
     num_rows, vocab_size = logits.shape
     token_ids = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
     if num_rows == 0:
         return token_ids
-    num_tiles = -(-vocab_size // tile_size)
+    tiles_start = first_token // 4 * 4  # a Philox call has the noise of four tokens
+    num_tiles = -(-(first_token + vocab_size - tiles_start) // tile_size)
     maxima = torch.empty(num_rows, num_tiles, dtype=torch.float32, device=logits.device)
     row_arguments = (temperature, seed_low, seed_high, position, is_greedy)
-    shape = (logits.stride(0), vocab_size, num_tiles)
+    shape = (logits.stride(0), tiles_start, first_token, first_token + vocab_size, num_tiles)
     constants = {"LARGEST": torch.finfo(logits.dtype).max, "TILE_SIZE": tile_size}
     launch(
         sampling_tile_kernel,
@@ -70,23 +75,25 @@ def sampling(
     launch(
         sampling_row_kernel,
         (num_rows,),
-        logits, *row_arguments, maxima, token_ids, *shape, **constants,
+        logits, *row_arguments, maxima, token_ids, scores, *shape, **constants,
         MAX_TILES=next_power_of_2(num_tiles), EXACT_SIZE=min(EXACT_SIZE, tile_size),
         num_warps=num_row_warps,
     )  # fmt: skip
     return token_ids
 
 
-def _check(logits: torch.Tensor, temperature: torch.Tensor, *others: torch.Tensor) -> None:
+def _check(logits: torch.Tensor, temperature: torch.Tensor, *others: torch.Tensor | None) -> None:
     if logits.dim() != 2 or logits.shape[1] == 0:
         raise ValueError(f"logits must be [num_rows, vocab_size], not empty, got shape {list(logits.shape)}")
     if logits.dtype not in DTYPES:
         raise ValueError(f"logits must be bfloat16, float16 or float32, got {logits.dtype}; convert them")
     if logits.shape[1] > 1 and logits.stride(1) != 1:
         raise ValueError(f"logits' last dimension must be contiguous, got strides {logits.stride()}; use contiguous()")
-    names = ("temperature", "seed_low", "seed_high", "position", "is_greedy")
-    dtypes = (torch.float32, torch.int64, torch.int64, torch.int64, torch.bool)
+    names = ("temperature", "seed_low", "seed_high", "position", "is_greedy", "scores")
+    dtypes = (torch.float32, torch.int64, torch.int64, torch.int64, torch.bool, torch.float64)
     for name, tensor, dtype in zip(names, (temperature, *others), dtypes, strict=True):
+        if tensor is None:
+            continue
         if tensor.shape != logits.shape[:1] or tensor.dtype != dtype or not tensor.is_contiguous():
             raise ValueError(
                 f"{name} must be contiguous, of shape [{len(logits)}] and {dtype}, "
@@ -101,14 +108,14 @@ ROW_POINTERS = ["temperature_ptr", "seed_low_ptr", "seed_high_ptr", "position_pt
 @triton.jit(do_not_specialize_on_alignment=ROW_POINTERS)
 def sampling_tile_kernel(
     logits_ptr, temperature_ptr, seed_low_ptr, seed_high_ptr, position_ptr, is_greedy_ptr, maxima_ptr,
-    row_stride, vocab_size, num_tiles,
+    row_stride, tiles_start, first_token, end_token, num_tiles,
     LARGEST: tl.constexpr, TILE_SIZE: tl.constexpr,
 ):  # fmt: skip
     """maxima[row, tile]: the largest logit of a greedy row, the largest score of another to within score_error."""
     program = tl.program_id(0)
     row = (program // num_tiles).to(tl.int64)  # int64: row * row_stride passes 2**31
-    start = program % num_tiles * TILE_SIZE
-    logits = load_logits(logits_ptr + row * row_stride, start, vocab_size, TILE_SIZE)
+    start = tiles_start + program % num_tiles * TILE_SIZE
+    logits = load_logits(logits_ptr + row * row_stride, start, first_token, end_token, TILE_SIZE)
     if tl.load(is_greedy_ptr + row):
         largest = replace_non_finite(tl.max(logits), LARGEST)  # tl.max and tl.min ignore NaN
     else:
@@ -123,11 +130,14 @@ def sampling_tile_kernel(
 @triton.jit(do_not_specialize_on_alignment=ROW_POINTERS)
 def sampling_row_kernel(
     logits_ptr, temperature_ptr, seed_low_ptr, seed_high_ptr, position_ptr, is_greedy_ptr, maxima_ptr,
-    token_ids_ptr,
-    row_stride, vocab_size, num_tiles,
+    token_ids_ptr, scores_ptr,
+    row_stride, tiles_start, first_token, end_token, num_tiles,
     LARGEST: tl.constexpr, TILE_SIZE: tl.constexpr, MAX_TILES: tl.constexpr, EXACT_SIZE: tl.constexpr,
 ):  # fmt: skip
-    """token_ids[row]: the best, by exact score, of the tokens whose approximate score comes close to the largest."""
+    """token_ids[row]: the best, by exact score, of the tokens whose approximate score comes close to the largest.
+
+    scores[row]: its exact score, if scores_ptr is given.
+    """
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * row_stride
     is_greedy = tl.load(is_greedy_ptr + row)
@@ -144,16 +154,17 @@ def sampling_row_kernel(
     best_token = tl.zeros((), tl.int32)  # of a row that holds nothing above -inf
     tile = tl.min(tl.where(is_close_tile, tiles, num_tiles))
     while tile < num_tiles:
-        tokens = tile * TILE_SIZE + tl.arange(0, TILE_SIZE)
-        scores = load_logits(row_ptr, tile * TILE_SIZE, vocab_size, TILE_SIZE)
+        tile_start = tiles_start + tile * TILE_SIZE
+        tokens = tile_start + tl.arange(0, TILE_SIZE)
+        scores = load_logits(row_ptr, tile_start, first_token, end_token, TILE_SIZE)
         if not is_greedy:
-            words = philox_words(seed_low, seed_high, position, tile * TILE_SIZE, TILE_SIZE)
+            words = philox_words(seed_low, seed_high, position, tile_start, TILE_SIZE)
             scores = scores_of(approx_log2_arrival_times(scores, -1 / (temperature * LOG_2), words))
         is_close = scores >= threshold
-        close = tl.min(tl.where(is_close, tokens, vocab_size))
-        while close < vocab_size:
+        close = tl.min(tl.where(is_close, tokens, end_token))
+        while close < end_token:
             start = close // EXACT_SIZE * EXACT_SIZE
-            logits = load_logits(row_ptr, start, vocab_size, EXACT_SIZE)
+            logits = load_logits(row_ptr, start, first_token, end_token, EXACT_SIZE)
             if is_greedy:
                 exact = replace_non_finite(logits, LARGEST).to(tl.float64)
             else:
@@ -163,16 +174,19 @@ def sampling_row_kernel(
             if largest > best:  # not >=: tokens come in ascending order, and the lowest id wins
                 best = largest
                 best_token = start + tl.min(tl.where(exact == largest, tl.arange(0, EXACT_SIZE), EXACT_SIZE))
-            close = tl.min(tl.where(is_close & (tokens >= start + EXACT_SIZE), tokens, vocab_size))
+            close = tl.min(tl.where(is_close & (tokens >= start + EXACT_SIZE), tokens, end_token))
         tile = tl.min(tl.where(is_close_tile & (tiles > tile), tiles, num_tiles))
     tl.store(token_ids_ptr + row, best_token.to(tl.int64))
+    if scores_ptr is not None:
+        tl.store(scores_ptr + row, best)
 
 
 @triton.jit
-def load_logits(row_ptr, start, vocab_size, SIZE: tl.constexpr):
-    """[SIZE] float32 logits from token `start` on; beyond the vocabulary they are -inf."""
+def load_logits(row_ptr, start, first_token, end_token, SIZE: tl.constexpr):
+    """[SIZE] float32 logits from token `start` on; outside the row, which begins with first_token, they are -inf."""
     token = start + tl.arange(0, SIZE)
-    return tl.load(row_ptr + token, mask=token < vocab_size, other=float("-inf")).to(tl.float32)
+    is_in_row = (token >= first_token) & (token < end_token)
+    return tl.load(row_ptr + (token - first_token), mask=is_in_row, other=float("-inf")).to(tl.float32)
 
 
 @triton.jit

@@ -35,7 +35,10 @@ class VocabParallelEmbedding(nn.Module):
 
 
 class ParallelLMHead(nn.Module):
-    """Hidden states to logits. With tied weights it holds the embedding's Parameter itself, not a copy."""
+    """Hidden states to logits. Rank r computes columns r * V/size .. (r + 1) * V/size - 1.
+
+    With tied weights it holds the embedding's Parameter itself, not a copy.
+    """
 
     def __init__(
         self,
@@ -59,6 +62,6 @@ class ParallelLMHead(nn.Module):
     def weight_loader(self, param: nn.Parameter, loaded_weight: Tensor) -> None:
         load_shard(param, loaded_weight, 0, self.tp.rank, self.tp.size)
 
-    def forward(self, hidden_states: Tensor) -> Tensor | None:
-        """[T, E] -> logits [T, V] on rank 0, None on the others."""
-        return self.tp.gather(linear(hidden_states, self.weight))
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[T, E] -> [T, V/size]."""
+        return linear(hidden_states, self.weight)

@@ -36,7 +36,8 @@ class LayerOps:
     store_kvcache: Callable[..., None]  # (key [T, K, D], value, k_cache, v_cache, slot_mapping [T]); skips slot -1
     qk_norm_rope_store: Callable[..., tuple[Tensor, Any]]  # rms_norm, rotation and store: see separate_steps
     moe: Callable[..., Tensor]  # (x, router_logits [T, N], gate_up_proj, down_proj, top_k, norm_topk_prob) -> [T, E]
-    # (logits [B, V], temperature [B], seed_low [B], seed_high [B], position [B], takes_argmax [B]) -> token ids [B]
+    # (logits [B, V], temperature [B], seed_low [B], seed_high [B], position [B], takes_argmax [B]) -> token ids [B].
+    # Of logits for a part of the vocabulary: first_token=its first token id, and scores [B] float64, which is written
     sample_unfiltered: Callable[..., Tensor]
     # (run): calls run(), whose Triton kernels are compiled and not launched. None with kernels that are not Triton's
     compile_ahead: Callable[[Callable[[], None]], None] | None = None

@@ -35,16 +35,18 @@ def _multiply(word: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
     return (product >> 32).bitwise_and_(_WORD_MASK), product.bitwise_and_(_WORD_MASK)
 
 
-def token_words(seed_low: Tensor, seed_high: Tensor, position: Tensor, vocab_size: int) -> Tensor:
-    """[num_rows, vocab_size] words, one a token; token v of a row has word v % 4 of counter (v // 4, position, 0, 0).
+def token_words(seed_low: Tensor, seed_high: Tensor, position: Tensor, num_tokens: int, first_token: int = 0) -> Tensor:
+    """[num_rows, num_tokens] words, one for each token from first_token on; token v of a row has word v % 4 of counter
+    (v // 4, position, 0, 0).
 
     seed_low, seed_high: [num_rows], the halves of the 64-bit seed; position: [num_rows], below 2**32. All int64.
     """
-    num_calls = -(-vocab_size // WORDS_PER_CALL)
-    calls = torch.arange(num_calls, device=position.device)[None, :]
+    first_call, skipped = divmod(first_token, WORDS_PER_CALL)
+    end_call = -(-(first_token + num_tokens) // WORDS_PER_CALL)
+    calls = torch.arange(first_call, end_call, device=position.device)[None, :]
     zero = torch.zeros(1, 1, dtype=torch.int64, device=position.device)
     words = philox((seed_low[:, None], seed_high[:, None]), (calls, position[:, None], zero, zero))
-    return torch.stack(words, dim=2).flatten(1)[:, :vocab_size]
+    return torch.stack(words, dim=2).flatten(1)[:, skipped : skipped + num_tokens]
 
 
 def exponential_from_words(words: Tensor) -> Tensor:

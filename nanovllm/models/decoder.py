@@ -162,8 +162,8 @@ class DecoderForCausalLM(nn.Module):
         """
         return self.model(input_ids, positions, last_tokens)
 
-    def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
-        """[T, E] -> [T, V] on rank 0; None on the other ranks."""
+    def compute_logits(self, hidden_states: Tensor) -> Tensor:
+        """[T, E] -> [T, V/size]: see ParallelLMHead."""
         return self.lm_head(hidden_states)
 
 

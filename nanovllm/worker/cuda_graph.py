@@ -25,7 +25,7 @@ from nanovllm.worker.torch_state import gpu_lock
 MAX_GRAPH_BATCH_SIZE = 512  # larger batches run eagerly: their kernels take longer than the launches
 
 Array = TypeVar("Array")  # np.ndarray on the host, Tensor on the device
-Forward = Callable[..., Tensor | None]
+Forward = Callable[..., Tensor]
 Sample = Callable[..., Tensor]
 
 
@@ -42,8 +42,8 @@ def _capture_stream(device: torch.device) -> torch.cuda.Stream:
 class CaptureOptions:
     """What the graphs of decode and of prefill are captured with.
 
-    forward: (input_ids [T], positions [T], Context, last_tokens [B] or None) -> logits [B, V], None on ranks other than
-        0. It must not wait for the device, and its allocations and launches must depend on the shapes alone.
+    forward: (input_ids [T], positions [T], Context, last_tokens [B] or None) -> this rank's columns of the logits of B
+        tokens. It must not wait for the device, and its allocations and launches must depend on the shapes alone.
     shortened: returns a context manager, in which forward runs fewer layers, but each of its kernels at least once.
     max_model_len: max_seqlen_k of the captured Context, whatever the lengths at a replay.
     max_blocks_per_seq: max_model_len / block size, rounded up.
@@ -57,9 +57,7 @@ class CaptureOptions:
     use_tqdm: bool
 
 
-def capture(
-    compute: Callable[[], Tensor | None], options: CaptureOptions, pool: Any
-) -> tuple[torch.cuda.CUDAGraph, Tensor | None]:
+def capture(compute: Callable[[], Tensor], options: CaptureOptions, pool: Any) -> tuple[torch.cuda.CUDAGraph, Tensor]:
     """A graph of compute(), and the output of compute(), which each replay overwrites.
 
     compute() first runs once outside the capture, in options.shortened(), because a capture permits neither compiling
@@ -88,7 +86,7 @@ class GraphRunner:
     def __init__(self, pool: Any = None) -> None:
         self.pool = pool
         self._graphs: dict[Any, torch.cuda.CUDAGraph] = {}
-        self._logits: dict[Any, Tensor | None] = {}
+        self._logits: dict[Any, Tensor] = {}
 
     def _capture(self, what: str, keys: list[Any], compute: Forward, options: CaptureOptions) -> None:
         """Capture compute(key) for each key. what: the title of the progress bar."""
@@ -98,10 +96,9 @@ class GraphRunner:
                 self._graphs[key], self.pool = graph, self.pool or graph.pool()
                 progress.update()
 
-    def _replay(self, key: Any, num_seqs: int) -> Tensor | None:
+    def _replay(self, key: Any, num_seqs: int) -> Tensor:
         self._graphs[key].replay()
-        logits = self._logits[key]
-        return None if logits is None else logits[:num_seqs]
+        return self._logits[key][:num_seqs]
 
     def close(self) -> None:
         """Free the graphs and their memory; required before a process group that they use is destroyed."""
@@ -183,8 +180,7 @@ class CUDAGraphRunner(GraphRunner):
     A graph also selects the input ids, because the device may still be sampling the tokens of the step before when the
     host submits this one: a table holds the tokens that were sampled last, then those that the host has copied.
 
-    sample: LayerOps.sample_unfiltered; it must not wait for the device either. With several ranks it is called on each
-        rank, with None as the logits on ranks other than 0.
+    sample: Sampler.sample_unfiltered; it must not wait for the device either.
     max_num_seqs: the largest number of tokens that a step samples.
     """
 
@@ -209,7 +205,7 @@ class CUDAGraphRunner(GraphRunner):
         keys = [(size, False) for size in sizes.decode] + [(size, True) for size in sizes.shared_prefix]
         self._capture("Capturing CUDA graphs", keys, partial(self._compute, options, sample), options)
 
-    def _compute(self, options: CaptureOptions, sample: Sample, key: tuple[int, bool]) -> Tensor | None:
+    def _compute(self, options: CaptureOptions, sample: Sample, key: tuple[int, bool]) -> Tensor:
         """The logits; writes the tokens to self.sampled. key: (batch size, whether shared prefixes are read once)."""
         (size, shares_prefix), buffers = key, self._buffers
         context = Context(
@@ -241,8 +237,8 @@ class CUDAGraphRunner(GraphRunner):
         """Whether model_input is a decode step that fits into a graph."""
         return not model_input.is_prefill and len(model_input.input_ids) <= self.batch_sizes[-1]
 
-    def replay(self, model_input: ModelInput, previous_token_ids: Tensor | None = None) -> tuple[Tensor | None, Tensor]:
-        """Logits [num_seqs, V] (None on ranks other than 0) and token ids [num_seqs] int64 of a decode step.
+    def replay(self, model_input: ModelInput, previous_token_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """This rank's columns of the logits, [num_seqs, V/size], and token ids [num_seqs] int64 of a decode step.
 
         The next replay overwrites both. For filtered rows (top-k, top-p, min-p) the token id is the argmax.
 

@@ -48,7 +48,6 @@ from nanovllm.worker.warmup import dummy_decode, dummy_prefill, prefill_warmup_s
 if TYPE_CHECKING:
     from nanovllm.engine.sequence import Sequence
 
-MAX_EXACT_FLOAT32 = 2**24  # float32 holds every integer up to it
 DRIVER_BYTES_PER_GRAPH = 8 * 2**20  # device memory of the driver for each captured graph, besides the graph's tensors
 
 
@@ -82,7 +81,7 @@ class ModelRunner:
         self.dtype: torch.dtype = getattr(torch, self.model_config.dtype)
         self.graphs: CUDAGraphRunner | None = None
         self.prefill_graphs: PrefillGraphRunner | None = None
-        self._has_shared_tokens = False  # whether self.graphs.sampled has the tokens of the step before, on every rank
+        self._shared_tokens: Tensor | None = None  # of the last step, if every rank has them
         with plain_torch_state(self.device, is_inference=False):
             self.load_model(model_dir, on_tensor_loaded)
             self.block_size = self._choose_block_size()
@@ -111,7 +110,7 @@ class ModelRunner:
         self.num_kv_heads = self._attention_layers()[0].num_kv_heads
         load_model(self.model, model_dir, use_tqdm=self.tp.rank == 0, on_tensor_loaded=on_tensor_loaded)
         pack_weights(self.model.eval(), ops)
-        self.sampler = Sampler(ops.sample_unfiltered)
+        self.sampler = Sampler(ops.sample_unfiltered, self.tp)
         self.shares_prefixes = ops.attention.shares_prefixes
         is_graph_safe = self.tp.is_graph_safe and ops.attention.is_graph_safe
         self.can_capture = self.device.type == "cuda" and not config.enforce_eager and is_graph_safe
@@ -235,15 +234,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def capture_graphs(self, sizes: GraphSizes, use_tqdm: bool = True) -> None:
-        """Capture the graphs of decode, and of prefill if sizes.prefill is not empty, with the KV cache that is bound.
-
-        Raises ValueError for a vocabulary whose token ids the ranks' graphs cannot exchange.
-        """
-        if self.tp.size > 1 and self.model_config.vocab_size > MAX_EXACT_FLOAT32:
-            raise ValueError(
-                f"vocab_size must be at most {MAX_EXACT_FLOAT32} for CUDA graphs on several ranks, got "
-                f"{self.model_config.vocab_size}; set enforce_eager=True, or tensor_parallel_size=1"
-            )
+        """Capture graphs of decode, and of prefill if sizes.prefill is not empty, with the KV cache that is bound."""
         options = CaptureOptions(
             forward=self._logits,
             shortened=partial(one_layer_of_each_kind, self.model),
@@ -252,8 +243,7 @@ class ModelRunner:
             device=self.device,
             use_tqdm=use_tqdm and self.tp.rank == 0,
         )
-        sample = self.sampler.sample_unfiltered if self.tp.size == 1 else self._sample_for_all_ranks
-        self.graphs = CUDAGraphRunner(options, sample, sizes, self.config.max_num_seqs)
+        self.graphs = CUDAGraphRunner(options, self.sampler.sample_unfiltered, sizes, self.config.max_num_seqs)
         if sizes.prefill:
             self.prefill_graphs = PrefillGraphRunner(options, sizes.prefill, self.graphs.pool)
 
@@ -265,22 +255,10 @@ class ModelRunner:
 
     def _logits(
         self, input_ids: Tensor, positions: Tensor, context: Context, last_tokens: Tensor | None = None
-    ) -> Tensor | None:
+    ) -> Tensor:
         # A method, not a closure: a traceback keeps the closures of its functions, and with them the model's memory.
         with set_context(context):
             return self.model.compute_logits(self.model(input_ids, positions, last_tokens))
-
-    def _sample_for_all_ranks(self, logits: Tensor | None, *columns: Tensor) -> Tensor:
-        """The token ids sampled from rank 0's logits, on every rank. logits: None on ranks other than 0.
-
-        The graph of the next step reads its input ids from them; a broadcast that the host launches would take longer.
-        The sum in float32 is exact, since capture_graphs refuses larger token ids.
-        """
-        if logits is None:
-            token_ids = torch.zeros(len(columns[0]), dtype=torch.float32, device=self.device)
-        else:
-            token_ids = self.sampler.sample_unfiltered(logits, *columns).to(torch.float32)
-        return self.ops.all_reduce(token_ids[:, None], self.tp)[:, 0].to(torch.int64)
 
     # --- one step: sequences -> ModelInput -> logits -> token ids ---
 
@@ -295,8 +273,8 @@ class ModelRunner:
         previous_sequences: "tuple[Sequence, ...] | None" = None,
         previous_token_ids: Tensor | None = None,
     ) -> AsyncModelOutput:
-        """Submit the step. Returns the new token ids of batch.sampled_sequences, in their order (none on ranks other
-        than 0), which the device may still be computing.
+        """Submit the step. Returns the new token ids of batch.sampled_sequences, in their order (right on rank 0; see
+        Sampler), which the device may still be computing.
 
         previous_sequences: the sampled sequences of the step before, if Scheduler.schedule_next_async chose `batch`
             while that step's tokens were not known. previous_token_ids: these tokens, int64, on the device; None on
@@ -318,37 +296,35 @@ class ModelRunner:
         """Token ids [num_samples] int64 on the device, which may still be computing them.
 
         previous_token_ids: those of the step before, which model_input.input_ids_source refers to. Rank 0 broadcasts
-            them to the other ranks, unless the graphs of every rank hold them already.
+            them to the other ranks, unless every rank has them already.
         """
         with torch_threads(self.num_threads), gpu_lock if self.device.type == "cuda" else nullcontext():
             if previous_token_ids is not None and model_input.input_ids_source is not None:
-                if self.graphs is not None and self._has_shared_tokens:
-                    previous_token_ids = self.graphs.sampled[: len(previous_token_ids)]
+                if self._shared_tokens is not None:
+                    previous_token_ids = self._shared_tokens
                 else:
                     previous_token_ids = self.tp.broadcast(previous_token_ids)
-            self._has_shared_tokens = False
-            if self.graphs is not None and self.graphs.can_replay(model_input):
-                return self._replay(self.graphs, model_input, previous_token_ids)
+            token_ids = self._sample(model_input, previous_token_ids)
+            self._shared_tokens = None if len(model_input.sampling.filtered_rows) else token_ids
+            return token_ids
+
+    def _sample(self, model_input: ModelInput, previous_token_ids: Tensor | None) -> Tensor:
+        if self.graphs is None or not self.graphs.can_replay(model_input):
             logits = self._compute_logits(model_input, previous_token_ids)
             if logits is None:
                 return torch.empty(0, dtype=torch.int64)
             return self.sampler(logits, to_device(model_input.sampling, self.device))
-
-    def _replay(self, graphs: CUDAGraphRunner, model_input: ModelInput, previous_token_ids: Tensor | None) -> Tensor:
-        logits, token_ids = graphs.replay(model_input, previous_token_ids)
-        self._has_shared_tokens = not len(model_input.sampling.filtered_rows)
-        if logits is None:
-            return torch.empty(0, dtype=torch.int64)
+        logits, token_ids = self.graphs.replay(model_input, previous_token_ids)
         if len(model_input.sampling.filtered_rows):
             self.sampler.sample_filtered(logits, to_device(model_input.sampling, self.device), token_ids)
         return token_ids
 
     def _compute_logits(self, model_input: ModelInput, previous_token_ids: Tensor | None) -> Tensor | None:
-        """[num_samples, vocab_size]; None on ranks other than 0, and if this step samples no sequence."""
+        """[num_samples, V/size], this rank's columns; None if this step samples no sequence."""
         sampled = model_input.sample_indices
         if self.prefill_graphs is not None and self.prefill_graphs.can_replay(model_input):
             logits = self.prefill_graphs.replay(model_input)
-            return logits[self._tensor(sampled)] if logits is not None and len(sampled) else None
+            return logits[self._tensor(sampled)] if len(sampled) else None
         input_ids, last_tokens = self._tensor(model_input.input_ids), None
         if model_input.input_ids_source is not None:
             assert previous_token_ids is not None
@@ -403,6 +379,7 @@ class ModelRunner:
                 with suppress(RuntimeError):  # the error of a submitted step, which token_ids() raises
                     torch.cuda.synchronize(self.device)  # a submitted step may still use the model and the cache
             self._close_graphs()
+            self._shared_tokens = None
             del self.model, self.kv_cache
             gc.collect()  # modules refer to each other in cycles
             if is_gpu:

@@ -56,7 +56,7 @@ class PrefillGraphRunner(GraphRunner):
         self._block_tables = torch.zeros(MAX_GRAPH_SEQS, options.max_blocks_per_seq, dtype=torch.int32, device=device)
         self._capture("Capturing prefill graphs", sizes, partial(self._compute, options), options)
 
-    def _compute(self, options: CaptureOptions, size: int) -> torch.Tensor | None:
+    def _compute(self, options: CaptureOptions, size: int) -> torch.Tensor:
         context = Context(
             is_prefill=True,
             slot_mapping=self._slot_mapping[:size],
@@ -74,8 +74,8 @@ class PrefillGraphRunner(GraphRunner):
         num_tokens, num_seqs = len(model_input.input_ids), len(model_input.context_lens)
         return model_input.is_prefill and num_tokens <= self.sizes[-1] and num_seqs <= MAX_GRAPH_SEQS
 
-    def replay(self, model_input: ModelInput) -> torch.Tensor | None:
-        """Logits [num_seqs, V] of the last tokens; None on ranks other than 0. The next replay overwrites them."""
+    def replay(self, model_input: ModelInput) -> torch.Tensor:
+        """This rank's columns of the last tokens' logits, [num_seqs, V/size]. The next replay overwrites them."""
         num_seqs = len(model_input.context_lens)
         size = self.sizes[bisect_left(self.sizes, len(model_input.input_ids))]
         ends, key_ends = model_input.cu_seqlens_q, model_input.cu_seqlens_k

@@ -3,6 +3,8 @@
 It is one file, so that all that is known of the kernel is declared in one place.
 """
 
+from typing import Any
+
 import torch
 from hypothesis import strategies as st
 
@@ -55,7 +57,7 @@ def expected_tokens(logits: torch.Tensor, rows: dict[str, torch.Tensor]) -> list
 
 
 def sample(
-    device: str, logits: torch.Tensor, rows: dict[str, torch.Tensor], *, row_padding: int = 0, **options: int
+    device: str, logits: torch.Tensor, rows: dict[str, torch.Tensor], *, row_padding: int = 0, **options: Any
 ) -> list[int]:
     """The launcher's tokens of all columns but the last row_padding; nothing else may have been written."""
     guards = Guards(device)
@@ -149,6 +151,23 @@ def check_near_ties(device: str) -> None:
         assert sample(device, logits, rows, tile_size=tile_size) == expected
 
 
+def check_parts(device: str) -> None:
+    """The better of the best of two parts of the vocabulary is the best of all; parts begin anywhere."""
+    rows = make_rows(6, 1.0, seed=3)
+    logits = 3 * torch.randn(6, 121, generator=torch.Generator().manual_seed(3))
+    expected = expected_tokens(logits, rows)
+    greedy_or_drawn = torch.where(rows["is_greedy"][:, None], logits, scores_of_torch(logits, rows))
+    for first_of_second in (1, 62, 64):
+        best = []
+        for first_token, part in zip((0, first_of_second), logits.tensor_split((first_of_second,), dim=1), strict=True):
+            scores = torch.empty(6, dtype=torch.float64, device=device)
+            tokens = sample(device, part, rows, tile_size=32, first_token=first_token, scores=scores)
+            chosen = greedy_or_drawn.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+            torch.testing.assert_close(scores.cpu(), chosen, rtol=0, atol=1e-13)
+            best.append(list(zip(scores.tolist(), tokens, strict=True)))
+        assert [max(pair)[1] for pair in zip(*best, strict=True)] == expected
+
+
 def check_noise(device: str) -> None:
     """Both logarithms at every power of two and its neighbours, at the ends, and at random words.
 
@@ -222,11 +241,18 @@ def check_graph(device: str) -> None:
         assert torch.equal(recorded, sampling(logits, **rows))
 
 
-def launch(num_rows: int, vocab_size: int = 151_936, dtype: torch.dtype = torch.bfloat16) -> None:
-    """On meta tensors that are, as the engine has them, rows of one."""
+def launch(
+    num_rows: int, vocab_size: int = 151_936, dtype: torch.dtype = torch.bfloat16, first_token: int | None = None
+) -> None:
+    """On meta tensors that are, as the engine has them, rows of one. first_token: of a rank's part of a vocabulary."""
     _, *integers = meta(4, num_rows, dtype=torch.int64)
     _, temperature = meta(2, num_rows, dtype=torch.float32)
-    sampling(meta(num_rows, vocab_size, dtype=dtype), temperature, *integers, meta(num_rows, dtype=torch.bool))
+    columns = (temperature, *integers, meta(num_rows, dtype=torch.bool))
+    logits = meta(num_rows, vocab_size, dtype=dtype)
+    if first_token is None:
+        sampling(logits, *columns)
+    else:
+        sampling(logits, *columns, first_token=first_token, scores=meta(num_rows, dtype=torch.float64))
 
 
 CASES = {
@@ -246,6 +272,7 @@ CASES = {
     "ties": check_ties,
     "temperatures": check_temperatures,
     "near ties": check_near_ties,
+    "parts of a vocabulary": check_parts,
     "noise": check_noise,
 }
 
@@ -268,7 +295,8 @@ KERNEL = Kernel(
         tile_size=st.sampled_from([128, 256, 512, 1024, 2048, 4096]),
         seed=st.integers(0, 2**16),
     ),
-    compiled={f"{n} tokens": Compilation(lambda dtype, _, n=n: launch(256, n, dtype)) for n in (151_936, 151_937, 1)},
+    compiled={f"{n} tokens": Compilation(lambda dtype, _, n=n: launch(256, n, dtype)) for n in (151_936, 151_937, 1)}
+    | {"a part": Compilation(lambda dtype, _: launch(256, 75_968, dtype, first_token=75_968))},
     refused=Refused(
         sampling,
         lambda: {"logits": torch.zeros(3, 10), **make_rows(3, 1.0, 0)},
@@ -280,6 +308,7 @@ KERNEL = Kernel(
             ({"temperature": torch.ones(3).double()}, "temperature must be contiguous, of shape .3. and torch"),
             ({"position": torch.ones(2, dtype=torch.int64)}, "position must be contiguous, of shape .3."),
             ({"seed_high": torch.ones(6, dtype=torch.int64)[::2]}, "seed_high must be contiguous"),
+            ({"scores": torch.ones(3)}, "scores must be contiguous, of shape .3. and torch.float64"),
             ({"is_greedy": torch.ones(3)}, "is_greedy must be .* torch.bool, got .* torch.float32"),
         ),
     ),

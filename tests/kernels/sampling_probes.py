@@ -28,7 +28,7 @@ def tile_maxima(logits: torch.Tensor, rows: dict[str, torch.Tensor], tile_size: 
     num_rows, vocab_size = logits.shape
     num_tiles = triton.cdiv(vocab_size, tile_size)
     maxima = torch.empty(num_rows, num_tiles, device=logits.device)
-    arguments = (*rows.values(), maxima, logits.stride(0), vocab_size, num_tiles)
+    arguments = (*rows.values(), maxima, logits.stride(0), 0, 0, vocab_size, num_tiles)
     largest = torch.finfo(logits.dtype).max
     sampling_tile_kernel[(maxima.numel(),)](logits, *arguments, LARGEST=largest, TILE_SIZE=tile_size)
     return maxima

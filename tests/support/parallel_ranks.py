@@ -47,6 +47,9 @@ class ThreadedRank(TensorParallel):
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         return torch.stack(self._exchange(x)).sum(0)
 
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack(self._exchange(x))
+
     def gather(self, x: torch.Tensor) -> torch.Tensor | None:
         parts = self._exchange(x)
         return torch.cat(parts, dim=-1) if self.rank == 0 else None

@@ -6,9 +6,20 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.step_model import BATCHES, Batch, Cluster, Costs, Link, StepTimes, paper_table, step_times
+from benchmarks.step_model import (
+    BATCHES,
+    BYTES_PER_TOKEN,
+    Batch,
+    Cluster,
+    Costs,
+    Link,
+    StepTimes,
+    paper_table,
+    step_times,
+)
 from nanovllm.bench.limits import Ceilings, decode_works
 from nanovllm.context import Context, set_context
+from nanovllm.layers.sampler import Sampler
 from nanovllm.layers.torch_ops import TORCH_OPS
 from nanovllm.models.decoder import build_model
 from nanovllm.models.registry import architectures
@@ -55,29 +66,32 @@ def test_one_rank_moves_the_bytes_of_the_limit(model_type: str) -> None:
 
 @pytest.mark.parametrize("model_type", architectures())
 def test_a_forward_pass_has_so_many_collectives(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counted on one of two ranks: 2 L + 1 all-reduces of hidden states, and one gather."""
+    """Counted on one of two ranks: 2 L + 1 all-reduces of hidden states, and one all-gather."""
     calls: list[tuple[str, Any]] = []
 
     def counted(name: str) -> Any:
         def collective(self: Any, x: torch.Tensor) -> torch.Tensor:
-            calls.append((name, x.shape))
-            return x
+            calls.append((name, x.numel() * (x.itemsize if name == "all_gather" else 1)))
+            return torch.stack([x, x]) if name == "all_gather" else x
 
         return collective
 
-    for name in ("all_reduce", "gather"):
+    for name in ("all_reduce", "all_gather", "gather"):
         monkeypatch.setattr(PartialRank, name, counted(name))
     config = small_config(model_type, vocab_size=32, num_attention_heads=4, num_key_value_heads=2)
-    model, bounds = build_model(config, TORCH_OPS, PartialRank(0, 2)), torch.tensor([0, 3]).int()
+    tp, bounds = PartialRank(0, 2), torch.tensor([0, 3]).int()
+    model = build_model(config, TORCH_OPS, tp)
     context = Context(True, torch.full((3,), -1), bounds, bounds, 3, 3, torch.tensor([3]).int(), None)
     with set_context(context), torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-        model.compute_logits(model(torch.arange(3), torch.arange(3)))
+        logits = model.compute_logits(model(torch.arange(3), torch.arange(3)))
+        number = torch.arange(3)
+        Sampler(TORCH_OPS.sample_unfiltered, tp).sample_unfiltered(logits, torch.ones(3), *[number] * 3, number < 0)
     costs = Costs(Ceilings(1.0, 1.0), kernel=0.0, sampling=0.0, all_reduce=1.0, gather=1.0)
     times = step_times(config, "float32", Batch(3, 3), 2, costs)
-    assert calls.count(("all_reduce", (3, config.hidden_size))) == times.all_reduce
-    assert calls.count(("gather", (3, 16))) == times.gather
+    assert calls.count(("all_reduce", 3 * config.hidden_size)) == times.all_reduce
+    assert calls.count(("all_gather", 3 * BYTES_PER_TOKEN)) == times.gather
     assert len(calls) == times.all_reduce + times.gather
 
 
@@ -86,24 +100,20 @@ ONE_SHOT = Link(latency=0.5, bandwidth=8.0)
 
 
 @pytest.mark.parametrize(
-    ("ranks", "machines", "all_reduce", "gather"),
+    ("ranks", "machines", "all_reduce", "all_gather"),
     [
         (1, 1, 0.0, 0.0),
-        (4, 1, 0.5 + 3 * 80 / 8, 1 + 3 * 20 / 10),
-        (4, 2, 1 + 12 + (2 * 5 + 2 * 1 / 2 * 20 / 2), 1 + 3 * 10 / 10 + 5 + 4 * 10 / 2),  # a ring of two
-        (
-            4,
-            8,
-            1 + 12 + (2 * 3 * 5 + 2 * 20 / 2),
-            1 + 3 * 2.5 / 10 + 5 + 28 * 2.5 / 2,
-        ),  # a tree: a ring has 14 messages
-        (1, 2, 2 * 5 + 2 * 1 / 2 * 80 / 2, 5 + 40 / 2),
+        (4, 1, 0.5 + 3 * 80 / 8, 1 + 3 * 80 / 10),
+        (4, 2, 1 + 12 + (2 * 5 + 2 * 1 / 2 * 20 / 2), 5 + 80 / 2 + 1 + 3 * 160 / 10),  # a ring of two
+        # A tree, since a ring has 14 messages; the all-gather is a ring of eight.
+        (4, 8, 1 + 12 + (2 * 3 * 5 + 2 * 20 / 2), 7 * (5 + 80 / 2) + 1 + 3 * 640 / 10),
+        (1, 2, 2 * 5 + 2 * 1 / 2 * 80 / 2, 5 + 80 / 2),
     ],
 )
-def test_collectives_of_80_bytes(ranks: int, machines: int, all_reduce: float, gather: float) -> None:
+def test_collectives_of_80_bytes(ranks: int, machines: int, all_reduce: float, all_gather: float) -> None:
     cluster = Cluster(ranks, machines, INSIDE, ONE_SHOT, BETWEEN)
     assert cluster.all_reduce(80.0) == pytest.approx(all_reduce)
-    assert cluster.gather(80.0) == pytest.approx(gather)
+    assert cluster.all_gather(80.0) == pytest.approx(all_gather)
 
 
 def test_an_all_reduce_of_many_bytes_goes_through_nccl() -> None:

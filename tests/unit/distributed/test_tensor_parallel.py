@@ -26,13 +26,13 @@ def test_ranks_sum_gather_and_broadcast(tmp_path: Path, monkeypatch: pytest.Monk
         x = 10.0 * tp.rank + torch.arange(6.0).view(2, 3)
         gathered = tp.gather(x.T.contiguous().T)
         tokens = tp.broadcast(torch.tensor([3, 4]) if tp.rank == 0 else torch.empty(2, dtype=torch.int64))
-        ranks = [int(other) for other in tp.all_gather(torch.tensor(tp.rank))]
+        ranks = tp.all_gather(torch.tensor([tp.rank])).tolist()
         results = tp.all_reduce(x.clone()).tolist(), tokens.tolist(), tp.all_reduce_min(7 - tp.rank), ranks
         return *results, None if gathered is None else gathered.tolist()
 
     monkeypatch.setattr(rendezvous, "NO_TIMEOUT", timedelta(seconds=HANG_SECONDS))
     first, second = run_over_gloo(tmp_path, work)
-    same = [[10.0, 12.0, 14.0], [16.0, 18.0, 20.0]], [3, 4], 6, [0, 1]
+    same = [[10.0, 12.0, 14.0], [16.0, 18.0, 20.0]], [3, 4], 6, [[0], [1]]
     assert first == (*same, [[0.0, 1.0, 2.0, 10.0, 11.0, 12.0], [3.0, 4.0, 5.0, 13.0, 14.0, 15.0]])
     assert second == (*same, None)
 

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.layers import sampler as sampler_module
-from nanovllm.layers.sampler import allowed_mask, argmax
+from nanovllm.layers.sampler import Sampler, allowed_mask, argmax
 from reference.sampling import sampling
+from tests.support.parallel_ranks import run_together, threaded_ranks
 from tests.support.sampler_draws import make_rows, make_sampler, rows_on_device, sample
 
 TOP_K, TOP_P, MIN_P = [0, 1, 2, 7, 10**6], [1.0, 0.95, 0.5, 0.01], [0.0, 0.02, 0.5, 1.0]
@@ -81,6 +83,29 @@ def test_allowed_tokens_are_those_of_hugging_face(top_k: int, top_p: float, min_
     expected = MinPLogitsWarper(min_p)(None, expected)
     rows = rows_on_device(make_rows(20, top_k=top_k, top_p=top_p, min_p=min_p), "cpu")
     assert torch.equal(allowed_mask(logits, rows.top_k, rows.top_p, rows.min_p), expected > -torch.inf)
+
+
+# --- several ranks ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("size", "vocab_size"), [(2, 94), (4, 52), (8, 8)])
+def test_ranks_choose_what_one_would(size: int, vocab_size: int, dtype: torch.dtype) -> None:
+    """D37: for every combination of filters, ties included; parts may begin within the four tokens of a Philox call."""
+    num_rows = 3 * len(FILTERS)
+    logits, rows = random_logits(num_rows, vocab_size).to(dtype), mixed_rows(num_rows)
+    logits[-3:], logits[-2, -1], logits[-1, -1] = -torch.inf, torch.nan, 0.0
+    expected, on_device = sample(logits, rows), rows_on_device(rows, "cpu")
+
+    def work(tp: TensorParallel) -> list[int]:
+        return Sampler(tp=tp)(logits.chunk(size, dim=1)[tp.rank], on_device).tolist()
+
+    first, *others = run_together(work, threaded_ranks(size))
+    assert first == expected
+    unfiltered = sorted(set(range(num_rows)) - set(on_device.filtered_rows.tolist()))
+    assert unfiltered, "what all ranks have is compared for some rows"
+    for other in others:
+        assert [other[row] for row in unfiltered] == [expected[row] for row in unfiltered]
 
 
 # --- greedy rows ---
