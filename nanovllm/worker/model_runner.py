@@ -273,8 +273,8 @@ class ModelRunner:
         previous_sequences: "tuple[Sequence, ...] | None" = None,
         previous_token_ids: Tensor | None = None,
     ) -> AsyncModelOutput:
-        """Submit the step. Returns the new token ids of batch.sampled_sequences, in their order (right on rank 0; see
-        Sampler), which the device may still be computing.
+        """Submit the step. Returns the new token ids of batch.sampled_sequences, in their order, which the device may
+        still be computing. Only rank 0 has those of filtered rows.
 
         previous_sequences: the sampled sequences of the step before, if Scheduler.schedule_next_async chose `batch`
             while that step's tokens were not known. previous_token_ids: these tokens, int64, on the device; None on
