@@ -72,7 +72,7 @@ checks run in the order of cause and effect and a scenario ends with the first b
 has one name.
 
 How forks differ stands in the tables of
-[tests/conformance/components/adapters.py](../tests/conformance/components/adapters.py): how a scheduler is
+[tests/conformance/components/adapters](../tests/conformance/components/adapters/names.py): how a scheduler is
 constructed, what `schedule()` returns, what `postprocess()` takes, whether the block size is an attribute of the
 class Sequence, what the queues are called, whether one method prepares prefill and decode. Options that a fork adds to
 its Config have the fork's own defaults, or follow from the sizes of the scenario. Blocks that are swapped to the CPU

@@ -5,7 +5,9 @@ import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from tests.conformance.components.adapters import STEP_SEQUENCES, Adapter, Scheduled, describe, first_of, first_value
+from tests.conformance.components.adapters.adapter import Adapter
+from tests.conformance.components.adapters.names import STEP_SEQUENCES, describe, first_of, first_value
+from tests.conformance.components.adapters.steps import Scheduled
 from tests.conformance.components.loading import NotRecognised
 
 CONTEXT_MODULES = ("utils.context", "context", "engine.context")
