@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from tests.conformance.components.adapters.adapter import Adapter
-from tests.conformance.components.adapters.names import STEP_SEQUENCES, describe, first_of, first_value
-from tests.conformance.components.adapters.steps import Scheduled
+from tests.conformance.components.adapters.names import describe, first_of, first_value
+from tests.conformance.components.adapters.steps import Scheduled, takes_sequences
 from tests.conformance.components.loading import NotRecognised
 
 CONTEXT_MODULES = ("utils.context", "context", "engine.context")
@@ -106,7 +106,7 @@ def _from_runner(runner: Any, context_module: Any, result: Any, batch: list[Sche
     if not _has_both(runner):
         name = str(first_of(runner, WHOLE_STEP))
         prepare = getattr(runner, name)
-        prepared = prepare(_argument(prepare, result, sequences))
+        prepared = prepare(sequences if takes_sequences(inspect.signature(prepare).parameters, result) else result)
         if is_unified := name in UNIFIED:
             has_prefill = has_decode = True
     elif has_prefill and has_decode:
@@ -145,12 +145,6 @@ def _from_runner(runner: Any, context_module: Any, result: Any, batch: list[Sche
 
 def _has_both(owner: Any) -> bool:
     return hasattr(owner, "prepare_prefill") and hasattr(owner, "prepare_decode")
-
-
-def _argument(prepare: Callable[..., Any], result: Any, sequences: list[Any]) -> Any:
-    """What a preparation is given: the sequences of the step, or what schedule() returned."""
-    first = next(iter(inspect.signature(prepare).parameters), "")
-    return sequences if isinstance(result, tuple | list) or first in STEP_SEQUENCES else result
 
 
 def _import(name: str) -> Any:

@@ -1,5 +1,6 @@
 """Steps: what schedule() returns, as rows of one type, and what postprocess() is given, in the shapes of forks."""
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from tests.conformance.components.adapters import names, submission
@@ -76,21 +77,25 @@ def _count_name(trial: Any) -> str | None:
     return next((name for name in names.COUNTS if getattr(seq, name, 0)), None)
 
 
+def takes_sequences(parameters: Iterable[str], result: Any) -> bool:
+    """Whether the first argument is the sequences of a step, and not what schedule() returned."""
+    return isinstance(result, tuple | list) or next(iter(parameters), "") in names.STEP_SEQUENCES
+
+
 def postprocess(adapter: Any, result: Any, batch: list[Scheduled], tokens: list[int]) -> None:
     """tokens: one for each sequence of the batch, also for those that get none in this step."""
     parameters = adapter.postprocess_parameters
-    is_object = not isinstance(result, tuple | list)
     rows = [row for row, item in enumerate(batch) if item.end == len(item.seq)]
-    needs_sampling = is_object and all(hasattr(item.seq, "needs_sampling") for item in batch)
+    needs_sampling = not isinstance(result, tuple | list) and all(hasattr(item.seq, "needs_sampling") for item in batch)
     if needs_sampling or hasattr(result, "sampled_sequences") or names.SAMPLED_ROWS in parameters:
         tokens = [tokens[row] for row in rows]
-    takes_sequences = not is_object or next(iter(parameters), "") in names.STEP_SEQUENCES
-    values: list[Any] = [[item.seq for item in batch] if takes_sequences else result, tokens]
+    is_given_sequences = takes_sequences(parameters, result)
+    values: list[Any] = [[item.seq for item in batch] if is_given_sequences else result, tokens]
     rest = list(result[1:]) if isinstance(result, tuple) else []
     for name, parameter in list(parameters.items())[2:]:
         if name == names.SAMPLED_ROWS:
             values.append(rows)
-        elif name == "is_prefill" and takes_sequences and not rest:
+        elif name == "is_prefill" and is_given_sequences and not rest:
             values.append(getattr(result, "is_prefill", batch[0].is_prefill))
         elif rest:
             values.append(rest.pop(0))
