@@ -113,15 +113,12 @@ def greedy_is_transformers(driver: Driver, model_dir: Path, prompts: Sequence[Se
         driver.same(f"{got.token_ids_source}[:{len(expected)}]", repr(expected))
 
 
-def encoded(text: str) -> list[int]:
+def greedy_bundled(driver: Driver) -> None:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(BUNDLED).encode(text)
-
-
-def greedy_bundled(driver: Driver) -> None:
-    texts = ("In the beginning", "And God said")
-    greedy_is_transformers(driver, bundled(driver.adapter.dtype), [*map(encoded, texts)])
+    encode = AutoTokenizer.from_pretrained(BUNDLED).encode
+    prompts = [encode(text) for text in ("In the beginning", "And God said")]
+    greedy_is_transformers(driver, bundled(driver.adapter.dtype), prompts)
 
 
 def greedy_tiny(driver: Driver, index: int) -> None:
