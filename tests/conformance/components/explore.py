@@ -157,8 +157,6 @@ def probe_chunked(path: str) -> bool:
         target.add([0, 1, 0, 1, 0, 1], max_tokens=1)
         _, batch = target.adapter.schedule()
         return bool(batch) and 0 < batch[0].count <= 4
-    except NotRecognised:
-        raise
     except Exception:
         return False
     finally:

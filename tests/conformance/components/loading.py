@@ -33,8 +33,11 @@ _loaded: dict[Path, dict[str, Any]] = {}
 SKIPPED_FOLDERS = {"tests", "test", "build", "dist", "site-packages", "node_modules", "reference", "tools", "docs"}
 
 
-class NotRecognised(Exception):
-    """The target has a shape that no table of adapters/ has. The text is the reason in the report."""
+class NotRecognised(BaseException):
+    """The target has a shape that no table of adapters/ has. The text is the reason in the report.
+
+    A BaseException, since it may be raised in calls of the target, and targets catch Exception.
+    """
 
 
 class StandIn:

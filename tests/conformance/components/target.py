@@ -86,8 +86,6 @@ class Target:
         """add, for a request that the target may refuse: None then."""
         try:
             return self.add(tokens, **options)
-        except NotRecognised:
-            raise
         except Exception:
             return None
 
@@ -149,8 +147,6 @@ class Target:
         self.check(contract)
         try:
             action()
-        except NotRecognised:
-            raise
         except kind:
             return
         except Exception as error:
@@ -208,7 +204,7 @@ class Target:
         try:
             with bounded(self.call_seconds):
                 return action()
-        except (NotRecognised, Broken):
+        except Broken:
             raise
         except Hang as hang:
             self.broken("C16", f"{name}() {hang}")

@@ -51,7 +51,7 @@ def make_config(found: dict[str, Any], setup: Setup) -> Any:
     model = dict.fromkeys(("model", "model_path"), str(found["package"]))  # a folder that exists, which some check
     large = {name: value for name, value in values.items() if name not in BLOCK_SIZES}
     for given in (model | values, model | large, model):
-        with suppress(Exception):
+        with suppress(Exception, NotRecognised):
             config = call_with(config_class, given, "Config")
             break
     else:

@@ -47,7 +47,7 @@ def _reason_against_submit(trial: Any) -> str:
     try:
         seq = _submit(trial, [1, 1], _params(trial, {"temperature": 1.0, "max_tokens": 1, "ignore_eos": False}))
         return "" if len(seq) == 2 else "LLMEngine.add_request makes another sequence of the tokens"
-    except Exception as error:
+    except (Exception, NotRecognised) as error:
         return f"LLMEngine.add_request does not run without an engine: {type(error).__name__}: {error}"
 
 
