@@ -62,8 +62,7 @@ class Request:
 
 @dataclass(eq=False)
 class Flight:
-    """A submitted step: what chose it, its sequences, and the token that each of them gets."""
+    """A submitted step: what schedule() returned, and its sequences with the token that each of them gets."""
 
     result: Any
-    batch: list[Scheduled]
-    given: list[int]
+    rows: list[tuple[Scheduled, int]]

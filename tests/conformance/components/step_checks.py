@@ -5,6 +5,7 @@ from typing import Any
 
 from tests.conformance.components.adapters.names import RUNNING, WAITING
 from tests.conformance.components.adapters.steps import Scheduled
+from tests.conformance.components.request import Request
 from tests.conformance.components.sizes import EOS
 
 NO_FREE_LIST = "the block manager has no list of free blocks that a table of adapters/ has"
@@ -126,10 +127,9 @@ def _check_preemptions(target: Any, before: Before, batch: list[Scheduled]) -> N
             target.expect("C15", not is_late, what)
 
 
-def check_tokens(target: Any, batch: list[Scheduled]) -> None:
-    for item in batch:
-        request, seq = target.request_of(item.seq), item.seq
-        name, known = f"request {request.number}", request.known
+def check_tokens(target: Any, requests: list[Request]) -> None:
+    for request in requests:
+        name, seq, known = f"request {request.number}", request.seq, request.known
         contract = "C43" if request.was_caught else "C20"
         what = f"{name} has {len(seq)} tokens after this step, and must have {len(known)}"
         target.expect(contract, len(seq) == len(known), what)
@@ -155,7 +155,7 @@ def check_tokens(target: Any, batch: list[Scheduled]) -> None:
     check_blocks(target)
 
 
-def check_left(target: Any, request: Any, contract: str) -> None:
+def check_left(target: Any, request: Request, contract: str) -> None:
     is_queued = any(request.seq is seq for names in (RUNNING, WAITING) for seq in target.adapter.queue(names))
     target.expect(contract, not is_queued, f"request {request.number} has ended and is still in a queue")
     held = {block_id for other in target.holding for block_id in other.table if other is not request}

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.conformance.components import input_checks, step_checks, steps_ahead
-from tests.conformance.components.adapters import steps, submission
+from tests.conformance.components.adapters import submission
 from tests.conformance.components.adapters.adapter import Adapter
 from tests.conformance.components.adapters.names import SWAPPED
 from tests.conformance.components.adapters.preparing import find_preparation
@@ -112,7 +112,7 @@ class Target:
                 continue
             result, batch = self.choose(self.adapter.schedule, "schedule")
             if batch:
-                self.collect(self.submit(result, batch))
+                steps_ahead.collect(self, self.submit(result, batch))
 
     def try_steps(self, number: int) -> None:
         """Steps of a script whose verdict is about what comes of it: an exception ends them, and expect() says it."""
@@ -189,7 +189,7 @@ class Target:
 
     def is_ahead(self, request: Request) -> bool:
         """Whether it takes part in the step in flight."""
-        return self.flight is not None and any(request.seq is item.seq for item in self.flight.batch)
+        return self.flight is not None and any(request.seq is item.seq for item, _ in self.flight.rows)
 
     @property
     def holding(self) -> list[Request]:
@@ -239,20 +239,13 @@ class Target:
         """Compute the step: what it reads and writes, and the tokens that come of it."""
         input_checks.check_inputs(self, result, batch)
         store_and_read(self, batch)
-        given = []
+        rows = []
         for item in batch:
             request = self.request_of(item.seq)
             is_sampled = item.end == len(request.tokens)
-            given.append(next_token(request.tokens) if is_sampled else JUNK_TOKEN)
+            token = next_token(request.tokens) if is_sampled else JUNK_TOKEN
+            rows.append((item, token))
             if is_sampled and not request.has_ended_ahead:
-                request.output.append(given[-1])
+                request.output.append(token)
                 request.num_in_flight += 1
-        return Flight(result, batch, given)
-
-    def collect(self, flight: Flight) -> None:
-        """Give the scheduler the tokens of the step, and check what it does with them."""
-        with steps_ahead.arriving(self, flight.batch) as live:
-            self.guarded(
-                lambda: steps.postprocess(self.adapter, flight.result, flight.batch, flight.given), "postprocess"
-            )
-        step_checks.check_tokens(self, live)
+        return Flight(result, rows)
