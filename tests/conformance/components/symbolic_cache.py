@@ -8,6 +8,7 @@ from itertools import accumulate
 from typing import Any
 
 from tests.conformance.components.adapters.steps import Scheduled
+from tests.conformance.components.sizes import EOS
 
 
 def chains(tokens: list[int]) -> list[int]:
@@ -45,7 +46,7 @@ class SymbolicCache:
 def next_token(tokens: list[int]) -> int:
     """0 or 1, and now and then the end of the sequence: what a model would sample after these tokens."""
     value = chains(tokens)[-1]
-    return 2 if value % 7 == 0 else value // 7 % 2
+    return EOS if value % 7 == 0 else value // 7 % 2
 
 
 def store_and_read(target: Any, batch: list[Scheduled]) -> None:
