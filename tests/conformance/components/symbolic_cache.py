@@ -101,7 +101,7 @@ def _check_reads(target: Any, item: Scheduled, right: list[tuple[int, int, int]]
         if not is_hit:
             target.broken("C01", f"{name} reads token {position} in block {block}, which was overwritten")
         if found is None:
-            target.broken("C08", f"block {block} is shared, and token {position} was never stored in it")
+            return target.broken("C08", f"block {block} is shared, and token {position} was never stored in it")
         is_same = found[1] == right[position][1]
         what = "the right token, after other tokens than its own" if is_same else "another token"
         target.broken(target.hit_contract, f"{name} shares block {block}, which holds for token {position} {what}")

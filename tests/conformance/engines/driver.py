@@ -157,8 +157,8 @@ class Driver:
         self.run(code, "ValueError or TypeError")
 
     def _output(self, one: Request, source: str) -> Output:
-        expressions = self.adapter.token_ids.format(source), self.adapter.text.format(source)
-        return Output(one, *map(self.value, expressions), *expressions)
+        token_ids, text = self.adapter.token_ids.format(source), self.adapter.text.format(source)
+        return Output(one, self.value(token_ids), self.value(text), token_ids, text)
 
     def _prompt(self, prompt: Sequence[int] | str) -> str:
         return repr(prompt) if isinstance(prompt, str) else self.adapter.prompt.format(list(prompt))

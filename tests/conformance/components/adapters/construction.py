@@ -48,7 +48,8 @@ def make_config(found: dict[str, Any], setup: Setup) -> Any:
     values, config_class = _config_values(setup), found.get("Config")
     if config_class is None:
         return SimpleNamespace(**values)
-    model = dict.fromkeys(("model", "model_path"), str(found["package"]))  # a folder that exists, which some check
+    folder = str(found["package"])  # one that exists, which some check
+    model: dict[str, Any] = {"model": folder, "model_path": folder}
     large = {name: value for name, value in values.items() if name not in BLOCK_SIZES}
     for given in (model | values, model | large, model):
         with suppress(Exception, NotRecognised):
@@ -65,7 +66,7 @@ def make_config(found: dict[str, Any], setup: Setup) -> Any:
 
 def _defaults(config_class: Any) -> Any:
     """A Config whose own validation refuses to run here (no model, no GPU): its fields' defaults alone."""
-    if not dataclasses.is_dataclass(config_class):
+    if not hasattr(config_class, "__dataclass_fields__"):
         return SimpleNamespace()
     config = object.__new__(config_class)
     for field in dataclasses.fields(config_class):
@@ -108,7 +109,7 @@ def make_scheduler(found: dict[str, Any], setup: Setup, config: Any, patches: Ex
 
 
 def _manager_values(manager_class: Any, setup: Setup) -> dict[str, Any]:
-    values = {"num_blocks": setup.num_blocks, "block_size": setup.block_size}
+    values: dict[str, Any] = {"num_blocks": setup.num_blocks, "block_size": setup.block_size}
     if setup.weak_hash:
         parameter = inspect.signature(manager_class).parameters.get("hash_function")
         if parameter is None:

@@ -75,7 +75,7 @@ def find_preparation(adapter: Adapter) -> Callable[..., Prepared]:
         setattr(runner, name, value)
     if not _has_both(runner) and first_of(runner, WHOLE_STEP) is None:
         raise NotRecognised(f"ModelRunner has neither prepare_prefill and prepare_decode nor one of {WHOLE_STEP}")
-    return lambda *step, is_worker=False: _from_runner(runner, context, *step, is_worker)
+    return lambda result, batch, is_worker=False: _from_runner(runner, context, result, batch, is_worker)
 
 
 def _from_functions(module: Any, batch: list[Scheduled], is_worker: bool) -> Prepared:
@@ -122,7 +122,7 @@ def _from_runner(runner: Any, context_module: Any, result: Any, batch: list[Sche
 
     def read(is_there: bool, *names: str) -> Any:
         value = first_value(context, names) if is_there else None
-        return value.tolist() if hasattr(value, "tolist") else value
+        return getattr(value, "tolist", lambda: value)()
 
     temperatures = None
     if not is_worker:
@@ -138,7 +138,7 @@ def _from_runner(runner: Any, context_module: Any, result: Any, batch: list[Sche
         read(has_decode, "context_lens"),
         read(has_prefill, *PREFILL_TABLES),
         read(has_decode, *DECODE_TABLES),
-        temperatures.tolist() if hasattr(temperatures, "tolist") else None,
+        getattr(temperatures, "tolist", lambda: None)(),
         is_unified,
     )
 
