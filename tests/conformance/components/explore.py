@@ -137,8 +137,6 @@ def run(
         contract, message = error.contract, error.message
         if done[-1] == ("finish",) and contract not in ("C04", "C17"):
             done[-1:] = [("step",)] * (target.num_steps - num_steps)
-    finally:
-        target.adapter.close()
     if scenario.setup.weak_hash and contract != "C07":
         contract = None
     shown = "" if contract is None else picture(target)
@@ -159,14 +157,12 @@ def probe_chunked(path: str) -> bool:
         return bool(batch) and 0 < batch[0].count <= 4
     except Exception:
         return False
-    finally:
-        target.adapter.close()
 
 
 def probe_weak_hash(path: str) -> str:
     """Why the hash function cannot be made to collide; "" if it can."""
     try:
-        Target(path, weak_hash=True).adapter.close()
+        Target(path, weak_hash=True)
     except NotRecognised as error:
         return str(error)
     return ""

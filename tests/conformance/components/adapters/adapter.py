@@ -3,8 +3,6 @@
 import inspect
 import itertools
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any
 
 from tests.conformance.components.adapters import names, steps
@@ -27,8 +25,7 @@ class Adapter:
         block_size = vars(self.sequence_class).get("block_size")
         if block_size is not None and not isinstance(block_size, property):  # upstream's, which LLMEngine sets
             self.sequence_class.block_size = setup.block_size
-        self.patches = ExitStack()
-        self.scheduler = make_scheduler(found, setup, self.config, self.patches)
+        self.scheduler = make_scheduler(found, setup, self.config)
         if None in (names.first_of(self.scheduler, queue) for queue in (names.WAITING, names.RUNNING)):
             raise NotRecognised(f"the scheduler has none of the queues {names.WAITING} or none of {names.RUNNING}")
         self.swapped_name = names.first_of(self.scheduler, names.SWAPPED)
@@ -40,14 +37,10 @@ class Adapter:
         self.no_step = ""  # why the steps of this scheduler cannot be followed
         self.postprocess_parameters = inspect.signature(self.scheduler.postprocess).parameters
 
-    def close(self) -> None:
-        """Give the target's class its hash function back."""
-        self.patches.close()
-
     def once(self, name: str, find: Callable[["Adapter"], Any]) -> Any:
         """What find(another scheduler of the target) returns, which is asked once a process."""
         if name not in self.found:
-            self.found[name] = find(Adapter(self.found, replace(self.setup, weak_hash=False)))
+            self.found[name] = find(Adapter(self.found, self.setup))
         return self.found[name]
 
     # --- state ---

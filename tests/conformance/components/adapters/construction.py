@@ -3,10 +3,9 @@
 import dataclasses
 import inspect
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 from tests.conformance.components.adapters.names import (
     BLOCK_MANAGERS,
@@ -89,8 +88,8 @@ def _config_values(setup: Setup) -> dict[str, Any]:
     }
 
 
-def make_scheduler(found: dict[str, Any], setup: Setup, config: Any, patches: ExitStack) -> Any:
-    """patches: where a class of the target gets the weak hash function, until they are closed."""
+def make_scheduler(found: dict[str, Any], setup: Setup, config: Any) -> Any:
+    """A BlockManager that takes no hash function has the setup's until the next scheduler is made."""
     manager_class = found.get("BlockManager")
     has_own_class = setup.is_async and "AsyncScheduler" in found
     scheduler_class = found["AsyncScheduler" if has_own_class else "Scheduler"]
@@ -99,12 +98,12 @@ def make_scheduler(found: dict[str, Any], setup: Setup, config: Any, patches: Ex
     if manager_class is not None and any(name in needed for name in BLOCK_MANAGERS):
         manager = call_with(manager_class, _manager_values(manager_class, setup), "BlockManager", config)
         values |= dict.fromkeys(BLOCK_MANAGERS, manager)
+    elif (name := first_of(manager_class, HASH_FUNCTIONS)) is not None:
+        setattr(manager_class, name, found.setdefault("hash_function", inspect.getattr_static(manager_class, name)))
+        if setup.weak_hash:
+            setattr(manager_class, name, staticmethod(_weak(getattr(manager_class, name))))
     elif setup.weak_hash:
-        name = first_of(manager_class, HASH_FUNCTIONS)
-        if name is None:
-            raise NotRecognised(f"the block manager has no hash function of the names {HASH_FUNCTIONS}")
-        weak = staticmethod(_weak(getattr(manager_class, name)))
-        patches.enter_context(mock.patch.object(manager_class, name, weak))
+        raise NotRecognised(f"the block manager has no hash function of the names {HASH_FUNCTIONS}")
     return call_with(scheduler_class, values, "Scheduler", config)
 
 
