@@ -3,7 +3,8 @@
 import torch
 
 from benchmarks.arithmetic import Ceilings
-from nanovllm.bench.gpu_ceilings import measure_matmul, measure_read, median_seconds, random_integers
+from nanovllm.bench.gpu_ceilings import measure_matmul, measure_read, random_integers
+from nanovllm.bench.gpu_timing import median_seconds
 
 
 def measure_ceilings() -> Ceilings:

@@ -26,9 +26,10 @@ from math import ceil, log2
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from nanovllm.bench.limits import BYTES_PER_VALUE, Ceilings, layer_parameters, parameters_per_token
+from nanovllm.bench.limits import BYTES_PER_VALUE, Ceilings
 from nanovllm.bench.random_model import SHAPES
 from nanovllm.distributed.peer_memory import fits
+from nanovllm.parameter_counts import layer_parameters, parameters_per_token
 
 KERNELS_PER_LAYER = 9  # two norms, rotation and store, attention, its combination, four products; SiLU is part of one
 KERNELS_PER_STEP = 8  # embedding, last norm, output layer, sampling, and what brings the inputs

@@ -14,6 +14,7 @@ import psutil
 import torch
 
 from nanovllm.model_config import ModelConfig
+from nanovllm.parameter_counts import parameters_per_token
 
 # Parameters of a layer's matrices for each thread. With fewer, threads take longer to start and to wait for each other
 # than the multiplication takes: on two cores the bundled model (0.2 million) gains nothing from a second thread.
@@ -39,15 +40,13 @@ def choose_num_threads(model: ModelConfig, num_ranks: int = 1) -> int | None:
 
 
 def mean_layer_parameters(model: ModelConfig) -> float:
-    """The mean number of parameters that one token is multiplied with, over all layers and the output layer."""
-    attention = 2 * model.hidden_size * model.head_dim * (model.num_attention_heads + model.num_key_value_heads)
-    mlp = 3 * model.hidden_size * model.intermediate_size
-    num_moe = 0 if model.moe is None else len(model.moe.layers)
-    total = model.num_hidden_layers * attention + (model.num_hidden_layers - num_moe) * mlp
-    if model.moe is not None:
-        experts = model.moe.num_experts_per_tok * model.moe.moe_intermediate_size
-        total += num_moe * 3 * model.hidden_size * experts
-    return (total + model.hidden_size * model.vocab_size) / (model.num_hidden_layers + 1)
+    """The mean number of parameters that one token is multiplied with, over all layers and the output layer.
+
+    Routers of experts are not counted.
+    """
+    num_routed = 0 if model.moe is None else len(model.moe.layers) * model.moe.num_experts
+    parameters = parameters_per_token(model) + model.hidden_size * (model.vocab_size - num_routed)
+    return parameters / (model.num_hidden_layers + 1)
 
 
 # --- cores ---

@@ -6,8 +6,10 @@ It is one file because it is one table.
 
 from dataclasses import dataclass
 
-BLOCKS, SCHEDULING, REQUESTS, PROCESSES, INPUTS = "blocks", "scheduling", "requests", "processes", "inputs"
-AHEAD = "ahead"  # of schedulers that choose a step before the tokens of the step in front are known
+# Groups, by their titles in the document, which has them in the order of their first rows.
+BLOCKS, SCHEDULING, REQUESTS = "Blocks and the prefix cache", "Scheduling", "Requests"
+PROCESSES, INPUTS = "Processes", "Input preparation"
+AHEAD = "Async scheduling"  # of schedulers that choose a step before the tokens of the step in front are known
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ checks run in the order of cause and effect and a scenario ends with the first b
 has one name.
 
 How forks differ stands in the tables of
-[tests/conformance/components/adapters.py](../tests/conformance/components/adapters.py): how a scheduler is
+[tests/conformance/components/adapters](../tests/conformance/components/adapters/names.py): how a scheduler is
 constructed, what `schedule()` returns, what `postprocess()` takes, whether the block size is an attribute of the
 class Sequence, what the queues are called, whether one method prepares prefill and decode. Options that a fork adds to
 its Config have the fork's own defaults, or follow from the sizes of the scenario. Blocks that are swapped to the CPU
@@ -102,21 +102,13 @@ Tokens are 0 and 1; 2 ends a sequence. `nanovllm conformance` prints the same as
 
 ## The contracts
 """
-_GROUPS = {
-    "blocks": "Blocks and the prefix cache",
-    "scheduling": "Scheduling",
-    "requests": "Requests",
-    "processes": "Processes",
-    "inputs": "Input preparation",
-    "ahead": "Async scheduling",
-}
 
 
 def document(rows: dict[str, dict[str, Any]]) -> str:
     """The whole text. rows: contract -> its verdict on the target with its planted fault."""
     parts = [_HEAD.format(number=len(CONTRACTS), legend=LEGEND)]
-    for group, title in _GROUPS.items():
-        parts.append(f"\n### {title}\n")
+    for group in dict.fromkeys(contract.group for contract in CONTRACTS.values()):
+        parts.append(f"\n### {group}\n")
         parts += [section(contract, rows[contract.id]) for contract in CONTRACTS.values() if contract.group == group]
     return "".join(parts)
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from tests.conformance.components import explore, shrinking
-from tests.conformance.components.adapters import NotRecognised
 from tests.conformance.components.bounds import CALL_SECONDS, SHORT_CALL_SECONDS
 from tests.conformance.components.contracts import AHEAD, CONTRACTS, Contract
 from tests.conformance.components.explore import Scenario
+from tests.conformance.components.loading import NotRecognised, loaded
 from tests.conformance.components.picture import picture
-from tests.conformance.components.target import MOVES, Broken, Target, loaded
+from tests.conformance.components.target import MOVES, Broken, Target
 
 HOLDS, BROKEN, NOT_APPLICABLE = "holds", "broken", "not applicable"
 Verdict = dict[str, Any]

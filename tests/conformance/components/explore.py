@@ -7,11 +7,14 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from tests.conformance.components.adapters import NEXT_STEP, NotRecognised
+from tests.conformance.components.adapters.names import NEXT_STEP
+from tests.conformance.components.adapters.steps import have_placeholders, postprocess
 from tests.conformance.components.bounds import CALL_SECONDS
+from tests.conformance.components.loading import NotRecognised
 from tests.conformance.components.picture import picture
-from tests.conformance.components.step_checks import next_token
-from tests.conformance.components.target import Broken, Setup, Target
+from tests.conformance.components.sizes import Setup
+from tests.conformance.components.symbolic_cache import next_token
+from tests.conformance.components.target import Broken, Target
 
 Step = tuple[Any, ...]  # ("add", tokens, max_tokens, ignore_eos), ("step",), ("abort", number)
 IMPORT = "from tests.conformance.components.target import Target"
@@ -134,8 +137,6 @@ def run(
         contract, message = error.contract, error.message
         if done[-1] == ("finish",) and contract not in ("C04", "C17"):
             done[-1:] = [("step",)] * (target.num_steps - num_steps)
-    finally:
-        target.adapter.close()
     if scenario.setup.weak_hash and contract != "C07":
         contract = None
     shown = "" if contract is None else picture(target)
@@ -154,18 +155,14 @@ def probe_chunked(path: str) -> bool:
         target.add([0, 1, 0, 1, 0, 1], max_tokens=1)
         _, batch = target.adapter.schedule()
         return bool(batch) and 0 < batch[0].count <= 4
-    except NotRecognised:
-        raise
     except Exception:
         return False
-    finally:
-        target.adapter.close()
 
 
 def probe_weak_hash(path: str) -> str:
     """Why the hash function cannot be made to collide; "" if it can."""
     try:
-        Target(path, weak_hash=True).adapter.close()
+        Target(path, weak_hash=True)
     except NotRecognised as error:
         return str(error)
     return ""
@@ -174,18 +171,18 @@ def probe_weak_hash(path: str) -> str:
 def probe_ahead(path: str) -> str:
     """Why no scheduler can be asked for a step before the tokens of the step in front are known; "" if one can."""
     target = Target(path, is_async=True)
+    name = type(target.adapter.scheduler).__name__
     try:
         if target.adapter.runs_behind:
             return ""
         target.add([0], max_tokens=3, ignore_eos=True)
         for _ in range(2):
             result, batch = target.adapter.schedule()
-            if target.adapter.is_ahead(batch):
+            if have_placeholders(batch):
                 return ""
-            target.adapter.postprocess(result, batch, [0])
+            postprocess(target.adapter, result, batch, [0])
     except NotRecognised as error:
         return str(error)
     except Exception as error:
-        return f"two steps of {target.adapter.scheduler_class.__name__} raise {type(error).__name__}: {error}"
-    name = target.adapter.scheduler_class.__name__
+        return f"two steps of {name} raise {type(error).__name__}: {error}"
     return f"{name} chooses no step ahead in a way that is known: it has no {NEXT_STEP}, its sequences no placeholders"

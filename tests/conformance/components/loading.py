@@ -14,6 +14,8 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+from tests.conformance.components.sizes import EOS
+
 # Replaced even where installed: they need a GPU, or take seconds to import for nothing that a contract is about.
 REPLACED = ("flash_attn", "flash_attn_interface", "flashinfer", "transformers", "triton", "tqdm")
 NEEDED = ("numpy", "torch", "xxhash")  # what a contract is about depends on them: a stand-in would prove nothing
@@ -27,11 +29,15 @@ ROLES = {  # role -> the name of its class, and the file that it is in upstream
     "ModelRunner": "engine/model_runner.py",
     "LLMEngine": "engine/llm_engine.py",
 }
+_loaded: dict[Path, dict[str, Any]] = {}
 SKIPPED_FOLDERS = {"tests", "test", "build", "dist", "site-packages", "node_modules", "reference", "tools", "docs"}
 
 
-class NotRecognised(Exception):
-    """The target has a shape that no table of adapters.py declares. The text is the reason in the report."""
+class NotRecognised(BaseException):
+    """The target has a shape that no table of adapters/ has. The text is the reason in the report.
+
+    A BaseException, since it may be raised in calls of the target, and targets catch Exception.
+    """
 
 
 class StandIn:
@@ -112,7 +118,7 @@ def hugging_face_config() -> SimpleNamespace:
         intermediate_size=16,
         vocab_size=64,
         max_position_embeddings=32768,
-        eos_token_id=2,
+        eos_token_id=EOS,
         torch_dtype=torch.float32,
         dtype=torch.float32,
     )
@@ -129,7 +135,17 @@ def find_package(path: Path) -> Path:
     return path / min(folders, key=lambda folder: (len(folder.parts), str(folder)))
 
 
-def load(package: Path) -> dict[str, Any]:
+def loaded(path: Path) -> dict[str, Any]:
+    """The classes of the checkout, imported once a process. A second checkout in one process is refused."""
+    path = path.resolve()
+    if path not in _loaded:
+        if _loaded:
+            raise NotRecognised(f"this process has loaded {next(iter(_loaded))}; start another one for {path}")
+        _loaded[path] = _load(find_package(path))
+    return _loaded[path]
+
+
+def _load(package: Path) -> dict[str, Any]:
     """The target's classes by role (ROLES); {role: why it is absent} under "reasons"; "package"; "stand_ins"."""
     sys.dont_write_bytecode = True
     _replace_cuda()

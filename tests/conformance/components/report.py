@@ -38,7 +38,7 @@ def as_text(result: dict[str, Any]) -> str:
             text = f"{verdict['script']}\n{short(verdict['picture'])}".rstrip()
             lines += [f"                {line}".rstrip() for line in text.splitlines()]
             lines.append("")
-    if any(verdict["verdict"] == BROKEN for verdict in result["verdicts"].values()):
+    if counts(result)[BROKEN]:
         lines.append("Run a scenario with python from the root of the checkout that has tests/conformance.")
     return "\n".join(lines)
 

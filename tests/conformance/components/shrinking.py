@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from tests.conformance.components.explore import Scenario, Step
-from tests.conformance.components.target import Setup
+from tests.conformance.components.sizes import Setup
 
 MINIMAL = {"block_size": 2, "num_blocks": 1, "max_num_seqs": 1, "max_num_batched_tokens": 1}
 MAX_RUNS = 1000  # of candidates, to shrink one scenario

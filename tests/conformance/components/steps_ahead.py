@@ -6,12 +6,12 @@ and another drops what has ended meanwhile (this project's Scheduler). The devic
 they were submitted. A request that ends by a token in flight is computed one step too far: that token is discarded.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from tests.conformance.components import step_checks
-from tests.conformance.components.adapters import NEXT_STEP, Scheduled
+from tests.conformance.components.adapters.names import NEXT_STEP
+from tests.conformance.components.adapters.steps import Scheduled, have_placeholders, postprocess
+from tests.conformance.components.request import Flight
 
 
 def placed(target: Any, item: Scheduled) -> Scheduled:
@@ -34,13 +34,13 @@ def step(target: Any) -> None:
 def _step_with_placeholders(target: Any) -> None:
     front = target.flight
     result, batch = target.choose(target.adapter.schedule, "schedule")
-    is_ahead = target.adapter.is_ahead(batch)
+    is_ahead = have_placeholders(batch)
     target.flight = target.submit(result, batch) if is_ahead else None
     if front is not None:
-        target.collect(front)
+        collect(target, front)
     rows = [item for item in batch if not target.request_of(item.seq).is_finished]
     if rows and not is_ahead:  # its tokens must be known before the next schedule()
-        target.collect(target.submit(result, rows))
+        collect(target, target.submit(result, rows))
 
 
 def _step_behind(target: Any) -> None:
@@ -53,25 +53,23 @@ def _step_behind(target: Any) -> None:
     target.flight = front
     result, batch = target.choose(lambda: target.adapter.schedule_next(front.result), NEXT_STEP)
     target.flight = target.submit(result, batch) if batch else None
-    target.collect(front)
+    collect(target, front)
 
 
-def _committed(target: Any) -> Any:
+def _committed(target: Any) -> Flight | None:
     """The step in flight without the rows that have ended meanwhile, or None."""
     flight = target.flight
     if flight is None:
         return None
     flight.result, left = target.guarded(lambda: target.adapter.commit(flight.result), "commit")
-    pairs = list(zip(flight.batch, flight.given, strict=True))
-    kept = [(item, token) for item, token in pairs if any(item.seq is seq for seq in left)]
-    flight.batch, flight.given = [item for item, _ in kept], [token for _, token in kept]
-    for item, _ in pairs:
-        request = target.request_of(item.seq)
+    rows, flight.rows = flight.rows, [row for row in flight.rows if any(row[0].seq is seq for seq in left)]
+    for row in rows:
+        request = target.request_of(row[0].seq)
         if request.is_finished:
             target.check("C43" if request.was_aborted else "C42")
-        elif item not in flight.batch:
+        elif row not in flight.rows:
             target.broken("C20", f"request {request.number} goes on, and its row of the step ahead is dropped")
-    return flight if kept else None
+    return flight if flight.rows else None
 
 
 def land(target: Any) -> None:
@@ -79,20 +77,17 @@ def land(target: Any) -> None:
     flight = _committed(target) if target.adapter.runs_behind else target.flight
     target.flight = None
     if flight is not None:
-        target.collect(flight)
+        collect(target, flight)
 
 
-@contextmanager
-def arriving(target: Any, batch: list[Scheduled]) -> Iterator[list[Scheduled]]:
-    """The tokens of a step arrive in the body; behind it come C41, C42 and C43.
-
-    Yields the rows whose request goes on, or ends with this token.
-    """
-    requests = [(item, target.request_of(item.seq)) for item in batch]
-    ended = [(request, len(request.seq)) for _, request in requests if request.is_finished]
-    caught = [(request, len(request.seq)) for _, request in requests if not request.table]
-    live = [(item, request) for item, request in requests if not request.is_finished]
-    yield [item for item, _ in live]
+def collect(target: Any, flight: Flight) -> None:
+    """Give the scheduler the tokens of a step, and check what it does with them: C41, C42 and C43 first."""
+    batch, tokens = [item for item, _ in flight.rows], [token for _, token in flight.rows]
+    requests = [target.request_of(item.seq) for item in batch]
+    ended = [(request, len(request.seq)) for request in requests if request.is_finished]
+    caught = [(request, len(request.seq)) for request in requests if not request.table]
+    live = [(item, request) for item, request in zip(batch, requests, strict=True) if not request.is_finished]
+    target.guarded(lambda: postprocess(target.adapter, flight.result, batch, tokens), "postprocess")
     for request, length in ended if target.setup.is_async else ():
         contract = "C43" if request.was_aborted else "C42"
         what = f"request {request.number} has ended, and gets one token more"
@@ -106,10 +101,11 @@ def arriving(target: Any, batch: list[Scheduled]) -> Iterator[list[Scheduled]]:
         if item.end == len(request.tokens) - request.num_in_flight:
             request.num_in_flight -= request.num_in_flight > 0
     if target.setup.is_async:
-        check_entries(target)
+        _check_entries(target)
+    step_checks.check_tokens(target, [request for _, request in live])
 
 
-def check_entries(target: Any) -> None:
+def _check_entries(target: Any) -> None:
     """C41: what the prefix cache says of a block is what its written slots hold."""
     size = target.setup.block_size
     for block_id, tokens in target.adapter.cache_entries().items():

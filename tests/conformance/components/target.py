@@ -7,30 +7,32 @@
 
 In place of a model stands a symbolic cache: a slot holds what the tokens up to its position are, so whatever a step
 reads wrongly is known exactly. The first broken contract raises Broken; the order of the checks is that of cause and
-effect, so that a fault has one name. Imports nothing of nanovllm, whose name the target's package has. It is one file
-because a script needs one object with all of these methods.
+effect, so that a fault has one name. Imports nothing of nanovllm, whose name the target's package has.
 """
 
-import pickle
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from tests.conformance.components import input_checks, step_checks, steps_ahead
-from tests.conformance.components.adapters import EOS, SWAPPED, Adapter, NotRecognised, Scheduled
+from tests.conformance.components.adapters import submission
+from tests.conformance.components.adapters.adapter import Adapter
+from tests.conformance.components.adapters.names import SWAPPED
+from tests.conformance.components.adapters.preparing import find_preparation
+from tests.conformance.components.adapters.steps import Scheduled
 from tests.conformance.components.bounds import CALL_SECONDS, Hang, bounded
 from tests.conformance.components.contracts import CONTRACTS
-from tests.conformance.components.loading import find_package, load
-from tests.conformance.components.preparing import UNKNOWN_STEPS, UnknownStep, find_preparation
+from tests.conformance.components.loading import NotRecognised, loaded
+from tests.conformance.components.request import Flight, Request
+from tests.conformance.components.sizes import Setup
+from tests.conformance.components.symbolic_cache import SymbolicCache, next_token, store_and_read
 
 TEMPERATURES = (0.5, 1.0, 0.25)
 JUNK_TOKEN = 61  # given to a sequence that must not take a token
 # What a script is about may break these; another contract says nothing of the script's.
 OUTCOMES = ("C16", "C17", "C20", "C21", "C22")
 MOVES = "blocks that are swapped to the CPU"
-_loaded: dict[Path, dict[str, Any]] = {}
 
 
 class Broken(AssertionError):
@@ -42,95 +44,6 @@ class Broken(AssertionError):
         self.message = message
 
 
-@dataclass(frozen=True)
-class Setup:
-    """The sizes of one engine."""
-
-    block_size: int = 2
-    num_blocks: int = 8
-    max_num_seqs: int = 4
-    max_num_batched_tokens: int = 64
-    max_model_len: int = 0  # 0: one more than the cache holds
-    weak_hash: bool = False
-    is_async: bool = False  # each step is scheduled before the tokens of the one in front of it are known
-
-    @property
-    def num_slots(self) -> int:
-        return self.num_blocks * self.block_size
-
-    @property
-    def longest(self) -> int:
-        """How many tokens a sequence may have."""
-        return self.max_model_len or self.num_slots + 1
-
-    @property
-    def given(self) -> dict[str, Any]:
-        """The sizes that are no defaults."""
-        return {field.name: value for field in fields(self) if (value := getattr(self, field.name)) != field.default}
-
-
-@dataclass(eq=False)
-class Request:
-    """What must happen to one sequence.
-
-    num_hit_tokens: found in the prefix cache at the latest admission. is_admitted: whether it holds blocks.
-    """
-
-    seq: Any
-    prompt: list[int]
-    max_tokens: int
-    ignore_eos: bool
-    temperature: float
-    number: int
-    output: list[int] = field(default_factory=list)
-    num_hit_tokens: int = 0
-    is_admitted: bool = False
-    was_preempted: bool = False
-    is_finished: bool = False
-    is_swapped: bool = False  # its blocks are on the CPU
-    num_in_flight: int = 0  # the last tokens of output, which postprocess() has not been given
-    was_caught: bool = False  # preempted while a token was in flight
-    was_aborted: bool = False
-
-    @property
-    def table(self) -> list[int]:
-        """Its blocks in the KV cache."""
-        return [] if self.is_swapped else list(self.seq.block_table)
-
-    @property
-    def tokens(self) -> list[int]:
-        return self.prompt + self.output
-
-    @property
-    def known(self) -> list[int]:
-        """The tokens without those in flight."""
-        return self.tokens[: len(self.tokens) - self.num_in_flight]
-
-    @property
-    def must_end(self) -> str | None:
-        """The contract that makes the request end with its last known token."""
-        return self._ending(self.known[len(self.prompt) :])
-
-    @property
-    def has_ended_ahead(self) -> bool:
-        """Whether a token in flight ends it, which the target cannot know."""
-        return self._ending(self.output) is not None
-
-    def _ending(self, output: list[int]) -> str | None:
-        if len(output) >= self.max_tokens:
-            return "C21"
-        return "C22" if output and output[-1] == EOS and not self.ignore_eos else None
-
-
-@dataclass(eq=False)
-class Flight:
-    """A submitted step: what chose it, its sequences, and the token that each of them gets."""
-
-    result: Any
-    batch: list[Scheduled]
-    given: list[int]
-
-
 class Target:
     def __init__(self, path: str | Path, *, only: str = "", **sizes: Any) -> None:
         """path: a checkout. sizes: fields of Setup. Raises NotRecognised for what no adapter knows.
@@ -140,7 +53,7 @@ class Target:
         self.setup = Setup(**sizes)
         self.adapter = Adapter(loaded(Path(path)), self.setup)
         self.requests: list[Request] = []
-        self.cache = step_checks.SymbolicCache(self.setup.num_blocks, self.setup.block_size)
+        self.cache = SymbolicCache(self.setup.num_blocks, self.setup.block_size)
         self.hit_contract = "C07" if self.setup.weak_hash else "C06"  # a block that is shared wrongly breaks it
         self.adapter.watch_moves(self._move)
         self.num_steps = 0
@@ -154,7 +67,7 @@ class Target:
         try:
             self.prepare = find_preparation(self.adapter)
         except NotRecognised as error:
-            self._skip_inputs(str(error))
+            input_checks.skip_inputs(self, str(error))
 
     # --- what a script calls ---
 
@@ -163,7 +76,7 @@ class Target:
     ) -> Request:
         number = len(self.requests)
         temperature = TEMPERATURES[number % len(TEMPERATURES)] if temperature is None else temperature
-        seq = self.adapter.add(list(tokens), temperature, max_tokens, ignore_eos)
+        seq = submission.add(self.adapter, list(tokens), temperature, max_tokens, ignore_eos)
         # The token that a step computes anyway is the last one of a request that asked for none.
         request = Request(seq, list(tokens), max(max_tokens, 1), ignore_eos, temperature, number)
         self.requests.append(request)
@@ -173,8 +86,6 @@ class Target:
         """add, for a request that the target may refuse: None then."""
         try:
             return self.add(tokens, **options)
-        except NotRecognised:
-            raise
         except Exception:
             return None
 
@@ -201,7 +112,7 @@ class Target:
                 continue
             result, batch = self.choose(self.adapter.schedule, "schedule")
             if batch:
-                self.collect(self.submit(result, batch))
+                steps_ahead.collect(self, self.submit(result, batch))
 
     def try_steps(self, number: int) -> None:
         """Steps of a script whose verdict is about what comes of it: an exception ends them, and expect() says it."""
@@ -236,8 +147,6 @@ class Target:
         self.check(contract)
         try:
             action()
-        except NotRecognised:
-            raise
         except kind:
             return
         except Exception as error:
@@ -260,16 +169,12 @@ class Target:
         if contract in self.muted and CONTRACTS[contract].is_isolated:
             return
         message += f" ({self.ended_by.message})" if self.ended_by is not None else ""
-        if CONTRACTS[contract].is_admission and self.adapter.no_submit:
-            raise NotRecognised(f"{message} by the scheduler; {self.adapter.no_submit}")
+        if CONTRACTS[contract].is_admission and (reason := submission.no_submit(self.adapter)):
+            raise NotRecognised(f"{message} by the scheduler; {reason}")
         raise Broken(contract, message)
 
     def skip(self, contract: str, reason: str) -> None:
         self.not_applicable.setdefault(contract, reason)
-
-    def _skip_inputs(self, reason: str) -> None:
-        for contract in input_checks.INPUT_CONTRACTS:
-            self.skip(contract, reason)
 
     def _move(self, is_out: bool, pairs: list[tuple[int, int]]) -> None:
         if pairs:
@@ -284,7 +189,7 @@ class Target:
 
     def is_ahead(self, request: Request) -> bool:
         """Whether it takes part in the step in flight."""
-        return self.flight is not None and any(request.seq is item.seq for item in self.flight.batch)
+        return self.flight is not None and any(request.seq is item.seq for item, _ in self.flight.rows)
 
     @property
     def holding(self) -> list[Request]:
@@ -299,7 +204,7 @@ class Target:
         try:
             with bounded(self.call_seconds):
                 return action()
-        except (NotRecognised, Broken):
+        except Broken:
             raise
         except Hang as hang:
             self.broken("C16", f"{name}() {hang}")
@@ -317,7 +222,7 @@ class Target:
             request.is_swapped = id(request.seq) in swapped
         if self.setup.is_async:
             batch = [steps_ahead.placed(self, item) for item in batch]
-        self._note_admissions(before, batch)
+        step_checks.note_admissions(self, before, batch)
         if not batch:
             if self.flight is None:
                 step_checks.explain_failure(self, before, step_checks.num_lost_blocks(self))
@@ -332,87 +237,15 @@ class Target:
 
     def submit(self, result: Any, batch: list[Scheduled]) -> Flight:
         """Compute the step: what it reads and writes, and the tokens that come of it."""
-        self._check_inputs(result, batch, *self._check_pickle(result, batch))
-        step_checks.store_and_read(self, batch)
-        given = []
+        input_checks.check_inputs(self, result, batch)
+        store_and_read(self, batch)
+        rows = []
         for item in batch:
             request = self.request_of(item.seq)
             is_sampled = item.end == len(request.tokens)
-            given.append(step_checks.next_token(request.tokens) if is_sampled else JUNK_TOKEN)
+            token = next_token(request.tokens) if is_sampled else JUNK_TOKEN
+            rows.append((item, token))
             if is_sampled and not request.has_ended_ahead:
-                request.output.append(given[-1])
+                request.output.append(token)
                 request.num_in_flight += 1
-        return Flight(result, batch, given)
-
-    def collect(self, flight: Flight) -> None:
-        """Give the scheduler the tokens of the step, and check what it does with them."""
-        with steps_ahead.arriving(self, flight.batch) as live:
-            self.guarded(lambda: self.adapter.postprocess(flight.result, flight.batch, flight.given), "postprocess")
-        step_checks.check_tokens(self, live)
-
-    def _note_admissions(self, before: "step_checks.Before", batch: list[Scheduled]) -> None:
-        admitted = self.admitted = []
-        for request in self.live:
-            if not request.table:
-                request.was_preempted |= request.is_admitted
-                request.was_caught |= request.is_admitted and request.num_in_flight > 0
-                request.is_admitted = False
-        for item in batch:
-            request = self.request_of(item.seq)
-            if not request.is_admitted:
-                request.is_admitted = True
-                request.num_hit_tokens = item.start
-                admitted.append(request)
-        size = self.setup.block_size
-        kept = {block_id for r in self.live for block_id in r.table if block_id in before.tables.get(r.number, ())}
-        kept = kept.union(*(r.table[: -(-r.num_hit_tokens // size)] for r in admitted))
-        for block_id in {block_id for item in batch for block_id in item.seq.block_table} - kept:
-            self.cache.forget(block_id)
-
-    def _check_pickle(self, result: Any, batch: list[Scheduled]) -> tuple[Any, list[Scheduled]]:
-        """What the workers get: the sequences, and what schedule() returned if that is an object."""
-        sequences = [item.seq for item in batch]
-        tokens = [list(getattr(seq, "token_ids", [])) for seq in sequences]
-        self.check("C29")
-        sent = None if isinstance(result, tuple | list) else result
-        copy, copies = self.guarded(lambda: pickle.loads(pickle.dumps((sent, sequences))), "pickle")
-        if tokens != [list(getattr(seq, "token_ids", [])) for seq in sequences]:
-            self.broken("C29", "token_ids of the sequence have changed")
-        copies = [item._replace(seq=seq) for item, seq in zip(batch, copies, strict=True)]
-        return result if sent is None else copy, copies
-
-    def _check_inputs(self, result: Any, batch: list[Scheduled], copy: Any, copies: list[Scheduled]) -> None:
-        if "C33" in self.not_applicable:
-            return
-        try:
-            prepared = self.prepare(result, batch)
-        except UnknownStep as reason:
-            return self.skip(UNKNOWN_STEPS, str(reason))
-        except NotRecognised as error:
-            return self._skip_inputs(str(error))
-        except AttributeError as error:
-            return self._skip_inputs(f"the preparation needs more of ModelRunner than the adapter gives it: {error}")
-        except Exception as error:
-            what = f"{type(error).__name__}: {error}"
-            return self.broken("C33", f"the preparation of the step raises {what}")
-        input_checks.check_inputs(self, batch, prepared)
-        self.check("C30")
-        try:
-            copied = self.prepare(copy, copies, is_worker=True)
-        except NotRecognised as error:
-            return self.skip("C30", str(error))
-        except Exception as error:
-            what = f"{type(error).__name__}: {error}"
-            return self.broken("C30", f"the step cannot be prepared from the pickled sequences: {what}")
-        if copied != prepared._replace(temperatures=None):
-            self.broken("C30", "the step that a worker prepares from the pickled sequences is another one")
-
-
-def loaded(path: Path) -> dict[str, Any]:
-    """The classes of the checkout, imported once a process. A second checkout in one process is refused."""
-    path = path.resolve()
-    if path not in _loaded:
-        if _loaded:
-            raise NotRecognised(f"this process has loaded {next(iter(_loaded))}; start another one for {path}")
-        _loaded[path] = load(find_package(path))
-    return _loaded[path]
+        return Flight(result, rows)

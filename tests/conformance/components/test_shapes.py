@@ -1,4 +1,4 @@
-"""Shapes of forks: those that a table of adapters.py declares are checked, the others are not applicable."""
+"""Shapes of forks: those that a table of adapters/ has are checked, the others are not applicable."""
 
 import json
 import re

@@ -53,12 +53,13 @@ def request(prompt: Sequence[int] | str, max_tokens: int = 12, **params: Any) ->
 
 @dataclass(frozen=True)
 class Output:
-    """request: what it answers. source: the expression that gives the engine's own output object in the script."""
+    """request: what it answers. token_ids_source, text_source: the expressions of the script that give the two."""
 
     request: Request
     token_ids: list[int]
     text: str
-    source: str
+    token_ids_source: str
+    text_source: str
 
 
 class Driver:
@@ -140,7 +141,7 @@ class Driver:
         self.run(code.format(f"{name} = {self.call(requests)}"))
         sources = [f"{name}[{index}]" for index in range(len(requests))]
         try:
-            outputs = [Output(one, *self._read(source), source) for one, source in zip(requests, sources, strict=True)]
+            outputs = [self._output(one, source) for one, source in zip(requests, sources, strict=True)]
             number = len(self.names[name])
         except Exception as error:
             self.fail(f"{len(requests)} outputs in the style of {self.adapter.name}", repr(self.names[name]), error)
@@ -155,8 +156,9 @@ class Driver:
         )
         self.run(code, "ValueError or TypeError")
 
-    def _read(self, source: str) -> tuple[list[int], str]:
-        return self.value(self.adapter.token_ids.format(source)), self.value(self.adapter.text.format(source))
+    def _output(self, one: Request, source: str) -> Output:
+        token_ids, text = self.adapter.token_ids.format(source), self.adapter.text.format(source)
+        return Output(one, self.value(token_ids), self.value(text), token_ids, text)
 
     def _prompt(self, prompt: Sequence[int] | str) -> str:
         return repr(prompt) if isinstance(prompt, str) else self.adapter.prompt.format(list(prompt))
@@ -174,8 +176,7 @@ class Driver:
         count_comparisons("engine contracts: tokens against those that the contract expects", len(tokens))
         if got.token_ids == tokens or self._is_near_tie(got, tokens):
             return
-        expression = self.adapter.token_ids.format(expected.source) if is_output else repr(tokens)
-        self.same(self.adapter.token_ids.format(got.source), expression)
+        self.same(got.token_ids_source, expected.token_ids_source if is_output else repr(tokens))
 
     def same(self, got: str, expected: str) -> None:
         """Raises Broken if the values of two expressions differ."""

@@ -36,23 +36,23 @@ def greedy_tokens(model_dir: Path, prompt: Sequence[int], number: int) -> list[i
 
 @functools.cache
 @torch.inference_mode()
-def prompt_that_ends(model_dir: Path, eos_token_id: int, first: int = 2, last: int = 6) -> tuple[list[int], list[int]]:
+def prompt_that_ends(model_dir: Path, eos_token_id: int) -> tuple[list[int], list[int]]:
     """A random prompt of 6 bytes and its greedy tokens, of which the last, and no other, is eos_token_id.
 
-    There are first + 1 to last + 1 tokens. Of 512 prompts it is the one with the largest margins, so that rounding
+    There are 3 to 7 tokens. Of 512 prompts it is the one with the largest margins, so that rounding
     changes none of its tokens.
     """
     texts = torch.randint(256, (512, 6), generator=torch.Generator().manual_seed(0))
     model, margins = load_hugging_face(model_dir, torch.float64), []
-    for _ in range(last + 1):
+    for _ in range(7):
         best = model(texts).logits[:, -1].topk(2)
         margins.append(best.values[:, 0] - best.values[:, 1])
         texts = torch.cat([texts, best.indices[:, :1]], dim=1)
     found: list[tuple[float, list[int], int]] = []  # smallest margin, text, number of its tokens after the prompt
     for text, margin in zip(texts.tolist(), torch.stack(margins, dim=1), strict=True):
-        if eos_token_id in text and (number := text.index(eos_token_id) - 5) > first:
+        if eos_token_id in text and (number := text.index(eos_token_id) - 5) >= 3:
             found.append((float(margin[:number].min()), text, number))
     if not found:
-        raise ValueError(f"no prompt of 512 reaches token {eos_token_id} in {last + 1} tokens: try another tiny model")
+        raise ValueError(f"no prompt of 512 reaches token {eos_token_id} in 7 tokens: try another tiny model")
     _, text, number = max(found)
     return text[:6], text[6 : 6 + number]

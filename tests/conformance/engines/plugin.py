@@ -24,7 +24,6 @@ TARGET = pytest.StashKey[Target]()
 OURS = Target(("nanovllm", "LLM"), ("nanovllm", "SamplingParams"), NANOVLLM)
 TESTS = "tests/conformance/engines/test_engine.py::test_contract"
 NOT_APPLICABLE = "not applicable: "
-_targets: list[Target] = []  # of this process, for tests/support/skips.py
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -49,7 +48,6 @@ def pytest_configure(config: pytest.Config) -> None:
             raise pytest.UsageError(f"--engine {option.engine}: {error}") from error
         config.addinivalue_line("filterwarnings", "default")  # what it warns of is no contract's business
     config.stash[TARGET] = target
-    _targets[:] = [target]
 
 
 def parse_option(text: str) -> tuple[str, Any]:
@@ -118,11 +116,6 @@ def _find_sampling_params(module_name: str) -> tuple[str, list[str]]:
         if inspect.isclass(params):
             return name, list(getattr(params, "__struct_fields__", None) or inspect.signature(params).parameters)
     raise ValueError(f"there is no class SamplingParams in module {module_name} or its package: import it there")
-
-
-def adapter_lacks_something() -> bool:
-    """Whether the engine of this run may be unable to be held to a contract. Ours may not."""
-    return any(target.adapter.lacks for target in _targets)
 
 
 @pytest.hookimpl(trylast=True)  # after the tests were shuffled

@@ -5,18 +5,11 @@ import gc
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 
-from tests.support.resource_snapshot import ResourceSnapshot, Watch
-
-
-class Held(NamedTuple):
-    """tensor_bytes: of all tensors that Python can reach, on every device, each storage counted once."""
-
-    of_system: ResourceSnapshot
-    tensor_bytes: int
+from tests.support.resource_snapshot import Watch
 
 
 class Watching:
@@ -31,9 +24,8 @@ class Watching:
         self._watch = self._stack.enter_context(Watch(Path(directory)).watching())
         atexit.register(self.stop)
 
-    def __call__(self) -> Held:
-        snapshot = self._watch.snapshot()  # collects garbage first
-        return Held(snapshot, _tensor_bytes())
+    def __call__(self) -> dict[str, Any]:
+        return {**self._watch.snapshot()._asdict(), "tensor_bytes": _tensor_bytes()}  # snapshot() collects garbage
 
     def stop(self) -> None:
         self.running.remove(self)
@@ -41,15 +33,14 @@ class Watching:
         self._stack.close()
 
 
-def growth(before: Held, after: Held) -> dict[str, Any]:
-    """Field -> what `after` has and `before` has not: items of a set, or the difference of two numbers."""
-    pairs: list[Any] = [*zip(ResourceSnapshot._fields, before.of_system, after.of_system, strict=True)]
-    pairs.append(("tensor_bytes", before.tensor_bytes, after.tensor_bytes))
-    differences = {name: new - old for name, old, new in pairs}
+def growth(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """Resource -> what `after` has and `before` has not: items of a set, or the difference of two numbers."""
+    differences = {name: value - before[name] for name, value in after.items()}
     return {name: value for name, value in differences.items() if value and not (isinstance(value, int) and value < 0)}
 
 
 def _tensor_bytes() -> int:
+    """Of all tensors that Python can reach, on every device, each storage counted once."""
     # type(), since isinstance() would load what stands behind lazy modules.
     tensors = [item for item in gc.get_objects() if issubclass(type(item), torch.Tensor) and _has_storage(item)]
     return sum({item.untyped_storage().data_ptr(): item.untyped_storage().nbytes() for item in tensors}.values())

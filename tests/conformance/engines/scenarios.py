@@ -109,20 +109,16 @@ def greedy_is_transformers(driver: Driver, model_dir: Path, prompts: Sequence[Se
         if tokens and are_greedy_choices(model_dir, text, tokens, driver.adapter.dtype):
             continue
         expected = greedy_tokens(model_dir, text, len(tokens) or 1)
-        expression = driver.adapter.token_ids.format(got.source)
         driver.lines.append("# expected is what transformers' generate gives with do_sample=False")
-        driver.same(f"{expression}[:{len(expected)}]", repr(expected))
-
-
-def encoded(text: str) -> list[int]:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(BUNDLED).encode(text)
+        driver.same(f"{got.token_ids_source}[:{len(expected)}]", repr(expected))
 
 
 def greedy_bundled(driver: Driver) -> None:
-    texts = ("In the beginning", "And God said")
-    greedy_is_transformers(driver, bundled(driver.adapter.dtype), [*map(encoded, texts)])
+    from transformers import AutoTokenizer
+
+    encode = AutoTokenizer.from_pretrained(BUNDLED).encode
+    prompts = [encode(text) for text in ("In the beginning", "And God said")]
+    greedy_is_transformers(driver, bundled(driver.adapter.dtype), prompts)
 
 
 def greedy_tiny(driver: Driver, index: int) -> None:
@@ -138,8 +134,8 @@ def seeds(driver: Driver) -> None:
     compare(driver, driver.generate([one]), [expected])
     (different,) = driver.generate([other])
     if different.token_ids == expected.token_ids:
-        expressions = [driver.adapter.token_ids.format(output.source) for output in (different, expected)]
-        driver.run(f"assert {' != '.join(expressions)}", "other tokens with another seed")
+        differ = f"{different.token_ids_source} != {expected.token_ids_source}"
+        driver.run(f"assert {differ}", "other tokens with another seed")
     driver.open(first_model(driver))
     compare(driver, driver.generate([one]), [expected])
 
@@ -160,7 +156,7 @@ def seeds_in_company(driver: Driver) -> None:
 def max_tokens(driver: Driver, number: int) -> None:
     driver.open(first_model(driver))
     (got,) = driver.generate([request(prompt(6), max_tokens=number)])
-    driver.same(f"len({driver.adapter.token_ids.format(got.source)})", str(number))
+    driver.same(f"len({got.token_ids_source})", str(number))
     (whole,) = driver.generate([request(prompt(6), max_tokens=12)])
     driver.same_tokens(got, whole.token_ids[:number])
 
@@ -168,7 +164,7 @@ def max_tokens(driver: Driver, number: int) -> None:
 def max_model_len(driver: Driver) -> None:
     driver.open(first_model(driver), max_model_len=64)
     (got,) = driver.generate([request(prompt(60), max_tokens=12)])
-    driver.same(f"len({driver.adapter.token_ids.format(got.source)})", "64 - 60")
+    driver.same(f"len({got.token_ids_source})", "64 - 60")
 
 
 def end_of_sequence(driver: Driver, end: int, ends: tuple[int, ...] = (EOS_TOKEN_ID,)) -> None:
@@ -179,9 +175,8 @@ def end_of_sequence(driver: Driver, end: int, ends: tuple[int, ...] = (EOS_TOKEN
     if ended.token_ids != tokens[:-1]:  # an engine may leave the end-of-sequence token out
         driver.same_tokens(ended, tokens)
     (continued,) = driver.generate([request(text, max_tokens=16)])
-    expression = driver.adapter.token_ids.format(continued.source)
-    driver.same(f"len({expression}) > {len(tokens)}", "True")
-    driver.same(f"{expression}[:{len(tokens)}]", repr(tokens))
+    driver.same(f"len({continued.token_ids_source}) > {len(tokens)}", "True")
+    driver.same(f"{continued.token_ids_source}[:{len(tokens)}]", repr(tokens))
 
 
 def stop_token_ids(driver: Driver) -> None:
@@ -199,7 +194,7 @@ def stop_string(driver: Driver) -> None:
     (whole,) = driver.generate([request("In the beginning", max_tokens=24)])
     stop = whole.text.split()[3]
     (got,) = driver.generate([request("In the beginning", max_tokens=24, stop=stop)])
-    driver.same(driver.adapter.text.format(got.source), repr(whole.text.partition(stop)[0]))
+    driver.same(got.text_source, repr(whole.text.partition(stop)[0]))
 
 
 # --- errors and memory ---

@@ -1,16 +1,12 @@
 """limits: work and seconds against numbers computed by hand, and against checkpoints."""
 
-import dataclasses
-
 import pytest
 
 from nanovllm.bench import limits
 from nanovllm.bench.limits import Ceilings, Limit, StepWork
-from nanovllm.model_config import ModelConfig, MoEConfig
-from nanovllm.models.registry import load_model_config
+from nanovllm.model_config import ModelConfig
 from nanovllm.sampling_params import SamplingParams
 from tests.support.checkpoints import counted_by_hand
-from tests.support.tiny_models import ARCHITECTURES, tiny_model
 
 
 @pytest.fixture
@@ -45,28 +41,3 @@ def test_the_limit_is_the_sum_over_steps_of_the_larger_time(model) -> None:
     assert halved.seconds == found.seconds / 2
     without_decode = limits.limit(model, "float16", ([[1]], [SamplingParams(max_tokens=1)]), 0, Ceilings(1.0, 1e9))
     assert (without_decode.decode_seconds, without_decode.prefill_seconds > 0) == (0.0, True)
-
-
-def test_experts_that_no_token_chooses_are_not_read(model) -> None:
-    """4 experts, 2 a token: one token reads 2 of them, two tokens 4 (1 - 1/2 x 1/2) = 3, many tokens all."""
-    moe = MoEConfig(
-        num_experts=4, num_experts_per_tok=2, moe_intermediate_size=5, norm_topk_prob=True, layers=frozenset({1, 2})
-    )
-    sparse = dataclasses.replace(model, moe=moe)
-    rest = 3 * 8 * 4 * 6 + 3 * 8 * 16 + 2 * 8 * 4  # attention, the dense layer, two routers
-    expert = 2 * 3 * 8 * 5  # in both layers
-    assert limits.layer_parameters(sparse, 1) == rest + 2 * expert == limits.parameters_per_token(sparse)
-    assert limits.layer_parameters(sparse, 2) == rest + 3 * expert
-    assert limits.layer_parameters(sparse, 1000) == pytest.approx(rest + 4 * expert)
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_parameters_are_those_of_the_checkpoint(architecture: str) -> None:
-    """All matrices of the checkpoint but the embedding, read from its file."""
-    from safetensors.torch import load_file
-
-    directory = tiny_model(architecture)
-    tensors = load_file(directory / "model.safetensors")
-    matrices = {name: tensor for name, tensor in tensors.items() if tensor.dim() > 1 and ".layers." in name}
-    found = limits.layer_parameters(load_model_config(directory), num_tokens=10**6)
-    assert found == pytest.approx(sum(tensor.numel() for tensor in matrices.values()))

@@ -89,6 +89,7 @@ _SWAPS_ALONE = (
     SCHEDULER, "    def schedule(", _MOVES_ALONE,
     SCHEDULER, _LAST_ATTRIBUTE, "        self.num_prefills = 0\n        self.has_swapped = False\n\n",
 )
+_CATCHES_ALL = "with __import__('contextlib').suppress(Exception): "
 # A block that holds a cached prefix leaves the list of free ones for another, and is taken when that is empty.
 _CACHED = (
     BLOCKS, "        self.free_block_ids = deque(range(num_blocks))\n",
@@ -234,6 +235,9 @@ UNKNOWN = {
     "Scheduler needs 'connector'": Fault("",
         SCHEDULER, "def __init__(self, config: Config):", "def __init__(self, config: Config, connector):"),
     "the block manager no swap_": Fault("", *_HAS_SWAPPED),
+    "swap_out returns a str, and not which blocks it moves": Fault("", *(
+        text.replace("[(0, 0)]", "'moved'").replace("            self.", f"            {_CATCHES_ALL}self.")
+        for text in _SWAPS_ALONE)),
 }
 
 # Each is found by the contract that it breaks.

@@ -5,7 +5,9 @@ import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from tests.conformance.components.adapters import STEP_SEQUENCES, Adapter, Scheduled, describe, first_of, first_value
+from tests.conformance.components.adapters.adapter import Adapter
+from tests.conformance.components.adapters.names import describe, first_of, first_value
+from tests.conformance.components.adapters.steps import Scheduled, takes_sequences
 from tests.conformance.components.loading import NotRecognised
 
 CONTEXT_MODULES = ("utils.context", "context", "engine.context")
@@ -73,7 +75,7 @@ def find_preparation(adapter: Adapter) -> Callable[..., Prepared]:
         setattr(runner, name, value)
     if not _has_both(runner) and first_of(runner, WHOLE_STEP) is None:
         raise NotRecognised(f"ModelRunner has neither prepare_prefill and prepare_decode nor one of {WHOLE_STEP}")
-    return lambda *step, is_worker=False: _from_runner(runner, context, *step, is_worker)
+    return lambda result, batch, is_worker=False: _from_runner(runner, context, result, batch, is_worker)
 
 
 def _from_functions(module: Any, batch: list[Scheduled], is_worker: bool) -> Prepared:
@@ -104,7 +106,7 @@ def _from_runner(runner: Any, context_module: Any, result: Any, batch: list[Sche
     if not _has_both(runner):
         name = str(first_of(runner, WHOLE_STEP))
         prepare = getattr(runner, name)
-        prepared = prepare(_argument(prepare, result, sequences))
+        prepared = prepare(sequences if takes_sequences(inspect.signature(prepare).parameters, result) else result)
         if is_unified := name in UNIFIED:
             has_prefill = has_decode = True
     elif has_prefill and has_decode:
@@ -120,7 +122,7 @@ def _from_runner(runner: Any, context_module: Any, result: Any, batch: list[Sche
 
     def read(is_there: bool, *names: str) -> Any:
         value = first_value(context, names) if is_there else None
-        return value.tolist() if hasattr(value, "tolist") else value
+        return getattr(value, "tolist", lambda: value)()
 
     temperatures = None
     if not is_worker:
@@ -136,19 +138,13 @@ def _from_runner(runner: Any, context_module: Any, result: Any, batch: list[Sche
         read(has_decode, "context_lens"),
         read(has_prefill, *PREFILL_TABLES),
         read(has_decode, *DECODE_TABLES),
-        temperatures.tolist() if hasattr(temperatures, "tolist") else None,
+        getattr(temperatures, "tolist", lambda: None)(),
         is_unified,
     )
 
 
 def _has_both(owner: Any) -> bool:
     return hasattr(owner, "prepare_prefill") and hasattr(owner, "prepare_decode")
-
-
-def _argument(prepare: Callable[..., Any], result: Any, sequences: list[Any]) -> Any:
-    """What a preparation is given: the sequences of the step, or what schedule() returned."""
-    first = next(iter(inspect.signature(prepare).parameters), "")
-    return sequences if isinstance(result, tuple | list) or first in STEP_SEQUENCES else result
 
 
 def _import(name: str) -> Any:
