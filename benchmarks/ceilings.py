@@ -3,8 +3,7 @@
 import torch
 
 from benchmarks.arithmetic import Ceilings
-from nanovllm.bench.gpu_ceilings import measure_matmul, measure_read, random_integers
-from nanovllm.bench.gpu_timing import median_seconds
+from nanovllm.bench.gpu_ceilings import measure_matmul, measure_read, median_seconds, random_integers
 
 
 def measure_ceilings() -> Ceilings:

@@ -5,11 +5,10 @@ read, so that small inputs are cold too. The host's time for launches is not par
 """
 
 from collections.abc import Callable, Sequence
+from statistics import median
 from typing import Any
 
 import torch
-
-from nanovllm.bench.gpu_timing import median_seconds
 
 BYTES_BEYOND_L2 = 256 * 2**20
 TARGET_SECONDS = 1e-3  # of a replay: a thousand times what events can tell apart
@@ -71,7 +70,15 @@ def _filler() -> torch.Tensor:
 
 def rough_seconds(call: Callable[[], Any]) -> float:
     """Seconds of one call, launches included; good enough to choose how many calls a graph gets."""
-    return median_seconds(call, num_calls=3, num_warmups=1)
+    times = []
+    for _ in range(4):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e-3)
+    return median(times[1:])
 
 
 def choose_num_calls(rough: float, floor: float = 0.0) -> int:

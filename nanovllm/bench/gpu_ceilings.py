@@ -1,16 +1,17 @@
 """The ceilings of the current GPU for reading memory and for a matrix product: medians over calls with random data."""
 
+from collections.abc import Callable
+from statistics import median
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from nanovllm.bench.gpu_timing import median_seconds
-
 NUM_BYTES = 2**31
 MATMUL_SIZE = 8192
 READ_TILE = 8192
+ROUNDS = 15
 
 
 def measure_read() -> float:
@@ -42,3 +43,18 @@ def read_kernel(source_ptr, sink_ptr, TILE: tl.constexpr):
     largest = tl.max(tl.load(source_ptr + offset))
     if largest < 0:  # never true, but the compiler cannot know that, so it keeps the loads
         tl.store(sink_ptr, largest)
+
+
+def median_seconds(call: Callable[[], object]) -> float:
+    """The median over ROUNDS calls, after three that are not timed."""
+    for _ in range(3):
+        call()
+    times = []
+    for _ in range(ROUNDS):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e-3)
+    return median(times)
