@@ -30,7 +30,7 @@ from tests.support.tiny_models import tiny_model
     ],
 )
 def test_ranks_give_what_the_reference_gives(architecture: str, size: int, block_size: int) -> None:
-    """D30 D37 D39: tokens of several ranks are the reference's, and so, up to rounding, are their logits.
+    """D30 D37 D39: tokens of several ranks are the reference's, and so, up to rounding, are rank 0's logits.
 
     unit/models/test_models.py has every architecture, number of ranks and of key/value heads; the next test has qwen3.
     """
@@ -44,8 +44,8 @@ def test_ranks_give_what_the_reference_gives(architecture: str, size: int, block
 
 
 def test_async_scheduling_with_several_ranks_gives_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step is sent before the tokens of the one before are known, and rank 0 broadcasts them. Some of the sequences
-    that decode are not in the step before, which is a prefill: their tokens are known.
+    """A step is sent before the tokens of the one before are known, which each rank has, or rank 0 broadcasts. Some of
+    the sequences that decode are not in the step before, which is a prefill: their tokens are known.
     """
     kinds, execute = set(), MultiprocExecutor.execute
 
