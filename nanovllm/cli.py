@@ -1,6 +1,7 @@
 """The `nanovllm` command: its entry point, exit codes and list of commands. Each command is a module of commands/.
 
-torch and transformers are imported only by the commands that run a model, so that `--help` is quick.
+torch and transformers are imported only by the commands that run a model, so that `--help` is quick. The commands
+themselves, and numpy with them, are imported by main(), which handles Ctrl-C.
 """
 
 import argparse
@@ -8,15 +9,14 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 
 from nanovllm import __version__
 from nanovllm.cli_errors import report_error
-from nanovllm.commands import bench, chat, conformance, demo, generate, trace
-from nanovllm.commands.options import open_llm, option_names
 from nanovllm.console import discard_stdout, flush_stdout, lossless_console, require_stdout
 from nanovllm.torchrun_env import read_torchrun_env
 
-COMMANDS = (generate, demo, chat, bench, trace, conformance)
+COMMANDS = ("generate", "demo", "chat", "bench", "trace", "conformance")
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 BROKEN_PIPE = 141  # 128 + SIGPIPE
 
@@ -40,10 +40,16 @@ a remedy; 70 a bug of nanovllm; 130 interrupted by Ctrl-C; 141 the reader of the
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (sys.argv[1:] if None) and return its exit code; argparse's errors exit with 2."""
     with lossless_console():
-        return _run(_parser().parse_args(argv))
+        try:
+            return _run(_parser().parse_args(argv))
+        except KeyboardInterrupt:
+            print("\nnanovllm: interrupted", file=sys.stderr)
+            return INTERRUPTED
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    from nanovllm.commands.options import open_llm, option_names
+
     try:
         require_stdout()
         launch = read_torchrun_env()
@@ -53,9 +59,6 @@ def _run(arguments: argparse.Namespace) -> int:
             code = arguments.run(arguments)
         sys.stdout.flush()  # raises BrokenPipeError here rather than at interpreter exit
         return code
-    except KeyboardInterrupt:
-        print("\nnanovllm: interrupted", file=sys.stderr)
-        return INTERRUPTED
     except BrokenPipeError:
         discard_stdout()
         return BROKEN_PIPE
@@ -89,5 +92,5 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"nanovllm {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in COMMANDS:
-        command.add_parser(commands)
+        import_module(f"nanovllm.commands.{command}").add_parser(commands)
     return parser
