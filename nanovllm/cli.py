@@ -13,11 +13,10 @@ from importlib import import_module
 
 from nanovllm import __version__
 from nanovllm.cli_errors import report_error
-from nanovllm.console import discard_stdout, flush_stdout, lossless_console, require_stdout
+from nanovllm.console import INTERRUPTED, discard_stdout, flush_stdout, lossless_console, require_stdout
 from nanovllm.torchrun_env import read_torchrun_env
 
 COMMANDS = ("generate", "demo", "chat", "bench", "trace", "conformance")
-INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 BROKEN_PIPE = 141  # 128 + SIGPIPE
 
 _EXAMPLES = """\

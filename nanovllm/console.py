@@ -8,7 +8,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, TextIO, cast
 
-TERMINATED = 143  # exit code: 128 + SIGTERM, as shells report it
+# Exit codes: 128 and the number of the signal, as shells report it.
+INTERRUPTED = 130  # SIGINT
+TERMINATED = 143  # SIGTERM
 
 
 @contextmanager
