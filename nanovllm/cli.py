@@ -13,7 +13,14 @@ from importlib import import_module
 
 from nanovllm import __version__
 from nanovllm.cli_errors import report_error
-from nanovllm.console import INTERRUPTED, discard_stdout, flush_stdout, lossless_console, require_stdout
+from nanovllm.console import (
+    INTERRUPTED,
+    discard_stdout,
+    exit_on_sigterm,
+    flush_stdout,
+    lossless_console,
+    require_stdout,
+)
 from nanovllm.torchrun_env import read_torchrun_env
 
 COMMANDS = ("generate", "demo", "chat", "bench", "trace", "conformance")
@@ -32,7 +39,7 @@ examples:
 
 exit codes: 0 done; 1 the demo found a difference, or conformance a broken contract; 2 an error whose message names
 a remedy; 70 a bug of nanovllm; 130 interrupted by Ctrl-C; 141 the reader of the output closed the pipe;
-143 bench or conformance ended by SIGTERM
+143 ended by SIGTERM
 """
 
 
@@ -54,7 +61,7 @@ def _run(arguments: argparse.Namespace) -> int:
         launch = read_torchrun_env()
         if launch is not None and launch.rank > 0 and "model" in arguments:
             open_llm(arguments)  # serves rank 0, which alone reads and prints, and does not return
-        with _log_on_stderr():
+        with exit_on_sigterm(), _log_on_stderr():
             code = arguments.run(arguments)
         sys.stdout.flush()  # raises BrokenPipeError here rather than at interpreter exit
         return code

@@ -11,7 +11,6 @@ from nanovllm.bench.random_model import SHAPES, make_config, make_random_model
 from nanovllm.bench.workload import SCENARIOS, Scenario, draw_requests
 from nanovllm.commands.options import CONFIG_HELP, add_command, add_model_options, flag, given, open_llm
 from nanovllm.config import Config
-from nanovllm.console import exit_on_sigterm
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.torchrun_env import read_torchrun_env
 from nanovllm.validation import require_int, require_number
@@ -77,7 +76,7 @@ def _describe(scenario: Scenario) -> str:
 
 def run(arguments: argparse.Namespace) -> int:
     _check(arguments)
-    with exit_on_sigterm(), tempfile.TemporaryDirectory(prefix="nanovllm-bench-") as folder:  # for --like
+    with tempfile.TemporaryDirectory(prefix="nanovllm-bench-") as folder:  # for --like
         if arguments.like is not None:
             make_random_model(Path(folder), make_config(arguments.like, arguments.num_layers))
             arguments.model = folder
