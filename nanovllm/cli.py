@@ -1,6 +1,7 @@
 """The `nanovllm` command: its entry point, exit codes and list of commands. Each command is a module of commands/.
 
-torch and transformers are imported only by the commands that run a model, so that `--help` is quick.
+torch and transformers are imported only by the commands that run a model, so that `--help` is quick. The commands
+themselves, and numpy with them, are imported by main(), which handles Ctrl-C.
 """
 
 import argparse
@@ -8,16 +9,21 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 
 from nanovllm import __version__
 from nanovllm.cli_errors import report_error
-from nanovllm.commands import bench, chat, conformance, demo, generate, trace
-from nanovllm.commands.options import open_llm, option_names
-from nanovllm.console import discard_stdout, flush_stdout, lossless_console, require_stdout
+from nanovllm.console import (
+    INTERRUPTED,
+    discard_stdout,
+    exit_on_sigterm,
+    flush_stdout,
+    lossless_console,
+    require_stdout,
+)
 from nanovllm.torchrun_env import read_torchrun_env
 
-COMMANDS = (generate, demo, chat, bench, trace, conformance)
-INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+COMMANDS = ("generate", "demo", "chat", "bench", "trace", "conformance")
 BROKEN_PIPE = 141  # 128 + SIGPIPE
 
 _EXAMPLES = """\
@@ -33,29 +39,32 @@ examples:
 
 exit codes: 0 done; 1 the demo found a difference, or conformance a broken contract; 2 an error whose message names
 a remedy; 70 a bug of nanovllm; 130 interrupted by Ctrl-C; 141 the reader of the output closed the pipe;
-143 bench or conformance ended by SIGTERM
+143 ended by SIGTERM
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (sys.argv[1:] if None) and return its exit code; argparse's errors exit with 2."""
     with lossless_console():
-        return _run(_parser().parse_args(argv))
+        try:
+            return _run(_parser().parse_args(argv))
+        except KeyboardInterrupt:
+            print("\nnanovllm: interrupted", file=sys.stderr)
+            return INTERRUPTED
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    from nanovllm.commands.options import open_llm, option_names
+
     try:
         require_stdout()
         launch = read_torchrun_env()
         if launch is not None and launch.rank > 0 and "model" in arguments:
             open_llm(arguments)  # serves rank 0, which alone reads and prints, and does not return
-        with _log_on_stderr():
+        with exit_on_sigterm(), _log_on_stderr():
             code = arguments.run(arguments)
         sys.stdout.flush()  # raises BrokenPipeError here rather than at interpreter exit
         return code
-    except KeyboardInterrupt:
-        print("\nnanovllm: interrupted", file=sys.stderr)
-        return INTERRUPTED
     except BrokenPipeError:
         discard_stdout()
         return BROKEN_PIPE
@@ -89,5 +98,5 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"nanovllm {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in COMMANDS:
-        command.add_parser(commands)
+        import_module(f"nanovllm.commands.{command}").add_parser(commands)
     return parser

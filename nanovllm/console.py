@@ -8,7 +8,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, TextIO, cast
 
-TERMINATED = 143  # exit code: 128 + SIGTERM, as shells report it
+# Exit codes: 128 and the number of the signal, as shells report it.
+INTERRUPTED = 130  # SIGINT
+TERMINATED = 143  # SIGTERM
 
 
 @contextmanager
@@ -102,7 +104,8 @@ def _decoded(lines: Iterable[str]) -> Iterator[str]:
 def exit_on_sigterm() -> Iterator[None]:
     """While it is open, SIGTERM raises SystemExit(143): temporary files are removed and child processes are ended.
 
-    For commands that have either. Otherwise the default is better, which also ends a process that waits in C code.
+    Python ignores an exception that is raised in a __del__. There are many while transformers is imported, so SIGTERM
+    and Ctrl-C are sent again if their exception was ignored.
     """
     if threading.current_thread() is not threading.main_thread():  # only there can handlers be set
         yield
@@ -111,11 +114,20 @@ def exit_on_sigterm() -> Iterator[None]:
     def leave(number: int, frame: Any) -> None:
         raise SystemExit(TERMINATED)
 
-    previous = signal.signal(signal.SIGTERM, leave)
+    def send_again(ignored: Any) -> None:
+        number = {SystemExit: signal.SIGTERM, KeyboardInterrupt: signal.SIGINT}.get(ignored.exc_type)
+        if number is None:
+            previous_hook(ignored)
+        else:  # in a thread: its exception would be raised in here, and ignored too
+            threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
+
+    previous, previous_hook = signal.signal(signal.SIGTERM, leave), sys.unraisablehook
+    sys.unraisablehook = send_again
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
+        sys.unraisablehook = previous_hook
 
 
 def discard_stdout() -> None:

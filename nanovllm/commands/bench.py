@@ -11,7 +11,6 @@ from nanovllm.bench.random_model import SHAPES, make_config, make_random_model
 from nanovllm.bench.workload import SCENARIOS, Scenario, draw_requests
 from nanovllm.commands.options import CONFIG_HELP, add_command, add_model_options, flag, given, open_llm
 from nanovllm.config import Config
-from nanovllm.console import exit_on_sigterm
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.torchrun_env import read_torchrun_env
 from nanovllm.validation import require_int, require_number
@@ -23,6 +22,7 @@ _ONLY_WITHOUT_SCENARIO = ("input_len", "output_len")
 _ONLY_WITH_SCENARIO = ("rate", "repeat", "scale", "results")
 _REPORTED = ("like", "num_layers", "num_seqs", "seed", "scenario", "rate", "repeat", "scale")  # in the JSON file
 _DEFAULT_REPETITIONS = 3
+_SECONDS_PER_DAY = 86400
 
 _EPILOG = """\
 scenarios:
@@ -77,12 +77,13 @@ def _describe(scenario: Scenario) -> str:
 
 def run(arguments: argparse.Namespace) -> int:
     _check(arguments)
-    with exit_on_sigterm(), tempfile.TemporaryDirectory(prefix="nanovllm-bench-") as folder:  # for --like
+    scenarios = _scenarios(arguments)
+    with tempfile.TemporaryDirectory(prefix="nanovllm-bench-") as folder:  # for --like
         if arguments.like is not None:
             make_random_model(Path(folder), make_config(arguments.like, arguments.num_layers))
             arguments.model = folder
-        if arguments.scenario is not None:
-            _run_scenarios(arguments)
+        if scenarios:
+            _run_scenarios(arguments, scenarios)
         else:
             _run_plain(arguments)
     return 0
@@ -116,6 +117,23 @@ def _check(arguments: argparse.Namespace) -> None:
         arguments.results.mkdir(parents=True, exist_ok=True)  # fails now, not after the measurement
 
 
+def _scenarios(arguments: argparse.Namespace) -> dict[str, Scenario]:
+    """The chosen scenarios by name; none without --scenario. Raises ValueError for a wrong scale, and for a rate with
+    which a scenario would take longer than about a day.
+    """
+    chosen, scale = arguments.scenario or (), 1.0 if arguments.scale is None else arguments.scale
+    scenarios = {name: SCENARIOS[name].scaled(scale) for name in SCENARIOS if name in chosen or ALL in chosen}
+    if arguments.num_seqs is not None:
+        scenarios = {name: dataclasses.replace(s, num_seqs=arguments.num_seqs) for name, s in scenarios.items()}
+    for name, scenario in scenarios.items():
+        lowest = float(f"{scenario.num_seqs / _SECONDS_PER_DAY:.1g}")
+        rule = f"at least {lowest:g}, so that the {scenario.num_seqs} requests of {name!r} arrive within about a day"
+        for rate in arguments.rate or ():
+            if rate < lowest:
+                raise ValueError(f"rate must be {rule}, got {rate!r}; raise it, or lower --num-seqs or --scale")
+    return scenarios
+
+
 def _run_plain(arguments: argparse.Namespace) -> None:
     """Generate once to warm up, then time one generate() of all requests and print what it did."""
     num_seqs = NUM_SEQS if arguments.num_seqs is None else arguments.num_seqs
@@ -138,17 +156,12 @@ def _run_plain(arguments: argparse.Namespace) -> None:
     print("prefixes. Runs scatter: compare several before you conclude anything.")
 
 
-def _run_scenarios(arguments: argparse.Namespace) -> None:
+def _run_scenarios(arguments: argparse.Namespace, scenarios: dict[str, Scenario]) -> None:
     from nanovllm import bundled_model_path
     from nanovllm.bench.report import table, write
     from nanovllm.bench.scenarios import bench_scenarios
     from nanovllm.bench.session import Plan
 
-    scale = 1.0 if arguments.scale is None else arguments.scale
-    chosen = [name for name in SCENARIOS if name in arguments.scenario or ALL in arguments.scenario]
-    scenarios = {name: SCENARIOS[name].scaled(scale) for name in chosen}
-    if arguments.num_seqs is not None:
-        scenarios = {name: dataclasses.replace(s, num_seqs=arguments.num_seqs) for name, s in scenarios.items()}
     plan = Plan(scenarios, arguments.rate or (), arguments.repeat or _DEFAULT_REPETITIONS, arguments.seed)
     engine = given(arguments, CONFIG_HELP)
     config = Config(arguments.model or str(bundled_model_path()), **engine)

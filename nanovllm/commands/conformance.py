@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nanovllm.commands.options import add_command
-from nanovllm.console import exit_on_sigterm
+from nanovllm.console import INTERRUPTED
 
 CHECKS = "tests/conformance/components"
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     paths = [str(path.resolve()) for path in arguments.paths]
     command = [sys.executable, "-c", _START, *options, "--", *paths]
     # After SIGTERM or Ctrl-C, run() kills the process, and the folder of its temporary files is removed here.
-    with exit_on_sigterm(), tempfile.TemporaryDirectory(prefix="nanovllm-conformance-") as folder:
+    with tempfile.TemporaryDirectory(prefix="nanovllm-conformance-") as folder:
         environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": folder}
         return subprocess.run(command, cwd=ROOT, env=environment).returncode
 
@@ -56,6 +56,9 @@ def run(arguments: argparse.Namespace) -> int:
 # The name in messages is that of the command which the user has typed.
 _START = f"""\
 import sys
-from {CHECKS.replace("/", ".")}.__main__ import main
+try:
+    from {CHECKS.replace("/", ".")}.__main__ import main
+except KeyboardInterrupt:
+    sys.exit({INTERRUPTED})
 sys.exit(main(sys.argv[1:], "nanovllm conformance"))
 """

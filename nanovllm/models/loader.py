@@ -84,6 +84,23 @@ def load_model(
     _refuse("weights have other shapes than config.json implies", misshapen)
 
 
+def warn_of_non_finite(model_dir: Path, dtype: torch.dtype) -> None:
+    """Log which weights make all logits NaN or infinite.
+
+    This reads every file, so it is called when such logits have come up. To check each tensor when it is loaded would
+    make loading on a CPU take twice as long.
+    """
+    sources = _tensor_files(checkpoint_files(model_dir))
+    names = [name for name, file in sources.items() if not _read(file, name).isfinite().all()]
+    reason = f"weights hold NaN or infinity {_listed(names)}; use another checkpoint, or download this one again"
+    if not names:
+        reason = (
+            f"each weight is finite: {str(dtype).removeprefix('torch.')} does not hold numbers that are as large as "
+            "those which the model computes; set dtype to bfloat16 or float32, or use another checkpoint"
+        )
+    logger.warning(f"the model computes no finite logits, so its tokens mean nothing: {reason}")
+
+
 def _missing_prefix(names: Collection[str]) -> str:
     """BASE_PREFIX if the checkpoint was saved from a base model (such as Qwen3Model), whose names lack it, else ""."""
     is_present = any(name.startswith(BASE_PREFIX) for name in names)
@@ -241,5 +258,9 @@ def _refuse(reason: str, names: Iterable[str]) -> None:
     """Raise ValueError with the reason and the list of names, unless names is empty."""
     listed = sorted(names)
     if listed:
-        more = f" and {len(listed) - _MAX_LISTED} more" if len(listed) > _MAX_LISTED else ""
-        raise ValueError(f"{reason} ({len(listed)}): {'; '.join(listed[:_MAX_LISTED])}{more}")
+        raise ValueError(f"{reason} {_listed(listed)}")
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
+    return f"({len(names)}): {'; '.join(sorted(names)[:_MAX_LISTED])}{more}"

@@ -30,7 +30,7 @@ from nanovllm.layers.sampler import Sampler, to_device
 from nanovllm.layers.select_ops import select_ops
 from nanovllm.model_config import ModelConfig
 from nanovllm.models.decoder import build_model, one_layer_of_each_kind
-from nanovllm.models.loader import load_model
+from nanovllm.models.loader import load_model, warn_of_non_finite
 from nanovllm.worker.async_output import AsyncModelOutput
 from nanovllm.worker.cpu_threads import choose_num_threads, mean_layer_parameters, torch_threads
 from nanovllm.worker.cuda_graph import (
@@ -82,6 +82,7 @@ class ModelRunner:
         self.graphs: CUDAGraphRunner | None = None
         self.prefill_graphs: PrefillGraphRunner | None = None
         self._shared_tokens: Tensor | None = None  # of the last step, if every rank has them
+        self._unchecked_dir: Path | None = None  # of the checkpoint, until logits of a request have been checked
         with plain_torch_state(self.device, is_inference=False):
             self.load_model(model_dir, on_tensor_loaded)
             self.block_size = self._choose_block_size()
@@ -96,6 +97,7 @@ class ModelRunner:
                 self.capture_graphs(self.graph_sizes)
             if self.device.type == "cuda":
                 gc.collect()  # 0.2 s of import-time garbage; otherwise the first automatic collection delays a request
+        self._unchecked_dir = model_dir if tp.rank == 0 else None
 
     def load_model(self, model_dir: Path, on_tensor_loaded: Callable[[], None] | None) -> None:
         """Choose the attention backend and the number of threads, and build the model with its weights."""
@@ -313,11 +315,19 @@ class ModelRunner:
             logits = self._compute_logits(model_input, previous_token_ids)
             if logits is None:
                 return torch.empty(0, dtype=torch.int64)
+            if self._unchecked_dir is not None:
+                self._check_finite(logits, self._unchecked_dir)
             return self.sampler(logits, to_device(model_input.sampling, self.device))
         logits, token_ids = self.graphs.replay(model_input, previous_token_ids)
         if len(model_input.sampling.filtered_rows):
             self.sampler.sample_filtered(logits, to_device(model_input.sampling, self.device), token_ids)
         return token_ids
+
+    def _check_finite(self, logits: Tensor, model_dir: Path) -> None:
+        """Log a warning if no logit of the first row is finite: the sampler takes token 0, often an empty text."""
+        self._unchecked_dir = None  # only the first step that samples is checked, since this waits for the device
+        if not logits[0].isfinite().any():
+            warn_of_non_finite(model_dir, self.dtype)
 
     def _compute_logits(self, model_input: ModelInput, previous_token_ids: Tensor | None) -> Tensor | None:
         """[num_samples, V/size], this rank's columns; None if this step samples no sequence."""

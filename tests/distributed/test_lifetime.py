@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from nanovllm import LLM, SamplingParams, bundled_model_path
+from nanovllm.console import TERMINATED
 from nanovllm.executor.multiproc import MultiprocExecutor
 from tests.support.counts import count_event
 from tests.support.limits import HANG_SECONDS, wait_until
@@ -182,6 +183,31 @@ def test_ctrl_c_ends_the_ranks(start_program: Callable[[str], Program]) -> None:
     os.killpg(program.process.pid, signal.SIGINT)
     code, out, err = program.end()
     assert (code, out.splitlines()[-1], err) == (0, "interrupted", "")
+
+
+def test_sigterm_ends_a_command_and_its_ranks(tmp_path: Path) -> None:
+    """D34: exit code 143, nothing left, and Python has nothing to say about shared memory."""
+    arguments = ["--tensor-parallel-size=2", "--device=cpu", "--max-tokens=2000", "--ignore-eos", "In the beginning"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "nanovllm", "generate", *arguments], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, env={**os.environ, "TMPDIR": str(tmp_path)},
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        assert process.stdout.read(1)
+        children = psutil.Process(process.pid).children()
+        maps = Path(f"/proc/{process.pid}/maps").read_text()
+        segments = [Path(line.split()[-1]) for line in maps.splitlines() if f" {SHARED_MEMORY}/" in line]
+        assert len(children) == 2, "rank 1, and the tracker of shared memory"
+        assert len(segments) == 3, "one for messages, and two semaphores"
+        process.terminate()
+        _, errors = process.communicate(timeout=HANG_SECONDS)
+    assert process.returncode == TERMINATED
+    assert [
+        line for line in errors.splitlines() if not line.startswith(("no --model given", "attention backend"))
+    ] == []
+    wait_until(lambda: not any(child.is_running() for child in children), "the processes have ended")
+    assert [path for path in segments if path.exists()] == []
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("where", ["between steps", "in a collective", "in a collective, while a child has its files"])

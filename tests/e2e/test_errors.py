@@ -1,10 +1,12 @@
 """What a user or a step can get wrong, and the engine goes on. Contracts E16 and E17 have bad input of any engine."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from nanovllm import LLM, bundled_model_path
 from nanovllm.engine.scheduler import ScheduledBatch
@@ -93,3 +95,33 @@ def test_a_model_that_cannot_be_loaded_leaves_torch_as_it_was(tmp_path: Path) ->
     with pytest.raises(ValueError, match="safetensors"):
         LLM(str(model), device="cpu", dtype="bfloat16")
     assert (torch.get_default_dtype(), torch.get_default_device()) == before
+
+
+@pytest.mark.parametrize(
+    ("changed", "value", "dtype", "warning"),
+    [
+        ("model.layers.0.mlp.down_proj.weight", torch.nan, "float32", "(1): {}; use another checkpoint"),
+        ("model.layers.1.input_layernorm.weight", torch.inf, "float32", "(1): {}; use another checkpoint"),
+        (
+            "model.norm.weight",
+            60000.0,
+            "float16",
+            "is finite: float16 does not hold numbers that are as large as those",
+        ),
+        ("model.norm.weight", 1.0, "float32", None),
+    ],
+)
+def test_logits_none_of_which_is_finite_are_explained_once(
+    changed: str, value: float, dtype: str, warning: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The sampler takes token 0 then, which ends the texts of many models: no text, and no reason."""
+    model = copy_model(bundled_model_path(), tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors[changed].view(-1)[0 if value != value else slice(None)] = value
+    save_file(tensors, model / "model.safetensors")
+    caplog.set_level(logging.WARNING, "nanovllm")
+    with bundled_llm(model, dtype=dtype) as llm:
+        for _ in range(2):
+            llm.generate(PROMPTS, GREEDY, use_tqdm=False)
+    assert len(caplog.messages) == (warning is not None)
+    assert all(str(warning).format(changed) in message for message in caplog.messages)

@@ -17,6 +17,7 @@ from nanovllm.commands import demo
 from nanovllm.commands import options as command_options
 from nanovllm.commands.options import given, sampling_params
 from tests.support.limits import HANG_SECONDS
+from tests.support.programs import run_python
 from tests.support.source_tree import ROOT
 
 PROMPT, _ = PROMPTS = ["In the beginning", "And it came to pass"]
@@ -183,6 +184,16 @@ def test_debug_shows_the_traceback(capsys) -> None:
     first, *_, last = capsys.readouterr().err.splitlines()
     assert first == "Traceback (most recent call last):"
     assert last == "nanovllm: error: --max-tokens must be an integer of at least 1, got 0"
+
+
+@pytest.mark.parametrize("module", ["numpy", "torch"])
+def test_ctrl_c_while_modules_are_imported_shows_no_traceback(module: str, tmp_path) -> None:
+    """From a disk that is slow, the imports take many seconds. A file in place of the module is the Ctrl-C."""
+    (tmp_path / f"{module}.py").write_text("raise KeyboardInterrupt")
+    result = run_python("-m", "nanovllm", "generate", PROMPT, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
+    assert (result.returncode, result.stdout) == (cli.INTERRUPTED, "")
+    note = "no --model given: using the bundled one, which knows passages of the King James Bible\n"
+    assert result.stderr.removeprefix(note) == "\nnanovllm: interrupted\n"
 
 
 def test_a_reader_that_closes_its_end_is_no_error() -> None:

@@ -1,17 +1,22 @@
-"""Standard streams of the command line: no encoding, closed stream or full disk costs a result or shows a traceback."""
+"""Standard streams of the command line: no encoding, closed stream or full disk costs a result or shows a traceback.
+
+No signal that ends a command is lost.
+"""
 
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from nanovllm import cli
-from nanovllm.console import lossless_console, read_lines_from_stdin, typed_lines
-from tests.support.limits import HANG_SECONDS
+from nanovllm.console import exit_on_sigterm, lossless_console, read_lines_from_stdin, typed_lines
+from tests.support.limits import HANG_SECONDS, wait_until
 from tests.support.source_tree import ROOT
 
 SMALL = ["--max-tokens", "4", "--greedy", "--max-model-len", "64", "--device", "cpu"]
@@ -131,3 +136,38 @@ def test_a_stderr_that_cannot_be_written_is_no_error(monkeypatch) -> None:
             print("lost", file=sys.stderr, flush=True)
             print("lost too", file=sys.stderr, flush=True)
         assert sys.stderr is full
+
+
+class CallsWhenFreed:
+    def __init__(self, call: Callable[[], object]) -> None:
+        self.call = call
+
+    def __del__(self) -> None:
+        self.call()
+
+
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_signal_that_arrives_in_a_del_is_not_lost(number: int, error: type[BaseException]) -> None:
+    """Python ignores exceptions that are raised there."""
+
+    @exit_on_sigterm()
+    def command() -> None:
+        CallsWhenFreed(lambda: signal.raise_signal(number))
+        wait_until(lambda: False, "the signal is sent again")
+
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background process of a shell ignores it
+    try:
+        with pytest.raises(error):
+            command()
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+def test_other_ignored_exceptions_go_to_the_hook_that_was_set_before(monkeypatch) -> None:
+    ignored: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda hook_args: ignored.append(hook_args.exc_type))
+    hook = sys.unraisablehook
+    with exit_on_sigterm():
+        CallsWhenFreed(lambda: int("x"))
+    assert ignored == [ValueError]
+    assert sys.unraisablehook is hook

@@ -21,6 +21,7 @@ from tests.conformance.components.drawing import drawing
 from tests.conformance.components.running import plant, run_checks
 from tests.conformance.components.targets.faults import FAULTS, RIGHT
 from tests.support.limits import HANG_SECONDS, wait_until
+from tests.support.programs import run_python
 from tests.support.source_tree import ROOT
 from tools.docs.svg import MAX_WIDTH
 
@@ -137,6 +138,13 @@ def test_signal_ends_the_command_with_its_processes_and_files(number: int, code:
     assert output == (b"" if number == signal.SIGTERM else b"\nnanovllm: interrupted\n")
     assert list(tmp_path.iterdir()) == []
     wait_until(lambda: not Path(f"/proc/{child}/cmdline").exists() or not Path(f"/proc/{child}/cmdline").read_bytes())
+
+
+def test_ctrl_c_while_the_checks_are_imported_shows_no_traceback(tmp_path: Path) -> None:
+    """The command prints its line; a file in place of a module that the checks import is the Ctrl-C."""
+    (tmp_path / "html.py").write_text("raise KeyboardInterrupt")
+    result = run_python("-c", conformance._START, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
+    assert (result.returncode, result.stdout, result.stderr) == (cli.INTERRUPTED, "", "")
 
 
 def examining(folder: Path) -> list[int]:

@@ -71,7 +71,7 @@ def find_target(spec: str, path: str | None, adapter_name: str | None, options: 
     module = _import(module_name, path)
     engine = getattr(module, class_name, None)
     if not inspect.isclass(engine):
-        classes = [name for name, value in vars(module).items() if inspect.isclass(value)]
+        classes = [name for name in dir(module) if inspect.isclass(getattr(module, name, None))]
         near = difflib.get_close_matches(class_name, classes, 3, cutoff=0) or ["no class at all"]
         raise ValueError(f"module {module_name} has no class {class_name}; it has {', '.join(near)}")
     if not callable(getattr(engine, "generate", None)):

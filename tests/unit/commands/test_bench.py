@@ -102,6 +102,12 @@ SINGLE = ("--scenario", "single")
         ((*SINGLE, "--rate", "0"), "--rate must be a number above 0, in requests a second, got 0.0"),
         ((*SINGLE, "--rate", "5", "-2"), "--rate must be a number above 0, in requests a second, got -2.0"),
         ((*SINGLE, "--rate", "nan"), "--rate must be a number above 0, in requests a second, got nan"),
+        (
+            ("--scenario", "single", "headline", "--rate", "5", "1e-9"),
+            "--rate must be at least 0.003, so that the 256 requests of 'headline' arrive within about a day, "
+            "got 1e-09; raise it, or lower --num-seqs or --scale",
+        ),
+        ((*SINGLE, "--num-seqs", "2000", "--rate", "0.01"), "--rate must be at least 0.02, so that the 2000 requests"),
         ((*SINGLE, "--scale", "0"), "--scale must be a number above 0, got 0.0"),
         ((*SINGLE, "--repeat", "0"), "--repeat must be an integer of at least 1, got 0"),
         ((*SINGLE, "--num-seqs", "0"), "--num-seqs must be an integer of at least 1, got 0"),

@@ -28,6 +28,7 @@ def runner_of(tp: Any, **parts: Any) -> Any:
         num_threads=None,
         sampler=Sampled(),
         _shared_tokens=None,
+        _unchecked_dir=None,
         **parts,
     )
     return runner
