@@ -20,7 +20,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import gc
 import random
 import shlex
+import signal
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -118,3 +120,14 @@ def _seeded(pytestconfig: pytest.Config) -> None:
     torch = sys.modules.get("torch")  # a test without torch does not pay for its import
     if torch is not None:
         torch.manual_seed(seed)
+
+
+@pytest.fixture
+def ctrl_c_raises() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt here and in programs that the test starts, which inherit how it is handled.
+
+    A shell that runs the tests in the background has it ignored.
+    """
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, handler)

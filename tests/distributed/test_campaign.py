@@ -133,28 +133,24 @@ def test_a_rank_killed_at_any_moment(nothing_left: Watch) -> None:
         count_event("a rank killed at a random moment")
 
 
-def test_ctrl_c_at_any_moment(nothing_left: Watch) -> None:
+def test_ctrl_c_at_any_moment(nothing_left: Watch, ctrl_c_raises: None) -> None:
     """D33: while the ranks start, connect, load, compute or wait; KeyboardInterrupt is raised, nothing is left."""
     before = nothing_left.snapshot()
-    handler, interrupted_at = signal.getsignal(signal.SIGINT), 0.0
+    interrupted_at = 0.0
 
     def interrupt() -> None:
         nonlocal interrupted_at
         interrupted_at = time.monotonic()
         os.kill(os.getpid(), signal.SIGINT)
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background of a shell it is ignored
-    try:
-        for attempt in range(NUM_INTERRUPTS):
-            moment = random.Random(f"{SEED}-{attempt}").uniform(0, MAX_SECONDS_TO_START)
-            timer = threading.Timer(moment, interrupt)
-            with pytest.raises(KeyboardInterrupt):  # noqa: PT012
-                timer.start()
-                work_for_ever()
-            seconds = time.monotonic() - interrupted_at
-            record_error("seconds from Ctrl-C to its exception", seconds, MAX_SECONDS)
-            assert seconds < MAX_SECONDS
-            assert nothing_left.snapshot() == before, f"attempt {attempt}"
-            count_event("Ctrl-C at a random moment")
-    finally:
-        signal.signal(signal.SIGINT, handler)
+    for attempt in range(NUM_INTERRUPTS):
+        moment = random.Random(f"{SEED}-{attempt}").uniform(0, MAX_SECONDS_TO_START)
+        timer = threading.Timer(moment, interrupt)
+        with pytest.raises(KeyboardInterrupt):  # noqa: PT012
+            timer.start()
+            work_for_ever()
+        seconds = time.monotonic() - interrupted_at
+        record_error("seconds from Ctrl-C to its exception", seconds, MAX_SECONDS)
+        assert seconds < MAX_SECONDS
+        assert nothing_left.snapshot() == before, f"attempt {attempt}"
+        count_event("Ctrl-C at a random moment")

@@ -147,7 +147,9 @@ class CallsWhenFreed:
 
 
 @pytest.mark.parametrize(("number", "error"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
-def test_a_signal_that_arrives_in_a_del_is_not_lost(number: int, error: type[BaseException]) -> None:
+def test_a_signal_that_arrives_in_a_del_is_not_lost(
+    number: int, error: type[BaseException], ctrl_c_raises: None
+) -> None:
     """Python ignores exceptions that are raised there."""
 
     @exit_on_sigterm()
@@ -155,12 +157,8 @@ def test_a_signal_that_arrives_in_a_del_is_not_lost(number: int, error: type[Bas
         CallsWhenFreed(lambda: signal.raise_signal(number))
         wait_until(lambda: False, "the signal is sent again")
 
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background process of a shell ignores it
-    try:
-        with pytest.raises(error):
-            command()
-    finally:
-        signal.signal(signal.SIGINT, handler)
+    with pytest.raises(error):
+        command()
 
 
 def test_other_ignored_exceptions_go_to_the_hook_that_was_set_before(monkeypatch) -> None:

@@ -123,7 +123,9 @@ def test_closed_output_ends_the_command_without_a_traceback() -> None:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, TERMINATED), (signal.SIGINT, cli.INTERRUPTED)])
-def test_signal_ends_the_command_with_its_processes_and_files(number: int, code: int, tmp_path: Path) -> None:
+def test_signal_ends_the_command_with_its_processes_and_files(
+    number: int, code: int, tmp_path: Path, ctrl_c_raises: None
+) -> None:
     """Ctrl-C reaches the whole process group of the terminal; SIGTERM, which CI systems send, the command alone."""
     command = [sys.executable, "-m", "nanovllm", "conformance", str(RIGHT), "--scenarios=1000000", "--seconds=60"]
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
