@@ -19,6 +19,7 @@ FileStore, PrefixStore = dist.FileStore, dist.PrefixStore
 
 NO_TIMEOUT = timedelta(days=365)  # a slow rank is waited for; a failed rank is detected by other means
 REMOTE_CONNECT_TIMEOUT = timedelta(minutes=30)  # the machines' programs may be started minutes apart
+MAX_SECONDS_TO_BEGIN = 1.0  # of a new thread; if Ctrl-C came early, there is none
 ABORT_DRAIN_TIMEOUT_S = 1.0  # for a collective that is being launched when the group is aborted
 
 
@@ -65,7 +66,9 @@ def abort_process_group(tp: TensorParallel) -> "DaemonThread":
     The thread ends when the abort has ended. NCCL's waits until the CUDA graphs that recorded its collectives are
     freed, so it runs in a thread of its own while the caller frees them.
     """
-    return DaemonThread(partial(_abort, tp))
+    thread = DaemonThread(partial(_abort, tp))
+    thread.start()
+    return thread
 
 
 def _abort(tp: TensorParallel) -> None:
@@ -76,23 +79,40 @@ def _abort(tp: TensorParallel) -> None:
 
 
 class DaemonThread(threading.Thread):
-    """A running thread that calls work(). The interpreter exits without waiting for it.
+    """A thread that calls work(). The interpreter exits without waiting for it.
 
     When it has ended, neither it nor the traceback of its error refers to what `work` used, unless `work` is a closure:
     a traceback keeps those of its functions.
+
+    If Ctrl-C interrupts start() or join(), the thread has begun, and join() still waits for its end. Neither holds of
+    Python's own threads: before 3.13, one whose join() was interrupted counts as ended.
     """
 
     def __init__(self, work: Callable[[], object]) -> None:
         super().__init__(target=work, daemon=True)
         self._error: BaseException | None = None
-        self.start()
+        self._has_begun, self._has_ended = threading.Event(), threading.Event()
+
+    def start(self) -> None:
+        try:
+            super().start()
+        except KeyboardInterrupt:
+            self._has_begun.wait(MAX_SECONDS_TO_BEGIN)
+            raise
+
+    def join(self, timeout: float | None = None) -> None:
+        if self._has_ended.wait(timeout):
+            super().join()
 
     def run(self) -> None:
+        self._has_begun.set()
         try:
             super().run()  # drops its reference to work
         except BaseException as error:
             traceback.clear_frames(error.__traceback__)
             self._error = error
+        finally:
+            self._has_ended.set()
 
     def check(self) -> None:
         """Raise what work() raised, if the thread has ended."""

@@ -12,6 +12,7 @@ from enum import Enum, auto
 from multiprocessing import Pipe, connection
 from multiprocessing.connection import Connection
 
+from nanovllm.distributed.process_group import DaemonThread
 from nanovllm.executor.base import RankError, RankValueError
 
 READY = "ready"  # a worker's first message: the worker has imported torch and the user's program
@@ -71,16 +72,21 @@ class FailureMonitor:
         self._state = State.STARTING if pipes else State.RUNNING
         self._root_cause: RankError | None = None
         self._wake, self._wake_sender = Pipe(duplex=False)
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        if pipes:
-            self._thread.start()
+        self._thread = DaemonThread(self._watch)
+        try:
+            if pipes:
+                self._thread.start()
+        except BaseException:  # Ctrl-C
+            self.close()
+            raise
 
     def check(self) -> None:
-        """Raise the root cause if a rank has failed; RuntimeError if rank 0 itself has.
+        """Raise the root cause if a rank has failed, RuntimeError if rank 0 itself has, and an error of the thread itself.
 
         Each call raises a new exception. If threads shared one, its traceback would keep the frames of all of them, and
         so the process group that a frame of the connecting thread refers to.
         """
+        self._thread.check()
         with self._changed:
             if self._state is State.FAILED:
                 raise copy(self._root_cause or RuntimeError("rank 0 has failed, and the other ranks were terminated"))

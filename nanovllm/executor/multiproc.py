@@ -66,6 +66,7 @@ class MultiprocExecutor(MultiRankExecutor):
             monitor = FailureMonitor(
                 receivers, lambda rank: _exit_code(self._processes[rank - 1]), self._kill_workers, self._unblock
             )
+            stack.callback(monitor.close)
             self._resources = stack.pop_all()  # _release() closes them after the processes have ended
         super().__init__(spec, placement, monitor)
 
@@ -73,6 +74,7 @@ class MultiprocExecutor(MultiRankExecutor):
         self._start_workers(spec)
         # _join_group runs in a thread, because connecting to a rank that has died cannot be interrupted.
         self._connecting = DaemonThread(self._join_group)
+        self._connecting.start()  # once it is stored: _release() waits for it after Ctrl-C
         while self._connecting.is_alive():
             self._connecting.join(CHECK_INTERVAL_S)
             self._monitor.check()
@@ -133,7 +135,8 @@ class MultiprocExecutor(MultiRankExecutor):
     def _release(self) -> None:
         self._kill_workers()
         if self._connecting is not None:
-            self._connecting.join(ROOT_CAUSE_TIMEOUT_S)
+            if self._connecting.is_alive():
+                self._connecting.join(ROOT_CAUSE_TIMEOUT_S)
             self._connecting = None
             self._abort_group()  # the ranks may have connected since _terminate()
         for process in self._processes:

@@ -1,5 +1,7 @@
 """TensorParallel over real gloo groups, sizes that ranks divide, and the guard of its collectives."""
 
+import os
+import signal
 import threading
 import weakref
 from contextlib import nullcontext
@@ -125,6 +127,39 @@ def test_a_launch_that_waits_for_a_full_gpu_does_not_delay_the_abort(monkeypatch
         tp.all_reduce(torch.ones(1))
 
 
+def test_ctrl_c_while_a_thread_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """KeyboardInterrupt is raised when the thread has begun, so that joining it waits for its end."""
+    has_run = threading.Event()
+    start, thread = threading.Thread.start, DaemonThread(has_run.set)
+
+    def interrupted_start(self: threading.Thread) -> None:
+        if self is not thread:
+            return start(self)
+        threading.Timer(0.05, start, [thread]).start()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted_start)
+    with pytest.raises(KeyboardInterrupt):
+        thread.start()
+    thread.join(HANG_SECONDS)
+    assert has_run.is_set()
+
+
+def test_ctrl_c_while_a_thread_is_waited_for(ctrl_c_raises: None) -> None:
+    """Python 3.11 and 3.12 take a thread for ended whose join() was interrupted."""
+    thread = DaemonThread((may_end := threading.Event()).wait)
+    thread.start()
+    interrupt = threading.Timer(0.1, os.kill, [os.getpid(), signal.SIGINT])
+    with pytest.raises(KeyboardInterrupt):  # noqa: PT012
+        interrupt.start()
+        thread.join(HANG_SECONDS)
+    assert thread.is_alive()
+    threading.Timer(0.1, may_end.set).start()
+    thread.join(HANG_SECONDS)
+    assert may_end.is_set()
+    assert not thread.is_alive()
+
+
 @pytest.mark.parametrize("error", [None, ValueError("wrong")])
 def test_an_ended_thread_holds_nothing_of_its_work(error: Exception | None) -> None:
     """D34: nor does the error, in whose traceback the work's frames are."""
@@ -136,6 +171,7 @@ def test_an_ended_thread_holds_nothing_of_its_work(error: Exception | None) -> N
     thread = DaemonThread(partial(work, tensor := torch.zeros(1)))
     freed = weakref.ref(tensor)
     del tensor
+    thread.start()
     thread.join(HANG_SECONDS)
     assert freed() is None
     with pytest.raises(ValueError, match="wrong") if error else nullcontext():

@@ -14,6 +14,7 @@ import torch
 from nanovllm import Config
 from nanovllm.distributed.placement import RankPlacement
 from nanovllm.distributed.process_group import DaemonThread
+from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.executor import base, multi_rank, uniproc
 from nanovllm.executor.base import RankError, free_frames, make_executor
 from nanovllm.executor.failure_monitor import State
@@ -112,8 +113,13 @@ class Ranks(MultiRankExecutor):
 def parts(monkeypatch: pytest.MonkeyPatch) -> Any:
     parts = Parts()
 
+    def abort_process_group(_: TensorParallel) -> DaemonThread:
+        thread = DaemonThread(lambda: parts.call("abort"))
+        thread.start()
+        return thread
+
     monkeypatch.setattr(multi_rank, "destroy_process_group", lambda tp: parts.call("destroy group"))
-    monkeypatch.setattr(multi_rank, "abort_process_group", lambda tp: DaemonThread(lambda: parts.call("abort")))
+    monkeypatch.setattr(multi_rank, "abort_process_group", abort_process_group)
     monkeypatch.setattr(uniproc, "ModelRunner", parts.make_runner)
     return parts
 

@@ -66,6 +66,16 @@ def test_the_state_is_running_when_all_workers_are_ready(start: Start) -> None:
     assert workers.calls == []
 
 
+def test_an_error_of_the_thread_itself_is_raised(start: Start) -> None:
+    """Else rank 0 would wait without end for a rank whose failure nothing reports."""
+    workers = start(1)
+    workers.monitor._exit_code = lambda rank: {}[rank]
+    workers.senders[1].close()
+    wait_until(lambda: not workers.monitor._thread.is_alive())
+    with pytest.raises(KeyError):
+        workers.monitor.check()
+
+
 @pytest.mark.parametrize(("ready", "message"), [([1, 2], "without an error message"), ([2], "while it started; ")])
 def test_a_worker_ends_before_or_after_all_workers_are_ready(start: Start, ready: list[int], message: str) -> None:
     workers = start(2)
