@@ -15,8 +15,8 @@ import torch
 if TYPE_CHECKING:
     from nanovllm.distributed.tensor_parallel import TensorParallel
 
-MAX_PROGRAMS = 128  # of 512 threads each: all of a launch run at once on an A100 or H100
-SLOT_BYTES = 16384
+MAX_PROGRAMS = 2048  # of 64 threads each with two ranks: all of a launch run at once on an A100 or H100
+SLOT_BYTES = 1024
 EMPTY = 0x8000  # of each 16 bits: -0.0 in half precision, and a number near zero that float32 sums do not miss
 MAX_SENT_BYTES = 3 * 2**20  # by each rank: as measured, NCCL is as fast or faster for more
 HANDLE_BYTES = 64  # cuda.h: CU_IPC_HANDLE_SIZE

@@ -4,8 +4,9 @@ A program sends its part of x to the buffers of all other ranks, waits until the
 sums the parts in float32. An element that has not arrived is EMPTY, a value that no rank sends, so the data needs
 neither a flag nor a fence behind it: its latency is that of one write over NVLink. A program empties what it has read.
 
-There are two slots for each program and rank, used in turn. A rank sends for the second launch after this one when all
-others have sent for the next one, and so have read, and emptied, the slot.
+There are two slots for each program and rank, used in turn; a program's part of x fills one. A rank sends for the
+second launch after this one when all others have sent for the next one, and so have read, and emptied, the slot. Many
+small programs are fastest, since each waits for little.
 
 Source: TensorRT-LLM's all-reduce of this kind, which it names after Lamport. NCCL's LL sends no flag behind the data
 either.
@@ -22,24 +23,17 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from nanovllm.distributed.peer_memory import EMPTY, MAX_PROGRAMS, SLOT_BYTES, PeerBuffers
 from nanovllm.kernels import DTYPES
 from nanovllm.kernels.early_launch import pays_between_linear_layers
-from nanovllm.kernels.launching import cdiv, launch
+from nanovllm.kernels.launching import cdiv, launch, next_power_of_2
 
-MIN_BLOCK_SIZE = 512
+TILE_SIZE = 256  # elements that a program sums at once, while others arrive
 POLLS_BEFORE_CHECK = 4096  # of is_aborted: about 1.5 ms, because the host's memory answers one program after the other
-
-
-def choose_block_size(num_elements: int) -> int:
-    """The smallest power of two, from MIN_BLOCK_SIZE, with which MAX_PROGRAMS programs are enough."""
-    return max(MIN_BLOCK_SIZE, 1 << (-(-num_elements // MAX_PROGRAMS) - 1).bit_length())
 
 
 def all_reduce(
     x: torch.Tensor,
     peers: PeerBuffers,
     *,
-    block_size: int | None = None,
-    tile_size: int | None = None,
-    num_warps: int = 16,
+    num_warps: int | None = None,
     polls_before_check: int = POLLS_BEFORE_CHECK,
     launches_early: bool | None = None,
 ) -> torch.Tensor:
@@ -49,9 +43,8 @@ def all_reduce(
     contiguous, at most MAX_PROGRAMS * SLOT_BYTES bytes. Summed in float32 and rounded once; the value whose bits are
     EMPTY (-0.0 in half precision, -4.6e-41 in float32) is sent as 0. When peers.is_aborted is set, it returns soon, and
     the result holds anything.
-    block_size: elements of a program, a power of two that fits a slot. tile_size: of these, how many it sums at once,
-    while others arrive. polls_before_check: how often it looks for data before it looks at is_aborted. launches_early:
-    see early_launch.
+    num_warps: by default 2 with two ranks, as measured on two H200s. polls_before_check: how often a program looks for
+    data before it looks at is_aborted. launches_early: see early_launch.
     Raises ValueError for other x.
     """
     if x.ndim != 2 or not x.is_contiguous() or x.dtype not in DTYPES or x.nbytes > MAX_PROGRAMS * SLOT_BYTES:
@@ -60,22 +53,20 @@ def all_reduce(
             f"{MAX_PROGRAMS * SLOT_BYTES} bytes, got {list(x.shape)} of strides {x.stride()} in {x.dtype}"
         )
     total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    num_elements, num_ranks, is_half = x.numel(), len(peers.addresses), x.element_size() == 2
-    if num_elements == 0:
+    if x.numel() == 0:
         return total
-    if block_size is None:
-        block_size = choose_block_size(num_elements)
-    if tile_size is None:
-        tile_size = max(MIN_BLOCK_SIZE, block_size // 4)
+    num_ranks, is_half = len(peers.addresses), x.element_size() == 2
+    num_rows = 1 if num_ranks == 2 else next_power_of_2(num_ranks)
+    if num_warps is None:
+        num_warps = min(16, max(2, num_rows))
     if launches_early is None:
         launches_early = pays_between_linear_layers(x.device, *x.shape)
     launch(
         all_reduce_kernel,
-        (cdiv(num_elements, block_size),),
-        x, total, peers.addresses, peers.counts, peers.is_aborted, num_elements,
-        RANK=peers.rank, NUM_RANKS=num_ranks, NUM_ROWS=1 if num_ranks == 2 else 1 << (num_ranks - 1).bit_length(),
-        BLOCK_SIZE=block_size, TILE_SIZE=min(block_size, tile_size), SLOT_SIZE=SLOT_BYTES // x.element_size(),
-        MAX_PROGRAMS=MAX_PROGRAMS,
+        (cdiv(x.nbytes, SLOT_BYTES),),
+        x, total, peers.addresses, peers.counts, peers.is_aborted, x.numel(),
+        RANK=peers.rank, NUM_RANKS=num_ranks, NUM_ROWS=num_rows,
+        SLOT_SIZE=SLOT_BYTES // x.element_size(), TILE_SIZE=TILE_SIZE, MAX_PROGRAMS=MAX_PROGRAMS,
         BITS=tl.int16 if is_half else tl.int32, EMPTY=EMPTY - 2**16 if is_half else EMPTY * 0x10001 - 2**32,
         POLLS_BEFORE_CHECK=polls_before_check,
         LAUNCHES_EARLY=launches_early, launch_pdl=launches_early,
@@ -88,7 +79,7 @@ def all_reduce(
 def all_reduce_kernel(
     x_ptr, total_ptr, addresses_ptr, counts_ptr, is_aborted_ptr, num_elements,
     RANK: tl.constexpr, NUM_RANKS: tl.constexpr, NUM_ROWS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, TILE_SIZE: tl.constexpr, SLOT_SIZE: tl.constexpr, MAX_PROGRAMS: tl.constexpr,
+    SLOT_SIZE: tl.constexpr, TILE_SIZE: tl.constexpr, MAX_PROGRAMS: tl.constexpr,
     BITS: tl.constexpr, EMPTY: tl.constexpr, POLLS_BEFORE_CHECK: tl.constexpr, LAUNCHES_EARLY: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -97,9 +88,9 @@ def all_reduce_kernel(
         gdc_launch_dependents()
     count = tl.load(counts_ptr + program)
     half = (count & 1) * NUM_RANKS
-    for start in tl.static_range(0, BLOCK_SIZE, TILE_SIZE):
+    for start in tl.static_range(0, SLOT_SIZE, TILE_SIZE):
         place = start + tl.arange(0, TILE_SIZE)
-        element = program * BLOCK_SIZE + place
+        element = program * SLOT_SIZE + place
         x = load_bits(x_ptr + element, element < num_elements, BITS, EMPTY)
         for step in tl.static_range(1, NUM_RANKS):
             peer_ptr = tl.load(addresses_ptr + (RANK + step) % NUM_RANKS).to(tl.pointer_type(BITS))
@@ -111,9 +102,9 @@ def all_reduce_kernel(
     slot_ptr = own_ptr + ((half + source) * MAX_PROGRAMS + program) * SLOT_SIZE
     dtype = total_ptr.dtype.element_ty
     is_aborted = 0
-    for start in tl.static_range(0, BLOCK_SIZE, TILE_SIZE):
+    for start in tl.static_range(0, SLOT_SIZE, TILE_SIZE):
         place = start + tl.arange(0, TILE_SIZE)
-        element = program * BLOCK_SIZE + place
+        element = program * SLOT_SIZE + place
         mask = element < num_elements
         part_ptr = slot_ptr + place[None, :]
         arrives = (source != RANK) & (source < NUM_RANKS) & mask[None, :]
