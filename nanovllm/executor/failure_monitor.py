@@ -81,7 +81,7 @@ class FailureMonitor:
             raise
 
     def check(self) -> None:
-        """Raise the root cause if a rank has failed, RuntimeError if rank 0 itself has, and an error of the thread itself.
+        """Raise the root cause if a rank has failed, RuntimeError if rank 0 itself has, or an error of the thread.
 
         Each call raises a new exception. If threads shared one, its traceback would keep the frames of all of them, and
         so the process group that a frame of the connecting thread refers to.
