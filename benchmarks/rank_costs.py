@@ -23,7 +23,7 @@ from nanovllm.executor.worker_main import join_local_group
 from nanovllm.layers.torch_ops import TORCH_OPS
 from nanovllm.model_config import ModelConfig
 
-CALLS = 16  # in a graph
+CALLS = 64  # in a graph
 ROUNDS = 15
 
 
@@ -170,6 +170,7 @@ def _seconds_in_graph(tp: TensorParallel, call: Callable[[], Any]) -> float:
     seconds = []
     for _ in range(ROUNDS):
         tp.barrier()
+        call()  # the GPUs leave a collective within microseconds, and the barrier within tens of them
         start.record()
         graph.replay()
         end.record()
