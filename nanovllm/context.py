@@ -58,10 +58,7 @@ def get_context() -> Context:
 
 @contextmanager
 def set_context(context: Context) -> Iterator[None]:
-    """Make `context` the one that get_context returns in this thread, for one forward pass.
-
-    Raises RuntimeError when nested. Engines in other threads have contexts of their own.
-    """
+    """Make `context` the one that get_context returns, for one forward pass. Raises RuntimeError when nested."""
     if _current.get() is not None:
         raise RuntimeError("set_context() is already active: forward passes do not nest")
     token = _current.set(context)

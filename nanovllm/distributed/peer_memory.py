@@ -87,12 +87,11 @@ class PeerMemory:
             ]
         except PeerMemoryError:
             return False
-        is_gpu = self._device == "cuda"
         self.buffers = PeerBuffers(
             self._rank,
             torch.tensor(addresses, dtype=torch.int64, device=self._device),
             torch.zeros(MAX_PROGRAMS, dtype=torch.int32, device=self._device),
-            torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=is_gpu),
+            torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=self._device == "cuda"),
         )
         return True
 

@@ -95,11 +95,9 @@ class TensorParallel:
         part = x.contiguous()  # both backends require it
         if not self.is_nccl:
             part = part.cpu()  # gloo gathers CPU tensors only
-        parts = [torch.empty_like(part) for _ in range(self.size)] if self.rank == 0 else None
-        options = dist.GatherOptions()
-        options.rootRank = 0
-        self._launch(self.group.gather, [parts] if parts is not None else [], [part], options).wait()
-        return torch.cat(parts, dim=-1).to(x.device) if parts is not None else None
+        outputs = [[torch.empty_like(part) for _ in range(self.size)]] if self.rank == 0 else []
+        self._launch(self.group.gather, outputs, [part], dist.GatherOptions()).wait()  # rootRank is 0 by default
+        return torch.cat(outputs[0], dim=-1).to(x.device) if outputs else None
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         """[size, *x.shape], the ranks' x in rank order, on every rank. x: contiguous, of the same shape and dtype."""

@@ -126,11 +126,7 @@ class BlockManager:
     # --- growth ---
 
     def can_append(self, seq: Sequence) -> bool:
-        """Whether the last token has a block, or one can be allocated for it.
-
-        The last token needs a new block if it is the first token of a block: len(seq) % block_size == 1 with
-        block_size > 1.
-        """
+        """Whether the last token has a block, or one can be allocated for it."""
         return self.num_free_blocks >= seq.num_blocks - len(seq.block_table)
 
     def append(self, seq: Sequence) -> None:

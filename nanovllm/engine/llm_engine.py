@@ -176,7 +176,7 @@ class LLMEngine:
         Raises ValueError for messages that the template cannot render, and the errors of generate.
         """
         options = (chat_template, add_generation_prompt, continue_final_message, tools, chat_template_kwargs)
-        self._core.check_open()
+        self._check_usable()
         return self.generate(self._input_processor.chat_prompts(messages, *options), sampling_params, use_tqdm)
 
     def chat_stream(
@@ -191,7 +191,7 @@ class LLMEngine:
     ) -> Iterator[StreamOutput]:
         """As chat, but yields each message's text and tokens as they are produced. See generate_stream."""
         options = (chat_template, add_generation_prompt, continue_final_message, tools, chat_template_kwargs)
-        self._core.check_open()
+        self._check_usable()
         return self.generate_stream(self._input_processor.chat_prompts(messages, *options), sampling_params)
 
     # --- step by step ---
@@ -245,8 +245,7 @@ class LLMEngine:
     def _make_requests(
         self, prompts: list[Prompt], sampling_params: SamplingParams | list[SamplingParams] | None
     ) -> list[RequestState]:
-        self._check_process()
-        self._core.check_open()
+        self._check_usable()
         return self._input_processor.make_requests(prompts, sampling_params)
 
     # --- close ---
@@ -272,6 +271,11 @@ class LLMEngine:
                 f"this engine belongs to process {self._pid}, and this is process {os.getpid()}, forked from it: "
                 "make a new engine in the child"
             )
+
+    def _check_usable(self) -> None:
+        """Raise RuntimeError in a forked child, and when the engine is closed."""
+        self._check_process()
+        self._core.check_open()
 
     def __enter__(self) -> "LLMEngine":
         return self

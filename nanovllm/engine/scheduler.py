@@ -124,10 +124,9 @@ class Scheduler:
         """Choose the next step, allocate its blocks, set num_scheduled_tokens. Empty if no request is queued."""
         is_decode_due = self._num_consecutive_prefills >= MAX_CONSECUTIVE_PREFILLS
         if not (is_decode_due and any(seq.is_decodable for seq in self.running)):
-            sequences = self._schedule_prefill()
-            if sequences:
-                self._num_consecutive_prefills += 1
-                return self._batch(sequences, is_prefill=True)
+            prefill = self._schedule_prefill()
+            if prefill is not None:
+                return prefill
         self._num_consecutive_prefills = 0
         return self._batch(self._schedule_decode(), is_prefill=False)
 
@@ -139,7 +138,7 @@ class Scheduler:
             tuple(seq for seq in sequences if seq.is_sampled),
         )
 
-    def _schedule_prefill(self) -> list[Sequence]:
+    def _schedule_prefill(self) -> ScheduledBatch | None:
         budget = self.max_num_batched_tokens
         scheduled: list[Sequence] = []
 
@@ -159,7 +158,10 @@ class Scheduler:
             seq.status = SequenceStatus.RUNNING
             self.running.append(seq)
             schedule_chunk(seq)
-        return scheduled
+        if not scheduled:
+            return None
+        self._num_consecutive_prefills += 1
+        return self._batch(scheduled, is_prefill=True)
 
     def _can_admit(self) -> bool:
         """Whether the first waiting sequence, if any, can run now."""
@@ -289,11 +291,7 @@ class Scheduler:
             return None
         self._cache_computed(batch)
         self._cached_early = batch
-        sequences = self._schedule_prefill()
-        if not sequences:
-            return None
-        self._num_consecutive_prefills += 1
-        return self._batch(sequences, is_prefill=True)
+        return self._schedule_prefill()
 
     def commit_async_batch(self, async_batch: ScheduledBatch) -> ScheduledBatch:
         """The step that schedule_next_async chose, without the sequences that no longer run. May be empty."""

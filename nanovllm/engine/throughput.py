@@ -33,19 +33,16 @@ class GenerationProgress(Progress):
         self._computed[batch.is_prefill] += batch.num_tokens
         self._seconds[batch.is_prefill] += now - self._last_step
         self._last_step = now
-        before = self._num_tokens
-        num_unused = 0
+        num_new = 0
         for seq in advanced:  # a sequence has several new tokens if other threads have computed steps
-            is_finished, most = seq.is_finished, self._max_completion_tokens(seq)
-            counted = self._counted.get(seq.seq_id, 0)
-            if counted == most:
+            most, before = self._max_completion_tokens(seq), self._counted.get(seq.seq_id, 0)
+            if before == most:
                 continue
-            self._num_tokens += seq.num_completion_tokens - counted
-            self._counted[seq.seq_id] = most if is_finished else seq.num_completion_tokens
-            if is_finished:
-                self._num_finished += 1
-                num_unused += most - seq.num_completion_tokens
-        self.update(self._num_tokens - before + num_unused)
+            self._counted[seq.seq_id] = most if seq.is_finished else seq.num_completion_tokens
+            self._num_tokens += seq.num_completion_tokens - before
+            self._num_finished += seq.is_finished
+            num_new += self._counted[seq.seq_id] - before
+        self.update(num_new)
 
     def finish(self) -> None:
         """Count requests that were aborted between steps as finished."""

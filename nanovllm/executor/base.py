@@ -6,14 +6,12 @@ import traceback
 import weakref
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from nanovllm.config import Config
+from nanovllm.engine.scheduler import ScheduledBatch
 from nanovllm.model_config import ModelConfig
 from nanovllm.torchrun_env import read_torchrun_env
-
-if TYPE_CHECKING:
-    from nanovllm.engine.scheduler import ScheduledBatch
 
 
 class RankError(RuntimeError):
@@ -28,7 +26,7 @@ class PendingTokens(Protocol):
     """The new tokens of a submitted step, which the device may still be computing."""
 
     @property
-    def batch(self) -> "ScheduledBatch": ...
+    def batch(self) -> ScheduledBatch: ...
 
     def token_ids(self) -> list[int]:
         """The new token ids of batch.sampled_sequences, in their order. Blocks until they are computed."""
@@ -48,7 +46,7 @@ class Executor(ABC):
     supports_async_scheduling: bool
 
     @abstractmethod
-    def execute(self, batch: "ScheduledBatch", previous: PendingTokens | None = None) -> PendingTokens:
+    def execute(self, batch: ScheduledBatch, previous: PendingTokens | None = None) -> PendingTokens:
         """Submit `batch`.
 
         previous: the step submitted last, when `batch` was scheduled before its tokens were known. Its sampled tokens

@@ -50,8 +50,7 @@ class MultiRankPendingTokens:
 class MultiRankExecutor(Executor):
     """Sends each step to the other ranks and computes it on rank 0's ModelRunner.
 
-    Any exception shuts the executor down, because the ranks may no longer be at the same step. When another rank's
-    failure explains it, that failure is raised.
+    When another rank's failure explains an exception of rank 0, that failure is raised.
     """
 
     def __init__(self, spec: WorkerSpec, placement: RankPlacement, monitor: FailureMonitor) -> None:

@@ -54,8 +54,7 @@ class WorkerSpec:
 class StepMessage:
     """A step that rank 0 sends.
 
-    previous_sequences: those that the step before samples, when `batch` was scheduled before their tokens were known.
-        Those that are in batch.sequences as well are the same objects there, also when unpickled.
+    previous_sequences: as in ModelRunner.run. Those in batch.sequences are the same objects there, also when unpickled.
     """
 
     batch: ScheduledBatch

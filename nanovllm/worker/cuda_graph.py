@@ -263,7 +263,6 @@ class CUDAGraphRunner(GraphRunner):
         """Write the first `size` rows of the buffers on the host."""
         host, sampling, block_tables = self._host, model_input.sampling, model_input.block_tables
         num_seqs, source = len(model_input.input_ids), model_input.input_ids_source
-        own_tokens = self._own_tokens[:num_seqs]
         padding_rows = np.arange(num_seqs, size)
 
         def fill(column: np.ndarray, values: np.ndarray, padding: int | np.ndarray) -> None:
@@ -272,11 +271,9 @@ class CUDAGraphRunner(GraphRunner):
                 column[num_seqs:size] = padding
 
         fill(host.input_ids, model_input.input_ids, padding=0)
-        fill(
-            host.input_ids_source,
-            own_tokens if source is None else np.where(source >= 0, source, own_tokens),
-            padding=self._own_tokens[num_seqs:size],
-        )
+        host.input_ids_source[:size] = self._own_tokens[:size]
+        if source is not None:
+            np.copyto(host.input_ids_source[:num_seqs], source, where=source >= 0)
         fill(host.positions, model_input.positions, padding=0)
         fill(host.slot_mapping, model_input.slot_mapping, padding=PADDING_SLOT)
         fill(host.seed_low, sampling.seed_low, padding=0)

@@ -264,7 +264,6 @@ class ModelRunner:
 
     # --- one step: sequences -> ModelInput -> logits -> token ids ---
 
-    # Pure functions of the sequences. Every rank calls them, so the ranks compute the same step.
     prepare_prefill = staticmethod(prepare_prefill)
     prepare_decode = staticmethod(prepare_decode)
     prepare_decode_async = staticmethod(prepare_decode_async)

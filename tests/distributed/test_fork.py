@@ -33,7 +33,8 @@ def main():
         if how == "close":
             llm.close()
         if how == "use":
-            for use in (generate, llm.step, lambda: next(stream), lambda: llm.abort(0), lambda: llm.add_request("a")):
+            for use in (generate, llm.step, lambda: next(stream), lambda: llm.abort(0), lambda: llm.add_request("a"),
+                        lambda: llm.chat([]), llm.is_finished):
                 try:
                     use()
                 except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""BlockManager: sharing, allocation and growth. test_scheduler_against_reference.py compares hits and reuse."""
+"""BlockManager: sharing and allocation. test_scheduler_against_reference.py compares hits and reuse."""
 
 from collections import OrderedDict
 from collections.abc import Callable
@@ -164,9 +164,6 @@ def test_an_empty_pool_is_a_named_error() -> None:
 def test_a_pool_without_blocks_is_refused(num_blocks: int, block_size: int) -> None:
     with pytest.raises(ValueError, match=f"at least 1, got {num_blocks} and {block_size}"):
         BlockManager(num_blocks, block_size)
-
-
-# --- growth ---
 
 
 # --- check_invariants ---

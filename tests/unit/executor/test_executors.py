@@ -4,7 +4,6 @@ what closes them and what they raise.
 
 import gc
 import weakref
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -125,7 +124,7 @@ def parts(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def make_uniproc(parts: Parts) -> uniproc.UniprocExecutor:
-    return uniproc.UniprocExecutor(Config("any"), None, Path("any"))  # type: ignore[arg-type]
+    return uniproc.UniprocExecutor(Config("any"), None, None)  # type: ignore[arg-type]
 
 
 # --- a step ---
@@ -276,29 +275,24 @@ def test_an_executor_is_closed_with_its_owner_but_not_in_a_forked_child(monkeypa
 
 def test_the_frames_of_an_error_and_of_those_it_followed_from_are_freed() -> None:
     """What failed first, far inside, holds the activations of the step."""
-
-    class Activations:
-        pass
-
-    held: list[weakref.ref[Activations]] = []
+    held: list[weakref.ref[torch.Tensor]] = []
 
     def compute() -> None:
-        activations = Activations()
+        activations = torch.zeros(1)
         held.append(weakref.ref(activations))
         raise RuntimeError("the collective was aborted")
 
     def step() -> None:
-        activations = Activations()
+        activations = torch.zeros(1)
         held.append(weakref.ref(activations))
         try:
             compute()
         except RuntimeError:
             raise ValueError("the step failed")  # noqa: B904  chained as Python does it
 
-    try:
+    with pytest.raises(ValueError, match="the step failed") as caught:
         step()
-    except ValueError as error:
-        kept = error
+    kept = caught.value
     kept.__context__.__context__ = kept  # type: ignore[union-attr]  a ring, which `raise` may leave
     assert all(reference() is not None for reference in held)
     free_frames(kept)

@@ -28,15 +28,9 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> Captures:
 
     capture = cuda_graph.capture
 
-    def capture_to_repeat(compute: Callable[[], torch.Tensor | None], *arguments: Any) -> Any:
+    def capture_to_repeat(compute: Callable[[], torch.Tensor], *arguments: Any) -> Any:
         graph, logits = capture(compute, *arguments)
-
-        def replay() -> None:
-            new_logits = compute()
-            if logits is not None:
-                logits.copy_(new_logits)
-
-        graph.replay.side_effect = replay
+        graph.replay.side_effect = lambda: logits.copy_(compute())
         return graph, logits
 
     zeros, to = torch.zeros, torch.Tensor.to

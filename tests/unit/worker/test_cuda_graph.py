@@ -1,7 +1,6 @@
 """CUDAGraphRunner without a GPU: which batch sizes get a graph, and what its buffers hold when a graph is replayed.
 
-A fake graph repeats the captured function on the buffers of the capture. tests/e2e/test_gpu_graphs.py shows that real
-graphs do the same.
+Fake graphs repeat the forward pass, see conftest.py; tests/e2e/test_gpu_graphs.py has real ones.
 """
 
 import itertools
@@ -115,9 +114,7 @@ def decoding_async(sequences: list[Sequence], sampled: list[Sequence]) -> ModelI
 
 
 def replayed(runner: CUDAGraphRunner, model_input: ModelInput, *previous: torch.Tensor) -> tuple[list[Any], list[int]]:
-    output = runner.replay(model_input, *previous)
-    assert output is not None
-    logits, token_ids = output
+    logits, token_ids = runner.replay(model_input, *previous)
     return logits.tolist(), token_ids.tolist()
 
 
@@ -161,9 +158,7 @@ def test_tokens_that_the_host_does_not_know_come_from_a_step_without_a_graph(
 def test_tokens_that_the_host_does_not_know_come_from_the_graph_before(runner: CUDAGraphRunner) -> None:
     """Sequences leave the batch, so rows move; the last one was not in the step before."""
     first, gone, last, new = decoding(4)
-    output = runner.replay(prepare_decode([first, gone, last]))
-    assert output is not None
-    _, previous = output
+    _, previous = runner.replay(prepare_decode([first, gone, last]))
     sampled = previous.tolist()
     expected = [[2 * sampled[2]], [2 * sampled[0]], [2 * new.last_token]]
     assert replayed(runner, decoding_async([last, first, new], [first, gone, last]), previous)[0] == expected
