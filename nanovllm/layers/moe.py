@@ -76,10 +76,6 @@ class SparseMoeBlock(nn.Module):
     def forward(self, hidden_states: Tensor, residual: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
         """(output [T, E] of the normalised sum, hidden_states + residual, to which it is to be added)."""
         x, residual = norm(hidden_states, residual)
-        return self.compute(x), residual
-
-    def compute(self, x: Tensor) -> Tensor:
-        """[T, E] -> [T, E], without the norm."""
         gate_up_proj, down_proj = self.experts.gate_up_proj.weight, self.experts.down_proj.weight
         output = self.ops.moe(x, self.gate(x), gate_up_proj, down_proj, self.top_k, self.norm_topk_prob)
-        return self.ops.all_reduce(output, self.tp)
+        return self.ops.all_reduce(output, self.tp), residual
