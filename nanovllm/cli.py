@@ -13,14 +13,7 @@ from importlib import import_module
 
 from nanovllm import __version__
 from nanovllm.cli_errors import report_error
-from nanovllm.console import (
-    INTERRUPTED,
-    discard_stdout,
-    exit_on_sigterm,
-    flush_stdout,
-    lossless_console,
-    require_stdout,
-)
+from nanovllm.console import INTERRUPTED, discard, exit_on_sigterm, flush_stdout, lossless_console, require_stdout
 from nanovllm.torchrun_env import read_torchrun_env
 
 COMMANDS = ("generate", "demo", "chat", "bench", "trace", "conformance")
@@ -66,7 +59,7 @@ def _run(arguments: argparse.Namespace) -> int:
         sys.stdout.flush()  # raises BrokenPipeError here rather than at interpreter exit
         return code
     except BrokenPipeError:
-        discard_stdout()
+        discard(sys.stdout)
         return BROKEN_PIPE
     except Exception as error:
         code = report_error(error, option_names(arguments), arguments.debug)

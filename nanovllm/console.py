@@ -44,14 +44,14 @@ class _Messages:
         try:
             return self._stream.write(text)
         except OSError:
-            _discard(self._stream)
+            discard(self._stream)
             return len(text)
 
     def flush(self) -> None:
         try:
             self._stream.flush()
         except OSError:
-            _discard(self._stream)
+            discard(self._stream)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -130,11 +130,7 @@ def exit_on_sigterm() -> Iterator[None]:
         sys.unraisablehook = previous_hook
 
 
-def discard_stdout() -> None:
-    _discard(sys.stdout)
-
-
-def _discard(stream: TextIO) -> None:
+def discard(stream: TextIO) -> None:
     """Send what `stream` still buffers to the null device, so that the flush at interpreter exit cannot fail again."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, stream.fileno())
@@ -143,8 +139,8 @@ def _discard(stream: TextIO) -> None:
 
 def flush_stdout() -> None:
     """Write what was printed before an error; what a full disk refuses is discarded."""
-    try:
-        if sys.stdout is not None:
+    if sys.stdout is not None:
+        try:
             sys.stdout.flush()
-    except OSError:
-        discard_stdout()
+        except OSError:
+            discard(sys.stdout)

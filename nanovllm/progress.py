@@ -48,16 +48,13 @@ class Progress:
         """Count n more."""
         self.n += n
         with suppress(OSError):
-            self._show(n)
-
-    def _show(self, n: int) -> None:
-        if self._bar is not None:
-            if _HAS_WIDGETS:
-                self._bar.set_postfix_str(self.count() + self.details()[0], refresh=False)
-            self._bar.update(n)
-        elif self._writes_lines and monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
-            self._last_line, self._is_line_wanted = monotonic(), True
-            self._write_line()
+            if self._bar is not None:
+                if _HAS_WIDGETS:
+                    self._bar.set_postfix_str(self.count() + self.details()[0], refresh=False)
+                self._bar.update(n)
+            elif self._writes_lines and monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
+                self._last_line, self._is_line_wanted = monotonic(), True
+                self._write_line()
 
     def details(self) -> Sequence[str]:
         """Texts to follow the count, longest first. A terminal shows the first one that fits, a file the first one."""

@@ -140,7 +140,7 @@ def _picture(trace: ScheduleTrace) -> str:
     rows_top = 2 * (BAND_HEIGHT + BAND_GAP)
     rows_bottom = rows_top + len(seq_ids) * ROW_HEIGHT
     width, height = len(trace.steps) * step_width, rows_bottom + AXIS_HEIGHT
-    shapes = [*_bars(trace, step_width)]
+    shapes = _bars(trace, step_width)
     for row, seq_id in enumerate(seq_ids):
         shapes += _row(trace, seq_id, rows_top + row * ROW_HEIGHT, step_width)
     shapes.append(f'<rect id="cursor" x="0" y="0" width="{step_width}" height="{rows_bottom}"/>')

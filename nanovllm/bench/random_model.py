@@ -35,19 +35,18 @@ def make_config(like: str, num_layers: int | None = None) -> Any:
     if num_layers is not None:
         require_int("num_layers", num_layers, 1, MAX_LAYERS)
         options = {**options, "num_hidden_layers": num_layers}
-    with passive_omp_wait():  # transformers imports torch
+    with passive_omp_wait():
         import transformers
 
-    return getattr(transformers, class_name)(**options)
+        return getattr(transformers, class_name)(**options)  # the class imports torch
 
 
 def make_random_model(directory: Path, config: Any) -> None:
     """Write config.json and bfloat16 safetensors of `config` to `directory`. Takes seconds on a GPU, and about a minute
     for the small models on a CPU.
     """
-    with passive_omp_wait():
-        import torch
-        import transformers
+    import torch
+    import transformers
 
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):

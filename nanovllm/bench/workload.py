@@ -1,6 +1,7 @@
 """The workload: random prompts, drawn as nano-vllm's bench.py draws them; five scenarios; Poisson arrivals."""
 
 import random
+import sys
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -46,7 +47,7 @@ class Scenario:
         require_number("scale", factor, "a number above 0", lambda value: value > 0, remedy="1 is the whole scenario")
 
         def times(number: int, minimum: int) -> int:
-            return max(minimum, round(number * factor))
+            return max(minimum, round(min(number * factor, sys.maxsize)))  # a product may be infinite
 
         return replace(
             self,

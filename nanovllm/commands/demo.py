@@ -26,7 +26,10 @@ def run(arguments: argparse.Namespace) -> int:
     with LLM(str(path), device="cpu", dtype="float32") as llm:
         _heading(f"1. {NUM_STREAMED} prompts, streamed as the tokens are produced")
         for prompt in DEMO_PROMPTS[:NUM_STREAMED]:
-            _stream(llm, prompt, GREEDY)
+            print(f"[{prompt}]", end="", flush=True)
+            for item in llm.generate_stream(prompt, GREEDY):
+                print(item["text"].replace("\n", " "), end="", flush=True)
+            print(flush=True)
 
         _heading(f"2. {len(DEMO_PROMPTS)} prompts at once")
         outputs = llm.generate(list(DEMO_PROMPTS), GREEDY)
@@ -44,13 +47,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _heading(text: str) -> None:
     print(f"\n--- {text}", flush=True)
-
-
-def _stream(llm: LLMEngine, prompt: str, params: SamplingParams) -> None:
-    print(f"[{prompt}]", end="", flush=True)
-    for item in llm.generate_stream(prompt, params):
-        print(item["text"].replace("\n", " "), end="", flush=True)
-    print(flush=True)
 
 
 def _show(prompt: str, text: str, label: str = "") -> None:

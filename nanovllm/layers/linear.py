@@ -17,9 +17,9 @@ from nanovllm.layers.torch_ops import TORCH_OPS
 
 
 class LinearBase(nn.Module):
-    """A layer of which this rank holds the shard whose shape shard_shape returns, and weight_loader loads.
+    """A layer of which this rank holds a shard, which weight_loader loads.
 
-    shard_ids: of weight and bias, see make_parameter.
+    input_size, output_size: of this rank's shard. shard_ids: of weight and bias, see make_parameter.
     """
 
     weight_loader: Callable[..., None]
@@ -36,12 +36,8 @@ class LinearBase(nn.Module):
         super().__init__()
         self.tp = tp
         self.ops = ops
-        num_outputs, num_inputs = self.shard_shape(output_size, input_size)
-        self.weight = make_parameter((num_outputs, num_inputs), self.weight_loader, shard_ids)
-        self.bias = make_parameter((num_outputs,), self.weight_loader, shard_ids) if bias else None
-
-    def shard_shape(self, output_size: int, input_size: int) -> tuple[int, int]:
-        return output_size, input_size
+        self.weight = make_parameter((output_size, input_size), self.weight_loader, shard_ids)
+        self.bias = make_parameter((output_size,), self.weight_loader, shard_ids) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         return self.ops.linear(x, self.weight, self.bias)
@@ -51,17 +47,6 @@ class ReplicatedLinear(LinearBase):
     """Every rank holds and computes the whole layer: [T, input_size] -> [T, output_size]."""
 
     weight_loader = staticmethod(load_replicated)
-
-
-class ColumnParallelLinear(LinearBase):
-    """Each rank computes and keeps its shard of the outputs: [T, input_size] -> [T, output_size / size]."""
-
-    def shard_shape(self, output_size: int, input_size: int) -> tuple[int, int]:
-        return self.tp.divide("output_size", output_size), input_size
-
-    def weight_loader(self, param: nn.Parameter, loaded_weight: Tensor) -> None:
-        """Loads weight or bias: both are divided along the outputs, dimension 0."""
-        load_shard(param, loaded_weight, 0, self.tp.rank, self.tp.size)
 
 
 class MergedColumnParallelLinear(LinearBase):
@@ -126,8 +111,15 @@ class RowParallelLinear(LinearBase):
     Every rank holds the bias, but only rank 0 adds it, so that the sum contains it once.
     """
 
-    def shard_shape(self, output_size: int, input_size: int) -> tuple[int, int]:
-        return output_size, self.tp.divide("input_size", input_size)
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        bias: bool = False,
+        tp: TensorParallel = SINGLE_RANK,
+        ops: LayerOps = TORCH_OPS,
+    ) -> None:
+        super().__init__(tp.divide("input_size", input_size), output_size, bias, tp, ops)
 
     def weight_loader(self, param: nn.Parameter, loaded_weight: Tensor) -> None:
         if param is self.bias:

@@ -34,11 +34,11 @@ class Experts(nn.Module):
     def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int, tp: TensorParallel) -> None:
         super().__init__()
         self.tp = tp
-        self.shard_size = tp.divide("moe_intermediate_size", intermediate_size)
+        shard_size = tp.divide("moe_intermediate_size", intermediate_size)
         halves = tuple((expert, half) for expert in range(num_experts) for half in (0, 1))
-        shape = (num_experts, 2 * self.shard_size, hidden_size)
+        shape = (num_experts, 2 * shard_size, hidden_size)
         self.gate_up_proj = PackedExperts(shape, self.gate_up_loader, halves)
-        shape = (num_experts, hidden_size, self.shard_size)
+        shape = (num_experts, hidden_size, shard_size)
         self.down_proj = PackedExperts(shape, self.down_loader, tuple((expert,) for expert in range(num_experts)))
 
     def gate_up_loader(
@@ -51,8 +51,7 @@ class Experts(nn.Module):
             load_shard(param.unflatten(1, (2, -1)), halves, 2, self.tp.rank, self.tp.size)
             return
         expert, half = shard_id
-        target = param[expert].narrow(0, half * self.shard_size, self.shard_size)
-        load_shard(target, loaded_weight, 0, self.tp.rank, self.tp.size)
+        load_shard(param[expert].chunk(2)[half], loaded_weight, 0, self.tp.rank, self.tp.size)
 
     def down_loader(self, param: nn.Parameter, loaded_weight: Tensor, shard_id: tuple[int] | None = None) -> None:
         target = param if shard_id is None else param[shard_id[0]]
@@ -76,10 +75,6 @@ class SparseMoeBlock(nn.Module):
     def forward(self, hidden_states: Tensor, residual: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor]:
         """(output [T, E] of the normalised sum, hidden_states + residual, to which it is to be added)."""
         x, residual = norm(hidden_states, residual)
-        return self.compute(x), residual
-
-    def compute(self, x: Tensor) -> Tensor:
-        """[T, E] -> [T, E], without the norm."""
         gate_up_proj, down_proj = self.experts.gate_up_proj.weight, self.experts.down_proj.weight
         output = self.ops.moe(x, self.gate(x), gate_up_proj, down_proj, self.top_k, self.norm_topk_prob)
-        return self.ops.all_reduce(output, self.tp)
+        return self.ops.all_reduce(output, self.tp), residual

@@ -80,7 +80,7 @@ ENGINE: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("kernels/grouped_gemm.py", "grouped_gemm_kernel", "multiplies each expert with its tokens."),
     ),
     "tensor_parallel": (
-        ("layers/linear.py", "ColumnParallelLinear", "holds some of the outputs."),
+        ("layers/linear.py", "MergedColumnParallelLinear", "holds some of the outputs of each of its matrices."),
         ("layers/linear.py", "RowParallelLinear", "holds some of the inputs, and ends with the all-reduce."),
         ("layers/embedding.py", "VocabParallelEmbedding", "holds some of the vocabulary."),
         ("distributed/tensor_parallel.py", "TensorParallel", "has the collectives of the ranks."),

@@ -6,6 +6,7 @@ from benchmarks.shapes import SHAPES, Shape
 from nanovllm import LLM, SamplingParams
 from nanovllm.bench import random_model as tool
 from nanovllm.models.registry import load_model_config
+from tests.support.programs import run_python
 
 
 @pytest.mark.parametrize("like", tool.SHAPES)
@@ -35,3 +36,20 @@ def test_the_engine_generates_from_such_a_model(tmp_path, monkeypatch):
     with LLM(str(tmp_path), device="cpu", num_kv_cache_blocks=4) as llm:
         outputs = llm.generate([[1, 2, 3]], SamplingParams(max_tokens=4, ignore_eos=True), use_tqdm=False)
     assert len(outputs[0]["token_ids"]) == 4
+
+
+def test_torch_is_imported_with_sleeping_threads():
+    """D97: transformers looks for torch when it is imported, and imports it with the class of a configuration."""
+    code = """
+import os, sys
+from nanovllm.bench.random_model import make_config
+class Finder:
+    def find_spec(self, name, *rest):
+        if name == "torch":
+            print(os.environ.get("OMP_WAIT_POLICY"))
+sys.meta_path.insert(0, Finder())
+make_config("qwen3-0.6b")
+print("torch" in sys.modules)
+"""
+    result = run_python("-c", code)
+    assert set(result.stdout.split()) == {"passive", "True"}, result.stderr

@@ -109,6 +109,7 @@ SINGLE = ("--scenario", "single")
         ),
         ((*SINGLE, "--num-seqs", "2000", "--rate", "0.01"), "--rate must be at least 0.02, so that the 2000 requests"),
         ((*SINGLE, "--scale", "0"), "--scale must be a number above 0, got 0.0"),
+        ((*SINGLE, "--scale", "1e307"), "got 18446744073709551614 in 'single'; lower --scale to 3.2, or choose"),
         ((*SINGLE, "--repeat", "0"), "--repeat must be an integer of at least 1, got 0"),
         ((*SINGLE, "--num-seqs", "0"), "--num-seqs must be an integer of at least 1, got 0"),
         ((*SINGLE, "--seed", "-1"), "--seed must be an integer of at least 0, got -1"),

@@ -10,7 +10,6 @@ from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear import (
-    ColumnParallelLinear,
     MergedColumnParallelLinear,
     QKVParallelLinear,
     ReplicatedLinear,
@@ -24,8 +23,7 @@ FIRST_OF_2 = TensorParallel(0, 2)
 SHARD_LOADERS: dict[str, tuple[Callable[[], nn.Parameter], tuple[Hashable, ...], list[int]]] = {
     # name: (parameter, shard_id, shape of the checkpoint's tensor)
     "replicated": (lambda: ReplicatedLinear(E, 8).weight, (), [8, E]),
-    "column": (lambda: ColumnParallelLinear(E, 8, tp=FIRST_OF_2).weight, (), [8, E]),
-    "merged": (lambda: MergedColumnParallelLinear(E, [8, 8]).weight, (1,), [8, E]),
+    "merged": (lambda: MergedColumnParallelLinear(E, [8, 8], tp=FIRST_OF_2).weight, (1,), [8, E]),
     "qkv": (lambda: QKVParallelLinear(E, 4, 2, 2).weight, ("k",), [8, E]),
     "row": (lambda: RowParallelLinear(E, 8, tp=FIRST_OF_2).weight, (), [8, E]),
     "bias": (lambda: RowParallelLinear(E, 8, bias=True).bias, (), [8]),
