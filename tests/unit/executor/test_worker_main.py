@@ -2,6 +2,7 @@
 
 import gc
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -84,6 +85,14 @@ def test_an_orphan_exits_whatever_process_becomes_its_parent(monkeypatch: pytest
     assert next(sleeps) == 2, "it waited while rank 0 was there"
 
 
+@pytest.fixture
+def frozen_again() -> Iterator[None]:
+    """worker_busy_loop unfreezes what tests/conftest.py has frozen; each later collection would take a third of a second."""
+    yield
+    gc.freeze()
+
+
+@pytest.mark.usefixtures("frozen_again")
 def test_a_rank_computes_what_is_sent_and_frees_its_runner_before_it_destroys_the_group(monkeypatch) -> None:
     """D35: the runner's graphs recorded collectives of the group. D30: it knows how many ranks share its memory."""
     calls: list[Any] = []
@@ -106,6 +115,7 @@ def test_a_rank_computes_what_is_sent_and_frees_its_runner_before_it_destroys_th
     assert calls == [arguments, ("a", None), ("b", ("a's sequence",)), "free", "destroy group"]
 
 
+@pytest.mark.usefixtures("frozen_again")
 def test_the_garbage_collector_does_not_examine_what_was_there_before_the_first_step(monkeypatch) -> None:
     """With 200,000 objects of imported modules, each full collection stopped all ranks for 0.1 s."""
     num_frozen: list[int] = []
