@@ -87,7 +87,7 @@ def test_an_orphan_exits_whatever_process_becomes_its_parent(monkeypatch: pytest
 
 @pytest.fixture
 def frozen_again() -> Iterator[None]:
-    """worker_busy_loop unfreezes what tests/conftest.py froze: later collections would take a third of a second each."""
+    """worker_busy_loop unfreezes what tests/conftest.py froze; collections would take a third of a second."""
     yield
     gc.freeze()
 
