@@ -21,10 +21,10 @@ def test_rates_are_tokens_over_seconds_by_kind(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(module, "perf_counter", lambda: next(times))
     progress = GenerationProgress([], 100, is_shown=False)
     assert ", prefill 0 tok/s, decode 0 tok/s" in progress.details(), "before the first step"
-    progress.add(batch(True, 3000, 1000), ())
+    progress.add(batch(True, 19_000, 998), ())
     progress.add(batch(False, 2), ())
     progress.add(batch(False, 2, 4), ())
-    assert ", prefill 2,000 tok/s, decode 8 tok/s" in progress.details()
+    assert {", prefill 9,999 tok/s, decode 8 tok/s", ", prefill 9,999 decode 8 tok/s"} <= set(progress.details())
 
 
 def test_details_come_in_forms_from_long_to_short(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,14 +39,6 @@ def test_details_come_in_forms_from_long_to_short(monkeypatch: pytest.MonkeyPatc
         rates = ", prefill 10,000 tok/s, decode 999,600 tok/s"
         short = [", prefill 10k decode 1,000k tok/s", ", 1,000k tok/s", ""]
         assert (progress.count(), progress.details()) == (count, [num_tokens + rates, rates, *short])
-
-
-def test_rates_below_ten_thousand_are_shown_to_the_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    times = itertools.count()
-    monkeypatch.setattr(module, "perf_counter", lambda: float(next(times)))
-    progress = GenerationProgress([RequestState(make_sequence([1]), None)], 100, is_shown=False)
-    progress.add(batch(True, 9_999), ())
-    assert ", prefill 9,999 decode 0 tok/s" in progress.details()
 
 
 def test_requests_that_end_in_one_step_count_with_their_maximum() -> None:
