@@ -12,11 +12,7 @@ from nanovllm.engine.block_manager import BlockManager, block_hash
 from reference import block_hash as reference
 from tests.support.block_invariants import check_invariants
 from tests.support.counts import count_comparisons
-from tests.support.scheduling import allocated, compute, computed, make_sequence
-
-
-def weak_hash(tokens: list[int], parent: int | None) -> int:
-    return sum(tokens) % 3
+from tests.support.scheduling import allocated, compute, computed, make_sequence, two_bit_hash
 
 
 def no_hash(tokens: list[int], parent: int | None) -> int:
@@ -27,7 +23,7 @@ def hits(manager: BlockManager, token_ids: list[int]) -> list[int]:
     return manager.find_cached_blocks(make_sequence(token_ids, manager.block_size))
 
 
-every_hash = pytest.mark.parametrize("hash_function", [block_hash, weak_hash, no_hash])
+every_hash = pytest.mark.parametrize("hash_function", [block_hash, two_bit_hash, no_hash])
 
 
 # --- the hash ---
@@ -106,7 +102,7 @@ def test_a_hit_means_that_the_whole_prefix_is_equal(hash_function: Callable[...,
     check_invariants(manager, [first, second])
 
 
-@given(data=st.data(), hash_function=st.sampled_from([block_hash, weak_hash, no_hash]))
+@given(data=st.data(), hash_function=st.sampled_from([block_hash, two_bit_hash, no_hash]))
 def test_hits_are_the_longest_stored_prefix_whatever_the_hash(
     data: st.DataObject, hash_function: Callable[..., int]
 ) -> None:
