@@ -13,8 +13,8 @@ from nanovllm.executor.failure_monitor import READY, FailureMonitor, RankFailure
 from tests.support.limits import HANG_SECONDS, wait_until
 
 
-def failure(cause: str, time: float = 1.0, is_value_error: bool = False) -> RankFailure:
-    return RankFailure(cause, f"the traceback of {cause}", is_value_error, time)
+def failure(cause: str, time: float = 1.0) -> RankFailure:
+    return RankFailure(cause, f"the traceback of {cause}", is_value_error=False, time=time)
 
 
 class Workers:

@@ -1,8 +1,4 @@
-"""CUDAGraphRunner without a GPU: which batch sizes get a graph, and what its buffers hold when a graph is replayed.
-
-A fake graph repeats the captured function on the buffers of the capture. tests/e2e/test_gpu_graphs.py shows that real
-graphs do the same.
-"""
+"""CUDAGraphRunner without a GPU: which batch sizes get a graph, and what its buffers hold when a graph is replayed."""
 
 import itertools
 import weakref
