@@ -76,6 +76,7 @@ def test_a_prompt_cached_whole_leaves_one_token_to_compute_and_none_to_store(num
 
 @every_hash
 def test_of_equal_prompts_in_one_step_each_is_found_without_the_other(hash_function: Callable[..., int]) -> None:
+    """D13: while both copies are there, the owned one is shared, since it costs no free block."""
     manager = BlockManager(4, 2, hash_function)
     first, second = allocated(manager, [1, 2, 3, 4]), allocated(manager, [1, 2, 3, 4])
     for seq in (first, second):
