@@ -3,12 +3,7 @@
 import pytest
 import torch
 
-from tests.support.attention_cases import (
-    Case,
-    assert_same_bits,
-    assert_within_the_error_of_plain_torch,
-    make_step,
-)
+from tests.support.attention_cases import Case, assert_within_the_error_of_plain_torch, make_step
 
 STEPS = {
     "prefill": (((5, 5), (1, 1), (300, 300), (256, 256)), True),
@@ -39,8 +34,4 @@ def test_equals_the_reference(lengths, is_prefill, dtype, head_dim, num_kv_heads
 
     case = Case(lengths, is_prefill, block_size, num_heads=4, num_kv_heads=num_kv_heads, head_dim=head_dim)
     step = make_step(case, dtype, "cuda")
-    caches = step.expected_caches()
-    output = step.run(flash_attn_ops(TRITON_OPS, is_fused))
-    assert_within_the_error_of_plain_torch("flash_attn backend", step, output)
-    assert_same_bits(step.k_cache, caches[0])
-    assert_same_bits(step.v_cache, caches[1])
+    assert_within_the_error_of_plain_torch("flash_attn backend", step, flash_attn_ops(TRITON_OPS, is_fused))

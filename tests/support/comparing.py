@@ -22,11 +22,6 @@ def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
     return torch.equal(left.contiguous().view(torch.uint8), right.contiguous().view(torch.uint8))
 
 
-def assert_equal(component: str, actual: torch.Tensor, expected: torch.Tensor) -> None:
-    """Equal, and of one shape, dtype and device; counted for `component`."""
-    assert_close(component, actual, expected, rtol=0, atol=0)
-
-
 def assert_within(component: str, actual: torch.Tensor, exact: torch.Tensor, allowed: float, rule: str = "") -> None:
     """No number of `actual` errs by more than `allowed`. rule: what `allowed` was made of, for the message."""
     error = float((actual.double() - exact).abs().max())

@@ -2,11 +2,10 @@
 
 Tokens come from a symbolic model, which computes each batch after pickling; what a step reads is compared with the
 formula at once. Hypothesis' runs use async scheduling, but those of LockStep in test_scheduler_against_reference.py.
-Subclasses have another hash, another model, or an oracle of the decisions.
+Subclasses have another hash, or an oracle of the decisions.
 """
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -23,7 +22,7 @@ from tests.support.block_invariants import check_invariants
 from tests.support.counts import count_comparisons, count_event
 from tests.support.engine_events import scheduler_events
 from tests.support.scheduling import make_scheduler, make_sequence
-from tests.support.symbolic_model import PickledModel, expected_digest
+from tests.support.symbolic_model import SymbolicModel, expected_digest
 
 MAX_MODEL_LEN = 28
 EOS = 2
@@ -39,7 +38,6 @@ def as_token(digest: int) -> int:
 
 class EngineMachine(RuleBasedStateMachine):
     hash_function: BlockHash = staticmethod(block_hash)
-    make_model: ClassVar[Callable[[int, int], Any]] = PickledModel
     supports_async_scheduling = True
     seen: ClassVar[Counter[str]] = Counter()  # what happened, over all runs
 
@@ -66,7 +64,7 @@ class EngineMachine(RuleBasedStateMachine):
             hash_function=self.hash_function,
         )
         self.manager = self.scheduler.block_manager
-        self.model = type(self).make_model(num_blocks, block_size)
+        self.model = SymbolicModel(num_blocks, block_size)
         self.longest = min(MAX_MODEL_LEN, num_blocks * block_size + 1)  # prompt and output that fit together
         self.live: list[Sequence] = []
         self.texts: list[list[int]] = [[0]]  # of every sequence so far

@@ -1,17 +1,13 @@
-"""Tensor-parallel ranks without processes: several ranks in one test, alone, in threads, or over gloo."""
+"""Tensor-parallel ranks without processes: several ranks in one test, alone or in threads."""
 
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
-from nanovllm.distributed.placement import RankPlacement
-from nanovllm.distributed.process_group import FileStore, destroy_process_group, init_process_group
-from nanovllm.distributed.rendezvous import rendezvous
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from tests.support.limits import HANG_SECONDS
 
@@ -58,19 +54,6 @@ class ThreadedRank(TensorParallel):
 def threaded_ranks(size: int) -> list[TensorParallel]:
     barrier, parts = threading.Barrier(size, timeout=HANG_SECONDS), [None] * size
     return [ThreadedRank(rank, size, barrier=barrier, parts=parts) for rank in range(size)]
-
-
-def run_over_gloo(directory: Path, work: Callable[[TensorParallel], Result]) -> list[Result]:
-    """work(tp) of two ranks in threads, which meet in a file in `directory`."""
-
-    def join_and_work(rank: int) -> Result:
-        store = FileStore(str(directory / "store"), 2)
-        tp = init_process_group(RankPlacement(rank, 2, num_ranks_per_device=2), store, rendezvous)
-        result = work(tp)
-        destroy_process_group(tp)
-        return result
-
-    return run_together(join_and_work, [0, 1])
 
 
 def run_together(work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:

@@ -38,7 +38,10 @@ class SymbolicModel:
         self.cache = [[-1000 - slot for slot in range(num_blocks * block_size)] for _ in range(NUM_LAYERS)]
 
     def run(self, batch: ScheduledBatch) -> list[int]:
-        """One digest for each of batch.sampled_sequences."""
+        """One digest for each of batch.sampled_sequences, from what is left of the batch after pickling: every rank
+        but the first computes it so.
+        """
+        batch = pickle.loads(pickle.dumps(batch))
         prepare = prepare_prefill if batch.is_prefill else prepare_decode
         return self.compute(prepare(batch.sequences))
 
@@ -80,13 +83,6 @@ class SymbolicModel:
             for query in range(num_queries):
                 reads[first_query + query] = digest(seen[: num_keys - num_queries + query + 1])
         return reads
-
-
-class PickledModel(SymbolicModel):
-    """Computes what is left of a batch after pickling, as every rank but the first does."""
-
-    def run(self, batch: ScheduledBatch) -> list[int]:
-        return super().run(pickle.loads(pickle.dumps(batch)))
 
 
 @functools.lru_cache(100_000)

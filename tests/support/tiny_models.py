@@ -106,7 +106,6 @@ def _build(
     old_layout: bool = False,  # config.json as transformers 4.5x wrote it
     dtype: str = "float32",
     initializer_range: float = 0.2,
-    seed: int = 0,
     **options: Any,  # other keys of config.json; a tuple stands for a list
 ) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -121,7 +120,7 @@ def _build(
     options = {key: list(value) if isinstance(value, tuple) else value for key, value in options.items()}
     config = AutoConfig.for_model(architecture, **(COMMON | ARCHITECTURES[architecture] | named | options))
     model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
             noise = initializer_range * torch.randn(parameter.shape, generator=generator)

@@ -8,10 +8,10 @@ import pytest
 from benchmarks import conftest, hosting, regression
 
 
-def samples(rng: np.random.Generator, seconds: float, noise: float, num_samples: int = 15) -> list[float]:
+def samples(rng: np.random.Generator, seconds: float, noise: float) -> list[float]:
     """Times of one benchmark: `noise` of scatter, and now and then a hiccup of half as much again."""
-    hiccups = 1 + 0.5 * (rng.random(num_samples) < 0.05)
-    return (seconds * hiccups * (1 + noise * np.abs(rng.standard_normal(num_samples)))).tolist()
+    hiccups = 1 + 0.5 * (rng.random(15) < 0.05)
+    return (seconds * hiccups * (1 + noise * np.abs(rng.standard_normal(15)))).tolist()
 
 
 @pytest.mark.parametrize("noise", [0.002, 0.02])

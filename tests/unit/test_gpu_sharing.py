@@ -9,7 +9,7 @@ import pytest
 from filelock import FileLock, Timeout
 
 from tests.support import gpu_sharing
-from tests.support.gpu_sharing import GPU_TESTS_ALONE, held, pytest_cmdline_main, pytest_runtest_setup
+from tests.support.gpu_sharing import held, pytest_cmdline_main, pytest_runtest_setup
 from tests.support.programs import run_python
 
 
@@ -38,29 +38,12 @@ def workers(**options: Any) -> Any:
     return config.option.numprocesses
 
 
-@pytest.mark.parametrize(
-    ("markexpr", "is_gpu_alone"),
-    [
-        ("gpu", True),
-        ("gpu and not whole_gpu", True),
-        ("multi_gpu(4)", True),
-        ("gpu or campaign", False),
-        ("gpu and not slow or campaign", False),
-        ("not gpu and not multi_gpu and not campaign and not real_model", False),
-        ("gpu_like", False),
-        ("", False),
-    ],
-)
-def test_which_runs_are_of_gpu_tests_alone(markexpr: str, is_gpu_alone: bool) -> None:
-    assert bool(GPU_TESTS_ALONE.fullmatch(markexpr)) is is_gpu_alone
-
-
 def test_without_a_gpu_the_run_is_one_line() -> None:
     """A run of its own, with the exit code of a wrong option."""
-    result = run_python("-m", "pytest", "-m", "gpu and not whole_gpu", CUDA_VISIBLE_DEVICES="")
+    result = run_python("-m", "pytest", "-m", "multi_gpu(4)", CUDA_VISIBLE_DEVICES="")
     assert (result.returncode, result.stdout.strip()) == (pytest.ExitCode.USAGE_ERROR, "")
     (line,) = result.stderr.strip().splitlines()
-    assert line.startswith("ERROR: -m 'gpu and not whole_gpu': these tests need NVIDIA GPUs")
+    assert line.startswith("ERROR: -m 'multi_gpu(4)': these tests need NVIDIA GPUs")
 
 
 @pytest.mark.parametrize(
@@ -88,7 +71,9 @@ def test_a_test_that_needs_more_gpus_than_there_are_is_skipped(
     [
         ({}, 8),
         ({"numprocesses": 3}, 3),
-        ({"markexpr": "not gpu"}, None),
+        ({"markexpr": "gpu and not whole_gpu"}, 8),
+        *(({"markexpr": other}, None) for other in ("not gpu and not slow", "gpu_like", "")),
+        *(({"markexpr": more}, None) for more in ("gpu or campaign", "gpu and not slow or campaign")),
         ({"markexpr": "multi_gpu"}, None),
         ({"usepdb": True}, None),
         ({"collectonly": True}, None),

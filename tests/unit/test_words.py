@@ -22,15 +22,11 @@ class Box:
 PAGE = "As `who` and\n```\nnobody\n```\nsays, it lives here."
 
 
-def test_words_are_found_in_comments_docstrings_names_and_messages(tmp_path: Path) -> None:
+def test_words_are_found_in_comments_docstrings_names_and_messages(tmp_path: Path, capsys) -> None:
     (tmp_path / "code.py").write_text(CODE)
     (tmp_path / "page.md").write_text(PAGE)
     found = [(line, word) for line, word, _ in findings(tmp_path / "code.py")]
     assert found == [(1, "Whoever"), (6, "who"), (7, "has gone"), (9, "heard"), (10, "let it go")]
-    assert [(line, word) for line, word, _ in findings(tmp_path / "page.md")] == [(5, "lives")]
-
-
-def test_the_command_names_place_word_and_remedy(tmp_path: Path, capsys) -> None:
-    (tmp_path / "page.md").write_text(PAGE)
     assert main([str(tmp_path / "page.md")]) == 1
-    assert f"{tmp_path / 'page.md'}:5: 'lives': is, exists, is stored" in capsys.readouterr().out
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith(str(tmp_path))]
+    assert line.startswith(f"{tmp_path / 'page.md'}:5: 'lives': is, exists, is stored")

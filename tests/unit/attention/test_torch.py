@@ -8,13 +8,8 @@ import torch
 from nanovllm.attention import torch as torch_attention
 from nanovllm.attention.torch import TorchAttentionBackend
 from nanovllm.layers.torch_ops import TORCH_OPS, store_kvcache
-from tests.support.attention_cases import (
-    Case,
-    assert_same_bits,
-    assert_within_the_error_of_plain_torch,
-    make_step,
-)
-from tests.support.comparing import assert_close
+from tests.support.attention_cases import Case, assert_within_the_error_of_plain_torch, make_step
+from tests.support.comparing import assert_close, same_bits
 from tests.support.counts import count_comparisons
 
 STEPS = {
@@ -34,8 +29,8 @@ def assert_attends_like_the_reference(case: Case) -> None:
     k_cache, v_cache = step.expected_caches()
     expected = step.expected_output()
     assert_close(ATTENTION, step.run(), expected, rtol=0, atol=FLOAT64_TOLERANCE)
-    assert_same_bits(step.k_cache, k_cache)
-    assert_same_bits(step.v_cache, v_cache)
+    assert same_bits(step.k_cache, k_cache)
+    assert same_bits(step.v_cache, v_cache)
     count_comparisons("attention: KV cache against reference.store_kvcache", 2 * k_cache.numel())
 
 
@@ -88,7 +83,7 @@ def test_groups_are_made_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_attention, "_make_groups", lambda *args: made.append(make_groups(*args)) or made[-1])
     ops = replace(TORCH_OPS, attention=backend)
     first, second = step.run(ops), step.run(ops)
-    assert_same_bits(second, first)
+    assert same_bits(second, first)
     assert len(made) == len(backend.groups) == 1
     step.with_context(max_seqlen_q=1, max_seqlen_k=45, block_tables=step.block_tables.clone()).run(ops)
     assert len(made) == 2
@@ -106,11 +101,7 @@ def test_masking_few_queries_at_a_time_changes_nothing(monkeypatch: pytest.Monke
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @each_step
 def test_error_in_lower_precision(case: Case, device: str, dtype: torch.dtype) -> None:
-    step = make_step(replace(case, head_dim=64), dtype, device)
-    caches = step.expected_caches()
-    assert_within_the_error_of_plain_torch("torch backend", step, step.run())
-    assert_same_bits(step.k_cache, caches[0])
-    assert_same_bits(step.v_cache, caches[1])
+    assert_within_the_error_of_plain_torch("torch backend", make_step(replace(case, head_dim=64), dtype, device))
 
 
 # --- store_kvcache ---
@@ -124,8 +115,8 @@ def test_padded_tokens_are_not_stored(padding: list[int]) -> None:
     slot_mapping[padding] = -1
     k_cache, v_cache = step.with_context(slot_mapping=slot_mapping).expected_caches()
     store_kvcache(*step.heads[1:], step.k_cache, step.v_cache, slot_mapping)
-    assert_same_bits(step.k_cache, k_cache)
-    assert_same_bits(step.v_cache, v_cache)
+    assert same_bits(step.k_cache, k_cache)
+    assert same_bits(step.v_cache, v_cache)
 
 
 def test_cache_of_one_layer_leaves_the_others_alone() -> None:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from nanovllm import LLM
 from nanovllm.bench import gpu_idle
-from nanovllm.bench.gpu_idle import busy_time, end_requests, gpu_idle_share, idle_share, start_requests
-from nanovllm.bench.workload import Scenario, draw_scenario
+from nanovllm.bench.gpu_idle import busy_time, gpu_idle_share, idle_share
+from nanovllm.bench.workload import Scenario
 from tests.support.tiny_models import tiny_model
 
 DECODES = Scenario(3, (4, 9), (60, 60))
@@ -37,18 +37,6 @@ def test_busy_time_is_the_length_of_the_union(pairs: list[tuple[int, int]]) -> N
 def test_the_idle_share_is_what_is_left_of_the_wall_time() -> None:
     assert idle_share(wall=4.0, busy=3.0) == 0.25
     assert idle_share(wall=4.0, busy=4.1) == 0.0, "a profiled window may be a little longer than the other"
-
-
-def test_started_requests_decode_and_ended_ones_leave_the_engine(llm) -> None:
-    ids = start_requests(llm, draw_scenario(DECODES, llm.vocab_size, seed=1), until_decode=True)
-    assert [seq.seq_id for seq in llm.scheduler.running] == ids
-    assert all(seq.is_decodable and seq.num_completion_tokens > 1 for seq in llm.scheduler.running)
-    end_requests(llm, ids)
-    assert llm.is_finished()
-    ids = start_requests(llm, draw_scenario(PREFILLS, llm.vocab_size, seed=1), until_decode=False)
-    assert len(llm.scheduler.waiting) == 3, "no step yet"
-    end_requests(llm, ids)
-    assert llm.is_finished()
 
 
 @pytest.mark.parametrize(

@@ -15,25 +15,30 @@ import pytest
 import torch
 
 from nanovllm.distributed import process_group, rendezvous
+from nanovllm.distributed.placement import RankPlacement
 from nanovllm.distributed.process_group import DaemonThread
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from tests.support.limits import HANG_SECONDS
-from tests.support.parallel_ranks import run_over_gloo
+from tests.support.parallel_ranks import run_together
 
 
 def test_ranks_sum_gather_and_broadcast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """D37: rows of a batch stay rows; rank r's columns stand at place r. D30: the minimum is every rank's."""
 
-    def work(tp: TensorParallel) -> tuple[Any, ...]:
+    def work(rank: int) -> tuple[Any, ...]:
+        store = process_group.FileStore(str(tmp_path / "store"), 2)
+        placement = RankPlacement(rank, 2, num_ranks_per_device=2)
+        tp = process_group.init_process_group(placement, store, rendezvous.rendezvous)
         x = 10.0 * tp.rank + torch.arange(6.0).view(2, 3)
         gathered = tp.gather(x.T.contiguous().T)
         tokens = tp.broadcast(torch.tensor([3, 4]) if tp.rank == 0 else torch.empty(2, dtype=torch.int64))
         ranks = tp.all_gather(torch.tensor([tp.rank])).tolist()
         results = tp.all_reduce(x.clone()).tolist(), tokens.tolist(), tp.all_reduce_min(7 - tp.rank), ranks
+        process_group.destroy_process_group(tp)
         return *results, None if gathered is None else gathered.tolist()
 
     monkeypatch.setattr(rendezvous, "NO_TIMEOUT", timedelta(seconds=HANG_SECONDS))
-    first, second = run_over_gloo(tmp_path, work)
+    first, second = run_together(work, [0, 1])
     same = [[10.0, 12.0, 14.0], [16.0, 18.0, 20.0]], [3, 4], 6, [[0], [1]]
     assert first == (*same, [[0.0, 1.0, 2.0, 10.0, 11.0, 12.0], [3.0, 4.0, 5.0, 13.0, 14.0, 15.0]])
     assert second == (*same, None)

@@ -82,15 +82,6 @@ def test_tokens_of_several_steps_are_streamed_together_and_text_is_held_back_unt
     assert [*texts, request.next_stream_output()["text"]] == ["ab", "", "", "E"]
 
 
-def test_an_abort_is_streamed_without_tokens() -> None:
-    scheduler = make_scheduler()
-    request = RequestState(make_sequence([1]), TokenDecoder(ByteTokenizer()))
-    scheduler.add(request.sequence)
-    scheduler.abort(0)
-    item = request.next_stream_output()
-    assert (item["text"], item["token_ids"], item["finish_reason"]) == ("", [], "abort")
-
-
 def test_the_text_continues_the_prompts() -> None:
     """Here with the last byte of three, of which the prompt has two."""
     request, _ = generated("\xacb", TokenDecoder(ByteTokenizer()), prompt="a\xe2\x82")

@@ -16,7 +16,7 @@ from nanovllm.distributed.process_group import DaemonThread
 from nanovllm.distributed.tensor_parallel import TensorParallel
 from nanovllm.executor import base, multi_rank, uniproc
 from nanovllm.executor.base import RankError, free_frames, make_executor
-from nanovllm.executor.failure_monitor import State
+from nanovllm.executor.failure_monitor import FailureMonitor, State
 from nanovllm.executor.multi_rank import MultiRankExecutor
 from nanovllm.executor.worker_main import StepMessage
 from nanovllm.worker.async_output import AsyncModelOutput
@@ -58,11 +58,12 @@ class Parts:
         self.call("close peers")
 
 
-class Monitor:
-    """A FailureMonitor without a thread, which records what it is asked."""
+class Monitor(FailureMonitor):
+    """Without workers, and so without a thread; records what it is asked."""
 
     def __init__(self, parts: Parts) -> None:
-        self.parts, self.state = parts, State.RUNNING
+        super().__init__({})
+        self.parts = parts
 
     def check(self) -> None:
         self.parts.call("check")
@@ -71,22 +72,13 @@ class Monitor:
         self.parts.call("wait for root cause")
         return self.parts.root_cause
 
-    def stop(self) -> State:
-        return self.state
-
-    def fail(self) -> None:
-        self.state = State.FAILED
-
-    def close(self) -> None:
-        self.state = State.CLOSED
-
 
 class Ranks(MultiRankExecutor):
     """Other ranks that are the test's Parts."""
 
     def __init__(self, parts: Any) -> None:
         self.parts = parts
-        super().__init__(parts, PLACEMENT, Monitor(parts))  # type: ignore[arg-type]
+        super().__init__(parts, PLACEMENT, Monitor(parts))
 
     def _connect(self, spec: Any) -> None:
         self._tp = self.parts
@@ -95,7 +87,7 @@ class Ranks(MultiRankExecutor):
         self.parts.call("send", message)
 
     def _kill_workers(self) -> None:
-        assert self._monitor.state is State.FAILED
+        assert self._monitor.stop() is State.FAILED
         self.parts.call("terminate")
 
     def _request_shutdown(self) -> None:

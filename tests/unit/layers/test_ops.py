@@ -12,8 +12,8 @@ from nanovllm.kernels import flash_attention
 from nanovllm.layers.ops import LayerOps, separate_steps
 from nanovllm.layers.select_ops import flash_attn_ops, select_ops
 from nanovllm.layers.torch_ops import TORCH_OPS
-from tests.support.attention_cases import Case, assert_same_bits, make_step
-from tests.support.comparing import assert_close
+from tests.support.attention_cases import Case, make_step
+from tests.support.comparing import assert_close, same_bits
 from tests.support.kernels.accuracy import assert_within_the_error_of_plain_torch
 from tests.support.kernels.reaching import flash_attn_stand_in
 
@@ -83,7 +83,7 @@ def test_flash_attn_is_called_as_it_documents(case: Case) -> None:
     with flash_attn_stand_in():
         output = step.run(flash_attn_ops(TORCH_OPS, is_fused=False))
     assert_close("attention: flash_attn's stand-in", output, expected.run(), rtol=0, atol=1e-11)
-    assert_same_bits(step.k_cache, expected.k_cache)
+    assert same_bits(step.k_cache, expected.k_cache)
 
 
 # --- the implementations ---

@@ -1,4 +1,4 @@
-"""What weight loaders refuse and how they convert: nothing is broadcast, cut off or padded."""
+"""What weight loaders refuse: nothing is broadcast, cut off or padded."""
 
 from collections.abc import Callable, Hashable
 
@@ -16,7 +16,7 @@ from nanovllm.layers.linear import (
     RowParallelLinear,
 )
 from nanovllm.layers.moe import Experts
-from nanovllm.layers.parameter import ShapeError, parameter_dtype
+from nanovllm.layers.parameter import ShapeError
 
 E = 16
 FIRST_OF_2 = TensorParallel(0, 2)
@@ -45,10 +45,3 @@ def test_tensor_of_another_shape_is_refused_not_broadcast(make, shard_id, shape)
         with pytest.raises(ShapeError, match=f"expected shape {shape}, got {given}".translate({91: "\\[", 93: "\\]"})):
             param.weight_loader(param, torch.zeros(given), *shard_id)
     param.weight_loader(param, torch.zeros(shape), *shard_id)
-
-
-def test_weight_is_cast_to_the_parameters_dtype() -> None:
-    with parameter_dtype(torch.float64):
-        weight = ReplicatedLinear(2, 1).weight
-    weight.weight_loader(weight, torch.tensor([[1.0, 1 + 2**-9]], dtype=torch.float32))
-    assert (weight.dtype, weight.tolist()) == (torch.float64, [[1.0, 1 + 2**-9]])

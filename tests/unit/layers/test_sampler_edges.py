@@ -45,6 +45,10 @@ logit = st.one_of(st.sampled_from(SPECIAL), st.sampled_from([0.0, 1.0, 2.0, -INF
 )
 @example(logits=[-INF, -MAX], temperature=1e-3, top_k=0, top_p=1.0, min_p=0.0, seed=0, position=0)
 @example(logits=[-INF, -MAX], temperature=1e-3, top_k=1, top_p=1.0, min_p=0.0, seed=0, position=0)
+@example(logits=[-INF, -INF], temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, position=0)
+@example(logits=[NAN, NAN], temperature=1.0, top_k=2, top_p=0.9, min_p=0.1, seed=0, position=0)
+@example(logits=[0.0, INF, 1.0], temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, position=0)
+@example(logits=[NAN, -INF, 0.0], temperature=1.0, top_k=1, top_p=1.0, min_p=0.0, seed=0, position=0)
 def test_any_row_keeps_and_draws_what_float64_says(
     logits: list[float], temperature: float, top_k: int, top_p: float, min_p: float, seed: int, position: int
 ) -> None:
@@ -110,10 +114,7 @@ def test_tokens_that_can_be_drawn(logits: list[float], filters: dict[str, float]
     ("vocab_size", "top_p", "num_allowed"),
     [
         (1024, 0.5, 512),  # torch's sort keeps the order of few equal values by itself, but not of many
-        # Compared in float32: the float64 sum of three, 0.30000000447, is less than 0.3 as float32 has it.
-        (10, 0.3, 3),
-        (4, 0.25, 1),
-        (4, 0.5000001, 3),
+        (10, 0.3, 3),  # three tokens have 0.30000000447, less than 0.3 as float32 has it
     ],
 )
 def test_top_p_among_equal_tokens_keeps_the_lowest_ids(vocab_size: int, top_p: float, num_allowed: int) -> None:
@@ -130,15 +131,3 @@ def test_probability_one_wins_against_the_worst_noise_there_is(
     words = torch.tensor([[2**32 - 1, 0, 0]])
     monkeypatch.setattr(sampler_module, "token_words", lambda *args: words)
     assert sample(torch.tensor([[margin, 0.0, 0.0]]), make_rows(1)) == [winner]
-
-
-# --- rows without a choice ---
-
-FILTERS = [{}, {"top_k": 1}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.5}, {"top_k": 2, "top_p": 0.9, "min_p": 0.1}]
-
-
-@pytest.mark.parametrize("filters", FILTERS, ids=str)
-def test_rows_without_a_choice_give_a_defined_token(filters: dict[str, float]) -> None:
-    nothing, no_number = [-INF] * 3, [NAN] * 3
-    rows = [(nothing, 0), (no_number, 0), ([NAN, -INF, 0.0], 2), ([0.0, INF, 1.0], 1), ([-INF, 0.0, -INF], 1)]
-    assert [reachable(logits, **filters) for logits, _ in rows] == [{expected} for _, expected in rows]

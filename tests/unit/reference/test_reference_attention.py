@@ -122,15 +122,6 @@ def test_paged_attention_does_not_depend_on_where_the_blocks_are(block_size, len
     close(paged_attention(query, k_cache, v_cache, tables, torch.tensor(k_lens), cu_seqlens_q), expected)
 
 
-def test_without_cu_seqlens_each_sequence_has_one_query() -> None:
-    k_cache, v_cache, query = random(4, 2, 1, 4, seed=1), random(4, 2, 1, 4, seed=2), random(2, 2, 4, seed=3)
-    tables, context_lens = torch.tensor([[3, 1], [0, 2]]), torch.tensor([4, 1])
-    expected = paged_attention(query, k_cache, v_cache, tables, context_lens, torch.tensor([0, 1, 2]))
-    assert torch.equal(paged_attention(query, k_cache, v_cache, tables, context_lens), expected)
-    padded = paged_attention(query[:1], k_cache, v_cache, torch.tensor([[-1]]), torch.tensor([0]))
-    assert torch.equal(padded, torch.zeros_like(padded)), "a padded row reads nothing"
-
-
 @pytest.mark.parametrize("shared_lens", [[0, 0], [4, 4], [1, 3], [6, 5]], ids=str)
 def test_a_shared_prefix_changes_nothing(shared_lens: list[int]) -> None:
     """Attention over two parts of the keys, merged, is attention over all: also where a part has no keys."""

@@ -6,7 +6,6 @@ over drawn runs. The engine's have tests by case, and laws of their own in tests
 
 import struct
 
-import pytest
 import xxhash
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -48,14 +47,3 @@ def test_a_prompt_that_was_cached_whole_shares_all_blocks_and_leaves_one_token()
     pool, num_cached = filled(BlockManager(4, 2), "a", prompt).allocate("b", prompt)
     assert num_cached == 3
     assert pool.tables["b"] == pool.tables["a"]
-
-
-@pytest.mark.parametrize(("leaves", "stays"), ["ab", "ba"])
-def test_a_twin_survives_the_reuse_of_its_copy(leaves: str, stays: str) -> None:
-    """D13: two equal prompts computed in one step hold the prefix twice; when one copy goes, the other is still hit.
-    While both are there, the owned one is preferred, as it costs no free block."""
-    pool = BlockManager(2, 2).allocate("a", [1, 2])[0].allocate("b", [1, 2])[0]
-    pool = pool.computed("a", [1, 2], 2).computed("b", [1, 2], 2).deallocate(leaves)
-    assert pool.hits([1, 2]) == pool.tables[stays]
-    pool, _ = pool.allocate("c", [7])
-    assert pool.hits([1, 2]) == pool.tables[stays]

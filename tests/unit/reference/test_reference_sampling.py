@@ -98,12 +98,3 @@ def test_a_top_p_of_one_keeps_even_what_rounding_leaves_no_mass_for() -> None:
 def test_greedy_is_the_largest_logit_and_ignores_the_noise() -> None:
     logits = torch.tensor([0.0, 1.0, 1.0 + 1e-6, 1.0 + 1e-6])
     assert {sampling(logits, temperature=9.0, top_k=1, seed=seed) for seed in range(50)} == {2}
-
-
-def test_the_token_is_the_earliest_arrival() -> None:
-    """argmax of z - log(e) is argmin of e / p: the same race, told with times."""
-    logits = torch.randn(50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    p = (logits / 0.7).softmax(dim=0)
-    for position in range(50):
-        arrival = exponential_noise(9, position, 50) / p
-        assert sampling(logits, temperature=0.7, seed=9, position=position) == int(arrival.argmin())

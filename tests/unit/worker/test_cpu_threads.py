@@ -4,13 +4,14 @@ import logging
 import os
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from nanovllm import LLM, SamplingParams, bundled_model_path
+from nanovllm.model_config import MoEConfig
 from nanovllm.models.registry import load_model_config
 from nanovllm.omp_wait_policy import passive_omp_wait
 from nanovllm.worker import cpu_threads
@@ -21,10 +22,9 @@ from nanovllm.worker.cpu_threads import (
     physical_cores,
     torch_threads,
 )
+from tests.support.checkpoints import counted_by_hand
 from tests.support.limits import HANG_SECONDS
-from tests.support.model_probe import make_runner
 from tests.support.programs import run_python
-from tests.support.tiny_models import tiny_model
 
 BUNDLED = load_model_config(bundled_model_path())
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
@@ -72,20 +72,13 @@ def test_the_users_number_of_threads_is_left_alone(
     assert (choose_num_threads(BUNDLED) is None) is is_chosen
 
 
-@pytest.mark.parametrize(
-    ("architecture", "options"), [("llama", {}), ("qwen3", {"num_heads": 8}), ("qwen3_moe", {"num_heads": 4})]
-)
-def test_parameters_of_a_layer_are_those_of_the_model(architecture: str, options: dict[str, Any]) -> None:
-    """D97: the matrices of a random model, counted; of the experts those that compute one token."""
-    path = tiny_model(architecture, **options)
-    config = load_model_config(path)
-    total = config.vocab_size * config.hidden_size if config.tie_word_embeddings else 0
-    for name, parameter in make_runner(path, device="cpu", num_kv_cache_blocks=2).model.named_parameters():
-        if parameter.ndim > 1 and "embed_tokens" not in name and "gate.weight" not in name:
-            is_expert = config.moe is not None and "expert" in name
-            share = config.moe.num_experts_per_tok / config.moe.num_experts if is_expert else 1  # type: ignore
-            total += parameter.numel() * share
-    assert mean_layer_parameters(config) == pytest.approx(total / (config.num_hidden_layers + 1))
+def test_the_mean_over_layers_counts_the_output_layer_and_no_routers() -> None:
+    """D97. test_parameter_counts.py has the parameters of a layer."""
+    dense = counted_by_hand()
+    assert mean_layer_parameters(dense) == (1728 + 80) / 4
+    moe = MoEConfig(4, 2, moe_intermediate_size=5, norm_topk_prob=True, layers=frozenset({1, 2}))
+    attention, dense_layer, expert = 3 * 192, 384, 3 * 8 * 5
+    assert mean_layer_parameters(replace(dense, moe=moe)) == (attention + dense_layer + 2 * 2 * expert + 80) / 4
 
 
 def write(path: Path, text: str) -> None:

@@ -1,7 +1,4 @@
-"""CUDAGraphRunner without a GPU: which batch sizes get a graph, and what its buffers hold when a graph is replayed.
-
-Fake graphs repeat the forward pass, see conftest.py; tests/e2e/test_gpu_graphs.py has real ones.
-"""
+"""CUDAGraphRunner without a GPU: which batch sizes get a graph, and what its buffers hold when a graph is replayed."""
 
 import itertools
 import weakref
@@ -194,13 +191,6 @@ def test_a_shared_prefix_takes_the_graph_that_reads_it_once(
 def test_prefills_and_larger_batches_have_no_graph(runner: CUDAGraphRunner) -> None:
     assert not runner.can_replay(prepare_decode(decoding(8)))
     assert not runner.can_replay(replace(prepare_decode(decoding(2)), is_prefill=True))
-
-
-def test_close_frees_all_graphs(captures: Captures, runner: CUDAGraphRunner) -> None:
-    """D35."""
-    runner.close()
-    for graph, _ in captures:
-        graph.reset.assert_called_once()
 
 
 @pytest.fixture(scope="module")  # so made before `captures` takes the place of GPUs

@@ -39,16 +39,13 @@ def test_memory_of_another_process_is_an_error_with_the_figures() -> None:
 
 @pytest.mark.parametrize(
     ("used", "remedy"),
-    [(940, "set it to at least 1.0, free the GPU, or lower"), (941, "free the GPU, or lower")],
+    [(841, "set it to at least 0.901, free"), (940, "set it to at least 1.0, free"), (941, "free")],
 )
-def test_the_share_is_raised_to_the_whole_gpu_at_most(used: int, remedy: str) -> None:
-    with pytest.raises(ValueError, match=f"GiB more; {remedy} max_num_batched_tokens"):
+def test_a_byte_less_than_one_block_is_an_error_and_the_share_is_raised_to_the_whole_gpu_at_most(
+    used: int, remedy: str
+) -> None:
+    with pytest.raises(ValueError, match=f"GiB more; {remedy} the GPU, or lower max_num_batched_tokens"):
         num_blocks_that_fit(1000, 0.9, used, step_bytes=50, bytes_per_block=10)
-
-
-def test_a_byte_less_than_one_block_is_an_error() -> None:
-    with pytest.raises(ValueError, match="gpu_memory_utilization"):
-        num_blocks_that_fit(1000, 0.9, used=841, step_bytes=50, bytes_per_block=10)
 
 
 @pytest.mark.parametrize(
@@ -59,12 +56,6 @@ def test_a_quarter_of_memory_but_no_more_than_all_sequences_can_use(
     available: int, max_num_seqs: int, max_blocks_per_seq: int, num_blocks: int
 ) -> None:
     assert num_blocks_on_cpu(available, 10, max_num_seqs, max_blocks_per_seq) == num_blocks
-
-
-def test_too_little_memory_on_the_cpu_is_an_error_with_the_figures() -> None:
-    """D43."""
-    with pytest.raises(ValueError, match=r"a KV block of 10 bytes must fit in 25% of .* got 39 bytes; free memory"):
-        num_blocks_on_cpu(39, 10, 4, 4)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,4 @@
-"""PrefillGraphRunner without a GPU: which prefills have a graph, and that a padded one computes what an eager one does.
-
-Fake graphs repeat the forward pass, see conftest.py; tests/e2e/test_gpu_graphs.py has real ones.
-"""
+"""PrefillGraphRunner without a GPU: which prefills have a graph, and a padded one computes what an eager one does."""
 
 import random
 from collections.abc import Iterator

@@ -46,6 +46,10 @@ def test_no_step_within_the_limits_is_larger_than_the_profiled_one(
     num_blocks=st.integers(1, 9),
     block_size=st.sampled_from([16, 256, 1024]),
 )
+@example(budget=8, max_num_seqs=4, max_model_len=512, num_blocks=3, block_size=256)  # just too short for LONG_CONTEXT
+@example(budget=8, max_num_seqs=4, max_model_len=513, num_blocks=3, block_size=256)
+@example(budget=8, max_num_seqs=4, max_model_len=513, num_blocks=2, block_size=256)  # just too few slots
+@example(budget=700, max_num_seqs=40, max_model_len=5, num_blocks=1, block_size=4)  # fewer slots than max_model_len
 def test_prefill_warmup_shapes_keep_the_limits_and_include_each_shape_that_fits(
     budget: int, max_num_seqs: int, max_model_len: int, num_blocks: int, block_size: int
 ) -> None:
@@ -76,22 +80,6 @@ def test_a_large_prefill_has_several_sequences_and_comes_first() -> None:
     assert fresh == ([4096] * 4, 0)
     assert cached == ([4095] * 4 + [4], 1)
     assert long == ([1], LONG_CONTEXT)
-
-
-def test_prefill_warmup_shapes_fit_in_the_cache() -> None:
-    """The cache has 4 slots. 8 tokens would be sequences of 5 and 3 tokens, and 5 tokens do not fit."""
-    shapes = list(prefill_warmup_shapes(700, 5, 40, num_blocks=1, block_size=4))
-    assert shapes == [([4], 0), ([2], 0), ([2], 1), ([1], 0), ([1], 1)]
-
-
-@pytest.mark.parametrize(
-    ("max_model_len", "num_blocks", "is_included"), [(512, 3, False), (513, 3, True), (513, 2, False)]
-)
-def test_the_long_context_shape_needs_room_for_one_more_token(
-    max_model_len: int, num_blocks: int, is_included: bool
-) -> None:
-    *_, last = prefill_warmup_shapes(8, max_model_len, 4, num_blocks, block_size=256)
-    assert (last == ([1], LONG_CONTEXT)) is is_included
 
 
 def test_long_context_equals_the_minimum_of_keys_of_the_hopper_kernel() -> None:
