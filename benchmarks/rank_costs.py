@@ -170,7 +170,7 @@ def _seconds_in_graph(tp: TensorParallel, call: Callable[[], Any]) -> float:
     seconds = []
     for _ in range(ROUNDS):
         tp.barrier()
-        call()  # the GPUs leave a collective within microseconds, and the barrier within tens of them
+        call()  # the GPUs leave a collective closer together than the ranks' programs leave the barrier
         start.record()
         graph.replay()
         end.record()

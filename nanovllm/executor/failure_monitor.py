@@ -83,8 +83,8 @@ class FailureMonitor:
     def check(self) -> None:
         """Raise the root cause if a rank has failed, RuntimeError if rank 0 itself has, or an error of the thread.
 
-        Each call raises a new exception. If threads shared one, its traceback would keep the frames of all of them, and
-        so the process group that a frame of the connecting thread refers to.
+        Each call raises the root cause anew. If threads shared one exception, its traceback would keep the frames of
+        all of them, and so the process group that a frame of the connecting thread refers to.
         """
         self._thread.check()
         with self._changed:

@@ -135,7 +135,7 @@ class MultiprocExecutor(MultiRankExecutor):
     def _release(self) -> None:
         self._kill_workers()
         if self._connecting is not None:
-            if self._connecting.is_alive():
+            if self._connecting.is_alive():  # else Ctrl-C kept it from being started
                 self._connecting.join(ROOT_CAUSE_TIMEOUT_S)
             self._connecting = None
             self._abort_group()  # the ranks may have connected since _terminate()
