@@ -9,6 +9,7 @@ from nanovllm.validation import require_choice, require_number
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 DEFAULT_ROPE_THETA = 10000.0
+MAX_ROPE_FACTOR = 1_000_000  # far above all that is used; times a length it fits in an int64
 
 _ROPE_KEYS = {
     *("rope_type", "type", "rope_theta", "partial_rotary_factor", "factor", "original_max_position_embeddings"),
@@ -70,7 +71,8 @@ def read_rope(raw: RawConfig, max_position_embeddings: int) -> RopeConfig:
     theta = get_number(parameters, "rope_theta", get_number(raw, "rope_theta", DEFAULT_ROPE_THETA))
     if rope_type == "default":
         return RopeConfig(theta=theta)
-    require_number("rope factor", parameters.get("factor"), "a number of at least 1", lambda value: value >= 1)
+    rule = f"a number from 1 to {MAX_ROPE_FACTOR}"
+    require_number("rope factor", parameters.get("factor"), rule, lambda value: 1 <= value <= MAX_ROPE_FACTOR)
     factor = float(parameters["factor"])
     if rope_type == "linear":
         return RopeConfig(rope_type=rope_type, theta=theta, factor=factor)

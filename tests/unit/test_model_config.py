@@ -258,9 +258,15 @@ REFUSED |= {
 REFUSED |= {
     f"{rope_type} factor {factor}": (
         {"rope_scaling": without_missing(LLAMA3 | {"rope_type": rope_type, "factor": factor})},
-        "rope factor must be a number of at least 1, got",
+        "rope factor must be a number from 1 to 1000000, got",
     )
-    for rope_type, factor in (("linear", MISSING), ("yarn", 0.5), ("llama3", "2"), ("linear", float("inf")))
+    for rope_type, factor in (
+        ("linear", MISSING),
+        ("yarn", 0.5),
+        ("llama3", "2"),
+        ("linear", float("inf")),
+        ("yarn", 1e308),
+    )
 }
 REFUSED |= {
     key: ({"rope_scaling": without_missing(LLAMA3 | {key: MISSING})}, f"{key} must be a number, but the key is missing")
