@@ -1,5 +1,6 @@
 """Prints an exception for the command line: one line with the remedy, or a traceback if nanovllm has a bug."""
 
+import os
 import re
 import sys
 import traceback
@@ -54,7 +55,11 @@ def user_error(error: Exception, options: Mapping[str, str]) -> str | None:
     if isinstance(error, ImportError):
         return f"{_one_line(text)}; install nanovllm with what it needs: pip install nanovllm"
     if isinstance(error, OSError) and error.strerror:
-        return error.strerror + (f": {error.filename!r}" if error.filename is not None else "")
+        text = error.strerror  # without the number
+        if error.filename is not None:
+            return f"{text}: {error.filename!r}"
+    if isinstance(error, FileNotFoundError) and not _has_current_directory():
+        return "the current directory must exist, and it was removed; change to another one"
     # By name, since only engine/ and executor/ import executor/base.
     is_of_a_rank = any(kind.__name__ == "RankError" for kind in type(error).__mro__)
     if not isinstance(error, (ValueError, OSError)) and not (is_of_a_rank and not rank_traceback):
@@ -91,6 +96,14 @@ def as_options(message: str, options: Mapping[str, str]) -> str:
 
 def _one_line(text: str) -> str:
     return " ".join(line.strip() for line in text.splitlines() if line.strip())
+
+
+def _has_current_directory() -> bool:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _is_raised_here(error: BaseException) -> bool:

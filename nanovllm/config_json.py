@@ -7,6 +7,7 @@ from typing import Any
 from nanovllm.validation import require_bool, require_int, require_number
 
 RawConfig = dict[str, Any]  # a JSON object as it was read
+MAX_INT = 2**31 - 1  # of a size: tensors of larger ones fit in no memory, and products of two fit in an int64
 
 
 def read_json(path: Path) -> RawConfig:
@@ -27,11 +28,13 @@ def _get(raw: RawConfig, key: str, default: Any, kind: str) -> Any:
 
 
 def get_int(raw: RawConfig, key: str, default: int | None = None, minimum: int = 1) -> int:
-    """raw[key], or `default` if the key is missing or null. Raises ValueError if it is, and there is no default."""
+    """raw[key], from `minimum` to MAX_INT, or `default` if the key is missing or null. Raises ValueError for others."""
     value = _get(raw, key, default, "an integer")
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     require_int(key, value, minimum)
+    if value > MAX_INT:
+        raise ValueError(f"{key} must be at most {MAX_INT}, got {value}")
     return int(value)
 
 

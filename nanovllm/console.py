@@ -12,6 +12,8 @@ from typing import Any, TextIO, cast
 INTERRUPTED = 130  # SIGINT
 TERMINATED = 143  # SIGTERM
 
+BYTE_ORDER_MARK = "\ufeff"  # some programs begin a file of UTF-8 with it
+
 
 @contextmanager
 def lossless_console() -> Iterator[None]:
@@ -92,7 +94,7 @@ def _decoded(lines: Iterable[str]) -> Iterator[str]:
             undecoded = [character for character in line if "\ud800" <= character <= "\udfff"]
             if undecoded:  # the error handler surrogateescape, as under LANG=C, turns a byte into a lone surrogate
                 raise UnicodeError(f"byte 0x{ord(undecoded[0]) & 0xFF:02x} in line {number} cannot be decoded")
-            yield line
+            yield line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
     except UnicodeError as error:  # of a strict decoder, which reads ahead, so the line is unknown
         raise ValueError(
             f"standard input must be text in {sys.stdin.encoding}, and {error}; set PYTHONIOENCODING to the encoding "

@@ -8,6 +8,8 @@ from pathlib import Path
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # Only these are downloaded: weights in safetensors, configuration, tokenizer; neither pickles nor code.
 _HUB_FILES = ["*.safetensors", "*.json", "tokenizer.model", "merges.txt", "vocab.txt", "*.jinja"]
+# Weights that are not read, as large as those that are: of earlier checkpoints, and in the layout of their authors.
+_OTHER_WEIGHTS = ["*/*.safetensors", "consolidated*.safetensors"]
 _MAX_REASON_CHARS = 500
 
 
@@ -16,7 +18,7 @@ def local_model_dir(model: str) -> Path:
 
     Raises ValueError if `model` is neither a directory nor a hub id that can be downloaded.
     """
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))  # Path.expanduser raises RuntimeError for a user that does not exist
     if os.path.isdir(path):  # Path.is_dir raises OSError for a name that is too long
         return path
     if os.path.exists(path):
@@ -32,7 +34,7 @@ def _download(model_id: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(model_id, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(model_id, allow_patterns=_HUB_FILES, ignore_patterns=_OTHER_WEIGHTS))
     except Exception as error:  # from the hub's client, its HTTP library, the network or the disk
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         if len(reason) > _MAX_REASON_CHARS:  # some servers reply with a page of HTML

@@ -84,6 +84,10 @@ def read_rope(raw: RawConfig, max_position_embeddings: int) -> RopeConfig:
         if high <= low:
             raise ValueError(f"rope high_freq_factor must be above low_freq_factor={low}, got {high}")
         return RopeConfig(rope_type, theta, factor, trained_len, low_freq_factor=low, high_freq_factor=high)
+    if theta == 1:
+        raise ValueError(
+            f"rope_theta must be another number than 1 for yarn, which divides by its logarithm, got {theta}"
+        )
     return RopeConfig(
         rope_type,
         theta,

@@ -32,7 +32,13 @@ def run(arguments: argparse.Namespace) -> int:
     with open_generation(arguments) as (llm, prompts, inputs, params), recording(llm.scheduler) as trace:
         outputs = llm.generate(inputs, params)
     limits = ", ".join(f"{name} {getattr(llm.config, name)}" for name in ("max_num_seqs", "max_num_batched_tokens"))
-    path.write_text(trace_page(trace, prompts, outputs, f"{llm.config.model}; {limits}"), encoding="utf-8")
+    page = trace_page(trace, prompts, outputs, f"{llm.config.model}; {limits}")
+    try:
+        path.write_text(page, encoding="utf-8")
+    except OSError as error:  # a full disk
+        raise ValueError(
+            f"--output must be a file that can be written, got {arguments.output!r}: {error.strerror}; choose another"
+        ) from error
     print(
         f"requests: {len(prompts)}, steps: {len(trace.steps)}, preemptions: {trace.num_preemptions}, "
         f"tokens found in the prefix cache: {trace.num_hit_tokens}"

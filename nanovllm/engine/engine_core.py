@@ -18,6 +18,7 @@ class EngineCore:
         self.requests = RequestRegistry()
         self._async_scheduling = async_scheduling
         self._ahead: PendingTokens | None = None  # of the step after the current one
+        self._is_in_step = False
         self._closed_message = "this engine is closed: make a new one"
 
     def enqueue(self, request: RequestState, owner: RequestOwner) -> None:
@@ -32,8 +33,22 @@ class EngineCore:
     # --- one step ---
 
     def advance(self, caller: RequestOwner) -> ScheduledBatch:
-        """Schedule, compute and process one step. With async_scheduling, the next step is started meanwhile."""
+        """Schedule, compute and process one step. With async_scheduling, the next step is started meanwhile.
+
+        Raises RuntimeError within a step of the same thread: its scheduler may be in the middle of a change.
+        """
         self.check_open()
+        if self._is_in_step:
+            raise RuntimeError(
+                "a step cannot be computed within a step: do not call generate or step in a signal handler"
+            )
+        self._is_in_step = True
+        try:
+            return self._advance(caller)
+        finally:
+            self._is_in_step = False
+
+    def _advance(self, caller: RequestOwner) -> ScheduledBatch:
         self.remove_ended()
         pending, batch = self._next_batch()
         if batch.is_empty:

@@ -205,12 +205,16 @@ def checkpoint_files(model_dir: Path) -> list[Path]:
         return [model_dir / SINGLE_FILE]
     index_file = model_dir / INDEX_FILE
     if not index_file.is_file():
-        unsafe = sorted(path.name for path in model_dir.glob("*") if path.suffix in _UNSAFE_SUFFIXES)
-        found = f"only {', '.join(unsafe)}, which can run code when read" if unsafe else "neither"
-        raise ValueError(
-            f"{str(model_dir)!r} must hold {SINGLE_FILE} or {INDEX_FILE}, and there is {found}; "
-            "download or convert the weights to safetensors"
-        )
+        names = sorted(path.name for path in model_dir.glob("*"))
+        shards = [name for name in names if name.endswith(".safetensors")]
+        unsafe = [name for name in names if Path(name).suffix in _UNSAFE_SUFFIXES]
+        found, remedy = "neither", "download or convert the weights to safetensors"
+        if shards:
+            found = f"only {', '.join(shards[:_MAX_LISTED])}"
+            remedy = f"download {INDEX_FILE}, or rename a single file to {SINGLE_FILE}"
+        elif unsafe:
+            found = f"only {', '.join(unsafe[:_MAX_LISTED])}, which can run code when read"
+        raise ValueError(f"{str(model_dir)!r} must hold {SINGLE_FILE} or {INDEX_FILE}, and there is {found}; {remedy}")
     shards = sorted(set(_weight_map(index_file).values()))
     _refuse(f"{index_file} names files outside its directory", (name for name in shards if not _is_plain_name(name)))
     _refuse(f"{index_file} names shards that are missing", (n for n in shards if not (model_dir / n).is_file()))

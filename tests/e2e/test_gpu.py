@@ -22,11 +22,10 @@ from tests.support.engine_events import assert_occurred, scheduler_events
 from tests.support.model_probe import make_runner, teacher_forced_logits
 from tests.support.oracle import ERROR_RATIO, Oracle
 from tests.support.programs import run_python
-from tests.support.tiny_models import random_tokens, tiny_model
+from tests.support.tiny_models import ARCHITECTURES, random_tokens, tiny_model
 
 pytestmark = pytest.mark.gpu
 
-ARCHITECTURES = ["llama", "qwen2", "qwen3", "qwen3_moe"]
 BACKENDS = ["torch", "flash_attn", "triton"]
 EAGER: dict[str, Any] = {"device": "cuda", "enforce_eager": True}
 

@@ -18,7 +18,7 @@ from tests.support.engine_events import assert_occurred, scheduler_events
 from tests.support.hugging_face import first_module_that_differs, hugging_face_logits, num_excused
 from tests.support.model_probe import make_runner, teacher_forced_logits
 from tests.support.oracle import ERROR_RATIO
-from tests.support.tiny_models import VARIANTS, VOCAB_SIZE, random_tokens, tiny_model
+from tests.support.tiny_models import ARCHITECTURES, VARIANTS, VOCAB_SIZE, random_tokens, tiny_model
 
 OPTIONS: dict[str, Any] = {"device": "cpu", "dtype": "float32", "attention_backend": "torch"}
 
@@ -98,6 +98,6 @@ def test_bfloat16_under_pressure(architecture: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("enforce_eager", [True, False], ids=["eager", "graphs"])
 @pytest.mark.parametrize(("backend", "dtype"), SETUPS)
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "qwen3_moe"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_under_pressure_on_a_gpu(architecture: str, backend: str, dtype: str, enforce_eager: bool) -> None:
     check_under_pressure(architecture, dtype, device="cuda", attention_backend=backend, enforce_eager=enforce_eager)

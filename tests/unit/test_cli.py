@@ -103,7 +103,9 @@ def test_bench_counts_the_tokens_it_generated(capsys) -> None:
     vocab_size = json.loads((bundled_model_path() / "config.json").read_text())["vocab_size"]
     prompts, params = draw_requests(3, (4, 8), (2, 5), vocab_size, seed=0)
     num_prompt_tokens, num_generated = sum(map(len, prompts)), sum(p.max_tokens for p in params)
-    assert f"3 requests, {num_prompt_tokens} prompt tokens, {num_generated} generated" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"3 requests, {num_prompt_tokens} prompt tokens, {num_generated} generated" in printed
+    assert "shorter than was drawn" not in printed
 
 
 def test_demo_ends_with_every_output_equal_to_transformers(capsys) -> None:
@@ -177,6 +179,8 @@ def test_bench_refuses_a_prompt_that_the_model_cannot_take(capsys) -> None:
     assert "--input-len's maximum must be an integer from 1 to 63, got 64; a prompt leaves room" in line
     assert "lower" not in refusal(capsys, "bench", *options, "--input-len", "0", "0")
     assert cli.main(["bench", *options, "--input-len", "63", "63"]) == 0
+    assert cli.main(["bench", *options, "--input-len", "60", "60", "--output-len", "9", "9"]) == 0
+    assert "1 outputs are shorter than was drawn, since sequences have 64 tokens" in capsys.readouterr().out
 
 
 def test_debug_shows_the_traceback(capsys) -> None:

@@ -1,13 +1,14 @@
 """What the command line says about each kind of exception: one line with the remedy, or that nanovllm has a bug."""
 
 import errno
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from nanovllm import cli
-from nanovllm.cli_errors import BUG, USER_ERROR, as_options, report_error
+from nanovllm.cli_errors import BUG, USER_ERROR, as_options, report_error, user_error
 from nanovllm.commands.options import option_names
 from nanovllm.executor.base import RankError, RankValueError
 
@@ -35,7 +36,7 @@ def caught(function: Any, *arguments: Any) -> Exception:
         (RankError(f"rank 1 of 2 failed: OutOfMemoryError: CUDA out of memory.{RANK_TRACEBACK}"), "rank 1 of 2 failed"),
         (RankError("rank 1 of 2 was killed by SIGKILL: by a user, or by the system when memory ran out"), "by SIGKILL"),
         (RankValueError(f"rank 1 of 2 failed: ValueError: dtype must be x{RANK_TRACEBACK}"), "dtype must be x"),
-        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device (--debug shows where"),
         (PermissionError(errno.EACCES, "Permission denied", "/m/config.json"), "Permission denied: '/m/config.json'"),
         (ImportError("No module named 'torch'"), "No module named 'torch'; install nanovllm"),
         (ValueError("of a\n\n  library\n"), "of a library (--debug shows where this comes from)"),
@@ -65,6 +66,15 @@ def test_a_bug_says_that_it_is_one_below_its_traceback(error: Exception, capsys:
     assert report_error(error, OPTIONS, is_debug=False) == BUG
     *_, last = capsys.readouterr().err.splitlines()
     assert last.startswith(f"nanovllm: this is a bug in nanovllm ({type(error).__name__}): please report it")
+
+
+def test_a_current_directory_that_was_removed_is_named(tmp_path: Path, monkeypatch: Any) -> None:
+    error = FileNotFoundError(errno.ENOENT, "No such file or directory")
+    assert user_error(error, OPTIONS) == "No such file or directory (--debug shows where this comes from)"
+    (tmp_path / "removed").mkdir()
+    monkeypatch.chdir(tmp_path / "removed")
+    (tmp_path / "removed").rmdir()
+    assert user_error(error, OPTIONS) == "the current directory must exist, and it was removed; change to another one"
 
 
 @pytest.mark.parametrize(

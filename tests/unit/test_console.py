@@ -96,6 +96,14 @@ def test_a_closed_and_an_empty_stdin_are_refused(read: Any, stdin: Any, message:
 
 
 @pytest.mark.parametrize("read", [read_lines_from_stdin, lines_of_a_chat])
+def test_a_byte_order_mark_is_no_part_of_the_first_line(read: Any, monkeypatch) -> None:
+    """Programs on Windows begin a file with it, and it would become tokens of the prompt."""
+    data = "\ufefffirst\nsecond\n".encode()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"))
+    assert read() == ["first", "second"]
+
+
+@pytest.mark.parametrize("read", [read_lines_from_stdin, lines_of_a_chat])
 @pytest.mark.parametrize(("errors", "byte"), [("strict", "0xe9"), ("surrogateescape", "0xe9 in line 2")])
 def test_stdin_of_another_encoding_is_refused_with_a_remedy_that_works(read: Any, errors, byte, monkeypatch) -> None:
     """D85, D93"""

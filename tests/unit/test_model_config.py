@@ -242,6 +242,8 @@ REFUSED = {
     "rope no dict": ({"rope_parameters": [1]}, r"rope_parameters must be an object, got \[1\]"),
     "rope per layer": ({"rope_parameters": {"full_attention": {}}}, "per-layer .* are not supported, .*full_attention"),
     "rope parameter": ({"rope_scaling": {"mrope_section": [1]}}, "rope parameters must be among .* got mrope_section"),
+    "yarn theta": ({"rope_scaling": YARN, "rope_theta": 1}, "rope_theta must be another number than 1 for yarn"),
+    "no size": ({"intermediate_size": 10**30}, "intermediate_size must be at most 2147483647, got 1000000000000000"),
     "rope high < low": ({"rope_scaling": LLAMA3 | {"low_freq_factor": 4}}, "high_freq_factor must be above low_freq"),
     "no experts": (MOE | {"num_experts": MISSING}, r"num_experts \(or num_local_experts\) must be given, and once"),
     "experts twice": (MOE | {"num_local_experts": 4}, r"num_experts \(or num_local_experts\) must be given, and once"),

@@ -6,6 +6,7 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 
 from nanovllm.model_path import local_model_dir
 from tests.support.programs import run_python
@@ -18,25 +19,40 @@ def test_a_directory_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.Monke
     assert local_model_dir("Qwen/Qwen3-0.6B") == Path("Qwen/Qwen3-0.6B"), "a local directory goes before the hub"
     monkeypatch.setenv("HOME", str(tmp_path))
     assert local_model_dir("~/Qwen") == tmp_path / "Qwen"
+    (tmp_path / "~nobody-of-this-name").mkdir()
+    assert local_model_dir("~nobody-of-this-name") == Path("~nobody-of-this-name")
 
 
 def test_a_hub_id_is_downloaded_without_code_and_pickles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {}
 
-    def download(model_id: str, *, allow_patterns: list[str]) -> str:
-        asked.update(model_id=model_id, allow_patterns=allow_patterns)
+    def download(model_id: str, **patterns: list[str]) -> str:
+        asked.update(model_id=model_id, patterns=patterns)
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert local_model_dir("Qwen/Qwen3-0.6B") == tmp_path
     assert asked["model_id"] == "Qwen/Qwen3-0.6B"
-    assert {"*.safetensors", "*.json"} <= set(asked["allow_patterns"])
+    wanted = ["model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "config.json"]
+    wanted += ["tokenizer.model", "chat_template.jinja"]
     unwanted = ["model.py", "pytorch_model.bin", "model.pt", "model.pth", "model.ckpt", "model.pkl", "model.gguf"]
-    assert not any(Path(name).match(pattern) for name in unwanted for pattern in asked["allow_patterns"])
+    unwanted += ["consolidated.safetensors", "checkpoint-500/model.safetensors", "onnx/decoder.safetensors"]
+    assert list(filter_repo_objects([*wanted, *unwanted], **asked["patterns"])) == wanted
 
 
 @pytest.mark.parametrize(
-    "model", ["model", "/no/such/place", "./nothing", "a/b/c", "../x/y", "some/..", "a b/c", "a" * 5000]
+    "model",
+    [
+        "model",
+        "/no/such/place",
+        "~nobody-of-this-name/x",
+        "./nothing",
+        "a/b/c",
+        "../x/y",
+        "some/..",
+        "a b/c",
+        "a" * 5000,
+    ],
 )
 def test_neither_a_directory_nor_a_hub_id_is_refused(model: str) -> None:
     with pytest.raises(ValueError, match=r"must be an existing directory or a hub id such as 'Qwen/Qwen3-0.6B', got"):

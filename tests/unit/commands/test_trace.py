@@ -26,6 +26,12 @@ def test_a_run_is_written_as_a_page_and_summed_up(tmp_path, monkeypatch, capsys)
     assert all(f" {prompt}</li>" in page for prompt in PROMPTS)
 
 
+def test_a_disk_that_is_full_is_named_with_the_output(capsys) -> None:
+    assert cli.main(["trace", *SMALL, "--output", "/dev/full", PROMPTS[0]]) == USER_ERROR
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "--output must be a file that can be written, got '/dev/full': No space left on device; choose" in line
+
+
 @pytest.mark.parametrize(
     ("output", "rule"),
     [

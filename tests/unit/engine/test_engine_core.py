@@ -64,3 +64,18 @@ def test_a_signal_handler_that_closes_the_engine_within_a_step_tells_only_the_re
     core.requests.step_owner.raise_error()  # it had no request, so there is nothing to raise
     with pytest.raises(RuntimeError, match=r"^this engine is closed: make a new one$"):
         call.raise_error()
+
+
+def test_a_signal_handler_within_a_step_cannot_compute_another() -> None:
+    """The scheduler may be in the middle of a change. The step's own caller gets the error, and the engine goes on."""
+    executor = ScriptedExecutor()
+    core = make_core(executor)
+    step_owner = core.requests.step_owner
+    core.enqueue(RequestState(make_sequence([1]), None), step_owner)
+    execute = executor.execute
+    executor.execute = lambda batch: core.advance(step_owner)  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match=r"^a step cannot be computed within a step: do not call generate or step"):
+        core.advance(step_owner)
+    executor.execute = execute  # type: ignore[method-assign]
+    core.enqueue(RequestState(make_sequence([1]), None), step_owner)
+    assert core.advance(step_owner).num_tokens == 1

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from nanovllm.engine import shared_prefix
 from nanovllm.engine.model_input import (
+    PLACEHOLDER_TOKEN,
     ModelInput,
     prepare_decode,
     prepare_decode_async,
@@ -95,6 +96,15 @@ def test_a_decode_step_names_the_prefixes_that_its_sequences_share(
         assert as_lists(replace(model_input, shared_prefixes=None)) == as_lists(prepare(sequences))
         assert prepare(sequences[:1], shares_prefixes=True).shared_prefixes is None
     assert prepare_decode_async(sequences, sampled=[]).input_ids_source is None
+
+
+def test_a_token_that_is_not_known_yet_is_a_placeholder() -> None:
+    known, sampled = scheduled(6, 4, 1, [3, 7]), scheduled(7, 6, 1, [5, 8])
+    model_input = prepare_decode_async([known, sampled], sampled=[sampled])
+    assert (model_input.input_ids.tolist(), model_input.input_ids_source.tolist()) == (
+        [105, PLACEHOLDER_TOKEN],
+        [-1, 0],
+    )
 
 
 def test_each_sampled_row_has_its_own_parameters() -> None:

@@ -32,6 +32,10 @@ CASES = {
         RopeConfig("yarn", **YARN, beta_fast=2.0, beta_slow=2.0, truncate=False, attention_factor=YARN_FACTOR),
         YARN | {"beta_fast": 2.0, "beta_slow": 2.0, "truncate": False},
     ),
+    "yarn-backwards": (  # the ramp ends before it begins
+        RopeConfig("yarn", **YARN, beta_fast=1.0, beta_slow=32.0, attention_factor=YARN_FACTOR),
+        YARN | {"beta_fast": 1.0, "beta_slow": 32.0},
+    ),
 }
 
 

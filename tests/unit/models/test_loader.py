@@ -274,6 +274,9 @@ def test_directory_without_safetensors_says_what_it_must_hold(tmp_path):
     refused(tmp_path, f"must hold {SINGLE_FILE} or {INDEX_FILE}, and there is neither")
     torch.save(CHECKPOINT, tmp_path / "pytorch_model.bin")
     refused(tmp_path, "only pytorch_model.bin, which can run code when read; .* to safetensors")
+    write(tmp_path, CHECKPOINT, num_shards=2)
+    (tmp_path / INDEX_FILE).unlink()
+    refused(tmp_path, rf"there is only model-00001-of-00002.safetensors, .*; download {INDEX_FILE}, or rename")
 
 
 @pytest.mark.parametrize("use_tqdm", [False, True])
