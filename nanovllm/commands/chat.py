@@ -66,11 +66,19 @@ def _lines(is_terminal: bool) -> Iterator[str]:
     if is_terminal:
         with contextlib.suppress(ImportError):  # on Windows, input() edits lines without it
             import readline  # noqa: F401
-    for line in map(str.strip, typed_lines("> " if is_terminal else "")):
-        if line == "/quit":
-            return
-        if line:
-            yield line
+    is_open = True
+    while is_open:
+        try:
+            for line in map(str.strip, typed_lines("> " if is_terminal else "")):
+                if line == "/quit":
+                    return
+                if line:
+                    yield line
+            is_open = False
+        except ValueError as error:  # bytes that are no text
+            if not is_terminal:
+                raise
+            print(f"nanovllm: error: {error}", file=sys.stderr)
     if is_terminal:
         print()  # after the prompt, for the shell's own
 

@@ -90,6 +90,22 @@ def test_a_refused_message_is_no_part_of_the_conversation_at_a_terminal(model, l
     assert "/new starts another one" in captured.err
 
 
+class TerminalOfBytes(io.TextIOWrapper):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_bytes_that_are_no_text_are_refused_at_a_terminal_and_the_conversation_goes_on(
+    model, llm, monkeypatch, capsys
+) -> None:
+    terminal = TerminalOfBytes(io.BytesIO(b"Hello\n\xff\nWhy?\n"), encoding="utf-8", errors="surrogateescape")
+    assert chat(monkeypatch, model, terminal) == 0
+    first, second = answers(llm, "Hello", "Why?")
+    captured = capsys.readouterr()
+    assert captured.out == f"> {first}\n> > {second}\n> \n"
+    assert "standard input must be text in utf-8, and byte 0xff in line 2 cannot be decoded" in captured.err
+
+
 def test_a_refused_message_ends_a_chat_without_a_terminal(model, monkeypatch, capsys) -> None:
     assert chat(monkeypatch, model, io.StringIO(f"{TOO_LONG}\nWhy?\n")) == 2
     captured = capsys.readouterr()
