@@ -153,7 +153,7 @@ def _run_plain(arguments: argparse.Namespace) -> None:
     print(f"{num_seqs} requests, {num_input} prompt tokens, {num_output} generated tokens in {seconds:.2f} s")
     num_cut = sum(len(output["token_ids"]) < drawn.max_tokens for output, drawn in zip(outputs, params, strict=True))
     if num_cut:
-        print(f"{num_cut} outputs are shorter than was drawn, since sequences have {max_model_len} tokens at most")
+        print(f"outputs shorter than was drawn: {num_cut}, since a sequence has {max_model_len} tokens at most")
     print(f"throughput: {num_output / seconds:.1f} generated tok/s ({with_prompts:.1f} with the prompts counted in)")
     print("One run, prefill and decode together, every request present from the start, random prompts without common")
     print("prefixes. Runs scatter: compare several before you conclude anything.")

@@ -66,15 +66,14 @@ def _lines(is_terminal: bool) -> Iterator[str]:
     if is_terminal:
         with contextlib.suppress(ImportError):  # on Windows, input() edits lines without it
             import readline  # noqa: F401
-    is_open = True
-    while is_open:
+    while True:
         try:
             for line in map(str.strip, typed_lines("> " if is_terminal else "")):
                 if line == "/quit":
                     return
                 if line:
                     yield line
-            is_open = False
+            break
         except ValueError as error:  # bytes that are no text
             if not is_terminal:
                 raise

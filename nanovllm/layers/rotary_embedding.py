@@ -65,7 +65,7 @@ def _keep_yarn(inv_freq: Tensor, head_dim: int, rope: RopeConfig) -> Tensor:
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, head_dim - 1)
     index = torch.arange(head_dim // 2, dtype=torch.float32, device=inv_freq.device)
-    # As in transformers: only equal ends are moved apart. In a few checkpoints `last` comes before `first`.
+    # As in transformers: only equal ends are moved apart, and with beta_fast < beta_slow `last` comes before `first`.
     return 1 - ((index - first) / ((last - first) or 0.001)).clamp(0, 1)
 
 

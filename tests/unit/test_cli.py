@@ -180,7 +180,7 @@ def test_bench_refuses_a_prompt_that_the_model_cannot_take(capsys) -> None:
     assert "lower" not in refusal(capsys, "bench", *options, "--input-len", "0", "0")
     assert cli.main(["bench", *options, "--input-len", "63", "63"]) == 0
     assert cli.main(["bench", *options, "--input-len", "60", "60", "--output-len", "9", "9"]) == 0
-    assert "1 outputs are shorter than was drawn, since sequences have 64 tokens" in capsys.readouterr().out
+    assert "outputs shorter than was drawn: 1, since a sequence has 64 tokens" in capsys.readouterr().out
 
 
 def test_debug_shows_the_traceback(capsys) -> None:

@@ -31,9 +31,8 @@ def ampere(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.setattr(flash_attention, "import_error", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
-    monkeypatch.setattr(
-        "nanovllm.kernels.launching.hash_compiler", lambda: None
-    )  # its thread may run longer than a test
+    # Its thread may run longer than a test.
+    monkeypatch.setattr("nanovllm.kernels.launching.hash_compiler", lambda: None)
 
 
 def select(attention_backend: str, dtype: torch.dtype = torch.bfloat16, head_dim: int = 64) -> LayerOps:
