@@ -27,8 +27,8 @@ class Measured:
 
     make(i): inputs of set i, random, on the GPU. run(*inputs): the kernel's outputs, a tensor or several.
     expected(*inputs): the right outputs, in float32 or wider where that matters. work: the bytes and operations.
-    peers: other functions of the same inputs, such as flash-attn and plain PyTorch. A peer that fails, or is wrong,
-    or cannot be recorded in a graph, gets a note instead of a figure.
+    peers: other functions of the same inputs, such as flash-attn and, named "torch", plain PyTorch. A peer that fails,
+    or is wrong, or cannot be recorded in a graph, gets a note instead of a figure; if "torch" is wrong, that is an error.
     """
 
     make: Callable[[int], tuple[Any, ...]]
@@ -119,6 +119,8 @@ def _record_peers(
             num_calls = choose_num_calls(rough_seconds(partial(run, *sets[0])))
             replays[name] = Replay(calls(run, sets[:num_calls], num_calls))
         except Exception as error:  # libraries raise various types for a shape that they do not support
+            if name == "torch" and isinstance(error, AssertionError):
+                raise  # plain PyTorch is right, so its inputs were changed
             reason = (str(error).strip() or "?").splitlines()[0]
             notes.append(f"{name}: {type(error).__name__}: {reason[:150]}")
     return replays, notes
