@@ -28,7 +28,7 @@ class Measured:
     make(i): inputs of set i, random, on the GPU. run(*inputs): the kernel's outputs, a tensor or several.
     expected(*inputs): the right outputs, in float32 or wider where that matters. work: the bytes and operations.
     peers: other functions of the same inputs, such as flash-attn and, named "torch", plain PyTorch. A peer that fails,
-    or is wrong, or cannot be recorded in a graph, gets a note instead of a figure; if "torch" is wrong, that is an error.
+    or is wrong, or cannot be recorded in a graph, gets a note instead of a figure; "torch" must not be wrong.
     """
 
     make: Callable[[int], tuple[Any, ...]]
