@@ -7,7 +7,7 @@ computes the same functions fast, and its tests compare it with these files. The
 Every function takes float64, leaves its inputs as they were, and has the parameter names of the engine's fast version.
 Integers (slots, hashes, decisions, random words) must agree exactly, floats up to rounding.
 
-DIMENSION_LETTERS says what the letters in a shape like Float[Tensor, "T H D"] stand for.
+DIMENSION_LETTERS says what the letters in a shape like Float[Tensor, "T H D"] stand for, unless a file says otherwise.
 """
 
 import sys

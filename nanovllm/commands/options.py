@@ -22,8 +22,8 @@ CONFIG_HELP = {
     "max_model_len": "longest sequence, prompt and output together, in tokens; lowered to what the model supports",
     "max_num_seqs": "most sequences that run at a time",
     "max_num_batched_tokens": "most tokens that a step computes",
-    "kv_cache_block_size": "tokens in a KV block: a multiple of 256, or a power of two from 16 where the attention "
-    "backend is not flash_attn (default: 64 for triton, else 256)",
+    "kv_cache_block_size": "tokens in a KV block: a multiple of 256; also a power of two, from 16 for auto and triton, "
+    "from 1 for torch (default: 64 for triton without --num-kv-cache-blocks, else 256)",
     "num_kv_cache_blocks": "blocks of the KV cache; without it, as many as memory holds",
     "gpu_memory_utilization": "share of the GPU's memory to use",
     "tensor_parallel_size": "GPUs, or processes on a CPU, that share the model; under torchrun, all of its processes",

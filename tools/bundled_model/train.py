@@ -6,7 +6,7 @@ Reads text.txt beside this file and writes a Hugging Face checkpoint without its
 should know its text by heart: greedy continuations are then readable, and the best token leads by so much that no
 rounding error changes it, which is what exact tests need.
 
-About 10 minutes on one core of an x86-64 server (--steps and --threads change that). The shipped files were made with
+About 8 minutes on one core of an x86-64 server (--steps and --threads change that). The shipped files were made with
 the defaults on Python 3.11.7, torch 2.13.0+cpu, transformers 5.23.0, tokenizers 0.23.3. The same command on other
 versions or another processor gives an equally good model, but not the same bytes.
 """

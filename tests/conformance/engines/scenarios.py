@@ -55,7 +55,8 @@ def order(driver: Driver, number: int) -> None:
     requests = [request(prompt(5, seed=index), max_tokens=3 + 4 * index) for index in range(number)]
     driver.open(first_model(driver))
     expected = driver.generate(requests)
-    compare(driver, driver.generate(requests[::-1]), expected[::-1])
+    # Not reversed, which an engine that reverses its outputs would do twice.
+    compare(driver, driver.generate([*requests[1:], requests[0]]), [*expected[1:], expected[0]])
 
 
 def chunks(driver: Driver) -> None:

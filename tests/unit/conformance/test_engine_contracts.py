@@ -79,6 +79,10 @@ def test_a_fault_is_found_by_its_contract_and_no_other_and_its_script_shows_it(f
     assert script_error(re.sub(rf"\b{fault.__name__}\b", "PlainLLM", script)) == "", "it fails without the fault too"
 
 
+def test_outputs_in_reverse_are_not_reversed_twice() -> None:
+    assert "E02" in results(target_of(faults, "OutputsInReverse", PLAIN_ADAPTER))
+
+
 def test_every_contract_has_a_fault() -> None:
     assert {fault.breaks for fault in FAULTS} == {contract.id for contract in CONTRACTS}
 

@@ -31,6 +31,11 @@ class OutputsAsTheyFinish(PlainLLM, breaks="E02"):
         return sorted(super().run(prompts, params), key=lambda output: len(output["token_ids"]))
 
 
+class OutputsInReverse(PlainLLM, breaks=""):  # E02 and others
+    def run(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[Any]:
+        return super().run(prompts, params)[::-1]
+
+
 class ChunkLosesItsFirstToken(PlainLLM, breaks="E03"):
     def context(self, index: int, generated: list[int]) -> list[int]:
         first = sum(map(len, self.prompts[:index]))  # number of tokens computed before
