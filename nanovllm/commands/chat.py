@@ -77,7 +77,7 @@ def _lines(is_terminal: bool) -> Iterator[str]:
         except ValueError as error:  # bytes that are no text
             if not is_terminal:
                 raise
-            print(f"nanovllm: error: {error}", file=sys.stderr)
+            report_error(error, {}, is_debug=False)
     if is_terminal:
         print()  # after the prompt, for the shell's own
 
